@@ -1,0 +1,57 @@
+PYTHON ?= python3
+WORKERS ?= 2
+
+SHELL := bash
+.SHELLFLAGS := -euo pipefail -c
+.DEFAULT_GOAL := help
+.PHONY: help venv demo test test-gpu lint typecheck format clean
+
+bin := .venv/bin
+stamp := .venv/.installed
+
+help:  ## Print the targets
+	@sed -nE 's/^([a-z-]+):[^#]*## (.*)/\1\t\2/p' Makefile | while IFS=$$'\t' read -r name text; do printf '%-10s %s\n' "$$name" "$$text"; done
+
+venv: $(stamp)  ## Make .venv with the pinned requirements and foxlm, editable (PYTHON=python3)
+
+# torch goes first and alone, so that pip takes the build meant for this machine. The editable install is
+# setuptools' default: its import hook maps whole folders, so that a new module needs no reinstall (strict
+# mode links the files once). mypy cannot follow the hook: see typecheck.
+$(stamp): requirements.txt setup.cfg
+	@command -v $(PYTHON) >/dev/null || { echo "$(PYTHON) is not found: foxlm needs Python 3.10 or newer, named by make $(MAKECMDGOALS) PYTHON=..." >&2; exit 1; }
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || { echo "$(PYTHON) is $$($(PYTHON) --version 2>&1): foxlm needs Python 3.10 or newer, named by make $(MAKECMDGOALS) PYTHON=..." >&2; exit 1; }
+	$(PYTHON) -m venv .venv
+	$(bin)/python -m pip install --quiet --constraint requirements.txt "$$(grep '^torch==' requirements.txt)"
+	$(bin)/python -m pip install --quiet -r requirements.txt
+	$(bin)/python -m pip install --quiet --no-deps --no-build-isolation -e .
+	$(bin)/python -m pip check
+	touch $@
+
+demo: $(stamp)  ## Train, convert and evaluate a tiny model on the CPU
+	$(bin)/foxlm demo
+
+test: $(stamp)  ## Run the tests on the CPU (WORKERS=2)
+	$(bin)/python -m pytest -m "not gpu" -n $(WORKERS) --dist worksteal
+
+test-gpu: $(stamp)  ## Run the tests that need a GPU
+	$(bin)/python -m pytest -m gpu
+
+lint: $(stamp)  ## Check style, formatting, types and spelling
+	$(bin)/ruff check
+	$(bin)/ruff format --check
+	@$(MAKE) --no-print-directory typecheck
+	$(bin)/codespell
+
+# Links in the shape of the installed package, made anew each time; messages name the files themselves.
+typecheck: $(stamp)  ## Check types with mypy
+	@rm -rf build/types && mkdir -p build/types/foxlm
+	@cd build/types/foxlm && ln -s ../../../foxlm/{*.py,py.typed} ../../../{conversion,evaluation,kernels,modeling} .
+	$(bin)/mypy build/types/foxlm $(wildcard tests examples) | sed -E 's#^build/types/foxlm/(conversion|evaluation|kernels|modeling)/#\1/#; s#^build/types/##'
+
+format: $(stamp)  ## Rewrite the code in the house format
+	$(bin)/ruff check --fix
+	$(bin)/ruff format
+
+clean:  ## Remove .venv, caches and everything built
+	rm -rf .venv build dist *.egg-info foxlm-demo .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
