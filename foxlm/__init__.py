@@ -1,0 +1,37 @@
+"""foxlm: the Forgetting Transformer (FoX) for the Hugging Face ecosystem.
+
+Importing this package registers FoX with transformers' Auto classes::
+
+    import foxlm
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained("path/to/a/fox/model")
+"""
+
+from foxlm import _checkout  # noqa: F401 (first: it lets the imports below find their folders)
+from foxlm.kernels.attention import forgetting_attention
+from foxlm.modeling.configuration_fox import FoxConfig
+from foxlm.modeling.modeling_fox import (
+    FoxForCausalLM,
+    FoxForQuestionAnswering,
+    FoxForSequenceClassification,
+    FoxForTokenClassification,
+    FoxModel,
+    FoxPreTrainedModel,
+)
+from foxlm.modeling.registration import register_fox
+
+register_fox()
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "FoxConfig",
+    "FoxForCausalLM",
+    "FoxForQuestionAnswering",
+    "FoxForSequenceClassification",
+    "FoxForTokenClassification",
+    "FoxModel",
+    "FoxPreTrainedModel",
+    "forgetting_attention",
+]

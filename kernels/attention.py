@@ -1,0 +1,156 @@
+"""The public function: forgetting attention over whole sequences, on whatever device the inputs are."""
+
+import torch
+from torch import Tensor
+
+from .decay import Decay, accumulate, sequence_starts
+from .reference import reference_attention
+
+_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+
+def forgetting_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    log_f: Tensor,
+    *,
+    scale: float | None = None,
+    attention_mask: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    dropout: float = 0.0,
+    return_lse: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Causal softmax attention whose logits decay by the forget gates between key and query.
+
+    ``O_i = sum_j P_ij v_j`` with ``P = softmax_j(scale * q_i . k_j + sum_{j < l <= i} log f_l)`` over ``j <= i``
+    (Forgetting Transformer, arXiv 2503.02130). The queries are the last ``Tq`` of the ``Tk`` tokens.
+    Memory is linear in ``Tk``. Differentiable once in ``q``, ``k``, ``v`` and ``log_f``.
+
+    Args:
+        q: ``[B, Tq, H, D]`` queries; float16, bfloat16, float32 or float64.
+        k: ``[B, Tk, G, D]`` keys, ``Tk >= Tq``, ``H`` a multiple of ``G``; the type of ``q``.
+        v: ``[B, Tk, G, D]`` values; the type of ``q``.
+        log_f: ``[B, Tk, Hf]`` natural log of the forget gates, ``<= 0``; float32 or float64. ``Hf`` is ``H`` (a gate
+            per query head), ``G`` (per key/value head) or 1 (shared). ``-inf`` is a hard reset: nothing before
+            that token is seen from it on. Positive or NaN gates raise on a CPU; on other devices the check would
+            wait for the device, and the result is undefined.
+        scale: multiplies the logits; ``1 / sqrt(D)`` by default.
+        attention_mask: ``[B, Tk]``, nonzero for real tokens and zero for padding, which may stand anywhere. A padding
+            token is not attended to, does not decay anything, and its own output is zero.
+        cu_seqlens: ``[N + 1]`` int32 or int64 offsets of the sequences packed in a batch of one,
+            ``0 = o_0 <= ... <= o_N = Tk``. No sequence sees or decays another.
+        dropout: probability of dropping an attention weight, in ``[0, 1)``.
+        return_lse: also return the log-sum-exp of each row's logits.
+
+    Returns:
+        ``[B, Tq, H, D]`` in the type of ``q``; with ``return_lse`` also ``[B, H, Tq]``, float32 (float64 for float64).
+
+    Raises:
+        ValueError: a shape, type or value is not as above; the message names the argument.
+
+    Example:
+        >>> q, k, v = (torch.randn(1, 8, 2, 16) for _ in range(3))
+        >>> log_f = torch.nn.functional.logsigmoid(torch.randn(1, 8, 2))
+        >>> forgetting_attention(q, k, v, log_f).shape
+        torch.Size([1, 8, 2, 16])
+    """
+    _check_inputs(q, k, v, log_f)
+    if not 0.0 <= dropout < 1.0:
+        raise ValueError(f"dropout must be in [0, 1), got {dropout}")
+    decay = _decay(q.shape[1], log_f, attention_mask, cu_seqlens)
+    scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
+    out, lse = reference_attention(q, k, v, decay, scale=scale, dropout=dropout)
+    return (out, lse) if return_lse else out
+
+
+def _decay(queries: int, log_f: Tensor, attention_mask: Tensor | None, cu_seqlens: Tensor | None) -> Decay:
+    batch, keys, _ = log_f.shape
+    starts = None
+    if cu_seqlens is not None:
+        if batch != 1:
+            raise ValueError(f"cu_seqlens packs sequences in a batch of one, got a batch of {batch}")
+        check_cu_seqlens("cu_seqlens", cu_seqlens, keys)
+        starts = sequence_starts(cu_seqlens.to(log_f.device), keys)
+    if attention_mask is not None:
+        if attention_mask.shape != (batch, keys):
+            raise ValueError(
+                f"attention_mask must have shape [B, Tk] = {[batch, keys]}, got {list(attention_mask.shape)}"
+            )
+        real = attention_mask.to(device=log_f.device, dtype=torch.bool)
+        log_f = log_f.masked_fill(~real[..., None], 0.0)
+    c, first = accumulate(log_f, starts=starts)
+    last = torch.arange(keys - queries, keys, device=log_f.device)
+    decay = Decay(c[..., keys - queries :], c, first[..., keys - queries :], last)
+    return decay if attention_mask is None else hide_padding(decay, real)
+
+
+def hide_padding(decay: Decay, real: Tensor) -> Decay:
+    """Hide padding from every query, and everything from the queries that are padding.
+
+    Args:
+        decay: of ``Tq`` queries over ``Tk`` keys.
+        real: ``[B, Tk]`` bool, False for padding.
+    """
+    key = decay.key.masked_fill(~real[:, None, :], float("inf"))
+    real_query = real.index_select(1, decay.last)
+    first = torch.where(real_query[:, None, :], decay.first, decay.last + 1)
+    return decay._replace(key=key, first=first)
+
+
+def _check_inputs(q: Tensor, k: Tensor, v: Tensor, log_f: Tensor) -> None:
+    for name, x in (("q", q), ("k", k), ("v", v)):
+        if x.ndim != 4:
+            raise ValueError(f"{name} must have shape [B, T, heads, D], got {list(x.shape)}")
+        if x.dtype not in _DTYPES:
+            raise ValueError(f"{name} must be float16, bfloat16, float32 or float64, got {x.dtype}")
+        if x.dtype != q.dtype or x.device != q.device:
+            raise ValueError(
+                f"{name} must have the type and device of q, {q.dtype} on {q.device}, got {x.dtype} on {x.device}"
+            )
+    batch, queries, heads, head_dim = q.shape
+    keys, kv_heads = k.shape[1], k.shape[2]
+    if k.shape != (batch, keys, kv_heads, head_dim):
+        raise ValueError(
+            f"k must have the batch size and head size of q, [{batch}, Tk, G, {head_dim}], got {list(k.shape)}"
+        )
+    if v.shape != k.shape:
+        raise ValueError(f"v must have the shape of k, {list(k.shape)}, got {list(v.shape)}")
+    if queries > keys:
+        raise ValueError(f"q must not have more tokens than k: got {queries} queries for {keys} keys")
+    if kv_heads == 0 or heads % kv_heads or head_dim == 0:
+        raise ValueError(
+            f"q must have a multiple of the heads of k and a positive head size, "
+            f"got {heads} query heads, {kv_heads} key/value heads, head size {head_dim}"
+        )
+    accepted = sorted({1, kv_heads, heads})
+    if log_f.ndim != 3 or log_f.shape[:2] != (batch, keys) or log_f.shape[2] not in accepted:
+        raise ValueError(
+            f"log_f must have shape [B, Tk, Hf] = [{batch}, {keys}, one of {accepted}], got {list(log_f.shape)}"
+        )
+    if log_f.dtype not in (torch.float32, torch.float64) or log_f.device != q.device:
+        raise ValueError(
+            f"log_f must be float32 or float64 on {q.device}, got {log_f.dtype} on {log_f.device}: "
+            "gates in half precision lose the long decays (convert the gate's logits before logsigmoid)"
+        )
+    if log_f.device.type == "cpu" and not torch.compiler.is_compiling() and not (log_f <= 0.0).all():
+        raise ValueError(
+            "log_f must be <= 0 and not NaN: it is the log of a gate in [0, 1], as logsigmoid gives it; "
+            f"got a largest value of {log_f.max().item()}"
+        )
+
+
+def check_cu_seqlens(name: str, cu_seqlens: Tensor, length: int) -> None:
+    """Raise a `ValueError` about argument ``name`` unless it holds offsets that rise from 0 to ``length``.
+
+    The values are read on a CPU only: elsewhere that would wait for the device.
+    """
+    if cu_seqlens.ndim != 1 or cu_seqlens.dtype not in (torch.int32, torch.int64) or len(cu_seqlens) < 2:
+        raise ValueError(
+            f"{name} must be int32 or int64 of shape [N + 1] with N >= 1, "
+            f"got {cu_seqlens.dtype} of shape {list(cu_seqlens.shape)}"
+        )
+    if cu_seqlens.device.type == "cpu" and not torch.compiler.is_compiling():
+        offsets = cu_seqlens.tolist()
+        if offsets[0] != 0 or offsets[-1] != length or offsets != sorted(offsets):
+            raise ValueError(f"{name} must rise from 0 to the number of tokens, {length}, got {offsets}")

@@ -1,0 +1,87 @@
+"""Exact decay of forgetting attention: running sums of log forget gates and what each query may see.
+
+With log gates ``log f_l <= 0`` and ``c_i = sum_{l <= i} log f_l``, the logit of query ``i`` and key ``j <= i``
+gets the bias ``D_ij = c_i - c_j = sum_{j < l <= i} log f_l`` (Forgetting Transformer, arXiv 2503.02130).
+``c`` falls without bound while only *differences over short ranges* matter, so ``c`` is kept in float64: at
+``c = -1e5`` one float32 ulp is 8e-3, a 1% error in a weight that should be exact, and it grows with length.
+
+A gate of exactly zero (``log f = -inf``) hides everything before its token. It is not a number to be summed
+but a boundary, as the start of a packed sequence is, so both become the first key that a query may see.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class Decay(NamedTuple):
+    """What a block of queries needs to know of the gates: all that attention reads beside q, k and v.
+
+    ``Hf`` is the number of gates per token: the query heads, the key/value heads, or 1 (shared by all heads).
+
+    Attributes:
+        query: ``[B, Hf, Tq]`` float64, running sum ``c_i`` at each query.
+        key: ``[B, Hf, Tk]`` float64, running sum ``c_j`` at each key; ``+inf`` hides a key (padding).
+        first: ``[B, Hf or 1, Tq]`` int64, first key that a query may see. Greater than ``last`` for a query that
+            may see nothing; its output is zero.
+        last: ``[Tq]`` int64, last key that a query may see: its own index. Consecutive and ascending.
+    """
+
+    query: Tensor
+    key: Tensor
+    first: Tensor
+    last: Tensor
+
+    def bias(self) -> Tensor:
+        """The dense bias ``D`` as ``[B, Hf, Tq, Tk]`` float64, ``-inf`` where a query may not see a key."""
+        keys = torch.arange(self.key.shape[-1], device=self.key.device)
+        visible = (keys >= self.first[..., None]) & (keys <= self.last[:, None])
+        bias = self.query[..., None] - self.key[..., None, :]
+        return bias.masked_fill(~visible, float("-inf"))
+
+
+def accumulate(
+    log_f: Tensor,
+    offset: int | Tensor = 0,
+    carry: tuple[Tensor, Tensor] | None = None,
+    starts: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Sum log gates along the sequence and find the first key each token may see.
+
+    Args:
+        log_f: ``[B, T, Hf]`` log forget gates, ``<= 0``, ``-inf`` for a hard reset; summed in float64.
+        offset: index of the first of these tokens in its sequence (tokens seen before this block).
+        carry: ``(c, first)`` of the token before the block, ``[B, Hf]`` float64 and int64.
+        starts: ``[B, T]`` bool, True where a new packed sequence begins.
+
+    Returns:
+        ``c`` as ``[B, Hf, T]`` float64 (differentiable in ``log_f``) and ``first`` as ``[B, Hf, T]`` int64.
+    """
+    log_f = log_f.transpose(1, 2)
+    resets = torch.isneginf(log_f)
+    c = log_f.masked_fill(resets, 0.0).double().cumsum(-1)
+    if starts is not None:
+        resets = resets | starts[:, None, :]
+    positions = torch.arange(log_f.shape[-1], device=log_f.device) + offset
+    first = torch.where(resets, positions, 0)
+    if carry is not None:
+        c = c + carry[0][..., None]
+        first = torch.maximum(first, carry[1][..., None])
+    # cummax of an empty tensor raises
+    return c, first.cummax(-1).values if first.shape[-1] else first
+
+
+def sequence_starts(cu_seqlens: Tensor, length: int) -> Tensor:
+    """Mark the first token of every packed sequence.
+
+    Args:
+        cu_seqlens: ``[N + 1]`` integer offsets ``0 = o_0 <= o_1 <= ... <= o_N = length``.
+        length: number of packed tokens.
+
+    Returns:
+        ``[1, length]`` bool.
+    """
+    # One slot more than tokens: an empty sequence at the end starts at ``length``.
+    starts = torch.zeros(length + 1, dtype=torch.bool, device=cu_seqlens.device)
+    return starts.index_fill(0, cu_seqlens.long(), True)[None, :length]

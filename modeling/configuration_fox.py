@@ -1,0 +1,282 @@
+"""Configuration of the Forgetting Transformer (FoX)."""
+
+import difflib
+from typing import Literal
+
+from huggingface_hub.dataclasses import strict
+from transformers.activations import ACT2FN
+from transformers.configuration_utils import PreTrainedConfig
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS, RopeParameters
+
+_SIZES = {
+    # name: hidden size, layers, heads, as trained in the Forgetting Transformer paper (arXiv 2503.02130)
+    "125m": (768, 12, 12),
+    "360m": (1024, 24, 16),
+    "760m": (1536, 24, 24),
+}
+_PRO_PARTS = {
+    "qk_norm": "per_head",
+    "use_key_shift": True,
+    "use_value_shift": True,
+    "use_output_gate": True,
+    "use_output_norm": True,
+}
+_LLAMA_PARTS = {
+    "qk_norm": "none",
+    "use_key_shift": False,
+    "use_value_shift": False,
+    "use_output_gate": False,
+    "use_output_norm": False,
+}
+_FOREIGN_FIELDS = {
+    "num_heads": "use num_attention_heads",
+    "num_kv_heads": "use num_key_value_heads",
+    "num_layers": "use num_hidden_layers",
+    "norm_eps": "use rms_norm_eps",
+    "hidden_ratio": "use mlp_ratio",
+    "use_rope": "set rope_parameters",
+    "rope_base": "set rope_parameters",
+    "fgate_type": "use forget_gate",
+    "use_k_shift": "use use_key_shift",
+    "use_v_shift": "use use_value_shift",
+    "layer_types": "it is derived, all layers are forgetting attention",
+    "sliding_window": "the forget gates bound what a head sees",
+}
+
+
+@strict
+class FoxConfig(PreTrainedConfig):
+    r"""
+    Configuration of a [`FoxModel`]: a decoder whose softmax attention forgets, `softmax(QK^T * scale + c_i - c_j) V`
+    with `c` the running sum of log forget gates (Forgetting Transformer, arXiv 2503.02130).
+
+    The defaults are FoX (Pro). Each Pro part is a switch of its own; [`FoxConfig.preset`] has the papers' models.
+
+    Args:
+        vocab_size (`int`, defaults to 50304): Number of tokens.
+        hidden_size (`int`, defaults to 768): Width of the residual stream.
+        intermediate_size (`int`, *optional*): Width of the gated MLP. `None` is 2/3 of `mlp_ratio * hidden_size`,
+            rounded up to a multiple of 256.
+        mlp_ratio (`float`, *optional*): Sets `intermediate_size` where that is `None`. `None` is 3.5 with an output
+            gate and 4 without, as in the paper, which keeps the number of parameters about the same.
+        num_hidden_layers (`int`, defaults to 12): Number of blocks.
+        num_attention_heads (`int`, defaults to 12): Number of query heads.
+        num_key_value_heads (`int`, *optional*): Number of key/value heads; `None` is one per query head.
+        head_dim (`int`, *optional*): Size of a head; `None` is `hidden_size / num_attention_heads`.
+        hidden_act (`str`, defaults to `"silu"`): Activation of the MLP gate.
+        max_position_embeddings (`int`, defaults to 16384): Longest sequence the model is meant for. FoX has no position
+            embeddings unless `rope_parameters` is set; then some RoPE types read this.
+        initializer_range (`float`, defaults to 0.02): Standard deviation of new weights.
+        rms_norm_eps (`float`, defaults to 1e-6): Epsilon of every RMSNorm but those of QK-norm.
+        use_cache (`bool`, defaults to `True`): Whether a forward pass returns a cache.
+        tie_word_embeddings (`bool`, defaults to `False`): Whether input and output embeddings share a weight.
+        rope_parameters (`dict`, *optional*): Rotary embeddings beside the gate, as everywhere in transformers
+            (`rope_type`, `rope_theta`, ...). `None`, the default, is none: the gate carries position.
+        attention_bias (`bool`, defaults to `False`): Biases of the q, k, v and o projections.
+        mlp_bias (`bool`, defaults to `False`): Biases of the MLP projections.
+        attention_dropout (`float`, defaults to 0.0): Probability of dropping an attention weight in training.
+        forget_gate (`str`, defaults to `"full"`): `"full"`, `f_t = sigmoid(w . x_t + b)`; `"bias_only"`,
+            `f = sigmoid(b)` with `b` learned; `"fixed"`, the same with `b` constant; `"none"`, `f = 1`: a Transformer.
+        forget_gate_heads (`str`, defaults to `"query"`): `"query"`, one gate per query head; `"key_value"`, one per
+            key/value head.
+        decay_time_min, decay_time_max (`float`, default to 2.0 and 2048.0): Decay times, in tokens, that the gates start
+            from: log-spaced over the heads of each layer by the bias `b = -log(expm1(1 / T))`, so that
+            `log f = -1 / T` where the input is zero. Both `1 / ln 2` is the paper's start of `full` gates, `f = 0.5`.
+        qk_norm (`str`, defaults to `"per_head"`): RMSNorm of queries and keys over each head: `"per_head"`, each head
+            has its weights; `"shared"`, all heads share them (the authors' checkpoints); `"none"`.
+        qk_norm_eps (`float`, *optional*): Epsilon of QK-norm; `None` is `rms_norm_eps`.
+        use_key_shift (`bool`, defaults to `True`): Mix each key with the one before it,
+            `alpha_t k_{t-1} + (1 - alpha_t) k_t` with `alpha_t = sigmoid(w . x_t)` per head, before QK-norm.
+        use_value_shift (`bool`, defaults to `True`): The same for values.
+        use_output_gate (`bool`, defaults to `True`): Multiply the output of attention by `output_gate_act(W x)`.
+        output_gate_act (`str`, defaults to `"sigmoid"`): `"sigmoid"` or `"silu"`.
+        use_output_norm (`bool`, defaults to `True`): RMSNorm of the output of each head, before the output gate.
+
+    Raises:
+        A `ValueError` (huggingface_hub's `StrictDataclassError`) names the field, what came and what is accepted.
+
+    ```python
+    >>> from foxlm import FoxConfig, FoxForCausalLM
+
+    >>> config = FoxConfig.preset("pro-125m")
+    >>> model = FoxForCausalLM(config)
+    ```
+    """
+
+    model_type = "fox"
+    keys_to_ignore_at_inference = ["past_key_values"]
+
+    base_model_tp_plan = {
+        "layers.*.self_attn.q_proj": "colwise",
+        "layers.*.self_attn.k_proj": "colwise",
+        "layers.*.self_attn.v_proj": "colwise",
+        "layers.*.self_attn.forget_gate": "colwise",
+        "layers.*.self_attn.o_proj": "rowwise",
+        "layers.*.mlp.gate_proj": "colwise",
+        "layers.*.mlp.up_proj": "colwise",
+        "layers.*.mlp.down_proj": "rowwise",
+    }
+    base_model_pp_plan = {
+        "embed_tokens": (["input_ids"], ["inputs_embeds"]),
+        "layers": (["hidden_states", "attention_mask"], ["hidden_states"]),
+        "norm": (["hidden_states"], ["hidden_states"]),
+    }
+
+    vocab_size: int = 50304
+    hidden_size: int = 768
+    intermediate_size: int | None = None
+    mlp_ratio: float | int | None = None
+    num_hidden_layers: int = 12
+    num_attention_heads: int = 12
+    num_key_value_heads: int | None = None
+    head_dim: int | None = None
+    hidden_act: str = "silu"
+    max_position_embeddings: int = 16384
+    initializer_range: float = 0.02
+    rms_norm_eps: float = 1e-6
+    use_cache: bool = True
+    tie_word_embeddings: bool = False
+    rope_parameters: RopeParameters | dict | None = None
+    attention_bias: bool = False
+    mlp_bias: bool = False
+    attention_dropout: float | int = 0.0
+    forget_gate: Literal["full", "bias_only", "fixed", "none"] = "full"
+    forget_gate_heads: Literal["query", "key_value"] = "query"
+    decay_time_min: float | int = 2.0
+    decay_time_max: float | int = 2048.0
+    qk_norm: Literal["per_head", "shared", "none"] = "per_head"
+    qk_norm_eps: float | None = None
+    use_key_shift: bool = True
+    use_value_shift: bool = True
+    use_output_gate: bool = True
+    output_gate_act: Literal["sigmoid", "silu"] = "sigmoid"
+    use_output_norm: bool = True
+    pad_token_id: int | None = None
+    bos_token_id: int | None = None
+    eos_token_id: int | list[int] | None = None
+
+    @classmethod
+    def preset(cls, name: str, **overrides) -> "FoxConfig":
+        """A model of the papers, e.g. `"pro-760m"`: `llama` or `pro` with `125m`, `360m` or `760m`.
+
+        Args:
+            name: block and size.
+            overrides: any other field of the configuration.
+        """
+        names = [f"{block}-{size}" for block in ("llama", "pro") for size in _SIZES]
+        if name not in names:
+            raise ValueError(f"name must be one of {names}, got {name!r}")
+        block, size = name.split("-")
+        hidden_size, layers, heads = _SIZES[size]
+        fields = {
+            "hidden_size": hidden_size,
+            "num_hidden_layers": layers,
+            "num_attention_heads": heads,
+            **(_PRO_PARTS if block == "pro" else _LLAMA_PARTS),
+        }
+        return cls(**(fields | overrides))
+
+    def __post_init__(self, **kwargs):
+        self._refuse_foreign(kwargs)
+        if self.num_key_value_heads is None:
+            self.num_key_value_heads = self.num_attention_heads
+        if self.head_dim is None and self.num_attention_heads > 0:
+            if self.hidden_size % self.num_attention_heads:
+                raise ValueError(
+                    f"hidden_size must be a multiple of num_attention_heads where head_dim is not given, "
+                    f"got {self.hidden_size} and {self.num_attention_heads}"
+                )
+            self.head_dim = self.hidden_size // self.num_attention_heads
+        if self.intermediate_size is None:
+            if self.mlp_ratio is None:
+                self.mlp_ratio = 3.5 if self.use_output_gate else 4.0
+            self.intermediate_size = 256 * -(-int(self.hidden_size * self.mlp_ratio * 2 / 3) // 256)
+        super().__post_init__(**kwargs)
+
+    @property
+    def layer_types(self) -> list[str]:
+        """What each layer caches, for transformers' cache classes; all layers are alike and it is not saved."""
+        return ["forgetting_attention"] * self.num_hidden_layers
+
+    @property
+    def heads(self) -> tuple[int, int, int]:
+        """Query heads, key/value heads and head size."""
+        assert self.num_key_value_heads is not None and self.head_dim is not None, "set in __post_init__"
+        return self.num_attention_heads, self.num_key_value_heads, self.head_dim
+
+    @property
+    def num_forget_gates(self) -> int:
+        """Gates per token and layer; without gates one, shared by all heads, that never forgets."""
+        if self.forget_gate == "none":
+            return 1
+        query_heads, kv_heads, _ = self.heads
+        return query_heads if self.forget_gate_heads == "query" else kv_heads
+
+    def _refuse_foreign(self, kwargs: dict) -> None:
+        """transformers keeps any unknown argument as an attribute; one that means a field of ours would be ignored."""
+        fields = list(type(self).__dataclass_fields__)
+        for name in kwargs:
+            if name in _FOREIGN_FIELDS:
+                raise ValueError(f"{name} is not a field of {type(self).__name__}: {_FOREIGN_FIELDS[name]}")
+            close = difflib.get_close_matches(name, fields, n=1, cutoff=0.85)
+            if close and not hasattr(type(self), name):
+                raise ValueError(f"{name} is not a field of {type(self).__name__}; did you mean {close[0]}?")
+
+    def convert_rope_params_to_dict(self, **kwargs):
+        # transformers turns None into a default RoPE; here None means no RoPE.
+        if self.rope_parameters is None and not kwargs.get("rope_scaling") and "rope_theta" not in kwargs:
+            kwargs.pop("rope_scaling", None)
+            return kwargs
+        return super().convert_rope_params_to_dict(**kwargs)
+
+    def validate_rope(self) -> None:
+        if self.rope_parameters is None:
+            return
+        rope_type = self.rope_parameters.get("rope_type", "default")
+        accepted = ["default", *ROPE_INIT_FUNCTIONS]
+        if rope_type not in accepted:
+            raise ValueError(f"rope_parameters must have a rope_type in {accepted}, got {rope_type!r}")
+        super().validate_rope()
+
+    def validate_layer_type(self) -> None:
+        """`layer_types` is derived here: nothing to check."""
+
+    def validate_architecture(self) -> None:
+        """Part of `@strict`'s validation: sizes that contradict each other."""
+        for field in (
+            "vocab_size",
+            "hidden_size",
+            "intermediate_size",
+            "num_hidden_layers",
+            "num_attention_heads",
+            "num_key_value_heads",
+            "head_dim",
+            "max_position_embeddings",
+        ):
+            self._require(field, getattr(self, field) > 0, "a positive integer")
+        self._require(
+            "num_key_value_heads",
+            self.num_attention_heads % self.heads[1] == 0,
+            f"a divisor of num_attention_heads ({self.num_attention_heads})",
+        )
+        for field in ("rms_norm_eps", "qk_norm_eps", "initializer_range", "mlp_ratio"):
+            value = getattr(self, field)
+            self._require(field, value is None or value > 0, "a positive number")
+        self._require("hidden_act", self.hidden_act in ACT2FN, f"one of {sorted(ACT2FN)}")
+        self._require("attention_dropout", 0 <= self.attention_dropout < 1, "a number in [0, 1)")
+        # An upper bound beyond any sequence, below which exp(1 / T) - 1 is exact enough in float32 arithmetic.
+        self._require("decay_time_min", 0 < self.decay_time_min <= 1e9, "a number of tokens in (0, 1e9]")
+        self._require(
+            "decay_time_max",
+            self.decay_time_min <= self.decay_time_max <= 1e9,
+            f"a number of tokens in [decay_time_min, 1e9] = [{self.decay_time_min}, 1e9]",
+        )
+        if self.rope_parameters is not None:
+            self._require("head_dim", self.heads[2] % 2 == 0, "an even number with rope_parameters")
+
+    def _require(self, field: str, holds: bool, accepted: str) -> None:
+        if not holds:
+            raise ValueError(f"{field} must be {accepted}, got {getattr(self, field)!r}")
+
+
+__all__ = ["FoxConfig"]

@@ -1,0 +1,32 @@
+"""Make FoX known to transformers' Auto classes and to PEFT."""
+
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForQuestionAnswering,
+    AutoModelForSequenceClassification,
+    AutoModelForTokenClassification,
+)
+
+from .configuration_fox import FoxConfig
+from .modeling_fox import (
+    FoxForCausalLM,
+    FoxForQuestionAnswering,
+    FoxForSequenceClassification,
+    FoxForTokenClassification,
+    FoxModel,
+)
+
+
+def register_fox() -> None:
+    """Register the configuration and every model; harmless when repeated."""
+    AutoConfig.register(FoxConfig.model_type, FoxConfig, exist_ok=True)
+    for auto, model in (
+        (AutoModel, FoxModel),
+        (AutoModelForCausalLM, FoxForCausalLM),
+        (AutoModelForSequenceClassification, FoxForSequenceClassification),
+        (AutoModelForTokenClassification, FoxForTokenClassification),
+        (AutoModelForQuestionAnswering, FoxForQuestionAnswering),
+    ):
+        auto.register(FoxConfig, model, exist_ok=True)
