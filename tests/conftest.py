@@ -1,0 +1,25 @@
+"""Settings that every test shares: no network, one share of the cores per worker, the same seed each time."""
+
+import os
+
+# Before transformers is imported: it reads this once.
+os.environ["HF_HUB_OFFLINE"] = "1"
+
+import pytest
+import torch
+from hypothesis import settings
+
+# Each worker of pytest-xdist would otherwise start as many threads as there are cores.
+_WORKERS = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
+torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // _WORKERS))
+
+# No deadline: the first example of a test pays for compilation and warm-up. The same examples at every run: a
+# failure in CI must repeat elsewhere.
+settings.register_profile("foxlm", deadline=None, derandomize=True, max_examples=25)
+settings.load_profile("foxlm")
+
+
+@pytest.fixture(autouse=True)
+def seed() -> None:
+    """Start every test from the same random state, whatever ran before it in this process."""
+    torch.manual_seed(0)
