@@ -5,11 +5,12 @@ from typing import Any
 
 import pytest
 import torch
-from foxlm import FoxConfig, FoxForCausalLM
 from huggingface_hub.errors import StrictDataclassError
-from models import ROPE, SIZES, VARIANTS, assert_close, tiny_config, tiny_model, tokens
 from transformers import AutoConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+from foxlm import FoxConfig, FoxForCausalLM
+from models import ROPE, SIZES, VARIANTS, assert_close, tiny_config, tiny_model, tokens
 
 # What `@strict` raises for a type is no ValueError, and for a missing RoPE parameter transformers raises a KeyError.
 REFUSED = (ValueError, StrictDataclassError, KeyError)

@@ -5,19 +5,9 @@ import math
 from collections.abc import Callable
 from typing import Any
 
-import foxlm
 import pytest
 import torch
-from foxlm import (
-    FoxForCausalLM,
-    FoxForQuestionAnswering,
-    FoxForSequenceClassification,
-    FoxForTokenClassification,
-    FoxModel,
-)
-from models import IMPLEMENTATIONS, LLAMA, ROPE, SIZES, VARIANTS, assert_close, tiny_config, tiny_model, tokens
 from safetensors.torch import load_file, save_file
-from test_configuration import ROPE_TYPES, rope
 from torch import Tensor
 from transformers import (
     AutoModel,
@@ -30,6 +20,17 @@ from transformers import (
     Qwen3Config,
     Qwen3ForCausalLM,
 )
+
+import foxlm
+from foxlm import (
+    FoxForCausalLM,
+    FoxForQuestionAnswering,
+    FoxForSequenceClassification,
+    FoxForTokenClassification,
+    FoxModel,
+)
+from models import IMPLEMENTATIONS, LLAMA, ROPE, SIZES, VARIANTS, assert_close, tiny_config, tiny_model, tokens
+from test_configuration import ROPE_TYPES, rope
 
 
 def rms(x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -49,7 +50,7 @@ def rotate(x: Tensor, position: int, parameters: dict[str, Any]) -> Tensor:
 
 
 class LoopModel:
-    """FoX as the papers write it: one token, one head, one weight at a time. Reads weights by name, runs no foxlm code."""
+    """FoX as the papers write it: one token, one head, one weight at a time. It reads weights, runs no foxlm code."""
 
     def __init__(self, model: FoxForCausalLM) -> None:
         self.config = model.config
@@ -536,7 +537,7 @@ def test_half_precision_is_finite_and_near(variant: str, dtype: torch.dtype, imp
     assert_close(logits.float(), model(tokens(2, 30)).logits, 16 * torch.finfo(dtype).eps)
 
 
-def edit_weights(folder: Any, edit: Callable[[dict[str, Tensor]], None]) -> None:
+def edit_weights(folder: Any, edit: Callable[[dict[str, Tensor]], object]) -> None:
     weights = load_file(folder / "model.safetensors")
     edit(weights)
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
@@ -547,7 +548,7 @@ GATE = "model.layers.1.self_attn.forget_gate"
 
 def test_missing_gate_is_reported_and_starts_anew(tmp_path) -> None:
     tiny_model(dtype=torch.float32).save_pretrained(tmp_path)
-    edit_weights(tmp_path, lambda weights: [weights.pop(GATE + ".weight"), weights.pop(GATE + ".bias")] and None)
+    edit_weights(tmp_path, lambda weights: (weights.pop(GATE + ".weight"), weights.pop(GATE + ".bias")))
     loaded, info = AutoModelForCausalLM.from_pretrained(tmp_path, output_loading_info=True)
     assert set(info["missing_keys"]) == {GATE + ".weight", GATE + ".bias"}
     log_f = loaded.model.layers[1].self_attn.log_forget_gates(torch.zeros(1, 1, 32))[0, 0]
