@@ -178,24 +178,26 @@ def _forward(
     dropout: float,
     seed: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    chunks = _Chunks(q, k, c_q, c_k, first, last, scale)
-    values = _head_first(v, chunks.dtype)
-    out = torch.empty(q.shape[:-1] + v.shape[-1:], dtype=q.dtype, device=q.device)
-    lse = torch.empty(q.shape[0], q.shape[2], q.shape[1], dtype=chunks.dtype, device=q.device)
-    for rows, keys, far in chunks:
-        scores = chunks.scores(rows, keys, far)
-        # A row that sees nothing has maximum -inf: any finite shift leaves its weights at zero.
-        shift = scores.amax(-1, keepdim=True)
-        shift = shift.masked_fill(torch.isneginf(shift), 0.0)
-        weights = _exp(scores.sub_(shift))
-        total = weights.sum(-1, keepdim=True)
-        lse[..., rows] = (shift + total.log()).squeeze(-1).flatten(1, 2)
-        if seed is not None:
-            weights = weights * _dropout_scale(weights, dropout, seed, rows.start)
-        mixed = (weights.flatten(2, 3) @ values[..., keys, :]).unflatten(2, weights.shape[2:4])
-        mixed = mixed / total.masked_fill(total == 0.0, 1.0)
-        out[:, rows] = mixed.flatten(1, 2).transpose(1, 2).to(q.dtype)
-    return out, lse
+    # An operator runs under the caller's autocast, which would turn the products below to half precision.
+    with torch.autocast(q.device.type, enabled=False):
+        chunks = _Chunks(q, k, c_q, c_k, first, last, scale)
+        values = _head_first(v, chunks.dtype)
+        out = torch.empty(q.shape[:-1] + v.shape[-1:], dtype=q.dtype, device=q.device)
+        lse = torch.empty(q.shape[0], q.shape[2], q.shape[1], dtype=chunks.dtype, device=q.device)
+        for rows, keys, far in chunks:
+            scores = chunks.scores(rows, keys, far)
+            # A row that sees nothing has maximum -inf: any finite shift leaves its weights at zero.
+            shift = scores.amax(-1, keepdim=True)
+            shift = shift.masked_fill(torch.isneginf(shift), 0.0)
+            weights = _exp(scores.sub_(shift))
+            total = weights.sum(-1, keepdim=True)
+            lse[..., rows] = (shift + total.log()).squeeze(-1).flatten(1, 2)
+            if seed is not None:
+                weights = weights * _dropout_scale(weights, dropout, seed, rows.start)
+            mixed = (weights.flatten(2, 3) @ values[..., keys, :]).unflatten(2, weights.shape[2:4])
+            mixed = mixed / total.masked_fill(total == 0.0, 1.0)
+            out[:, rows] = mixed.flatten(1, 2).transpose(1, 2).to(q.dtype)
+        return out, lse
 
 
 @_forward.register_fake
@@ -222,38 +224,39 @@ def _backward(
     seed: Tensor | None,
     need_decay: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    chunks = _Chunks(q, k, c_q, c_k, first, last, scale)
-    values = _head_first(v, chunks.dtype)
-    dout_grouped = _grouped(dout, chunks.kv_heads, chunks.dtype)
-    delta = (dout_grouped * _grouped(out, chunks.kv_heads, chunks.dtype)).sum(-1)
-    delta -= dlse.unflatten(1, (chunks.kv_heads, -1))
-    # exp(-inf - 0) = 0 for a row that sees nothing, where exp(-inf + inf) would be NaN.
-    log_total = lse.masked_fill(torch.isneginf(lse), 0.0).unflatten(1, (chunks.kv_heads, -1))
+    with torch.autocast(q.device.type, enabled=False):
+        chunks = _Chunks(q, k, c_q, c_k, first, last, scale)
+        values = _head_first(v, chunks.dtype)
+        dout_grouped = _grouped(dout, chunks.kv_heads, chunks.dtype)
+        delta = (dout_grouped * _grouped(out, chunks.kv_heads, chunks.dtype)).sum(-1)
+        delta -= dlse.unflatten(1, (chunks.kv_heads, -1))
+        # exp(-inf - 0) = 0 for a row that sees nothing, where exp(-inf + inf) would be NaN.
+        log_total = lse.masked_fill(torch.isneginf(lse), 0.0).unflatten(1, (chunks.kv_heads, -1))
 
-    dq = torch.empty_like(q, memory_format=torch.contiguous_format)
-    dk, dv = torch.zeros_like(chunks.k), torch.zeros_like(values)
-    dc_q = torch.zeros_like(c_q, memory_format=torch.contiguous_format)
-    dc_k = torch.zeros_like(c_k, memory_format=torch.contiguous_format)
-    for rows, keys, far in chunks:
-        weights = _exp(chunks.scores(rows, keys, far).sub_(log_total[..., rows, None]))
-        dout_rows = dout_grouped[..., rows, :].flatten(2, 3)
-        dweights = (dout_rows @ values[..., keys, :].mT).unflatten(2, weights.shape[2:4])
-        kept_weights = weights
-        if seed is not None:
-            kept = _dropout_scale(weights, dropout, seed, rows.start)
-            kept_weights, dweights = weights * kept, dweights * kept
-        dv[..., keys, :] += kept_weights.flatten(2, 3).mT @ dout_rows
-        dscores = weights * dweights.sub_(delta[..., rows, None])
-        flat = dscores.flatten(2, 3)
-        dq_rows = (flat @ chunks.k[..., keys, :]).mul_(scale).unflatten(2, weights.shape[2:4])
-        dq[:, rows] = dq_rows.flatten(1, 2).transpose(1, 2).to(q.dtype)
-        dk[..., keys, :] += flat.mT @ chunks.q[..., rows, :].flatten(2, 3)
-        if need_decay:
-            gates = c_q.shape[1]
-            dc_q[..., rows] = _reduce_heads(dscores.sum(-1, dtype=torch.float64), gates)
-            dc_k[..., keys] -= _reduce_heads(dscores.sum(-2, dtype=torch.float64), gates)
-    dk = dk.transpose(1, 2).to(k.dtype).contiguous()
-    return dq, dk, dv.transpose(1, 2).to(v.dtype).contiguous(), dc_q, dc_k
+        dq = torch.empty_like(q, memory_format=torch.contiguous_format)
+        dk, dv = torch.zeros_like(chunks.k), torch.zeros_like(values)
+        dc_q = torch.zeros_like(c_q, memory_format=torch.contiguous_format)
+        dc_k = torch.zeros_like(c_k, memory_format=torch.contiguous_format)
+        for rows, keys, far in chunks:
+            weights = _exp(chunks.scores(rows, keys, far).sub_(log_total[..., rows, None]))
+            dout_rows = dout_grouped[..., rows, :].flatten(2, 3)
+            dweights = (dout_rows @ values[..., keys, :].mT).unflatten(2, weights.shape[2:4])
+            kept_weights = weights
+            if seed is not None:
+                kept = _dropout_scale(weights, dropout, seed, rows.start)
+                kept_weights, dweights = weights * kept, dweights * kept
+            dv[..., keys, :] += kept_weights.flatten(2, 3).mT @ dout_rows
+            dscores = weights * dweights.sub_(delta[..., rows, None])
+            flat = dscores.flatten(2, 3)
+            dq_rows = (flat @ chunks.k[..., keys, :]).mul_(scale).unflatten(2, weights.shape[2:4])
+            dq[:, rows] = dq_rows.flatten(1, 2).transpose(1, 2).to(q.dtype)
+            dk[..., keys, :] += flat.mT @ chunks.q[..., rows, :].flatten(2, 3)
+            if need_decay:
+                gates = c_q.shape[1]
+                dc_q[..., rows] = _reduce_heads(dscores.sum(-1, dtype=torch.float64), gates)
+                dc_k[..., keys] -= _reduce_heads(dscores.sum(-2, dtype=torch.float64), gates)
+        dk = dk.transpose(1, 2).to(k.dtype).contiguous()
+        return dq, dk, dv.transpose(1, 2).to(v.dtype).contiguous(), dc_q, dc_k
 
 
 @_backward.register_fake

@@ -14,9 +14,13 @@ from torch import Tensor, nn
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, flash_attention_mask
 from transformers.modeling_utils import AttentionInterface
+from transformers.utils import logging
+from transformers.utils.generic import maybe_autocast
 
 from ..kernels.decay import Decay
 from ..kernels.reference import reference_attention
+
+logger = logging.get_logger(__name__)
 
 DEFAULT_IMPLEMENTATION = "fox_reference"
 IMPLEMENTATIONS = (DEFAULT_IMPLEMENTATION, "sdpa", "eager")
@@ -47,6 +51,7 @@ def reference_attention_forward(
     Returns:
         ``[B, Tq, H, D]`` and None: the weights are never held.
     """
+    _warn_of_attentions(kwargs)
     out, _ = reference_attention(
         query.transpose(1, 2),
         key.transpose(1, 2),
@@ -91,9 +96,25 @@ def sdpa_forward(
     **kwargs,
 ) -> tuple[Tensor, None]:
     """transformers' own SDPA function with the decay as its mask. Arguments as for `reference_attention_forward`."""
-    # float32 beside half-precision queries: rounded to bfloat16, a decay of -5 would be off by 2% in the weight.
-    bias = _dense_bias(decay, query).to(torch.promote_types(query.dtype, torch.float32))
-    return sdpa_attention_forward(module, query, key, value, bias, dropout=dropout, scaling=scaling, is_causal=False)
+    _warn_of_attentions(kwargs)
+    output_dtype = query.dtype
+    # In float32 throughout: SDPA wants the mask in the type of the queries, and rounded to bfloat16 a decay of -5 would
+    # be off by 2% in the weight.
+    dtype = torch.promote_types(query.dtype, torch.float32)
+    bias = _dense_bias(decay, query).to(dtype)
+    query, key, value = (x.to(dtype) for x in (query, key, value))
+    with maybe_autocast(query.device.type, enabled=False):
+        out, _ = sdpa_attention_forward(
+            module, query, key, value, bias, dropout=dropout, scaling=scaling, is_causal=False
+        )
+    return out.to(output_dtype), None
+
+
+def _warn_of_attentions(kwargs: dict) -> None:
+    if kwargs.get("output_attentions"):
+        logger.warning_once(
+            "output_attentions=True has no effect: only attn_implementation='eager' holds the attention weights"
+        )
 
 
 def _dense_bias(decay: Decay, query: Tensor) -> Tensor:

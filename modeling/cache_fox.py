@@ -3,7 +3,8 @@
 Decoding needs the running sum of log gates of every key, the first key that is still visible, and, with token shift,
 the last unshifted key and value. transformers' caches hold one layer object per model layer and build them by layer
 type; the two classes here are what they build for ``"forgetting_attention"``, so that ``DynamicCache(config=...)``,
-``StaticCache(config=...)`` and ``generate`` work as for any model. Every operation moves the extra state too.
+``StaticCache(config=...)`` and ``generate`` work as for any model. Every operation moves the extra state too, except
+offloading: it is read before the layer's turn to be fetched back, and is a twentieth of the keys and values.
 """
 
 from typing import ClassVar, NamedTuple
@@ -133,18 +134,6 @@ class DynamicForgettingLayer(DynamicLayer):
         super().batch_select_indices(indices)
         self._select_batch(lambda x: x[indices.to(x.device) if isinstance(indices, Tensor) else indices, ...])
 
-    def _move(self, device: torch.device | str) -> None:
-        self._select_batch(lambda x: x.to(device, non_blocking=True))
-
-    def offload(self) -> None:
-        super().offload()
-        self._move("cpu")
-
-    def prefetch(self) -> None:
-        super().prefetch()
-        if self.is_initialized:
-            self._move(self.device)
-
 
 class StaticGates(NamedTuple):
     """Gates of a static layer.
@@ -224,20 +213,6 @@ class StaticForgettingLayer(StaticLayer):
         super().reorder_cache(beam_idx)
         for buffer in self._buffers():
             buffer.copy_(buffer.index_select(0, beam_idx.to(buffer.device)))
-
-    def offload(self) -> None:
-        super().offload()
-        self._move("cpu")
-
-    def prefetch(self) -> None:
-        super().prefetch()
-        if self.is_initialized:
-            self._move(self.device)
-
-    def _move(self, device: torch.device | str) -> None:
-        if self.gates is not None:
-            self.gates = StaticGates(*(x.to(device, non_blocking=True) for x in self.gates))
-        self.unshifted = {name: x.to(device, non_blocking=True) for name, x in self.unshifted.items()}
 
 
 def check_cache(cache: Cache) -> None:

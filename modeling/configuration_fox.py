@@ -79,7 +79,7 @@ class FoxConfig(PreTrainedConfig):
             `f = sigmoid(b)` with `b` learned; `"fixed"`, the same with `b` constant; `"none"`, `f = 1`: a Transformer.
         forget_gate_heads (`str`, defaults to `"query"`): `"query"`, one gate per query head; `"key_value"`, one per
             key/value head.
-        decay_time_min, decay_time_max (`float`, default to 2.0 and 2048.0): Decay times, in tokens, that the gates start
+        decay_time_min, decay_time_max (`float`, default to 2.0 and 2048.0): Decay times, in tokens, that gates start
             from: log-spaced over the heads of each layer by the bias `b = -log(expm1(1 / T))`, so that
             `log f = -1 / T` where the input is zero. Both `1 / ln 2` is the paper's start of `full` gates, `f = 0.5`.
         qk_norm (`str`, defaults to `"per_head"`): RMSNorm of queries and keys over each head: `"per_head"`, each head

@@ -422,7 +422,7 @@ class FoxModel(FoxPreTrainedModel):
         device = inputs_embeds.device
         positions = torch.arange(length, device=device) + past
         keys = length if cache is None else cache.get_mask_sizes(length, 0)[0]
-        real_keys = padding_mask(attention_mask, batch, keys, device)
+        real_keys = padding_mask(attention_mask, batch, past, length, keys, device)
         real = None if real_keys is None else real_keys.index_select(1, positions)
         # A static cache that holds tokens reports a tensor: packing cannot begin there.
         fresh = isinstance(past, int) and past == 0
@@ -456,15 +456,27 @@ class FoxModel(FoxPreTrainedModel):
 
 
 def padding_mask(
-    attention_mask: Tensor | dict[str, Tensor | None] | None, batch: int, keys: int, device: torch.device
+    attention_mask: Tensor | dict[str, Tensor | None] | None,
+    batch: int,
+    past: int | Tensor,
+    length: int,
+    keys: int,
+    device: torch.device,
 ) -> Tensor | None:
-    """Bring an attention mask to ``[B, keys]`` bool, False for padding; None without padding.
+    """Bring an attention mask over all tokens so far to ``[B, keys]`` bool, False for padding; None without padding.
+
+    Args:
+        attention_mask: ``[B, past + length]``, or what `create_masks_for_generate` made of it.
+        batch: number of sequences.
+        past: tokens in the cache; a tensor for a static cache that holds some.
+        length: tokens of this pass.
+        keys: keys that attention will see, those still to come in a static cache included.
+        device: where the mask is wanted.
 
     Raises:
         ValueError: ``attention_mask`` is not 2-D, or does not fit.
     """
     if isinstance(attention_mask, dict):
-        # Made by `create_masks_for_generate` below, and complete.
         return attention_mask["forgetting_attention"]
     if attention_mask is None:
         return None
@@ -473,8 +485,14 @@ def padding_mask(
             f"attention_mask must be 2-D, [B, Tk], nonzero for real tokens; got shape {list(attention_mask.shape)}. "
             "FoX has no 4-D masks: tokens that a query may not see would still decay those that it may"
         )
-    if attention_mask.shape[0] != batch or attention_mask.shape[1] > keys:
-        raise ValueError(f"attention_mask must have shape [B, Tk] = {[batch, keys]}, got {list(attention_mask.shape)}")
+    # Reading a length that lives on another device would wait for it, and cannot be traced.
+    known = isinstance(past, int) or (past.device.type == "cpu" and not is_torchdynamo_compiling())
+    expected = int(past) + length if known else attention_mask.shape[1]
+    if attention_mask.shape != (batch, expected) or expected > keys:
+        raise ValueError(
+            f"attention_mask must cover the tokens in the cache and the new ones, [B, Tk] = {[batch, expected]}, "
+            f"got {list(attention_mask.shape)}"
+        )
     mask = attention_mask.to(device=device, dtype=torch.bool)
     if mask.shape[1] == keys and not is_torchdynamo_compiling() and mask.all():
         return None
@@ -511,7 +529,8 @@ class FoxForCausalLM(FoxPreTrainedModel, GenerationMixin):
         """
         batch, length = inputs_embeds.shape[:2]
         keys = length if past_key_values is None else past_key_values.get_mask_sizes(length, 0)[0]
-        mask = padding_mask(attention_mask, batch, keys, inputs_embeds.device)
+        past = 0 if past_key_values is None else past_key_values.get_seq_length()
+        mask = padding_mask(attention_mask, batch, past, length, keys, inputs_embeds.device)
         return {"forgetting_attention": mask}
 
     @can_return_tuple
