@@ -110,6 +110,8 @@ class _Chunks:
         self.has_hidden_keys = not _on_host(c_k) or bool(torch.isposinf(c_k).any())
 
     def __iter__(self):
+        if self.q.numel() == 0:
+            return
         rows, keys = self.q.shape[-2], self.k.shape[-2]
         elements_per_row = max(1, self.q.shape[0] * self.heads * keys)
         size = min(_MAX_CHUNK, max(_MIN_CHUNK, _CHUNK_ELEMENTS // elements_per_row))

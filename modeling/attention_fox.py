@@ -129,3 +129,7 @@ def _dense_bias(decay: Decay, query: Tensor) -> Tensor:
 # transformers ignores padding without a word for an implementation that has no mask function (the mask becomes None).
 AttentionInterface.register(DEFAULT_IMPLEMENTATION, reference_attention_forward)
 AttentionMaskInterface.register(DEFAULT_IMPLEMENTATION, flash_attention_mask)
+
+# An instance of our own: for FoX models alone, "sdpa" is called with the decay as its mask.
+ALL_ATTENTION_FUNCTIONS = AttentionInterface()
+ALL_ATTENTION_FUNCTIONS["sdpa"] = sdpa_forward

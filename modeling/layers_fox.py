@@ -1,0 +1,267 @@
+"""The parts of a FoX block: norms, gates, token shift, attention, decoder layer.
+
+The attention of one FoX (Pro) block (arXiv 2503.02130); every part but q, k, v and o is a switch of the configuration::
+
+    x -> norm -+-> q ----------> q_norm -+
+               +-> k -> shift -> k_norm -+-> forgetting attention -> output_norm -> * -> o
+               +-> v -> shift -----------+                                          |
+               +-> forget gate ----------+                                          |
+               +-> output gate -----------------------------------------------------+
+"""
+
+import math
+
+import torch
+from torch import Tensor, nn
+from transformers.activations import ACT2FN
+from transformers.cache_utils import Cache
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.models.llama.modeling_llama import LlamaMLP, LlamaRotaryEmbedding, apply_rotary_pos_emb
+from transformers.processing_utils import Unpack
+from transformers.utils import TransformersKwargs
+from transformers.utils.generic import maybe_autocast
+
+from ..kernels.attention import hide_padding
+from ..kernels.decay import Decay, accumulate
+from .attention_fox import ALL_ATTENTION_FUNCTIONS, eager_attention_forward
+from .cache_fox import layer_of
+from .configuration_fox import FoxConfig
+from .layout_fox import TokenLayout
+
+
+class FoxRMSNorm(nn.Module):
+    """RMSNorm over the last dimension, in float32; ``weight`` covers it, or several heads of it (``[heads * D]``)."""
+
+    def __init__(self, size: int, eps: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(size))
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        wide = x.to(torch.promote_types(x.dtype, torch.float32))
+        wide = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps)
+        return (self.weight.view(-1, x.shape[-1]).squeeze(0) * wide).to(x.dtype)
+
+    def extra_repr(self) -> str:
+        return f"{tuple(self.weight.shape)}, eps={self.eps}"
+
+
+class FoxRotaryEmbedding(LlamaRotaryEmbedding):
+    """transformers' rotary embedding; also rotates part of a head (`partial_rotary_factor`) for the default type."""
+
+    @staticmethod
+    def compute_default_rope_parameters(config: FoxConfig, device=None, **kwargs) -> tuple[Tensor, float]:
+        parameters = config.rope_parameters or {}
+        size = int(config.heads[2] * parameters.get("partial_rotary_factor", 1.0))
+        exponents = torch.arange(0, size, 2, dtype=torch.float, device=device) / size
+        return parameters["rope_theta"] ** -exponents, 1.0
+
+
+def apply_rotary(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+    """Rotate the first ``cos.shape[-1]`` dimensions of ``[B, T, heads, D]`` queries and keys."""
+    size = cos.shape[-1]
+    if size == q.shape[-1]:
+        return apply_rotary_pos_emb(q, k, cos, sin, unsqueeze_dim=2)
+    rotated_q, rotated_k = apply_rotary_pos_emb(q[..., :size], k[..., :size], cos, sin, unsqueeze_dim=2)
+    return torch.cat([rotated_q, q[..., size:]], dim=-1), torch.cat([rotated_k, k[..., size:]], dim=-1)
+
+
+def decay_time_bias(config: FoxConfig) -> Tensor:
+    """``[Hf]`` float64 gate biases for decay times log-spaced over the heads: ``log sigmoid(b) = -1 / T``."""
+    low, high = math.log(config.decay_time_min), math.log(config.decay_time_max)
+    times = torch.linspace(low, high, config.num_forget_gates, dtype=torch.float64).exp()
+    return -torch.log(torch.expm1(1.0 / times))
+
+
+class FoxForgetGate(nn.Linear):
+    """Data-dependent forget gate: ``[B, T, hidden] -> [B, T, Hf]`` logits in float32, whatever the model's type.
+
+    In half precision a slow gate, ``log f = -1e-3``, could not be told from its neighbors.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        with maybe_autocast(x.device.type, enabled=False):
+            dtype = torch.promote_types(x.dtype, torch.float32)
+            return nn.functional.linear(x.to(dtype), self.weight.to(dtype), self.bias.to(dtype))
+
+
+class FoxConstantGate(nn.Module):
+    """Forget gate that does not depend on the data: logits ``b``, learned (`bias_only`) or not (`fixed`)."""
+
+    def __init__(self, gates: int, learned: bool) -> None:
+        super().__init__()
+        bias = torch.zeros(gates)
+        if learned:
+            self.bias = nn.Parameter(bias)
+        else:
+            self.register_buffer("bias", bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        bias = self.bias.to(torch.promote_types(x.dtype, torch.float32))
+        return bias.expand(*x.shape[:-1], -1)
+
+
+def make_forget_gate(config: FoxConfig) -> FoxForgetGate | FoxConstantGate:
+    """The gate that ``config.forget_gate`` names; any but ``none``."""
+    if config.forget_gate == "full":
+        return FoxForgetGate(config.hidden_size, config.num_forget_gates)
+    return FoxConstantGate(config.num_forget_gates, learned=config.forget_gate == "bias_only")
+
+
+class FoxTokenShift(nn.Module):
+    """Data-dependent token shift: ``alpha_t x_{t-1} + (1 - alpha_t) x_t``, ``alpha_t = sigmoid(w . h_t)`` per head.
+
+    What comes before the first token, and before the first of each packed sequence, is zero; padding is skipped.
+    """
+
+    def __init__(self, hidden_size: int, heads: int) -> None:
+        super().__init__()
+        self.proj = nn.Linear(hidden_size, heads, bias=False)
+
+    def forward(self, hidden_states: Tensor, states: Tensor, layout: TokenLayout, cache_layer, name: str) -> Tensor:
+        """
+        Args:
+            hidden_states: ``[B, T, hidden]`` input of the layer.
+            states: ``[B, T, G, D]`` keys or values.
+            layout: where the tokens stand.
+            cache_layer: the layer's cache, or None.
+            name: what `cache_layer` keeps the unshifted states as.
+        """
+        before = None if cache_layer is None else cache_layer.before(name)
+        if before is None:
+            before = states.new_zeros(states.shape[0], 1, *states.shape[2:])
+        extended = torch.cat([before, states], dim=1)
+        if layout.real is not None:
+            # Each padding token repeats the last real one, which is then what the next real token is mixed with.
+            index = torch.arange(1, extended.shape[1], device=states.device)
+            source = torch.where(layout.real, index, 0).cummax(-1).values
+            source = nn.functional.pad(source, (1, 0))[..., None, None]
+            extended = extended.gather(1, source.expand_as(extended))
+        if cache_layer is not None:
+            cache_layer.remember(name, extended[:, 1:])
+        previous = extended[:, :-1]
+        if layout.starts is not None:
+            previous = previous.masked_fill(layout.starts[..., None, None], 0.0)
+        dtype = torch.promote_types(states.dtype, torch.float32)
+        alpha = self.proj(hidden_states).to(dtype).sigmoid()[..., None]
+        return torch.lerp(states.to(dtype), previous.to(dtype), alpha).to(states.dtype)
+
+
+class FoxAttention(nn.Module):
+    """Forgetting attention with its projections, gates, norms and token shift."""
+
+    def __init__(self, config: FoxConfig, layer_idx: int) -> None:
+        super().__init__()
+        self.config = config
+        self.layer_idx = layer_idx
+        hidden, (heads, kv_heads, self.head_dim) = config.hidden_size, config.heads
+        self.num_key_value_groups = heads // kv_heads
+        self.scaling = self.head_dim**-0.5
+        self.attention_dropout = config.attention_dropout
+        self.is_causal = True
+
+        self.q_proj = nn.Linear(hidden, heads * self.head_dim, bias=config.attention_bias)
+        self.k_proj = nn.Linear(hidden, kv_heads * self.head_dim, bias=config.attention_bias)
+        self.v_proj = nn.Linear(hidden, kv_heads * self.head_dim, bias=config.attention_bias)
+        self.o_proj = nn.Linear(heads * self.head_dim, hidden, bias=config.attention_bias)
+
+        if config.forget_gate != "none":
+            self.forget_gate = make_forget_gate(config)
+        if config.qk_norm != "none":
+            per_head = config.qk_norm == "per_head"
+            eps = config.rms_norm_eps if config.qk_norm_eps is None else config.qk_norm_eps
+            self.q_norm = FoxRMSNorm(self.head_dim * (heads if per_head else 1), eps)
+            self.k_norm = FoxRMSNorm(self.head_dim * (kv_heads if per_head else 1), eps)
+        if config.use_key_shift:
+            self.key_shift = FoxTokenShift(hidden, kv_heads)
+        if config.use_value_shift:
+            self.value_shift = FoxTokenShift(hidden, kv_heads)
+        if config.use_output_norm:
+            self.output_norm = FoxRMSNorm(heads * self.head_dim, config.rms_norm_eps)
+        if config.use_output_gate:
+            self.output_gate = nn.Linear(hidden, heads * self.head_dim, bias=False)
+            self.output_gate_act = ACT2FN[config.output_gate_act]
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        layout: TokenLayout,
+        position_embeddings: tuple[Tensor, Tensor] | None = None,
+        past_key_values: Cache | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> tuple[Tensor, Tensor | None]:
+        """
+        Args:
+            hidden_states: ``[B, T, hidden]``.
+            layout: where the tokens stand.
+            position_embeddings: cosines and sines ``[B or 1, T, rotated size]``, with RoPE.
+            past_key_values: cache of earlier tokens; takes in these.
+
+        Returns:
+            ``[B, T, hidden]`` and the attention weights ``[B, H, T, Tk]`` (None unless `eager`).
+        """
+        cache_layer = None if past_key_values is None else layer_of(past_key_values, self.layer_idx)
+        # The number of heads is read from the projections: under tensor parallelism it is a share.
+        q = self.q_proj(hidden_states).unflatten(-1, (-1, self.head_dim))
+        k = self.k_proj(hidden_states).unflatten(-1, (-1, self.head_dim))
+        v = self.v_proj(hidden_states).unflatten(-1, (-1, self.head_dim))
+        if self.config.use_key_shift:
+            k = self.key_shift(hidden_states, k, layout, cache_layer, "key")
+        if self.config.use_value_shift:
+            v = self.value_shift(hidden_states, v, layout, cache_layer, "value")
+        if self.config.qk_norm != "none":
+            q, k = self.q_norm(q), self.k_norm(k)
+        if position_embeddings is not None:
+            q, k = apply_rotary(q, k, *position_embeddings)
+
+        decay = self._decay(hidden_states, layout, cache_layer)
+        q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+        if past_key_values is not None:
+            k, v = past_key_values.update(k, v, self.layer_idx)
+
+        attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention_forward)
+        dropout = self.attention_dropout if self.training else 0.0
+        out, weights = attend(self, q, k, v, None, decay=decay, scaling=self.scaling, dropout=dropout, **kwargs)
+
+        if self.config.use_output_norm:
+            out = self.output_norm(out)
+        out = out.flatten(-2)
+        if self.config.use_output_gate:
+            out = out * self.output_gate_act(self.output_gate(hidden_states))
+        return self.o_proj(out), weights
+
+    def log_forget_gates(self, hidden_states: Tensor) -> Tensor:
+        """``[B, T, hidden] -> [B, T, Hf]`` log forget gates, in float32 (float64 for a float64 model)."""
+        if self.config.forget_gate == "none":
+            dtype = torch.promote_types(hidden_states.dtype, torch.float32)
+            return hidden_states.new_zeros(*hidden_states.shape[:-1], 1, dtype=dtype)
+        return nn.functional.logsigmoid(self.forget_gate(hidden_states))
+
+    def _decay(self, hidden_states: Tensor, layout: TokenLayout, cache_layer) -> Decay:
+        log_f = self.log_forget_gates(hidden_states)
+        if layout.real is not None:
+            log_f = log_f.masked_fill(~layout.real[..., None], 0.0)
+        if cache_layer is None:
+            c, first = accumulate(log_f, starts=layout.starts)
+            decay = Decay(c, c, first, layout.positions)
+        else:
+            decay = cache_layer.append_gates(log_f, layout.starts)
+        return decay if layout.real_keys is None else hide_padding(decay, layout.real_keys)
+
+
+class FoxMLP(LlamaMLP):
+    """Gated MLP, ``down(act(gate(x)) * up(x))``."""
+
+
+class FoxDecoderLayer(GradientCheckpointingLayer):
+    def __init__(self, config: FoxConfig, layer_idx: int) -> None:
+        super().__init__()
+        self.self_attn = FoxAttention(config, layer_idx)
+        self.mlp = FoxMLP(config)
+        self.input_layernorm = FoxRMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.post_attention_layernorm = FoxRMSNorm(config.hidden_size, config.rms_norm_eps)
+
+    def forward(self, hidden_states: Tensor, **kwargs: Unpack[TransformersKwargs]) -> Tensor:
+        attended, _ = self.self_attn(self.input_layernorm(hidden_states), **kwargs)
+        hidden_states = hidden_states + attended
+        return hidden_states + self.mlp(self.post_attention_layernorm(hidden_states))

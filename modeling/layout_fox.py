@@ -1,0 +1,140 @@
+"""Where the tokens of a forward pass stand: positions, padding and packing, checked once and read by every layer."""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from transformers.cache_utils import Cache
+from transformers.utils.import_utils import is_torchdynamo_compiling
+
+from ..kernels.attention import check_cu_seqlens
+from ..kernels.decay import sequence_starts
+
+
+class TokenLayout(NamedTuple):
+    """Where the tokens of one forward pass stand, found once and read by every layer.
+
+    Attributes:
+        positions: ``[T]`` int64 index of each token in the cache.
+        real: ``[B, T]`` bool, False for padding; None without padding.
+        real_keys: ``[B, Tk]`` the same over all keys, those in the cache included.
+        starts: ``[B, T]`` bool, True where a packed sequence begins; None without packing.
+    """
+
+    positions: Tensor
+    real: Tensor | None
+    real_keys: Tensor | None
+    starts: Tensor | None
+
+
+def token_layout(
+    inputs_embeds: Tensor,
+    attention_mask: Tensor | dict[str, Tensor | None] | None,
+    position_ids: Tensor | None,
+    cu_seqlens: Tensor | None,
+    cache: Cache | None,
+) -> TokenLayout:
+    """Check and combine what a caller says of its tokens.
+
+    Args:
+        inputs_embeds: ``[B, T, hidden]`` of the new tokens.
+        attention_mask: see `padding_mask`.
+        position_ids: ``[B or 1, T]``; where they restart a new packed sequence begins, if there is neither padding nor
+            an earlier token.
+        cu_seqlens: ``[N + 1]`` offsets of the sequences packed in a batch of one.
+        cache: earlier tokens.
+
+    Raises:
+        ValueError: an argument does not fit; the message names it.
+    """
+    batch, length, _ = inputs_embeds.shape
+    device = inputs_embeds.device
+    past = 0 if cache is None else cache.get_seq_length()
+    keys = length if cache is None else cache.get_mask_sizes(length, 0)[0]
+    seen = _read_if_free(past)
+    if seen is not None and seen + length > keys:
+        raise ValueError(
+            f"past_key_values holds {seen} tokens and has room for {keys}: {length} more do not fit (max_cache_len)"
+        )
+    if position_ids is not None and (
+        position_ids.ndim != 2 or position_ids.shape not in ((1, length), (batch, length))
+    ):
+        raise ValueError(f"position_ids must be [B or 1, T] = [{batch} or 1, {length}], got {list(position_ids.shape)}")
+
+    real_keys = padding_mask(attention_mask, batch, past, length, keys, device)
+    positions = torch.arange(length, device=device) + past
+    real = None if real_keys is None else real_keys.index_select(1, positions)
+    # A static cache that holds tokens reports a tensor: packing cannot begin there.
+    fresh = isinstance(past, int) and past == 0
+    starts = None
+    if cu_seqlens is not None:
+        if batch != 1 or real is not None or not fresh:
+            raise ValueError(
+                "cu_seq_lens_q packs sequences in a batch of one, without padding and without earlier tokens in "
+                f"past_key_values; got a batch of {batch}, padding: {real is not None}, earlier tokens: {not fresh}"
+            )
+        check_cu_seqlens("cu_seq_lens_q", cu_seqlens, length)
+        starts = sequence_starts(cu_seqlens, length).to(device)
+    elif position_ids is not None and real is None and fresh:
+        starts = _restarts(position_ids.to(device), batch)
+    return TokenLayout(positions, real, real_keys, starts)
+
+
+def _restarts(position_ids: Tensor, batch: int) -> Tensor | None:
+    """``[B, T]`` bool, True where positions do not continue; None if they all do."""
+    starts = torch.diff(position_ids, prepend=position_ids[:, :1] - 1, dim=-1) != 1
+    # A traced graph cannot depend on the answer; there, positions that do not restart cost a mask.
+    if not is_torchdynamo_compiling() and not starts.any():
+        return None
+    return starts.expand(batch, -1)
+
+
+def _read_if_free(length: int | Tensor) -> int | None:
+    """The number, unless reading it would wait for another device or break a traced graph."""
+    if isinstance(length, int):
+        return length
+    return int(length) if length.device.type == "cpu" and not is_torchdynamo_compiling() else None
+
+
+def padding_mask(
+    attention_mask: Tensor | dict[str, Tensor | None] | None,
+    batch: int,
+    past: int | Tensor,
+    length: int,
+    keys: int,
+    device: torch.device,
+) -> Tensor | None:
+    """Bring an attention mask over all tokens so far to ``[B, keys]`` bool, False for padding; None without padding.
+
+    Args:
+        attention_mask: ``[B, past + length]``, or what `create_masks_for_generate` made of it.
+        batch: number of sequences.
+        past: tokens in the cache; a tensor for a static cache that holds some.
+        length: tokens of this pass.
+        keys: keys that attention will see, those still to come in a static cache included.
+        device: where the mask is wanted.
+
+    Raises:
+        ValueError: ``attention_mask`` is not 2-D, or does not fit.
+    """
+    if isinstance(attention_mask, dict):
+        return attention_mask["forgetting_attention"]
+    if attention_mask is None:
+        return None
+    if attention_mask.ndim != 2:
+        raise ValueError(
+            f"attention_mask must be 2-D, [B, Tk], nonzero for real tokens; got shape {list(attention_mask.shape)}. "
+            "FoX has no 4-D masks: tokens that a query may not see would still decay those that it may"
+        )
+    seen = _read_if_free(past)
+    expected = attention_mask.shape[1] if seen is None else seen + length
+    if attention_mask.shape != (batch, expected) or expected > keys:
+        raise ValueError(
+            f"attention_mask must cover the tokens in the cache and the new ones, [B, Tk] = {[batch, expected]}, "
+            f"got {list(attention_mask.shape)}"
+        )
+    mask = attention_mask.to(device=device, dtype=torch.bool)
+    if mask.shape[1] == keys and not is_torchdynamo_compiling() and mask.all():
+        return None
+    # A static cache is longer than its tokens; the keys to come are hidden by causality.
+    return nn.functional.pad(mask, (0, keys - mask.shape[1]), value=True)
