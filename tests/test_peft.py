@@ -1,0 +1,134 @@
+"""LoRA on a FoX model: its gates, its default targets, and what is saved."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import AutoModelForCausalLM
+
+from foxlm import FoxForCausalLM
+from models import assert_close, tiny_model, tokens
+
+peft = pytest.importorskip("peft")
+
+
+def base(**overrides: Any) -> FoxForCausalLM:
+    return tiny_model(dtype=torch.float32, initializer_range=0.1, **overrides)
+
+
+def train(model: Any, steps: int = 20) -> tuple[float, float]:
+    """First and last loss on a few fixed sequences."""
+    model.train()
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+    ids = tokens(4, 4).repeat(1, 3)
+    history = []
+    for _ in range(steps):
+        loss = model(input_ids=ids, labels=ids).loss
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        history.append(loss.item())
+    model.eval()
+    return history[0], history[-1]
+
+
+def log_gates(model: Any, ids: Tensor) -> list[Tensor]:
+    """``log f`` of every layer in a forward pass, by whatever stands where the gate stood."""
+    seen: list[Tensor] = []
+    hooks = [
+        module.forget_gate.register_forward_hook(lambda m, args, out: seen.append(out))
+        for module in model.modules()
+        if hasattr(module, "forget_gate") and hasattr(module, "q_proj")
+    ]
+    with torch.no_grad():
+        model(input_ids=ids)
+    for hook in hooks:
+        hook.remove()
+    return [torch.nn.functional.logsigmoid(logits) for logits in seen]
+
+
+@torch.no_grad()
+def logits(model: Any) -> Tensor:
+    return model(input_ids=tokens(2, 9)).logits
+
+
+def test_lora_with_trained_gates_trains_saves_reloads_and_merges(tmp_path: Path) -> None:
+    base().save_pretrained(tmp_path / "base")
+    config = peft.LoraConfig(
+        r=4, target_modules=["q_proj", "v_proj"], modules_to_save=["forget_gate"], task_type="CAUSAL_LM"
+    )
+    model = peft.get_peft_model(AutoModelForCausalLM.from_pretrained(tmp_path / "base"), config)
+    trained = [name for name, p in model.named_parameters() if p.requires_grad]
+    assert sum("forget_gate.modules_to_save" in name for name in trained) == 4  # weight and bias of two layers
+    assert sum("lora_" in name for name in trained) == 8
+    assert len(trained) == 12
+    gates = [g.clone() for g in log_gates(model, tokens(2, 9))]
+    first, last = train(model)
+    assert last < 0.9 * first
+    moved = log_gates(model, tokens(2, 9))
+    assert all((a - b).abs().max() > 1e-3 for a, b in zip(gates, moved, strict=True))
+
+    model.save_pretrained(tmp_path / "adapter")
+    again = peft.PeftModel.from_pretrained(
+        AutoModelForCausalLM.from_pretrained(tmp_path / "base"), tmp_path / "adapter"
+    ).eval()
+    assert torch.equal(logits(again), logits(model))
+    assert (logits(model) - logits(base())).abs().max() > 1e-3
+
+    expected = logits(model)
+    merged = model.merge_and_unload()
+    assert type(merged) is FoxForCausalLM
+    assert_close(logits(merged), expected, 1e-5)
+    merged.save_pretrained(tmp_path / "merged")
+    loaded, info = AutoModelForCausalLM.from_pretrained(tmp_path / "merged", output_loading_info=True)
+    assert not info["missing_keys"] and not info["unexpected_keys"]
+    assert torch.equal(logits(loaded), logits(merged))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_lora_on_all_linear_layers_keeps_valid_gates(dtype: torch.dtype, tmp_path: Path) -> None:
+    base().save_pretrained(tmp_path)
+    model: Any = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=dtype)
+    model = peft.get_peft_model(model, peft.LoraConfig(r=4, target_modules="all-linear"))
+    adapted = {name.split(".")[-2] for name, _ in model.named_modules() if name.endswith("lora_A")}
+    assert {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj", "output_gate"} <= adapted
+    assert "lm_head" not in adapted
+    first, last = train(model)
+    assert last < 0.9 * first
+    for log_f in log_gates(model, tokens(2, 9)):
+        assert log_f.dtype == torch.float32
+        assert log_f.isfinite().all() and (log_f <= 0).all() and (log_f < 0).any()
+    expected = logits(model)
+    merged = model.merge_and_unload()
+    # Merged in bfloat16, the weights are rounded once more.
+    assert_close(logits(merged).float(), expected.float(), 1e-4 if dtype == torch.float32 else 0.05)
+
+
+def test_adapted_gate_is_what_its_merged_weight_gives() -> None:
+    model = peft.get_peft_model(base(), peft.LoraConfig(r=4, target_modules=["forget_gate"]))
+    before = [g.clone() for g in log_gates(model, tokens(2, 9))]
+    train(model)
+    after = log_gates(model, tokens(2, 9))
+    assert all((a - b).abs().max() > 1e-3 for a, b in zip(before, after, strict=True))
+    for a, b in zip(after, log_gates(model.merge_and_unload(), tokens(2, 9)), strict=True):
+        assert_close(b, a, 1e-5)
+
+
+@pytest.mark.parametrize("variant", ["pro", "llama", "bias-only"])
+def test_lora_without_named_targets_adapts_queries_and_values(variant: str) -> None:
+    model = peft.get_peft_model(tiny_model(variant, dtype=torch.float32), peft.LoraConfig(r=4))
+    adapted = {name.split(".")[-2] for name, _ in model.named_modules() if name.endswith("lora_A")}
+    assert adapted == {"q_proj", "v_proj"}
+
+
+def test_adapted_model_generates_as_without_a_cache() -> None:
+    model = peft.get_peft_model(
+        base(), peft.LoraConfig(r=4, target_modules=["q_proj", "v_proj", "forget_gate"], init_lora_weights=False)
+    ).eval()
+    ids = tokens(2, 7)
+    how: dict[str, Any] = {"max_new_tokens": 8, "do_sample": False, "pad_token_id": 0}
+    expected = model.generate(input_ids=ids, use_cache=False, **how)
+    assert torch.equal(model.generate(input_ids=ids, **how), expected)
+    assert torch.equal(model.generate(input_ids=ids, cache_implementation="static", **how), expected)
