@@ -1,0 +1,94 @@
+"""Record what enters forgetting attention in every layer of a model: queries, keys, values and log gates."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import NamedTuple
+
+from torch import Tensor, nn
+
+from foxlm.modeling.attention_fox import ALL_ATTENTION_FUNCTIONS, eager_attention_forward
+from foxlm.modeling.layers_fox import FoxAttention
+
+
+class AttentionInputs(NamedTuple):
+    """Inputs of one layer's attention as `forgetting_attention` takes them, detached.
+
+    Attributes:
+        layer: index of the layer.
+        q: ``[B, T, H, D]`` queries, normalized and rotated as the model does it.
+        k: ``[B, T, G, D]`` keys, after token shift.
+        v: ``[B, T, G, D]`` values, after token shift.
+        log_f: ``[B, T, Hf]`` natural log of the forget gates.
+        scale: factor of the logits.
+    """
+
+    layer: int
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    log_f: Tensor
+    scale: float
+
+
+@contextmanager
+def record_attention(model: nn.Module) -> Iterator[list[AttentionInputs]]:
+    """Record the attention of every FoX layer in ``model`` while the context is open.
+
+    Meant for analysis: every recorded tensor is kept, and the gates are computed once more.
+
+    Args:
+        model: a FoX model, with any `attn_implementation`. Its forward passes must take whole sequences, without
+            padding, packing or a cache of earlier tokens.
+
+    Yields:
+        A list that each forward pass extends by one entry per layer, in order.
+
+    Raises:
+        ValueError: ``model`` has no FoX layers, or a forward pass has padding, packing or earlier tokens.
+
+    Example:
+        >>> with torch.no_grad(), record_attention(model) as layers:
+        ...     model(input_ids, use_cache=False)
+        >>> decay_times(layers[0].log_f)
+    """
+    attentions = [module for module in model.modules() if isinstance(module, FoxAttention)]
+    if not attentions:
+        raise ValueError(f"model must have FoX attention layers, got {type(model).__name__} with none")
+    recorded: list[AttentionInputs] = []
+    gates: dict[int, Tensor] = {}
+    name = attentions[0].config._attn_implementation
+    attend = ALL_ATTENTION_FUNCTIONS.get_interface(name, eager_attention_forward)
+
+    def before_layer(module: FoxAttention, args: tuple, kwargs: dict) -> None:
+        hidden_states = args[0] if args else kwargs["hidden_states"]
+        layout = kwargs["layout"] if "layout" in kwargs else args[1]
+        if layout.real_keys is not None or layout.starts is not None:
+            raise ValueError("model must be run without padding and packing while its attention is recorded")
+        gates[module.layer_idx] = module.log_forget_gates(hidden_states).detach()
+
+    def recording(module, query, key, value, attention_mask, **kwargs):
+        # A module of another model, or a pass that this context did not see begin, is none of ours.
+        log_f = gates.pop(module.layer_idx, None)
+        if log_f is not None:
+            if key.shape[2] != query.shape[2]:
+                raise ValueError(
+                    f"model must be run without earlier tokens while its attention is recorded, "
+                    f"got {query.shape[2]} queries for {key.shape[2]} keys"
+                )
+            q, k, v = (x.detach().transpose(1, 2) for x in (query, key, value))
+            recorded.append(AttentionInputs(module.layer_idx, q, k, v, log_f, kwargs["scaling"]))
+        return attend(module, query, key, value, attention_mask, **kwargs)
+
+    hooks = [module.register_forward_pre_hook(before_layer, with_kwargs=True) for module in attentions]
+    # The table is FoX's own, and "sdpa" is already an override in it, which must come back.
+    overridden = ALL_ATTENTION_FUNCTIONS._local_mapping.get(name)
+    ALL_ATTENTION_FUNCTIONS[name] = recording
+    try:
+        yield recorded
+    finally:
+        if overridden is None:
+            del ALL_ATTENTION_FUNCTIONS[name]
+        else:
+            ALL_ATTENTION_FUNCTIONS[name] = overridden
+        for hook in hooks:
+            hook.remove()
