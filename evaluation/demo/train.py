@@ -1,0 +1,288 @@
+"""Train the demo's model through transformers' Trainer, within a given time or number of steps."""
+
+import math
+import tempfile
+import time
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch.utils.data import Dataset
+from tqdm import tqdm
+from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments, set_seed
+
+from foxlm.modeling.configuration_fox import FoxConfig
+from foxlm.modeling.modeling_fox import FoxForCausalLM
+
+from .corpus import SEPARATOR, Corpus, to_tokens, windows
+from .optimizer import MuonAndAdamW
+from .tokenizer import VOCAB_SIZE, byte_tokenizer
+
+IGNORED = -100  # transformers' label of a token that is not scored
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Sizes of the model and of its training.
+
+    Attributes:
+        hidden_size, intermediate_size, layers, heads: of the model, a FoX (Pro).
+        length: tokens per training window.
+        batch: windows per step.
+        muon_lr, adamw_lr: peak learning rates of `MuonAndAdamW`.
+        warmup_steps: of the linear warm-up; then the rates fall linearly to zero.
+        evaluations: times that the held-out loss is measured along the way.
+        evaluation_windows: held-out windows it is measured on.
+        smallest, largest: bounds of the number of steps that are fitted into a time.
+    """
+
+    hidden_size: int = 192
+    intermediate_size: int = 448
+    layers: int = 4
+    heads: int = 4
+    length: int = 256
+    batch: int = 4
+    muon_lr: float = 0.008
+    adamw_lr: float = 0.004
+    weight_decay: float = 0.1
+    warmup_steps: int = 20
+    evaluations: int = 8
+    evaluation_windows: int = 24
+    smallest: int = 50
+    largest: int = 20_000
+
+
+QUICK_RECIPE = Recipe(
+    hidden_size=64,
+    intermediate_size=96,
+    layers=2,
+    length=64,
+    warmup_steps=2,
+    evaluations=2,
+    evaluation_windows=4,
+    smallest=2,
+)
+GPU_RECIPE = Recipe(
+    hidden_size=512, intermediate_size=1280, layers=8, heads=8, length=1024, batch=32, evaluation_windows=64
+)
+
+
+class RandomWindows(Dataset):
+    """Training windows at random places of the text, the same for the same seed.
+
+    Args:
+        tokens: ``[N]`` the whole text.
+        length: tokens per window.
+        count: number of windows.
+        seed: of the places.
+    """
+
+    def __init__(self, tokens: np.ndarray, length: int, count: int, seed: int) -> None:
+        if len(tokens) < length:
+            raise ValueError(f"length must be at most the {len(tokens)} tokens of the text, got {length}")
+        self.tokens, self.length = tokens, length
+        self.starts = np.random.default_rng(seed).integers(0, len(tokens) - length + 1, size=count)
+
+    def __len__(self) -> int:
+        return len(self.starts)
+
+    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
+        start = self.starts[index]
+        window = torch.from_numpy(self.tokens[start : start + self.length].astype(np.int64))
+        return {"input_ids": window, "labels": window}
+
+
+class FixedWindows(Dataset):
+    """Held-out windows, ``[N, T]``; separators are not scored."""
+
+    def __init__(self, held_out: np.ndarray) -> None:
+        self.held_out = torch.from_numpy(held_out)
+
+    def __len__(self) -> int:
+        return len(self.held_out)
+
+    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
+        window = self.held_out[index]
+        return {"input_ids": window, "labels": window.masked_fill(window >= SEPARATOR, IGNORED)}
+
+
+class TimeLimit(TrainerCallback):
+    """Stop when training takes half as long again as planned: the machine got busy after the pace was measured."""
+
+    def __init__(self, seconds: float) -> None:
+        self.seconds = seconds
+        self.hit = False
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        self.deadline = time.monotonic() + 1.5 * self.seconds
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if time.monotonic() > self.deadline:
+            self.hit = control.should_training_stop = True
+
+
+class LossBar(TrainerCallback):
+    """One progress bar with the latest losses in bits per byte, instead of Trainer's bars and printed lines."""
+
+    def __init__(self) -> None:
+        self.shown: dict[str, str] = {}
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        self.bar = tqdm(total=state.max_steps, desc="training", unit="step")
+
+    def on_step_end(self, args, state, control, **kwargs):
+        self.bar.update(state.global_step - self.bar.n)
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        for key, name in (("loss", "train"), ("eval_loss", "held_out")):
+            if key in (logs or {}):
+                self.shown[name] = f"{logs[key] / math.log(2):.2f} bits/byte"
+                self.bar.set_postfix(self.shown)
+
+    def on_train_end(self, args, state, control, **kwargs):
+        self.bar.close()
+
+
+@dataclass(frozen=True)
+class Training:
+    """A trained model and the measurements taken on the way; losses in bits per byte.
+
+    Attributes:
+        model: the model, in evaluation mode.
+        train_losses, held_out_losses: pairs of step and loss.
+        steps: optimizer steps done.
+        tokens: tokens trained on.
+        seconds: wall time of `Trainer.train`, held-out evaluations included.
+        stopped_early: whether the time ran out before the planned steps were done.
+    """
+
+    model: FoxForCausalLM
+    train_losses: list[tuple[int, float]]
+    held_out_losses: list[tuple[int, float]]
+    steps: int
+    tokens: int
+    seconds: float
+    stopped_early: bool
+
+
+def build_model(recipe: Recipe) -> FoxForCausalLM:
+    """A new byte-level FoX (Pro) with gates from 2 to ``8 * length`` tokens."""
+    tokenizer = byte_tokenizer()
+    return FoxForCausalLM(
+        FoxConfig(
+            vocab_size=VOCAB_SIZE,
+            hidden_size=recipe.hidden_size,
+            intermediate_size=recipe.intermediate_size,
+            num_hidden_layers=recipe.layers,
+            num_attention_heads=recipe.heads,
+            max_position_embeddings=8 * recipe.length,
+            decay_time_max=8 * recipe.length,
+            bos_token_id=tokenizer.bos_token_id,
+            eos_token_id=tokenizer.eos_token_id,
+            pad_token_id=tokenizer.pad_token_id,
+        )
+    )
+
+
+def train(corpus: Corpus, recipe: Recipe, device: str, seed: int, *, minutes: float, steps: int | None) -> Training:
+    """Train a new model.
+
+    Args:
+        corpus: text to train on and held-out text for the loss curve.
+        recipe: sizes.
+        device: ``"cpu"`` or ``"cuda"``.
+        seed: of the weights and the training windows.
+        minutes: time to fill; the pace is measured first. Not read where ``steps`` is given.
+        steps: number of optimizer steps, for a run that can be repeated exactly.
+    """
+    set_seed(seed)
+    model = build_model(recipe).to(device)
+    limit = TimeLimit(math.inf if steps is not None else 60.0 * minutes)
+    if steps is None:
+        steps = _steps_within(60.0 * minutes, model, recipe)
+    dataset = RandomWindows(to_tokens(corpus.train), recipe.length, steps * recipe.batch, seed)
+    held_out = FixedWindows(windows(corpus.held_out, recipe.length, recipe.evaluation_windows))
+    every = max(1, steps // recipe.evaluations)
+    arguments = TrainingArguments(
+        # Nothing is saved by Trainer itself; it only insists on a folder.
+        output_dir=tempfile.gettempdir(),
+        max_steps=steps,
+        per_device_train_batch_size=recipe.batch,
+        per_device_eval_batch_size=recipe.batch,
+        lr_scheduler_type="linear",
+        warmup_steps=min(recipe.warmup_steps, steps // 4),
+        max_grad_norm=1.0,
+        bf16=device == "cuda",
+        use_cpu=device == "cpu",
+        eval_strategy="steps",
+        eval_steps=every,
+        logging_steps=max(1, steps // 60),
+        save_strategy="no",
+        report_to="none",
+        disable_tqdm=True,
+        seed=seed,
+        dataloader_pin_memory=False,
+    )
+    optimizer = MuonAndAdamW(model, recipe.muon_lr, recipe.adamw_lr, recipe.weight_decay)
+    trainer = Trainer(
+        model,
+        arguments,
+        train_dataset=dataset,
+        eval_dataset=held_out,
+        optimizers=(optimizer, None),
+        callbacks=[limit, LossBar()],
+    )
+    trainer.remove_callback(PrinterCallback)
+    began = time.monotonic()
+    trainer.train()
+    seconds = time.monotonic() - began
+    done = trainer.state.global_step
+    return Training(
+        model=model.eval(),
+        train_losses=_bits(trainer.state.log_history, "loss"),
+        held_out_losses=_bits(trainer.state.log_history, "eval_loss"),
+        steps=done,
+        tokens=done * recipe.batch * recipe.length,
+        seconds=seconds,
+        stopped_early=limit.hit,
+    )
+
+
+def _steps_within(seconds: float, model: FoxForCausalLM, recipe: Recipe) -> int:
+    """Number of steps that fit, from the time of a few passes that change nothing."""
+    tokens = torch.randint(SEPARATOR, (recipe.batch, recipe.length), device=model.device)
+
+    def passes(count: int) -> float:
+        began = time.monotonic()
+        for _ in range(count):
+            with torch.autocast(model.device.type, torch.bfloat16, enabled=model.device.type == "cuda"):
+                loss = model(input_ids=tokens, labels=tokens, use_cache=False).loss
+            loss.backward()
+            loss.item()
+        return time.monotonic() - began
+
+    passes(2)
+    # The optimizer's step and the evaluations along the way took a fifth on top where this was measured.
+    step = 1.2 * passes(5) / 5
+    model.zero_grad(set_to_none=True)
+    return min(max(int(seconds / step), recipe.smallest), recipe.largest)
+
+
+def _bits(history: list[dict[str, Any]], key: str) -> list[tuple[int, float]]:
+    return [(entry["step"], entry[key] / math.log(2)) for entry in history if key in entry]
+
+
+@torch.no_grad()
+def bits_per_byte(model: FoxForCausalLM, held_out: np.ndarray, batch: int, progress=iter) -> float:
+    """Mean cost of every byte that has a token before it, over ``[N, T]`` windows."""
+    tokens = torch.from_numpy(held_out).to(model.device)
+    total, count = 0.0, 0
+    for part in progress(tokens.split(batch)):
+        logits = model(input_ids=part, use_cache=False).logits[:, :-1]
+        targets = part[:, 1:].masked_fill(part[:, 1:] >= SEPARATOR, IGNORED)
+        total += torch.nn.functional.cross_entropy(
+            logits.flatten(0, 1).float(), targets.flatten(), ignore_index=IGNORED, reduction="sum"
+        ).item()
+        count += int((targets != IGNORED).sum())
+    return total / count / math.log(2)

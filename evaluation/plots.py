@@ -1,0 +1,153 @@
+"""Plots of training, forget gates and pruning, each an SVG image that a page can hold."""
+
+import base64
+import io
+import math
+from collections.abc import Mapping, Sequence
+
+import matplotlib
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.colors import LogNorm
+from matplotlib.figure import Figure
+
+# Narrow enough that the text stays readable when a phone scales the image to its width.
+_WIDTH = 5.2
+_STYLE = {
+    "font.size": 10,
+    "axes.titlesize": 10.5,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "grid.alpha": 0.25,
+    "legend.frameon": False,
+    "svg.fonttype": "none",
+    "font.family": "sans-serif",
+    "svg.hashsalt": "foxlm",
+}
+_RULE_STYLES = {"paper": ("#b5651d", "o"), "tight": ("#1f5fa8", "s")}
+
+
+def _new(rows: int = 1, height: float = 3.4, **kwargs) -> tuple[Figure, list[Axes]]:
+    figure = Figure(figsize=(_WIDTH, height), layout="constrained")
+    return figure, list(figure.subplots(rows, 1, squeeze=False, **kwargs)[:, 0])
+
+
+def data_uri(figure: Figure) -> str:
+    """The figure as an SVG ``data:`` address, without a date, so that the same numbers give the same bytes."""
+    buffer = io.BytesIO()
+    with matplotlib.rc_context(_STYLE):
+        figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None})
+    return "data:image/svg+xml;base64," + base64.b64encode(buffer.getvalue()).decode()
+
+
+def plot_losses(train: Sequence[tuple[int, float]], held_out: Sequence[tuple[int, float]], bigram: float) -> Figure:
+    """Training and held-out loss by step, with the bigram model as a line.
+
+    Args:
+        train, held_out: pairs of step and bits per byte.
+        bigram: bits per byte on the held-out text.
+    """
+    with matplotlib.rc_context(_STYLE):
+        figure, (axes,) = _new()
+        axes.plot(*zip(*train, strict=True), color="#9db7d5", linewidth=1.3, label="FoX, training batches")
+        axes.plot(*zip(*held_out, strict=True), color="#1f5fa8", marker="o", markersize=4, label="FoX, held-out files")
+        axes.axhline(bigram, color="#b5651d", linestyle="--", label="byte bigrams, held-out files")
+        lowest = min(loss for _, loss in (*train, *held_out))
+        axes.set_ylim(math.floor(2 * min(lowest, bigram)) / 2, 8.2)
+        axes.set_xlabel("optimizer step")
+        axes.set_ylabel("loss (bits per byte)")
+        axes.set_title("Loss")
+        axes.legend()
+    return figure
+
+
+def plot_decay_times(times: np.ndarray, tokens: int) -> Figure:
+    """Heat map of decay times.
+
+    Args:
+        times: ``[L, H]`` decay time of each layer and head, in tokens; may hold ``inf``.
+        tokens: how many tokens they were measured on.
+    """
+    layers, heads = times.shape
+    with matplotlib.rc_context(_STYLE | {"axes.grid": False}):
+        figure, (axes,) = _new(height=1.4 + 0.42 * max(layers, 4))
+        finite = times[np.isfinite(times)]
+        low, high = (finite.min(), finite.max()) if finite.size else (1.0, 10.0)
+        norm = LogNorm(low, max(high, 1.01 * low))
+        image = axes.imshow(np.minimum(times, norm.vmax), norm=norm, cmap="viridis", aspect="auto")
+        if heads <= 12:
+            for (layer, head), time in np.ndenumerate(times):
+                dark = not np.isfinite(time) or norm(time) > 0.6
+                axes.text(head, layer, _short(time), ha="center", va="center", color="black" if dark else "white")
+        axes.set_xticks(range(heads)) if heads <= 16 else None
+        axes.set_yticks(range(layers)) if layers <= 16 else None
+        axes.set_xlabel("head")
+        axes.set_ylabel("layer")
+        axes.set_title(f"Decay time, -1 / mean(log f), over {tokens:,} held-out bytes")
+        figure.colorbar(image, label="tokens")
+    return figure
+
+
+def plot_skipped(
+    log_eps: Sequence[float], shares: Mapping[str, np.ndarray], length: int, tile: tuple[int, int]
+) -> Figure:
+    """Share of attention that pruning skips, by ``eps``.
+
+    Args:
+        log_eps: natural logs of ``eps``.
+        shares: by rule, ``[len(log_eps), L, H]`` shares in ``[0, 1]``.
+        length: tokens per sequence.
+        tile: queries and keys per tile.
+    """
+    with matplotlib.rc_context(_STYLE):
+        figure, (axes,) = _new()
+        for rule, values in shares.items():
+            color, marker = _RULE_STYLES[rule]
+            mean = 100 * values.mean((1, 2))
+            axes.plot(log_eps, mean, color=color, marker=marker, label=f"rule {rule}")
+            axes.annotate(
+                f"{mean[0]:.0f}%", (log_eps[0], mean[0]), textcoords="offset points", xytext=(-8, 6), color=color
+            )
+        axes.set_xticks(log_eps, [f"$e^{{{value:g}}}$" for value in log_eps])
+        axes.invert_xaxis()
+        axes.set_ylim(0, 100)
+        axes.set_xlabel("eps, attention weight that a row may lose (smaller to the right)")
+        what = "pairs" if tile == (1, 1) else f"{tile[0]}x{tile[1]} tiles"
+        axes.set_ylabel(f"skipped {what} (%)")
+        axes.set_title(f"Attention skipped at {length:,} tokens, mean over layers and heads")
+        axes.legend()
+    return figure
+
+
+def plot_attention_maps(maps: Sequence[tuple[str, np.ndarray, np.ndarray]], rule: str, log_eps: float) -> Figure:
+    """Attention weights of some heads, with what pruning skips.
+
+    Args:
+        maps: for each head its title, weights ``[T, T]`` and first kept key per query ``[T]``.
+        rule: the rule that gave the first kept keys.
+        log_eps: natural log of its ``eps``.
+    """
+    with matplotlib.rc_context(_STYLE | {"axes.grid": False}):
+        figure, all_axes = _new(rows=len(maps), height=4.2 * len(maps))
+        norm = LogNorm(1e-6, 1.0)
+        for axes, (title, weights, first) in zip(all_axes, maps, strict=True):
+            shown = np.ma.masked_where(np.triu(np.ones_like(weights, dtype=bool), 1), np.maximum(weights, 1e-6))
+            image = axes.imshow(shown, norm=norm, cmap="magma_r", interpolation="nearest")
+            rows = np.arange(len(first) + 1) - 0.5
+            edge = np.append(first, first[-1]) - 0.5
+            axes.fill_betweenx(rows, -0.5, edge, step="post", facecolor="#1f5fa822", edgecolor="#1f5fa8", linewidth=1.0)
+            axes.set_title(title)
+            axes.set_xlabel("key (byte of the snippet)")
+            axes.set_ylabel("query (byte)")
+            figure.colorbar(image, ax=axes, label="attention weight (log scale)", shrink=0.85)
+        figure.suptitle(f"Shaded: skipped by rule {rule} at eps = $e^{{{log_eps:g}}}$", fontsize=10.5)
+    return figure
+
+
+def _short(time: float) -> str:
+    if not math.isfinite(time):
+        return "∞"
+    if time < 10:
+        return f"{time:.1f}"
+    return f"{time:.0f}" if time < 10_000 else f"{time / 1000:.0f}k"
