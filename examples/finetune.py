@@ -1,0 +1,122 @@
+"""Finetune a language model that `AutoModelForCausalLM` loads, whole or by LoRA, on texts or conversations.
+
+    python examples/finetune.py --model out --data notes.txt --output_dir tuned --max_steps 200 --learning_rate 1e-4
+    python examples/finetune.py --model out --data chats.jsonl --output_dir tuned --lora --num_train_epochs 1
+
+Lines of a ``.jsonl`` file are ``{"text": ...}`` or ``{"messages": [{"role": ..., "content": ...}, ...]}``; of any other
+file, each paragraph (separated by an empty line) is an example. Conversations use the tokenizer's chat template, or
+`PLAIN_TEMPLATE` if it has none. With LoRA the forget gates are trained in full and saved with the adapter: they are a
+vector per head, and they decide what a head may see.
+Every other option is one of `TrainingArguments`.
+"""
+
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from torch.utils.data import Dataset
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    DataCollatorWithFlattening,
+    HfArgumentParser,
+    PreTrainedTokenizerBase,
+    Trainer,
+    TrainingArguments,
+    set_seed,
+)
+
+import foxlm  # noqa: F401  (registers FoX with the Auto classes)
+
+PLAIN_TEMPLATE = (
+    "{% for message in messages %}{{ message['role'] + ': ' + message['content'] + '\\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ 'assistant: ' }}{% endif %}"
+)
+
+
+@dataclass
+class FinetuningArguments:
+    model: str = field(metadata={"help": "folder of the model and its tokenizer"})
+    data: str = field(metadata={"help": "a .jsonl file of texts or conversations, or a text file"})
+    length: int = field(default=512, metadata={"help": "longest example, in tokens; longer ones are cut"})
+    lora: bool = field(default=False, metadata={"help": "train a LoRA and the forget gates (needs peft)"})
+    lora_rank: int = field(default=8, metadata={"help": "rank of the LoRA"})
+    gate: str = field(default="forget_gate", metadata={"help": "name of the modules that LoRA trains in full"})
+
+
+class Examples(Dataset):
+    """Tokenized examples, each ended by the end-of-text token."""
+
+    def __init__(self, path: Path, tokenizer: PreTrainedTokenizerBase, length: int) -> None:
+        texts = [text for text in read_examples(path, tokenizer) if text.strip()]
+        if not texts:
+            raise ValueError(f"--data must hold at least one example, got none in {path}")
+        self.tokens = [
+            [*tokenizer(text, add_special_tokens=False)["input_ids"], tokenizer.eos_token_id][:length] for text in texts
+        ]
+
+    def __len__(self) -> int:
+        return len(self.tokens)
+
+    def __getitem__(self, index: int) -> dict[str, list[int]]:
+        return {"input_ids": self.tokens[index]}
+
+
+def read_examples(path: Path, tokenizer: PreTrainedTokenizerBase) -> list[str]:
+    """The text of each example."""
+    content = path.read_text(encoding="utf-8")
+    if path.suffix != ".jsonl":
+        return content.split("\n\n")
+    texts = []
+    for number, line in enumerate(content.splitlines(), start=1):
+        row = json.loads(line)
+        if "messages" in row:
+            texts.append(tokenizer.apply_chat_template(row["messages"], tokenize=False))
+        elif "text" in row:
+            texts.append(row["text"])
+        else:
+            raise ValueError(f'{path}:{number} must have "text" or "messages", got {sorted(row)}')
+    return texts
+
+
+def add_lora(model, rank: int, gate: str):
+    """The model with a LoRA on every linear layer but the head; modules called ``gate`` are trained in full."""
+    from peft import LoraConfig, get_peft_model
+
+    has_gate = any(name.endswith(gate) for name, _ in model.named_modules())
+    config = LoraConfig(
+        task_type="CAUSAL_LM",
+        r=rank,
+        lora_alpha=2 * rank,
+        target_modules=["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"],
+        modules_to_save=[gate] if has_gate else None,
+    )
+    return get_peft_model(model, config)
+
+
+def main(arguments: list[str] | None = None) -> Trainer:
+    parser = HfArgumentParser((FinetuningArguments, TrainingArguments))
+    own, training = parser.parse_args_into_dataclasses(arguments)
+    set_seed(training.seed)
+    tokenizer = AutoTokenizer.from_pretrained(own.model)
+    tokenizer.chat_template = tokenizer.chat_template or PLAIN_TEMPLATE
+    examples = Examples(Path(own.data), tokenizer, own.length)
+    model = AutoModelForCausalLM.from_pretrained(own.model)
+    if own.lora:
+        model = add_lora(model, own.lora_rank, own.gate)
+        model.print_trainable_parameters()
+    trainer = Trainer(
+        model,
+        training,
+        train_dataset=examples,
+        processing_class=tokenizer,
+        # Examples are packed without padding; position_ids restart at each, where FoX resets decay and token shift.
+        data_collator=DataCollatorWithFlattening(),
+    )
+    trainer.train()
+    trainer.save_model()
+    return trainer
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,125 @@
+"""Pretrain a FoX on text files with transformers' Trainer.
+
+A byte-level model of a few million parameters on a folder of text:
+
+    python examples/pretrain.py --text my_folder --output_dir out --hidden_size 256 --num_hidden_layers 4 \
+        --num_attention_heads 4 --max_steps 500 --per_device_train_batch_size 8 --learning_rate 1e-3
+
+A model of the paper with a tokenizer of your own, in bfloat16, going on where it stopped:
+
+    torchrun --nproc_per_node 8 examples/pretrain.py --preset pro-125m --tokenizer my_tokenizer --text my_folder \
+        --output_dir out --length 4096 --bf16 --gradient_checkpointing --torch_compile --resume
+
+Documents are packed without padding: decay and token shift begin anew with each (`DataCollatorWithFlattening`).
+Every other option is one of `TrainingArguments`.
+"""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from torch.utils.data import Dataset
+from transformers import (
+    AutoTokenizer,
+    DataCollatorWithFlattening,
+    HfArgumentParser,
+    PreTrainedTokenizerBase,
+    Trainer,
+    TrainingArguments,
+    set_seed,
+)
+from transformers.trainer_utils import get_last_checkpoint
+
+from foxlm import FoxConfig, FoxForCausalLM
+from foxlm.evaluation.demo.tokenizer import byte_tokenizer
+
+
+@dataclass
+class PretrainingArguments:
+    text: list[str] = field(metadata={"help": "text files, or folders of them, one document per file"})
+    suffix: str = field(default=".txt", metadata={"help": "of the files to take from folders"})
+    tokenizer: str | None = field(default=None, metadata={"help": "folder of a tokenizer; bytes if not given"})
+    length: int = field(default=512, metadata={"help": "longest sequence, in tokens; longer documents are cut"})
+    held_out: float = field(default=0.05, metadata={"help": "share of the sequences to evaluate on"})
+    resume: bool = field(default=False, metadata={"help": "go on from the last checkpoint in output_dir"})
+    preset: str | None = field(default=None, metadata={"help": "a model of the paper: pro-125m, llama-360m, ..."})
+    hidden_size: int | None = field(default=None, metadata={"help": "instead of the preset's"})
+    num_hidden_layers: int | None = field(default=None, metadata={"help": "instead of the preset's"})
+    num_attention_heads: int | None = field(default=None, metadata={"help": "instead of the preset's"})
+
+
+class Sequences(Dataset):
+    """Tokens of all documents, each ended by the end-of-text token and cut to at most ``length`` tokens."""
+
+    def __init__(self, documents: list[str], tokenizer: PreTrainedTokenizerBase, length: int) -> None:
+        self.pieces: list[torch.Tensor] = []
+        for document in documents:
+            tokens = tokenizer(document, add_special_tokens=False)["input_ids"]
+            self.pieces += torch.tensor([*tokens, tokenizer.eos_token_id]).split(length)
+
+    def __len__(self) -> int:
+        return len(self.pieces)
+
+    def __getitem__(self, index: int) -> dict[str, list[int]]:
+        return {"input_ids": self.pieces[index].tolist()}
+
+
+def read_documents(paths: list[str], suffix: str) -> list[str]:
+    """The text of all files, those in folders in order of their names."""
+    files: list[Path] = []
+    for path in map(Path, paths):
+        files += sorted(path.rglob(f"*{suffix}")) if path.is_dir() else [path]
+    if not files:
+        raise ValueError(f"--text must name text files or folders with *{suffix} files, got {paths}")
+    return [file.read_text(encoding="utf-8", errors="replace") for file in files]
+
+
+def build_config(own: PretrainingArguments, tokenizer: PreTrainedTokenizerBase) -> FoxConfig:
+    """The preset, or the default configuration, with the sizes that were given and the tokenizer's tokens."""
+    sizes = {
+        name: value
+        for name in ("hidden_size", "num_hidden_layers", "num_attention_heads")
+        if (value := getattr(own, name)) is not None
+    }
+    tokens = {
+        # A multiple of 64 keeps the products with the embedding fast.
+        "vocab_size": -(-len(tokenizer) // 64) * 64,
+        "bos_token_id": tokenizer.bos_token_id,
+        "eos_token_id": tokenizer.eos_token_id,
+        "pad_token_id": tokenizer.pad_token_id,
+    }
+    if own.preset is None:
+        return FoxConfig(max_position_embeddings=own.length, **sizes, **tokens)
+    return FoxConfig.preset(own.preset, max_position_embeddings=own.length, **sizes, **tokens)
+
+
+def main(arguments: list[str] | None = None) -> Trainer:
+    parser = HfArgumentParser((PretrainingArguments, TrainingArguments))
+    own, training = parser.parse_args_into_dataclasses(arguments)
+    set_seed(training.seed)
+    tokenizer = byte_tokenizer() if own.tokenizer is None else AutoTokenizer.from_pretrained(own.tokenizer)
+    sequences = Sequences(read_documents(own.text, own.suffix), tokenizer, own.length)
+    held_out = int(own.held_out * len(sequences))
+    evaluated, trained = torch.utils.data.random_split(sequences, [held_out, len(sequences) - held_out])
+    model = FoxForCausalLM(build_config(own, tokenizer))
+    print(f"{model.num_parameters() / 1e6:.1f}M parameters, {len(trained)} sequences to train on, {held_out} held out")
+
+    trainer = Trainer(
+        model,
+        training,
+        train_dataset=trained,
+        eval_dataset=evaluated if held_out else None,
+        processing_class=tokenizer,
+        # position_ids restart at each document; FoX resets decay and token shift there.
+        data_collator=DataCollatorWithFlattening(),
+    )
+    checkpoint = get_last_checkpoint(training.output_dir) if own.resume else None
+    trainer.train(resume_from_checkpoint=checkpoint)
+    if held_out:
+        trainer.log_metrics("eval", trainer.evaluate())
+    trainer.save_model()
+    return trainer
+
+
+if __name__ == "__main__":
+    main()
