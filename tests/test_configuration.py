@@ -129,7 +129,7 @@ def test_pad_token_outside_the_vocabulary_is_refused() -> None:
 )
 def test_unknown_argument_that_looks_like_a_field_is_refused(name: str, instead: str) -> None:
     with pytest.raises(ValueError, match=rf"{name} is not a field of FoxConfig.*{instead}"):
-        tiny_config(**{name: None})
+        FoxConfig(**(SIZES | {name: None}))
 
 
 def test_arguments_of_transformers_itself_are_kept() -> None:

@@ -183,7 +183,8 @@ def test_prefix_shared_by_several_questions(variant: str) -> None:
     assert torch.equal(generate(model, ids, past_key_values=cache), generate(model, ids, use_cache=False))
 
 
-@pytest.mark.parametrize("cache", CACHES)
+# In chunks, transformers cuts the positions by the tokens, of which there are none: no model can.
+@pytest.mark.parametrize("cache", ["dynamic", "static"])
 def test_embeddings_as_the_prompt(cache: str) -> None:
     model = MODELS["pro"]
     ids = tokens(2, 7)

@@ -53,7 +53,7 @@ class LoopModel:
     """FoX as the papers write it: one token, one head, one weight at a time. It reads weights, runs no foxlm code."""
 
     def __init__(self, model: FoxForCausalLM) -> None:
-        self.config = model.config
+        self.config: Any = model.config
         self.weights = dict(model.state_dict())
 
     def linear(self, name: str, x: Tensor) -> Tensor:
@@ -94,7 +94,7 @@ class LoopModel:
         config = self.config
         size, heads, kv_heads = config.head_dim, config.num_attention_heads, config.num_key_value_heads
         qk_eps = config.rms_norm_eps if config.qk_norm_eps is None else config.qk_norm_eps
-        outputs = [[] for _ in xs]
+        outputs: list[list[Tensor]] = [[] for _ in xs]
         for head in range(heads):
             kv = head * kv_heads // heads
             queries = [self.linear(layer + "q_proj", x)[head * size : (head + 1) * size] for x in xs]
@@ -274,7 +274,7 @@ def test_new_gates_start_from_log_spaced_decay_times(gate: str, heads: str) -> N
     config = tiny_config(
         forget_gate=gate, forget_gate_heads=heads, decay_time_min=0.5, decay_time_max=4000.0, num_attention_heads=6
     )
-    model = FoxForCausalLM(config)
+    model: Any = FoxForCausalLM(config)
     count = 6 if heads == "query" else 2
     ratio = (4000.0 / 0.5) ** (1 / (count - 1))
     times = torch.tensor([0.5 * ratio**i for i in range(count)], dtype=torch.float64)
@@ -286,7 +286,7 @@ def test_new_gates_start_from_log_spaced_decay_times(gate: str, heads: str) -> N
 
 def test_paper_start_of_full_gates() -> None:
     time = 1 / math.log(2)
-    model = FoxForCausalLM(tiny_config(decay_time_min=time, decay_time_max=time))
+    model: Any = FoxForCausalLM(tiny_config(decay_time_min=time, decay_time_max=time))
     assert model.model.layers[0].self_attn.forget_gate.bias.abs().max() < 1e-6
 
 

@@ -45,7 +45,7 @@ def trainer(model: Any, folder: Path, data: list, **arguments: Any) -> Trainer:
     return Trainer(
         model=model,
         args=TrainingArguments(**(defaults | arguments)),
-        train_dataset=data,  # type: ignore[arg-type]
+        train_dataset=data,
         **({} if collator is None else {"data_collator": collator}),
     )
 
