@@ -16,6 +16,8 @@ from transformers.utils.import_utils import is_torchdynamo_compiling
 
 from ..kernels.decay import Decay, accumulate
 
+_ACCEPTED = "DynamicCache(config=model.config) or StaticCache(config=model.config, max_cache_len=...)"
+
 
 class DynamicForgettingLayer(DynamicLayer):
     """Grows with the sequence.
@@ -75,7 +77,7 @@ class DynamicForgettingLayer(DynamicLayer):
         self.unshifted[name] = states
 
     def activate_past_recording(self) -> None:
-        """Keep the unshifted states of all tokens from now on until the next `crop`."""
+        """From now on keep the unshifted states of all tokens, and trim them only at each `crop`."""
         self.record_past = True
 
     def crop(self, tokens_to_remove: int) -> None:
@@ -215,25 +217,26 @@ class StaticForgettingLayer(StaticLayer):
             buffer.copy_(buffer.index_select(0, beam_idx.to(buffer.device)))
 
 
-def check_cache(cache: Cache) -> None:
+def check_cache(cache: Cache, num_layers: int) -> None:
     """Refuse a cache whose layers would drop the gates; give an empty `DynamicCache()` the right layers.
 
     Raises:
-        ValueError: ``past_key_values`` cannot hold what FoX needs.
+        ValueError: ``past_key_values`` cannot hold what ``num_layers`` layers of FoX need.
     """
-    if not isinstance(cache, Cache):
-        raise ValueError(f"past_key_values must be a transformers Cache, got {type(cache).__name__}")
-    if isinstance(cache, DynamicCache) and not cache.layers and cache.layer_class_to_replicate is DynamicLayer:
+    layers = getattr(cache, "layers", None)
+    if not isinstance(cache, Cache) or layers is None:
+        raise ValueError(f"past_key_values must be {_ACCEPTED}, got {type(cache).__name__}")
+    if isinstance(cache, DynamicCache) and not layers and cache.layer_class_to_replicate is DynamicLayer:
         cache.layer_class_to_replicate = DynamicForgettingLayer
-    accepted = (DynamicForgettingLayer, StaticForgettingLayer)
-    foreign = {type(layer).__name__ for layer in cache.layers if not isinstance(layer, accepted)}
-    if not cache.layers and cache.layer_class_to_replicate is not DynamicForgettingLayer:
-        foreign = {getattr(cache.layer_class_to_replicate, "__name__", "no layers")}
-    if foreign:
+    grows = cache.layer_class_to_replicate is DynamicForgettingLayer
+    foreign = {type(x).__name__ for x in layers if not isinstance(x, DynamicForgettingLayer | StaticForgettingLayer)}
+    if foreign or not (layers or grows):
         raise ValueError(
-            f"past_key_values must keep the forget gates: pass DynamicCache(config=model.config) or "
-            f"StaticCache(config=model.config, max_cache_len=...), got {type(cache).__name__} of {sorted(foreign)}"
+            f"past_key_values must keep the forget gates: pass {_ACCEPTED}, got {type(cache).__name__} "
+            f"of {sorted(foreign) or 'no layers'}"
         )
+    if len(layers) < num_layers and not grows:
+        raise ValueError(f"past_key_values must have the model's {num_layers} layers, got {len(layers)}")
 
 
 def layer_of(cache: Cache, layer_idx: int) -> DynamicForgettingLayer | StaticForgettingLayer:

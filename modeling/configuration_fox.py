@@ -1,6 +1,7 @@
 """Configuration of the Forgetting Transformer (FoX)."""
 
 import difflib
+import math
 from typing import Literal
 
 from huggingface_hub.dataclasses import strict
@@ -57,8 +58,8 @@ class FoxConfig(PreTrainedConfig):
         hidden_size (`int`, defaults to 768): Width of the residual stream.
         intermediate_size (`int`, *optional*): Width of the gated MLP. `None` is 2/3 of `mlp_ratio * hidden_size`,
             rounded up to a multiple of 256.
-        mlp_ratio (`float`, *optional*): Sets `intermediate_size` where that is `None`. `None` is 3.5 with an output
-            gate and 4 without, as in the paper, which keeps the number of parameters about the same.
+        mlp_ratio (`float`, *optional*): Sets `intermediate_size`, and is not kept. Without either it is 3.5 with an
+            output gate and 4 without, as in the paper, which keeps the number of parameters about the same.
         num_hidden_layers (`int`, defaults to 12): Number of blocks.
         num_attention_heads (`int`, defaults to 12): Number of query heads.
         num_key_value_heads (`int`, *optional*): Number of key/value heads; `None` is one per query head.
@@ -93,7 +94,8 @@ class FoxConfig(PreTrainedConfig):
         use_output_norm (`bool`, defaults to `True`): RMSNorm of the output of each head, before the output gate.
 
     Raises:
-        A `ValueError` (huggingface_hub's `StrictDataclassError`) names the field, what came and what is accepted.
+        `ValueError`, or huggingface_hub's `StrictDataclassError` for a wrong type or value: the message names the
+        field, what came and what is accepted.
 
     ```python
     >>> from foxlm import FoxConfig, FoxForCausalLM
@@ -187,11 +189,24 @@ class FoxConfig(PreTrainedConfig):
                     f"got {self.hidden_size} and {self.num_attention_heads}"
                 )
             self.head_dim = self.hidden_size // self.num_attention_heads
-        if self.intermediate_size is None:
-            if self.mlp_ratio is None:
-                self.mlp_ratio = 3.5 if self.use_output_gate else 4.0
-            self.intermediate_size = 256 * -(-int(self.hidden_size * self.mlp_ratio * 2 / 3) // 256)
+        self._derive_intermediate_size()
         super().__post_init__(**kwargs)
+
+    def _derive_intermediate_size(self) -> None:
+        ratio = self.mlp_ratio
+        self._require("mlp_ratio", ratio is None or 0 < ratio < math.inf, "a positive number")
+        if self.intermediate_size is None and ratio is None:
+            ratio = 3.5 if self.use_output_gate else 4.0
+        if ratio is None:
+            return
+        derived = 256 * -(-int(self.hidden_size * ratio * 2 / 3) // 256)
+        if self.intermediate_size not in (None, derived):
+            raise ValueError(
+                f"mlp_ratio {ratio} makes intermediate_size {derived}, "
+                f"but intermediate_size is {self.intermediate_size}: give one of them"
+            )
+        # Only the size is kept, so that a saved configuration can be loaded with another one.
+        self.intermediate_size, self.mlp_ratio = derived, None
 
     @property
     def layer_types(self) -> list[str]:
@@ -214,17 +229,20 @@ class FoxConfig(PreTrainedConfig):
 
     def _refuse_foreign(self, kwargs: dict) -> None:
         """transformers keeps any unknown argument as an attribute; one that means a field of ours would be ignored."""
-        fields = list(type(self).__dataclass_fields__)
+        known = [*type(self).__dataclass_fields__, *_FOREIGN_FIELDS]
         for name in kwargs:
             if name in _FOREIGN_FIELDS:
                 raise ValueError(f"{name} is not a field of {type(self).__name__}: {_FOREIGN_FIELDS[name]}")
-            close = difflib.get_close_matches(name, fields, n=1, cutoff=0.85)
+            close = difflib.get_close_matches(name, known, n=1, cutoff=0.85)
             if close and not hasattr(type(self), name):
-                raise ValueError(f"{name} is not a field of {type(self).__name__}; did you mean {close[0]}?")
+                hint = _FOREIGN_FIELDS.get(close[0], f"did you mean {close[0]}?")
+                raise ValueError(f"{name} is not a field of {type(self).__name__}: {hint}")
 
     def convert_rope_params_to_dict(self, **kwargs):
         # transformers turns None into a default RoPE; here None means no RoPE.
         if self.rope_parameters is None and not kwargs.get("rope_scaling") and "rope_theta" not in kwargs:
+            if kwargs.get("partial_rotary_factor") is not None:
+                raise ValueError("partial_rotary_factor has no effect without rope_parameters")
             kwargs.pop("rope_scaling", None)
             return kwargs
         return super().convert_rope_params_to_dict(**kwargs)
@@ -236,6 +254,9 @@ class FoxConfig(PreTrainedConfig):
         accepted = ["default", *ROPE_INIT_FUNCTIONS]
         if rope_type not in accepted:
             raise ValueError(f"rope_parameters must have a rope_type in {accepted}, got {rope_type!r}")
+        factor = self.rope_parameters.get("partial_rotary_factor", 1.0)
+        if not 0 < factor <= 1:
+            raise ValueError(f"rope_parameters must have a partial_rotary_factor in (0, 1], got {factor!r}")
         super().validate_rope()
 
     def validate_layer_type(self) -> None:
@@ -259,9 +280,12 @@ class FoxConfig(PreTrainedConfig):
             self.num_attention_heads % self.heads[1] == 0,
             f"a divisor of num_attention_heads ({self.num_attention_heads})",
         )
-        for field in ("rms_norm_eps", "qk_norm_eps", "initializer_range", "mlp_ratio"):
+        for field in ("rms_norm_eps", "qk_norm_eps", "initializer_range"):
             value = getattr(self, field)
-            self._require(field, value is None or value > 0, "a positive number")
+            self._require(field, value is None or 0 < value < math.inf, "a positive number")
+        if self.pad_token_id is not None:
+            accepted = f"None or in [0, vocab_size) = [0, {self.vocab_size})"
+            self._require("pad_token_id", 0 <= self.pad_token_id < self.vocab_size, accepted)
         self._require("hidden_act", self.hidden_act in ACT2FN, f"one of {sorted(ACT2FN)}")
         self._require("attention_dropout", 0 <= self.attention_dropout < 1, "a number in [0, 1)")
         # An upper bound beyond any sequence, below which exp(1 / T) - 1 is exact enough in float32 arithmetic.

@@ -73,11 +73,19 @@ def decay_time_bias(config: FoxConfig) -> Tensor:
     return -torch.log(torch.expm1(1.0 / times))
 
 
+def _gate_dtype() -> torch.dtype:
+    return torch.promote_types(torch.get_default_dtype(), torch.float32)
+
+
 class FoxForgetGate(nn.Linear):
     """Data-dependent forget gate: ``[B, T, hidden] -> [B, T, Hf]`` logits in float32, whatever the model's type.
 
-    In half precision a slow gate, ``log f = -1e-3``, could not be told from its neighbors.
+    In half precision a slow gate, ``log f = -1e-3``, could not be told from its neighbors; the weights stay in float32
+    too, also where the model is made or loaded in half precision.
     """
+
+    def __init__(self, hidden_size: int, gates: int) -> None:
+        super().__init__(hidden_size, gates, dtype=_gate_dtype())
 
     def forward(self, x: Tensor) -> Tensor:
         with maybe_autocast(x.device.type, enabled=False):
@@ -90,7 +98,7 @@ class FoxConstantGate(nn.Module):
 
     def __init__(self, gates: int, learned: bool) -> None:
         super().__init__()
-        bias = torch.zeros(gates)
+        bias = torch.zeros(gates, dtype=_gate_dtype())
         if learned:
             self.bias = nn.Parameter(bias)
         else:

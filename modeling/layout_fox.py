@@ -31,7 +31,7 @@ def token_layout(
     inputs_embeds: Tensor,
     attention_mask: Tensor | dict[str, Tensor | None] | None,
     position_ids: Tensor | None,
-    cu_seqlens: Tensor | None,
+    cu_seqlens: tuple[Tensor | None, Tensor | None],
     cache: Cache | None,
 ) -> TokenLayout:
     """Check and combine what a caller says of its tokens.
@@ -41,7 +41,8 @@ def token_layout(
         attention_mask: see `padding_mask`.
         position_ids: ``[B or 1, T]``; where they restart a new packed sequence begins, if there is neither padding nor
             an earlier token.
-        cu_seqlens: ``[N + 1]`` offsets of the sequences packed in a batch of one.
+        cu_seqlens: ``[N + 1]`` offsets of the sequences packed in a batch of one, of queries and of keys; the latter
+            may be None.
         cache: earlier tokens.
 
     Raises:
@@ -56,9 +57,7 @@ def token_layout(
         raise ValueError(
             f"past_key_values holds {seen} tokens and has room for {keys}: {length} more do not fit (max_cache_len)"
         )
-    if position_ids is not None and (
-        position_ids.ndim != 2 or position_ids.shape not in ((1, length), (batch, length))
-    ):
+    if position_ids is not None and position_ids.shape not in ((1, length), (batch, length)):
         raise ValueError(f"position_ids must be [B or 1, T] = [{batch} or 1, {length}], got {list(position_ids.shape)}")
 
     real_keys = padding_mask(attention_mask, batch, past, length, keys, device)
@@ -67,14 +66,20 @@ def token_layout(
     # A static cache that holds tokens reports a tensor: packing cannot begin there.
     fresh = isinstance(past, int) and past == 0
     starts = None
-    if cu_seqlens is not None:
+    queries, keys_of_queries = cu_seqlens
+    if queries is not None:
         if batch != 1 or real is not None or not fresh:
             raise ValueError(
                 "cu_seq_lens_q packs sequences in a batch of one, without padding and without earlier tokens in "
                 f"past_key_values; got a batch of {batch}, padding: {real is not None}, earlier tokens: {not fresh}"
             )
-        check_cu_seqlens("cu_seq_lens_q", cu_seqlens, length)
-        starts = sequence_starts(cu_seqlens, length).to(device)
+        check_cu_seqlens("cu_seq_lens_q", queries, length)
+        if keys_of_queries is not None and keys_of_queries is not queries:
+            check_cu_seqlens("cu_seq_lens_k", keys_of_queries, length)
+            same_shape = keys_of_queries.shape == queries.shape
+            if not same_shape or (_is_readable(queries) and not torch.equal(keys_of_queries, queries)):
+                raise ValueError("cu_seq_lens_k must equal cu_seq_lens_q: a token's key belongs to its own sequence")
+        starts = sequence_starts(queries, length).to(device)
     elif position_ids is not None and real is None and fresh:
         starts = _restarts(position_ids.to(device), batch)
     return TokenLayout(positions, real, real_keys, starts)
@@ -89,11 +94,15 @@ def _restarts(position_ids: Tensor, batch: int) -> Tensor | None:
     return starts.expand(batch, -1)
 
 
+def _is_readable(x: Tensor) -> bool:
+    """Whether its values can be read without waiting for another device or breaking a traced graph."""
+    return x.device.type == "cpu" and not is_torchdynamo_compiling()
+
+
 def _read_if_free(length: int | Tensor) -> int | None:
-    """The number, unless reading it would wait for another device or break a traced graph."""
     if isinstance(length, int):
         return length
-    return int(length) if length.device.type == "cpu" and not is_torchdynamo_compiling() else None
+    return int(length) if _is_readable(length) else None
 
 
 def padding_mask(

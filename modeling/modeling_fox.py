@@ -115,11 +115,11 @@ class FoxModel(FoxPreTrainedModel):
             name, given = ("input_ids", input_ids) if input_ids is not None else ("inputs_embeds", inputs_embeds)
             raise ValueError(f"{name} must be [B, T] with at least one token, got shape {list(given.shape)}")
         if past_key_values is not None:
-            check_cache(past_key_values)
+            check_cache(past_key_values, self.config.num_hidden_layers)
         elif use_cache:
             past_key_values = DynamicCache(config=self.config)
 
-        cu_seqlens = kwargs.get("cu_seq_lens_q")
+        cu_seqlens = (kwargs.get("cu_seq_lens_q"), kwargs.get("cu_seq_lens_k"))
         layout = token_layout(inputs_embeds, attention_mask, position_ids, cu_seqlens, past_key_values)
         position_embeddings = None
         if self.rotary_emb is not None:

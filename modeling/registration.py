@@ -17,6 +17,7 @@ from .modeling_fox import (
     FoxForTokenClassification,
     FoxModel,
 )
+from .peft_defaults import register_peft_defaults
 
 
 def register_fox() -> None:
@@ -30,3 +31,4 @@ def register_fox() -> None:
         (AutoModelForQuestionAnswering, FoxForQuestionAnswering),
     ):
         auto.register(FoxConfig, model, exist_ok=True)
+    register_peft_defaults()

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from foxlm import FoxConfig, FoxForCausalLM
 
@@ -115,3 +116,29 @@ def assert_close(actual: Tensor, expected: Tensor, tolerance: float = 1e-9) -> N
     assert actual.isfinite().all() and expected.isfinite().all(), "not finite"
     worst = (actual - expected).abs().max().item() / max(1.0, expected.abs().max().item())
     assert worst <= tolerance, f"differs by {worst:.2e}, more than {tolerance:.0e}"
+
+
+ROPE_PARAMETERS: dict[str, dict[str, Any]] = {
+    "default": {},
+    "linear": {"factor": 2.0},
+    "dynamic": {"factor": 2.0},
+    "yarn": {"factor": 4.0, "original_max_position_embeddings": 32},
+    "longrope": {
+        "short_factor": [1.0, 1.5, 2.0, 3.0],
+        "long_factor": [2.0, 4.0, 6.0, 9.0],
+        "original_max_position_embeddings": 32,
+        "factor": 4.0,
+    },
+    "llama3": {
+        "factor": 4.0,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 32,
+    },
+    "proportional": {"partial_rotary_factor": 0.5},
+}
+ROPE_TYPES = ["default", *ROPE_INIT_FUNCTIONS]
+
+
+def rope(rope_type: str) -> dict[str, Any]:
+    return {"rope_type": rope_type, "rope_theta": 100.0} | ROPE_PARAMETERS[rope_type]

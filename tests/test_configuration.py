@@ -1,48 +1,20 @@
 """What a configuration accepts, derives, refuses and keeps over a round trip."""
 
 import math
-from typing import Any
 
 import pytest
 import torch
 from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig
-from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from foxlm import FoxConfig, FoxForCausalLM
-from models import ROPE, SIZES, VARIANTS, assert_close, tiny_config, tiny_model, tokens
+from models import ROPE, ROPE_TYPES, SIZES, VARIANTS, assert_close, rope, tiny_config, tiny_model, tokens
 
 # What `@strict` raises for a type is no ValueError, and for a missing RoPE parameter transformers raises a KeyError.
 REFUSED = (ValueError, StrictDataclassError, KeyError)
 NAN, INF = float("nan"), float("inf")
 
 # A valid set of parameters of each type, with a head of 8 and an original length below the tests' longest.
-ROPE_PARAMETERS: dict[str, dict[str, Any]] = {
-    "default": {},
-    "linear": {"factor": 2.0},
-    "dynamic": {"factor": 2.0},
-    "yarn": {"factor": 4.0, "original_max_position_embeddings": 32},
-    "longrope": {
-        "short_factor": [1.0, 1.5, 2.0, 3.0],
-        "long_factor": [2.0, 4.0, 6.0, 9.0],
-        "original_max_position_embeddings": 32,
-        "factor": 4.0,
-    },
-    "llama3": {
-        "factor": 4.0,
-        "low_freq_factor": 1.0,
-        "high_freq_factor": 4.0,
-        "original_max_position_embeddings": 32,
-    },
-    "proportional": {"partial_rotary_factor": 0.5},
-}
-ROPE_TYPES = ["default", *ROPE_INIT_FUNCTIONS]
-
-
-def rope(rope_type: str) -> dict[str, Any]:
-    return {"rope_type": rope_type, "rope_theta": 100.0} | ROPE_PARAMETERS[rope_type]
-
-
 WRONG = [
     # field, arguments, what came, what is accepted
     *((field, {field: 0}, "0", "positive integer") for field in ("vocab_size", "num_hidden_layers", "head_dim")),

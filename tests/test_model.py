@@ -29,8 +29,20 @@ from foxlm import (
     FoxForTokenClassification,
     FoxModel,
 )
-from models import IMPLEMENTATIONS, LLAMA, ROPE, SIZES, VARIANTS, assert_close, tiny_config, tiny_model, tokens
-from test_configuration import ROPE_TYPES, rope
+from foxlm.modeling import attention_fox
+from models import (
+    IMPLEMENTATIONS,
+    LLAMA,
+    ROPE,
+    ROPE_TYPES,
+    SIZES,
+    VARIANTS,
+    assert_close,
+    rope,
+    tiny_config,
+    tiny_model,
+    tokens,
+)
 
 
 def rms(x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -369,10 +381,17 @@ def test_llama_keeps_its_own_sdpa() -> None:
     assert_close(llama(tokens(2, 9)).logits, expected, 1e-5)
 
 
-def test_attention_weights_that_are_not_computed_are_not_promised() -> None:
+@pytest.mark.parametrize("implementation", ["fox_reference", "sdpa"])
+def test_attention_weights_that_are_not_computed_are_warned_of(implementation: str, monkeypatch) -> None:
+    warnings: list[str] = []
+    monkeypatch.setattr(attention_fox.logger, "warning_once", warnings.append)
     model = tiny_model()
-    with pytest.raises(ValueError, match=r"output_attentions.*eager"):
-        model(tokens(1, 5), output_attentions=True)
+    model.set_attn_implementation(implementation)
+    assert not model(tokens(1, 5), output_attentions=True).attentions
+    assert warnings and all("eager" in warning for warning in warnings)
+    warnings.clear()
+    model(tokens(1, 5))
+    assert not warnings
 
 
 # Padding
