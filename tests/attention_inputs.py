@@ -64,9 +64,7 @@ def output_and_gradients(
     """Run ``function`` and pull one random cotangent of output and log-sum-exp back to every input."""
     out, lse = function(*inputs, **options)
     generator = torch.Generator().manual_seed(1)
-    cotangents = [
-        torch.randn(x.shape, generator=generator, dtype=torch.float64).to(x.dtype) for x in (out, lse)
-    ]
+    cotangents = [torch.randn(x.shape, generator=generator, dtype=torch.float64).to(x) for x in (out, lse)]
     # A row that sees nothing has log-sum-exp -inf, a constant: its cotangent must change nothing.
     gradients = torch.autograd.grad([out, lse], inputs, cotangents, materialize_grads=True)
     names = ("dq", "dk", "dv", "dlog_f")
@@ -77,6 +75,4 @@ def assert_same(actual: dict[str, Tensor], expected: dict[str, Tensor], atol: fl
     """Compare by name, element by element: within ``atol`` where finite, equal where not."""
     assert actual.keys() == expected.keys()
     for name, value in actual.items():
-        torch.testing.assert_close(
-            value, expected[name], rtol=0.0, atol=atol, msg=lambda text, n=name: f"{n}: {text}"
-        )
+        torch.testing.assert_close(value, expected[name], rtol=0.0, atol=atol, msg=lambda text, n=name: f"{n}: {text}")

@@ -7,6 +7,7 @@ maximum and no hidden key. Padding and packing are done by leaving the other tok
 the implementation under test is only the definition. Logits above 700 overflow: it is for tests.
 """
 
+import itertools
 import math
 
 import torch
@@ -64,13 +65,8 @@ def _per_query_head(x: Tensor, heads: int) -> Tensor:
     return x[:, :, [h // (heads // x.shape[2]) for h in range(heads)]]
 
 
-def _sequences(
-    b: int, keys: int, attention_mask: Tensor | None, cu_seqlens: Tensor | None
-) -> list[list[int]]:
+def _sequences(b: int, keys: int, attention_mask: Tensor | None, cu_seqlens: Tensor | None) -> list[list[int]]:
     """The tokens of each sequence in row ``b`` of the batch, without padding."""
     offsets = [0, keys] if cu_seqlens is None else cu_seqlens.tolist()
     real = [True] * keys if attention_mask is None else attention_mask[b].bool().tolist()
-    return [
-        [t for t in range(start, stop) if real[t]]
-        for start, stop in zip(offsets, offsets[1:], strict=False)
-    ]
+    return [[t for t in range(start, stop) if real[t]] for start, stop in itertools.pairwise(offsets)]
