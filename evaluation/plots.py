@@ -4,6 +4,7 @@ import base64
 import io
 import math
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import matplotlib
 import numpy as np
@@ -13,7 +14,7 @@ from matplotlib.figure import Figure
 
 # Narrow enough that the text stays readable when a phone scales the image to its width.
 _WIDTH = 5.2
-_STYLE = {
+_STYLE: dict[Any, Any] = {
     "font.size": 10,
     "axes.titlesize": 10.5,
     "axes.spines.top": False,
@@ -21,11 +22,11 @@ _STYLE = {
     "axes.grid": True,
     "grid.alpha": 0.25,
     "legend.frameon": False,
-    "svg.fonttype": "none",
-    "font.family": "sans-serif",
+    "svg.fonttype": "path",
+    "hatch.linewidth": 0.5,
     "svg.hashsalt": "foxlm",
 }
-_RULE_STYLES = {"paper": ("#b5651d", "o"), "tight": ("#1f5fa8", "s")}
+_RULE_STYLES = {"paper": ("#b5651d", "o", -14), "tight": ("#1f5fa8", "s", 7)}
 
 
 def _new(rows: int = 1, height: float = 3.4, **kwargs) -> tuple[Figure, list[Axes]]:
@@ -74,8 +75,9 @@ def plot_decay_times(times: np.ndarray, tokens: int) -> Figure:
         figure, (axes,) = _new(height=1.4 + 0.42 * max(layers, 4))
         finite = times[np.isfinite(times)]
         low, high = (finite.min(), finite.max()) if finite.size else (1.0, 10.0)
-        norm = LogNorm(low, max(high, 1.01 * low))
-        image = axes.imshow(np.minimum(times, norm.vmax), norm=norm, cmap="viridis", aspect="auto")
+        high = max(high, 1.01 * low)
+        norm = LogNorm(low, high)
+        image = axes.imshow(np.minimum(times, high), norm=norm, cmap="viridis", aspect="auto")
         if heads <= 12:
             for (layer, head), time in np.ndenumerate(times):
                 dark = not np.isfinite(time) or norm(time) > 0.6
@@ -103,19 +105,18 @@ def plot_skipped(
     with matplotlib.rc_context(_STYLE):
         figure, (axes,) = _new()
         for rule, values in shares.items():
-            color, marker = _RULE_STYLES[rule]
+            color, marker, below = _RULE_STYLES[rule]
             mean = 100 * values.mean((1, 2))
             axes.plot(log_eps, mean, color=color, marker=marker, label=f"rule {rule}")
-            axes.annotate(
-                f"{mean[0]:.0f}%", (log_eps[0], mean[0]), textcoords="offset points", xytext=(-8, 6), color=color
-            )
+            for x, y in zip(log_eps, mean, strict=True):
+                axes.annotate(f"{y:.0f}%", (x, y), (0, below), textcoords="offset points", ha="center", color=color)
         axes.set_xticks(log_eps, [f"$e^{{{value:g}}}$" for value in log_eps])
         axes.invert_xaxis()
         axes.set_ylim(0, 100)
         axes.set_xlabel("eps, attention weight that a row may lose (smaller to the right)")
         what = "pairs" if tile == (1, 1) else f"{tile[0]}x{tile[1]} tiles"
         axes.set_ylabel(f"skipped {what} (%)")
-        axes.set_title(f"Attention skipped at {length:,} tokens, mean over layers and heads")
+        axes.set_title(f"Attention skipped at {length:,} tokens, mean over heads")
         axes.legend()
     return figure
 
@@ -130,9 +131,10 @@ def plot_attention_maps(maps: Sequence[tuple[str, np.ndarray, np.ndarray]], rule
     """
     with matplotlib.rc_context(_STYLE | {"axes.grid": False}):
         figure, all_axes = _new(rows=len(maps), height=4.2 * len(maps))
-        norm = LogNorm(1e-6, 1.0)
+        faintest = 1e-6
+        norm = LogNorm(faintest, 1.0)
         for axes, (title, weights, first) in zip(all_axes, maps, strict=True):
-            shown = np.ma.masked_where(np.triu(np.ones_like(weights, dtype=bool), 1), np.maximum(weights, 1e-6))
+            shown = np.ma.masked_less(weights, faintest)
             image = axes.imshow(shown, norm=norm, cmap="magma_r", interpolation="nearest")
             rows = np.arange(len(first) + 1) - 0.5
             edge = np.append(first, first[-1]) - 0.5
@@ -140,8 +142,8 @@ def plot_attention_maps(maps: Sequence[tuple[str, np.ndarray, np.ndarray]], rule
             axes.set_title(title)
             axes.set_xlabel("key (byte of the snippet)")
             axes.set_ylabel("query (byte)")
-            figure.colorbar(image, ax=axes, label="attention weight (log scale)", shrink=0.85)
-        figure.suptitle(f"Shaded: skipped by rule {rule} at eps = $e^{{{log_eps:g}}}$", fontsize=10.5)
+            figure.colorbar(image, ax=axes, label="attention weight (white: below $10^{-6}$)", shrink=0.85)
+        figure.suptitle(f"Hatched: skipped by rule {rule} at eps = $e^{{{log_eps:g}}}$", fontsize=10.5)
     return figure
 
 

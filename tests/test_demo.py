@@ -66,6 +66,7 @@ def test_report_holds_finite_measurements(report: dict) -> None:
     assert training["tokens"] == 12 * training["batch"] * training["length"]
     assert training["train_bits_per_byte"][-1][1] < training["train_bits_per_byte"][0][1]
     assert report["lm_eval"]["next_lines"]["samples"] == 4
+    assert 0.0 <= report["lm_eval"]["next_lines"]["acc_mutual_info"] <= 1.0
     assert report["lm_eval"]["bits"]["bits_per_byte"] > 0
 
 

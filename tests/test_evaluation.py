@@ -25,7 +25,7 @@ from foxlm.evaluation.demo.tokenizer import byte_tokenizer
 from foxlm.evaluation.demo.train import RandomWindows, bits_per_byte
 from foxlm.evaluation.gates import RULES, attention_weights, decay_time_table, decay_times, skipped_shares
 from foxlm.evaluation.provenance import provenance
-from foxlm.evaluation.recording import record_attention
+from foxlm.evaluation.recording import AttentionInputs, record_attention
 from foxlm.modeling.attention_fox import ALL_ATTENTION_FUNCTIONS
 
 
@@ -44,6 +44,12 @@ def tiny_model(**overrides) -> FoxForCausalLM:
     return FoxForCausalLM(FoxConfig(**(fields | overrides))).eval()
 
 
+def attend(layer: AttentionInputs, log_f: torch.Tensor) -> torch.Tensor:
+    out = forgetting_attention(layer.q, layer.k, layer.v, log_f, scale=layer.scale)
+    assert isinstance(out, torch.Tensor)
+    return out
+
+
 def tokens(batch: int = 2, length: int = 40) -> torch.Tensor:
     return torch.randint(0, 256, (batch, length), generator=torch.Generator().manual_seed(1))
 
@@ -53,15 +59,14 @@ def tokens(batch: int = 2, length: int = 40) -> torch.Tensor:
 def test_recorded_inputs_reproduce_each_layer(implementation: str, gate_heads: str) -> None:
     model = tiny_model(forget_gate_heads=gate_heads, use_output_gate=False, use_output_norm=False)
     model.set_attn_implementation(implementation)
-    outputs = []
-    for layer in model.model.layers:
-        layer.self_attn.o_proj.register_forward_pre_hook(lambda _, args: outputs.append(args[0]))
+    outputs: list[torch.Tensor] = []
+    for block in model.model.layers:
+        block.get_submodule("self_attn.o_proj").register_forward_pre_hook(lambda _, args: outputs.append(args[0]))
     with torch.no_grad(), record_attention(model) as layers:
         model(tokens(), use_cache=False)
     assert [layer.layer for layer in layers] == [0, 1]
     for layer, output in zip(layers, outputs, strict=True):
-        attended = forgetting_attention(layer.q, layer.k, layer.v, layer.log_f, scale=layer.scale)
-        torch.testing.assert_close(attended.flatten(-2), output, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(attend(layer, layer.log_f).flatten(-2), output, rtol=1e-4, atol=1e-5)
 
 
 def test_recording_can_tell_a_wrong_gate() -> None:
@@ -70,9 +75,7 @@ def test_recording_can_tell_a_wrong_gate() -> None:
     with torch.no_grad(), record_attention(model) as layers:
         model(tokens(), use_cache=False)
     first, second = layers
-    right = forgetting_attention(first.q, first.k, first.v, first.log_f, scale=first.scale)
-    wrong = forgetting_attention(first.q, first.k, first.v, second.log_f, scale=first.scale)
-    assert (right - wrong).abs().max() > 1e-3
+    assert (attend(first, first.log_f) - attend(first, second.log_f)).abs().max() > 1e-3
 
 
 def test_recording_leaves_no_trace() -> None:
@@ -199,8 +202,8 @@ def test_training_windows_repeat_for_a_seed() -> None:
     stream = to_tokens([SourceFile("a", bytes(range(256)))])
     assert stream.tolist() == [SEPARATOR, *range(256)]
     first, again, other = (RandomWindows(stream, 16, 8, seed) for seed in (0, 0, 1))
-    assert [x["input_ids"].tolist() for x in first] == [x["input_ids"].tolist() for x in again]
-    assert [x["input_ids"].tolist() for x in first] != [x["input_ids"].tolist() for x in other]
+    drawn = [[draws[i]["input_ids"].tolist() for i in range(8)] for draws in (first, again, other)]
+    assert drawn[0] == drawn[1] != drawn[2]
 
 
 def test_bits_per_byte_is_the_models_own_loss() -> None:

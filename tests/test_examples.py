@@ -12,7 +12,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer
 
 EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
 TINY = ["--hidden_size", "32", "--num_hidden_layers", "2", "--num_attention_heads", "2"]
-QUIET = ["--use_cpu", "--per_device_train_batch_size", "4", "--report_to", "none", "--logging_steps", "1", "--disable_tqdm", "true"]
+QUIET = ["--use_cpu", "--report_to", "none", "--logging_steps", "1", "--disable_tqdm", "true"]
+QUIET += ["--per_device_train_batch_size", "4"]
 
 
 def load_script(name: str) -> ModuleType:

@@ -27,7 +27,10 @@ _NEXT_LINES_TASK = {
     "doc_to_target": "answer",
     # The continuation begins a line of its own: no space between it and the prefix.
     "target_delimiter": "",
-    "metric_list": [{"metric": "acc", "aggregation": "mean", "higher_is_better": True}],
+    # Raw likelihood mostly finds the blandest continuation; that of a text is divided by what it is without a prefix.
+    "metric_list": [
+        {"metric": metric, "aggregation": "mean", "higher_is_better": True} for metric in ("acc", "acc_mutual_info")
+    ],
 }
 _BITS_TASK = {
     "task": BITS,
@@ -69,7 +72,8 @@ def next_lines_questions(files: list[SourceFile], count: int, seed: int) -> list
 
 def _passages(text: str) -> list[tuple[str, str]]:
     """Consecutive, disjoint pairs of prefix and continuation, both of them whole in ``text``."""
-    found, start = [], 0
+    found: list[tuple[str, str]] = []
+    start = 0
     while True:
         end = text.find("\n", start + PREFIX_BYTES) + 1
         if end == 0 or end + CONTINUATION_BYTES > len(text):

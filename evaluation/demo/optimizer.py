@@ -25,7 +25,8 @@ class MuonAndAdamW(torch.optim.Optimizer):
     """
 
     def __init__(self, model: nn.Module, muon_lr: float, adamw_lr: float, weight_decay: float) -> None:
-        matrices, others = [], []
+        matrices: list[nn.Parameter] = []
+        others: list[nn.Parameter] = []
         for name, parameter in model.named_parameters():
             inner = ".layers." in name and parameter.ndim == 2 and min(parameter.shape) >= _SMALLEST_MATRIX
             (matrices if inner else others).append(parameter)

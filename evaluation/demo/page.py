@@ -14,7 +14,7 @@ body { font: 16px/1.5 system-ui, sans-serif; color: #1b1f24; background: #fff; m
 h1 { font-size: 1.5rem; line-height: 1.2; } h2 { font-size: 1.15rem; margin: 2rem 0 .5rem; }
 img { width: 100%; height: auto; }
 table { border-collapse: collapse; width: 100%; } td, th { padding: 4px 8px 4px 0; text-align: left;
-  vertical-align: top; border-bottom: 1px solid #e4e7eb; } td.n { text-align: right; white-space: nowrap; }
+  vertical-align: top; border-bottom: 1px solid #e4e7eb; } td:first-child { overflow-wrap: normal; }
 pre { background: #f6f8fa; padding: 10px; overflow-x: auto; font-size: 12px; line-height: 1.35; }
 pre b { color: #1f5fa8; } code { font-size: .9em; } .small { color: #57606a; font-size: .88rem; }
 """
@@ -110,8 +110,9 @@ def _headline(report: dict[str, Any]) -> list[tuple[str, str]]:
             f"{reload['bits_per_byte_before_saving']:.4f}, {reload['bits_per_byte']:.4f}",
         ),
         (
-            f"lm-eval: which of {lines['choices']} continuations ({lines['samples']} questions)",
-            f"{100 * lines['acc']:.1f} ± {100 * lines['acc_stderr']:.1f}% (chance {100 / lines['choices']:.0f}%)",
+            f"lm-eval: which of {lines['choices']} continuations fits best ({lines['samples']} questions)",
+            f"{100 * lines['acc_mutual_info']:.1f} ± {100 * lines['acc_mutual_info_stderr']:.1f}% "
+            f"(chance {100 / lines['choices']:.0f}%; by raw likelihood {100 * lines['acc']:.1f}%)",
         ),
         ("lm-eval: bits per byte, rolling windows", f"{lm_eval['bits']['bits_per_byte']:.3f}"),
         ("training", f"{training['seconds']:.0f} s, {training['steps']} steps{stopped}"),

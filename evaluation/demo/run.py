@@ -152,7 +152,7 @@ def run_demo(options: Options) -> dict[str, Any]:
         lm_eval = run_lm_eval(model_folder, evaluated, device, 4 * recipe.batch)
         bar.update()
         bar.set_description("writing the report")
-        report = {
+        report: dict[str, Any] = {
             "complete": True,
             "seconds": time.monotonic() - began,
             "quick": options.quick,
@@ -181,7 +181,9 @@ def run_demo(options: Options) -> dict[str, Any]:
         page.write_text(render(report, training, analysis), encoding="utf-8")
         bar.update()
     lines = report["lm_eval"]["next_lines"]
-    _say(f"lm-eval: {100 * lines['acc']:.1f}% of {lines['samples']} questions (chance {100 / CHOICES:.0f}%)")
+    _say(
+        f"lm-eval: {100 * lines['acc_mutual_info']:.1f}% of {lines['samples']} questions (chance {100 / CHOICES:.0f}%)"
+    )
     _say(f"done in {report['seconds']:.0f} s: {page}, {model_folder}")
     return report
 
@@ -219,6 +221,8 @@ def _lm_eval(results: dict[str, Any]) -> dict[str, Any]:
         "next_lines": {
             "acc": lines["acc,none"],
             "acc_stderr": lines["acc_stderr,none"],
+            "acc_mutual_info": lines["acc_mutual_info,none"],
+            "acc_mutual_info_stderr": lines["acc_mutual_info_stderr,none"],
             "samples": lines["samples"],
             "choices": CHOICES,
         },

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 from torch.utils.data import Dataset
 from tqdm import tqdm
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments, set_seed
@@ -49,7 +50,7 @@ class Recipe:
     warmup_steps: int = 20
     evaluations: int = 8
     evaluation_windows: int = 24
-    smallest: int = 50
+    smallest: int = 150
     largest: int = 20_000
 
 
@@ -87,7 +88,7 @@ class RandomWindows(Dataset):
     def __len__(self) -> int:
         return len(self.starts)
 
-    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
+    def __getitem__(self, index: int) -> dict[str, Tensor]:
         start = self.starts[index]
         window = torch.from_numpy(self.tokens[start : start + self.length].astype(np.int64))
         return {"input_ids": window, "labels": window}
@@ -102,20 +103,20 @@ class FixedWindows(Dataset):
     def __len__(self) -> int:
         return len(self.held_out)
 
-    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
+    def __getitem__(self, index: int) -> dict[str, Tensor]:
         window = self.held_out[index]
         return {"input_ids": window, "labels": window.masked_fill(window >= SEPARATOR, IGNORED)}
 
 
 class TimeLimit(TrainerCallback):
-    """Stop when training takes half as long again as planned: the machine got busy after the pace was measured."""
+    """Stop when training takes three times as long as planned: the machine is slow, or got busy meanwhile."""
 
     def __init__(self, seconds: float) -> None:
         self.seconds = seconds
         self.hit = False
 
     def on_train_begin(self, args, state, control, **kwargs):
-        self.deadline = time.monotonic() + 1.5 * self.seconds
+        self.deadline = time.monotonic() + 3.0 * self.seconds
 
     def on_step_end(self, args, state, control, **kwargs):
         if time.monotonic() > self.deadline:
