@@ -23,7 +23,6 @@ _STYLE: dict[Any, Any] = {
     "grid.alpha": 0.25,
     "legend.frameon": False,
     "svg.fonttype": "path",
-    "hatch.linewidth": 0.5,
     "svg.hashsalt": "foxlm",
 }
 _RULE_STYLES = {"paper": ("#b5651d", "o", -14), "tight": ("#1f5fa8", "s", 7)}
@@ -143,7 +142,7 @@ def plot_attention_maps(maps: Sequence[tuple[str, np.ndarray, np.ndarray]], rule
             axes.set_xlabel("key (byte of the snippet)")
             axes.set_ylabel("query (byte)")
             figure.colorbar(image, ax=axes, label="attention weight (white: below $10^{-6}$)", shrink=0.85)
-        figure.suptitle(f"Hatched: skipped by rule {rule} at eps = $e^{{{log_eps:g}}}$", fontsize=10.5)
+        figure.suptitle(f"Shaded: skipped by rule {rule} at eps = $e^{{{log_eps:g}}}$", fontsize=10.5)
     return figure
 
 

@@ -73,7 +73,7 @@ def analyze(model: FoxForCausalLM, held_out: np.ndarray, snippet: int) -> Analys
     times = decay_time_table(layers).cpu().numpy()
     maps = []
     # The very fastest head sees only its own token: one that spans a few shows more.
-    fast = int(np.abs(np.log(times) - np.log(snippet / 32)).argmin())
+    fast = int(np.abs(np.log(times) - np.log(snippet / 64)).argmin())
     for flat in (fast, int(times.argmax())):
         layer, head = divmod(flat, times.shape[1])
         shown = first_tokens[layer]
