@@ -10,6 +10,8 @@ from pathlib import Path
 
 import torch
 
+import foxlm
+
 
 def provenance(device: str, seed: int, packages: tuple[str, ...] = ()) -> dict[str, str | int]:
     """Facts that make a result repeatable.
@@ -33,7 +35,8 @@ def provenance(device: str, seed: int, packages: tuple[str, ...] = ()) -> dict[s
         "seed": seed,
         "python": platform.python_version(),
         "system": f"{platform.system()} {platform.machine()}",
-        **{name: _version(name) for name in ("foxlm", "torch", "transformers", *packages)},
+        "foxlm": foxlm.__version__,
+        **{name: _version(name) for name in ("torch", "transformers", *packages)},
     }
 
 

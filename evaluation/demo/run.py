@@ -111,6 +111,8 @@ def run_demo(options: Options) -> dict[str, Any]:
     # Marks the folder as the demo's own, also if this run is interrupted.
     _write_json(options.out / REPORT, {"complete": False})
 
+    # Now, not when the report is written: a checkout can move on meanwhile.
+    run = provenance(device, options.seed, ("lm_eval", "matplotlib", "safetensors"))
     corpus = load_corpus()
     counts = corpus.describe()
     _say(
@@ -174,7 +176,7 @@ def run_demo(options: Options) -> dict[str, Any]:
                 "bits_per_byte_before_saving": bits_per_byte(training.model, sample, recipe.batch),
             },
             "lm_eval": _lm_eval(lm_eval),
-            "run": provenance(device, options.seed, ("lm_eval", "matplotlib", "safetensors")),
+            "run": run,
         }
         _write_json(options.out / REPORT, report)
         page = options.out / "report.html"
