@@ -1,10 +1,17 @@
 """Inputs of forgetting attention for tests: gates of every speed, padding of every kind, and how results compare."""
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from foxlm.kernels import attention as public
+
+# The public function as tests use it: with bad arguments too, and with one type of result each.
+forgetting_attention: Callable[..., Any] = public.forgetting_attention
+attention: Callable[..., tuple[Tensor, Tensor]] = functools.partial(forgetting_attention, return_lse=True)
 
 # Each with how often it is drawn. Mostly mild ones, so that most queries see far.
 GATES = {0.0: 6, -1e-6: 4, -0.03: 12, -1.0: 3, -50.0: 1, -1e4: 1, -torch.inf: 1}
@@ -75,4 +82,6 @@ def assert_same(actual: dict[str, Tensor], expected: dict[str, Tensor], atol: fl
     """Compare by name, element by element: within ``atol`` where finite, equal where not."""
     assert actual.keys() == expected.keys()
     for name, value in actual.items():
-        torch.testing.assert_close(value, expected[name], rtol=0.0, atol=atol, msg=lambda text, n=name: f"{n}: {text}")
+        torch.testing.assert_close(
+            value, expected[name], rtol=0.0, atol=atol, msg=functools.partial("{}: {}".format, name)
+        )

@@ -1,17 +1,19 @@
 """The reference is forgetting attention: it agrees with a second one, in float64, in output and every gradient."""
 
-import functools
-
 import pytest
 import torch
 from torch.autograd.gradcheck import GradcheckError
 
-from attention_inputs import assert_same, draw_inputs, output_and_gradients, padding_mask
+from attention_inputs import (
+    assert_same,
+    attention,
+    draw_inputs,
+    forgetting_attention,
+    output_and_gradients,
+    padding_mask,
+)
 from foxlm.kernels import reference
-from foxlm.kernels.attention import forgetting_attention
 from naive import naive_attention
-
-attention = functools.partial(forgetting_attention, return_lse=True)
 
 # Heads of queries, of keys and values, and of gates.
 HEADS = [(4, 2, 4), (4, 2, 2), (4, 2, 1), (3, 3, 3), (3, 3, 1), (6, 1, 6), (6, 1, 1), (1, 1, 1)]

@@ -1,15 +1,11 @@
 """What forgetting attention makes of bad input, of empty input, and of NaN where nothing may look."""
 
-import functools
 import re
 
 import pytest
 import torch
 
-from attention_inputs import draw_inputs, output_and_gradients, padding_mask
-from foxlm.kernels.attention import forgetting_attention
-
-attention = functools.partial(forgetting_attention, return_lse=True)
+from attention_inputs import attention, draw_inputs, forgetting_attention, output_and_gradients, padding_mask
 
 
 def good() -> dict[str, torch.Tensor]:

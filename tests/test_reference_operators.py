@@ -11,13 +11,9 @@ import pytest
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from attention_inputs import draw_inputs, output_and_gradients, padding_mask
+from attention_inputs import attention, draw_inputs, forgetting_attention, output_and_gradients, padding_mask
 from foxlm.kernels import reference
-from foxlm.kernels.attention import forgetting_attention
 from foxlm.kernels.decay import accumulate
-
-attention = functools.partial(forgetting_attention, return_lse=True)
-
 
 # ---- torch.library and torch.compile
 
@@ -32,7 +28,7 @@ def operator_arguments(dropout: float = 0.0) -> list:
 
 @pytest.mark.parametrize("dropout", [0.0, 0.25])
 def test_opcheck_of_the_forward_operator(dropout):
-    torch.library.opcheck(reference._forward, operator_arguments(dropout))
+    torch.library.opcheck(reference._forward, tuple(operator_arguments(dropout)))
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.25])
@@ -42,7 +38,7 @@ def test_opcheck_of_the_backward_operator(dropout, need_decay):
     *tensors, scale, dropout, seed = arguments
     out, lse = reference._forward(*arguments)
     cotangents = [torch.randn_like(out), torch.randn_like(lse)]
-    torch.library.opcheck(reference._backward, [*cotangents, *tensors, out, lse, scale, dropout, seed, need_decay])
+    torch.library.opcheck(reference._backward, (*cotangents, *tensors, out, lse, scale, dropout, seed, need_decay))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
@@ -204,12 +200,16 @@ def dense_attention(q, k, v, log_f):
     return torch.einsum("bhij,bjhd->bihd", weights, v)
 
 
+def run_backward(function: Callable[..., torch.Tensor], inputs: list[torch.Tensor]) -> None:
+    function(*inputs).sum().backward()
+
+
 def growth_of_memory(function: Callable[..., torch.Tensor], trace: Path) -> float:
     """Peak of forward and backward at 2,048 tokens over that at 512."""
     peaks = []
     for tokens in (512, 2048):
         inputs = draw_inputs(tokens, batch=1, heads=(2, 2, 2), dtype=torch.float32)
-        peaks.append(peak_bytes(lambda x=inputs: function(*x).sum().backward(), trace))
+        peaks.append(peak_bytes(functools.partial(run_backward, function, inputs), trace))
     return peaks[1] / peaks[0]
 
 

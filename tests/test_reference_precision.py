@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from foxlm.kernels.attention import forgetting_attention
+from attention_inputs import forgetting_attention
 from foxlm.kernels.decay import Decay
 from foxlm.kernels.reference import reference_attention
 
@@ -161,8 +161,8 @@ def test_gate_gradients_are_exact_in_half_precision(dtype):
 def test_the_comparison_sees_a_type_below():
     """Negative control: attention in bfloat16 passed off as float16 is more than twice as wrong."""
 
-    def worse(*inputs: Tensor) -> Tensor:
-        return dense(*(x.bfloat16() for x in inputs[:3]), inputs[3]).half()
+    def worse(q: Tensor, k: Tensor, v: Tensor, log_f: Tensor) -> Tensor:
+        return dense(q.bfloat16(), k.bfloat16(), v.bfloat16(), log_f).half()
 
     ours, theirs = (errors_by_type(f, torch.float16, 65, 65)[0] for f in (worse, dense))
     assert (ours > 2.0 * theirs).all()

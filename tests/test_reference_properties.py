@@ -1,6 +1,5 @@
 """What follows from the definition of forgetting attention, whatever the inputs."""
 
-import functools
 import itertools
 
 import pytest
@@ -8,13 +7,17 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from attention_inputs import assert_same, draw_inputs, output_and_gradients, padding_mask
+from attention_inputs import (
+    assert_same,
+    attention,
+    draw_inputs,
+    forgetting_attention,
+    output_and_gradients,
+    padding_mask,
+)
 from foxlm.kernels import reference
-from foxlm.kernels.attention import forgetting_attention
 from foxlm.kernels.decay import Decay, accumulate
 from foxlm.kernels.reference import reference_attention
-
-attention = functools.partial(forgetting_attention, return_lse=True)
 
 SEEDS = st.integers(0, 2**32 - 1)
 LENGTHS = st.integers(1, 40)
@@ -35,7 +38,7 @@ def part(inputs: list[torch.Tensor], tokens: slice) -> list[torch.Tensor]:
     return [x.detach()[:, tokens].requires_grad_() for x in inputs]
 
 
-def split(results: dict[str, torch.Tensor], tokens: slice) -> dict[str, torch.Tensor]:
+def split(results: dict[str, torch.Tensor], tokens: slice | torch.Tensor) -> dict[str, torch.Tensor]:
     """What ``results`` say of those tokens."""
     return {name: x[..., tokens] if name == "lse" else x[:, tokens] for name, x in results.items()}
 
@@ -60,12 +63,11 @@ def draw_cotangents(q) -> tuple[torch.Tensor, torch.Tensor]:
 def test_gate_one_is_softmax_attention(length, heads, seed):
     q, k, v, log_f = draw_inputs(length, heads=heads, seed=seed)
     out = forgetting_attention(q, k, v, torch.zeros_like(log_f))
-    expected = torch.nn.functional.scaled_dot_product_attention(
-        *(x.transpose(1, 2) for x in (q, k, v)), is_causal=True, enable_gqa=True
+    plain = torch.nn.functional.scaled_dot_product_attention(
+        q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), is_causal=True, enable_gqa=True
     ).transpose(1, 2)
     cotangent, _ = draw_cotangents(q)
-    actual = [out, *torch.autograd.grad(out, [q, k, v], cotangent)]
-    expected = [expected, *torch.autograd.grad(expected, [q, k, v], cotangent)]
+    actual, expected = ([x, *torch.autograd.grad(x, [q, k, v], cotangent)] for x in (out, plain))
     torch.testing.assert_close(actual, expected, rtol=0.0, atol=1e-12)
 
 
