@@ -11,7 +11,9 @@ from hypothesis import settings
 
 # Each worker of pytest-xdist would otherwise start as many threads as there are cores.
 _WORKERS = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
-torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // _WORKERS))
+# Not every system tells which cores a process may use.
+_CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else (os.cpu_count() or 1)
+torch.set_num_threads(max(1, _CORES // _WORKERS))
 
 # No deadline: the first example of a test pays for compilation and warm-up. The same examples at every run: a
 # failure in CI must repeat elsewhere.
