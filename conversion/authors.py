@@ -112,6 +112,8 @@ def authors_config(fields: Mapping) -> FoxConfig:
 
     names = {name: name for name in _SAME_FIELDS} | _RENAMED_FIELDS
     ours: dict[str, Any] = {new: fields[old] for old, new in names.items() if fields[old] is not None}
+    if fields["intermediate_size"] is not None:
+        del ours["mlp_ratio"]
     ours["hidden_act"] = "silu" if fields["hidden_act"] == "swish" else fields["hidden_act"]
     ours["qk_norm_eps"] = _AUTHORS_QK_NORM_EPS
     ours["qk_norm"] = "none"

@@ -32,9 +32,9 @@ def forgetting_attention(
         k: ``[B, Tk, G, D]`` keys, ``Tk >= Tq``, ``H`` a multiple of ``G``; the type of ``q``.
         v: ``[B, Tk, G, D]`` values; the type of ``q``.
         log_f: ``[B, Tk, Hf]`` natural log of the forget gates, ``<= 0``; float32 or float64. ``Hf`` is ``H`` (a gate
-            per query head), ``G`` (per key/value head) or 1 (shared). ``-inf`` is a hard reset: nothing before
-            that token is seen from it on. Positive or NaN gates raise on a CPU; on other devices the check would
-            wait for the device, and the result is undefined.
+            per query head), ``G`` (per key/value head) or 1 (shared). ``-inf``, or anything below -1e4, is a hard
+            reset: nothing before that token is seen from it on. Positive or NaN gates raise on a CPU; on other devices
+            the check would wait for the device, and the result is undefined.
         scale: multiplies the logits; ``1 / sqrt(D)`` by default.
         attention_mask: ``[B, Tk]``, nonzero for real tokens and zero for padding, which may stand anywhere. A padding
             token is not attended to, does not decay anything, and its own output is zero.
@@ -58,31 +58,45 @@ def forgetting_attention(
     _check_inputs(q, k, v, log_f)
     if not 0.0 <= dropout < 1.0:
         raise ValueError(f"dropout must be in [0, 1), got {dropout}")
-    decay = _decay(q.shape[1], log_f, attention_mask, cu_seqlens)
+    starts = real = None
+    if cu_seqlens is not None:
+        starts = _packed_starts(cu_seqlens, log_f)
+    if attention_mask is not None:
+        real = _real_tokens(attention_mask, log_f)
+        log_f = log_f.masked_fill(~real[..., None], 0.0)
+        # A weight of zero times a NaN is a NaN: whatever stands in padding must not come near a product.
+        q = q.masked_fill(~real[:, real.shape[1] - q.shape[1] :, None, None], 0.0)
+        k, v = (x.masked_fill(~real[..., None, None], 0.0) for x in (k, v))
+    decay = _last_queries(q.shape[1], log_f, starts)
+    if real is not None:
+        decay = hide_padding(decay, real)
     scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
     out, lse = reference_attention(q, k, v, decay, scale=scale, dropout=dropout)
     return (out, lse) if return_lse else out
 
 
-def _decay(queries: int, log_f: Tensor, attention_mask: Tensor | None, cu_seqlens: Tensor | None) -> Decay:
-    batch, keys, _ = log_f.shape
-    starts = None
-    if cu_seqlens is not None:
-        if batch != 1:
-            raise ValueError(f"cu_seqlens packs sequences in a batch of one, got a batch of {batch}")
-        check_cu_seqlens("cu_seqlens", cu_seqlens, keys)
-        starts = sequence_starts(cu_seqlens.to(log_f.device), keys)
-    if attention_mask is not None:
-        if attention_mask.shape != (batch, keys):
-            raise ValueError(
-                f"attention_mask must have shape [B, Tk] = {[batch, keys]}, got {list(attention_mask.shape)}"
-            )
-        real = attention_mask.to(device=log_f.device, dtype=torch.bool)
-        log_f = log_f.masked_fill(~real[..., None], 0.0)
+def _last_queries(queries: int, log_f: Tensor, starts: Tensor | None) -> Decay:
+    """The decay of the last ``queries`` tokens over all tokens."""
+    keys = log_f.shape[1]
     c, first = accumulate(log_f, starts=starts)
     last = torch.arange(keys - queries, keys, device=log_f.device)
-    decay = Decay(c[..., keys - queries :], c, first[..., keys - queries :], last)
-    return decay if attention_mask is None else hide_padding(decay, real)
+    return Decay(c[..., keys - queries :], c, first[..., keys - queries :], last)
+
+
+def _packed_starts(cu_seqlens: Tensor, log_f: Tensor) -> Tensor:
+    batch, keys, _ = log_f.shape
+    if batch != 1:
+        raise ValueError(f"cu_seqlens packs sequences in a batch of one, got a batch of {batch}")
+    check_cu_seqlens("cu_seqlens", cu_seqlens, keys)
+    return sequence_starts(cu_seqlens.to(log_f.device), keys)
+
+
+def _real_tokens(attention_mask: Tensor, log_f: Tensor) -> Tensor:
+    if attention_mask.shape != log_f.shape[:2]:
+        raise ValueError(
+            f"attention_mask must have shape [B, Tk] = {list(log_f.shape[:2])}, got {list(attention_mask.shape)}"
+        )
+    return attention_mask.to(device=log_f.device, dtype=torch.bool)
 
 
 def hide_padding(decay: Decay, real: Tensor) -> Decay:
@@ -118,9 +132,9 @@ def _check_inputs(q: Tensor, k: Tensor, v: Tensor, log_f: Tensor) -> None:
         raise ValueError(f"v must have the shape of k, {list(k.shape)}, got {list(v.shape)}")
     if queries > keys:
         raise ValueError(f"q must not have more tokens than k: got {queries} queries for {keys} keys")
-    if kv_heads == 0 or heads % kv_heads or head_dim == 0:
+    if kv_heads == 0 or heads == 0 or heads % kv_heads or head_dim == 0:
         raise ValueError(
-            f"q must have a multiple of the heads of k and a positive head size, "
+            f"q must have a positive multiple of the heads of k and a positive head size, "
             f"got {heads} query heads, {kv_heads} key/value heads, head size {head_dim}"
         )
     accepted = sorted({1, kv_heads, heads})

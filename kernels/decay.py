@@ -14,6 +14,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+# Gates below exp of this count as zero, that is as hard resets. They are far below any floating-point number, and one
+# huge finite sum would cost all later differences their digits.
+_LOG_ZERO_GATE = -1e4
+
 
 class Decay(NamedTuple):
     """What a block of queries needs to know of the gates: all that attention reads beside q, k and v.
@@ -50,7 +54,7 @@ def accumulate(
     """Sum log gates along the sequence and find the first key each token may see.
 
     Args:
-        log_f: ``[B, T, Hf]`` log forget gates, ``<= 0``, ``-inf`` for a hard reset; summed in float64.
+        log_f: ``[B, T, Hf]`` log forget gates, ``<= 0``, below -1e4 for a hard reset; summed in float64.
         offset: index of the first of these tokens in its sequence (tokens seen before this block).
         carry: ``(c, first)`` of the token before the block, ``[B, Hf]`` float64 and int64.
         starts: ``[B, T]`` bool, True where a new packed sequence begins.
@@ -59,7 +63,7 @@ def accumulate(
         ``c`` as ``[B, Hf, T]`` float64 (differentiable in ``log_f``) and ``first`` as ``[B, Hf, T]`` int64.
     """
     log_f = log_f.transpose(1, 2)
-    resets = torch.isneginf(log_f)
+    resets = log_f < _LOG_ZERO_GATE
     c = log_f.masked_fill(resets, 0.0).double().cumsum(-1)
     if starts is not None:
         resets = resets | starts[:, None, :]

@@ -3,7 +3,7 @@
     S_ij = scale * q_i . k_j + D_ij,   first_i <= j <= last_i         D_ij = c_i - c_j
     P    = softmax_j(S),               O = P V,   lse_i = log sum_j exp S_ij
 
-    dV = P^T dO     dP = dO V^T     dS = P * (dP - delta)             delta_i = dO_i . O_i - dlse_i
+    dV = P^T dO     dP = dO V^T     dS = P * (dP - delta)             delta_i = sum_j P_ij dP_ij - dlse_i
     dQ = scale dS K     dK = scale dS^T Q     dc_i = sum_j dS_ij     dc_j = -sum_i dS_ij
 
 Both passes walk over chunks of queries and recompute the scores, so that memory is linear in the sequence
@@ -219,7 +219,6 @@ def _backward(
     c_k: Tensor,
     first: Tensor,
     last: Tensor,
-    out: Tensor,
     lse: Tensor,
     scale: float,
     dropout: float,
@@ -230,8 +229,7 @@ def _backward(
         chunks = _Chunks(q, k, c_q, c_k, first, last, scale)
         values = _head_first(v, chunks.dtype)
         dout_grouped = _grouped(dout, chunks.kv_heads, chunks.dtype)
-        delta = (dout_grouped * _grouped(out, chunks.kv_heads, chunks.dtype)).sum(-1)
-        delta -= dlse.unflatten(1, (chunks.kv_heads, -1))
+        dlse = dlse.unflatten(1, (chunks.kv_heads, -1))
         # exp(-inf - 0) = 0 for a row that sees nothing, where exp(-inf + inf) would be NaN.
         log_total = lse.masked_fill(torch.isneginf(lse), 0.0).unflatten(1, (chunks.kv_heads, -1))
 
@@ -248,7 +246,9 @@ def _backward(
                 kept = _dropout_scale(weights, dropout, seed, rows.start)
                 kept_weights, dweights = weights * kept, dweights * kept
             dv[..., keys, :] += kept_weights.flatten(2, 3).mT @ dout_rows
-            dscores = weights * dweights.sub_(delta[..., rows, None])
+            # Not dO . O, which is the same but for O's rounding to the type of q: here rows of dS must sum to dlse.
+            delta = (weights * dweights).sum(-1, keepdim=True) - dlse[..., rows, None]
+            dscores = weights * dweights.sub_(delta)
             flat = dscores.flatten(2, 3)
             dq_rows = (flat @ chunks.k[..., keys, :]).mul_(scale).unflatten(2, weights.shape[2:4])
             dq[:, rows] = dq_rows.flatten(1, 2).transpose(1, 2).to(q.dtype)
@@ -262,14 +262,14 @@ def _backward(
 
 
 @_backward.register_fake
-def _backward_fake(dout, dlse, q, k, v, c_q, c_k, first, last, out, lse, scale, dropout, seed, need_decay):
+def _backward_fake(dout, dlse, q, k, v, c_q, c_k, first, last, lse, scale, dropout, seed, need_decay):
     return tuple(torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v, c_q, c_k))
 
 
 def _save_for_backward(ctx, inputs, output) -> None:
     *tensors, scale, dropout, seed = inputs
-    out, lse = output
-    ctx.save_for_backward(*tensors, out, lse, seed)
+    _, lse = output
+    ctx.save_for_backward(*tensors, lse, seed)
     ctx.scale, ctx.dropout = scale, dropout
 
 
