@@ -1,5 +1,7 @@
 """The public function: forgetting attention over whole sequences, on whatever device the inputs are."""
 
+from typing import Literal, overload
+
 import torch
 from torch import Tensor
 
@@ -7,6 +9,36 @@ from .decay import Decay, accumulate, sequence_starts
 from .reference import reference_attention
 
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+
+@overload
+def forgetting_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    log_f: Tensor,
+    *,
+    scale: float | None = None,
+    attention_mask: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    dropout: float = 0.0,
+    return_lse: Literal[False] = False,
+) -> Tensor: ...
+
+
+@overload
+def forgetting_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    log_f: Tensor,
+    *,
+    scale: float | None = None,
+    attention_mask: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    dropout: float = 0.0,
+    return_lse: Literal[True],
+) -> tuple[Tensor, Tensor]: ...
 
 
 def forgetting_attention(
@@ -37,7 +69,7 @@ def forgetting_attention(
             the check would wait for the device, and the result is undefined.
         scale: multiplies the logits; ``1 / sqrt(D)`` by default.
         attention_mask: ``[B, Tk]``, nonzero for real tokens and zero for padding, which may stand anywhere. A padding
-            token is not attended to, does not decay anything, and its own output is zero.
+            token is not attended to, does not decay anything, and its own output is zero; it may hold NaN.
         cu_seqlens: ``[N + 1]`` int32 or int64 offsets of the sequences packed in a batch of one,
             ``0 = o_0 <= ... <= o_N = Tk``. No sequence sees or decays another.
         dropout: probability of dropping an attention weight, in ``[0, 1)``.
@@ -64,9 +96,6 @@ def forgetting_attention(
     if attention_mask is not None:
         real = _real_tokens(attention_mask, log_f)
         log_f = log_f.masked_fill(~real[..., None], 0.0)
-        # A weight of zero times a NaN is a NaN: whatever stands in padding must not come near a product.
-        q = q.masked_fill(~real[:, real.shape[1] - q.shape[1] :, None, None], 0.0)
-        k, v = (x.masked_fill(~real[..., None, None], 0.0) for x in (k, v))
     decay = _last_queries(q.shape[1], log_f, starts)
     if real is not None:
         decay = hide_padding(decay, real)

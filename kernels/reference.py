@@ -108,6 +108,19 @@ class _Chunks:
         self.first = _per_kv_head(first, self.kv_heads, self.heads)
         self.last = last
         self.has_hidden_keys = not _on_host(c_k) or bool(torch.isposinf(c_k).any())
+        if self.has_hidden_keys:
+            self.hidden = torch.isposinf(c_k).all(1)
+            self.k = self._without_hidden(self.k)
+            self.q.masked_fill_((first > last).all(1)[:, None, None, :, None], 0.0)
+
+    def values(self, v: Tensor) -> Tensor:
+        """``[B, Tk, G, D] -> [B, G, Tk, D]``, as the keys are held."""
+        v = _head_first(v, self.dtype)
+        return self._without_hidden(v) if self.has_hidden_keys else v
+
+    def _without_hidden(self, x: Tensor) -> Tensor:
+        # A weight of zero times a NaN is a NaN: whatever stands in padding must not come near a product.
+        return x.masked_fill(self.hidden[:, None, :, None], 0.0)
 
     def __iter__(self):
         if self.q.numel() == 0:
@@ -183,7 +196,7 @@ def _forward(
     # An operator runs under the caller's autocast, which would turn the products below to half precision.
     with torch.autocast(q.device.type, enabled=False):
         chunks = _Chunks(q, k, c_q, c_k, first, last, scale)
-        values = _head_first(v, chunks.dtype)
+        values = chunks.values(v)
         out = torch.empty(q.shape[:-1] + v.shape[-1:], dtype=q.dtype, device=q.device)
         lse = torch.empty(q.shape[0], q.shape[2], q.shape[1], dtype=chunks.dtype, device=q.device)
         for rows, keys, far in chunks:
@@ -227,7 +240,7 @@ def _backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     with torch.autocast(q.device.type, enabled=False):
         chunks = _Chunks(q, k, c_q, c_k, first, last, scale)
-        values = _head_first(v, chunks.dtype)
+        values = chunks.values(v)
         dout_grouped = _grouped(dout, chunks.kv_heads, chunks.dtype)
         dlse = dlse.unflatten(1, (chunks.kv_heads, -1))
         # exp(-inf - 0) = 0 for a row that sees nothing, where exp(-inf + inf) would be NaN.
@@ -247,8 +260,8 @@ def _backward(
                 kept_weights, dweights = weights * kept, dweights * kept
             dv[..., keys, :] += kept_weights.flatten(2, 3).mT @ dout_rows
             # Not dO . O, which is the same but for O's rounding to the type of q: here rows of dS must sum to dlse.
-            delta = (weights * dweights).sum(-1, keepdim=True) - dlse[..., rows, None]
-            dscores = weights * dweights.sub_(delta)
+            delta = (weights * dweights).sum(-1, keepdim=True, dtype=torch.float64) - dlse[..., rows, None]
+            dscores = weights * dweights.sub_(delta.to(chunks.dtype))
             flat = dscores.flatten(2, 3)
             dq_rows = (flat @ chunks.k[..., keys, :]).mul_(scale).unflatten(2, weights.shape[2:4])
             dq[:, rows] = dq_rows.flatten(1, 2).transpose(1, 2).to(q.dtype)

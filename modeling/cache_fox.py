@@ -7,7 +7,7 @@ type; the two classes here are what they build for ``"forgetting_attention"``, s
 offloading: it is read before the layer's turn to be fetched back, and is a twentieth of the keys and values.
 """
 
-from typing import ClassVar, NamedTuple
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -137,25 +137,13 @@ class DynamicForgettingLayer(DynamicLayer):
         self._select_batch(lambda x: x[indices.to(x.device) if isinstance(indices, Tensor) else indices, ...])
 
 
-class StaticGates(NamedTuple):
-    """Gates of a static layer.
-
-    Attributes:
-        c: ``[B, Hf, max_cache_len]`` float64 running sum of log gates; keys beyond the length are hidden by causality.
-        last_c: ``[B, Hf]`` float64 running sum at the last token.
-        last_first: ``[B, Hf]`` int64 first key visible from the last token.
-    """
-
-    c: Tensor
-    last_c: Tensor
-    last_first: Tensor
-
-
 class StaticForgettingLayer(StaticLayer):
     """Buffers of a fixed length, written in place, for compiled decoding.
 
     Attributes:
-        gates: running sums; None before any token.
+        gates: running sum of log gates at each key, ``[B, Hf, max_cache_len]`` float64 (keys to come are hidden by
+            causality), that at the last token, ``[B, Hf]`` float64, and the first key visible from the last token,
+            ``[B, Hf]`` int64; None before any token.
         unshifted: by name, ``[B, 1, G, D]`` key and value of the last token before token shift.
     """
 
@@ -163,25 +151,27 @@ class StaticForgettingLayer(StaticLayer):
 
     def __init__(self, max_cache_len: int, **kwargs) -> None:
         super().__init__(max_cache_len=max_cache_len)
-        self.gates: StaticGates | None = None
+        self.gates: tuple[Tensor, Tensor, Tensor] | None = None
         self.unshifted: dict[str, Tensor] = {}
 
     def append_gates(self, log_f: Tensor, starts: Tensor | None = None) -> Decay:
         """As `DynamicForgettingLayer.append_gates`; the keys of the result are the whole buffer."""
         if self.gates is None:
             batch, _, gates = log_f.shape
-            self.gates = StaticGates(
+            self.gates = (
                 self._buffer(log_f, (batch, gates, self.max_cache_len), torch.float64),
                 self._buffer(log_f, (batch, gates), torch.float64),
                 self._buffer(log_f, (batch, gates), torch.int64),
             )
         past = self.cumulative_length.to(log_f.device)
-        c, first = accumulate(log_f, past, (self.gates.last_c, self.gates.last_first), starts)
+        all_c, last_c, last_first = self.gates
+        c, first = accumulate(log_f, past, (last_c, last_first), starts)
         last = torch.arange(c.shape[-1], device=c.device) + past
-        self.gates.c.index_copy_(2, last, c)
-        self.gates.last_c.copy_(c[..., -1])
-        self.gates.last_first.copy_(first[..., -1])
-        return Decay(c, self.gates.c, first, last)
+        # transformers' exporters hand the cache over in the type of the model.
+        all_c.index_copy_(2, last, c.to(all_c.dtype))
+        last_c.copy_(c[..., -1])
+        last_first.copy_(first[..., -1])
+        return Decay(c, all_c, first, last)
 
     def before(self, name: str) -> Tensor | None:
         """``[B, 1, G, D]`` unshifted ``name`` of the last token (zeros at the start), or None before any token."""

@@ -2,7 +2,7 @@
 
 import difflib
 import math
-from typing import Literal
+from typing import ClassVar, Literal
 
 from huggingface_hub.dataclasses import strict
 from transformers.activations import ACT2FN
@@ -106,18 +106,15 @@ class FoxConfig(PreTrainedConfig):
     """
 
     model_type = "fox"
+    # Assigned by these names, as other models have them, a value goes to the field that has that meaning.
+    attribute_map: ClassVar[dict[str, str]] = {
+        "num_heads": "num_attention_heads",
+        "num_kv_heads": "num_key_value_heads",
+        "num_layers": "num_hidden_layers",
+        "norm_eps": "rms_norm_eps",
+    }
     keys_to_ignore_at_inference = ["past_key_values"]
 
-    base_model_tp_plan = {
-        "layers.*.self_attn.q_proj": "colwise",
-        "layers.*.self_attn.k_proj": "colwise",
-        "layers.*.self_attn.v_proj": "colwise",
-        "layers.*.self_attn.forget_gate": "colwise",
-        "layers.*.self_attn.o_proj": "rowwise",
-        "layers.*.mlp.gate_proj": "colwise",
-        "layers.*.mlp.up_proj": "colwise",
-        "layers.*.mlp.down_proj": "rowwise",
-    }
     base_model_pp_plan = {
         "embed_tokens": (["input_ids"], ["inputs_embeds"]),
         "layers": (["hidden_states", "attention_mask"], ["hidden_states"]),
@@ -190,6 +187,8 @@ class FoxConfig(PreTrainedConfig):
                 )
             self.head_dim = self.hidden_size // self.num_attention_heads
         self._derive_intermediate_size()
+        # Before super: transformers 5.17 extends it there for tied embeddings. It is never saved.
+        self.base_model_tp_plan = self._tensor_parallel_plan()
         super().__post_init__(**kwargs)
 
     def _derive_intermediate_size(self) -> None:
@@ -219,6 +218,35 @@ class FoxConfig(PreTrainedConfig):
         assert self.num_key_value_heads is not None and self.head_dim is not None, "set in __post_init__"
         return self.num_attention_heads, self.num_key_value_heads, self.head_dim
 
+    def _tensor_parallel_plan(self) -> dict[str, str]:
+        """Everything of a head on the rank of that head; which parts there are depends on the switches."""
+        plan = dict.fromkeys(("q_proj", "k_proj", "v_proj"), "colwise") | {"o_proj": "rowwise"}
+        if self.qk_norm == "per_head":
+            plan |= {"q_norm.weight": "colwise", "k_norm.weight": "colwise"}
+        elif self.qk_norm == "shared":
+            # Each rank sees the gradient of its own heads only.
+            plan |= dict.fromkeys(("q_norm", "k_norm"), "replicated_with_grad_allreduce")
+        if self.use_key_shift:
+            plan["key_shift.proj"] = "colwise"
+        if self.use_value_shift:
+            plan["value_shift.proj"] = "colwise"
+        if self.use_output_norm:
+            plan["output_norm.weight"] = "colwise"
+        if self.use_output_gate:
+            plan["output_gate"] = "colwise"
+        plan |= {
+            "full": {"forget_gate": "colwise"},
+            "bias_only": {"forget_gate.bias": "colwise"},
+            "fixed": {"forget_gate.bias": "colwise"},
+            "none": {},
+        }[self.forget_gate]
+        return {
+            **{f"layers.*.self_attn.{name}": style for name, style in plan.items()},
+            "layers.*.mlp.gate_proj": "colwise",
+            "layers.*.mlp.up_proj": "colwise",
+            "layers.*.mlp.down_proj": "rowwise",
+        }
+
     @property
     def num_forget_gates(self) -> int:
         """Gates per token and layer; without gates one, shared by all heads, that never forgets."""
@@ -229,6 +257,9 @@ class FoxConfig(PreTrainedConfig):
 
     def _refuse_foreign(self, kwargs: dict) -> None:
         """transformers keeps any unknown argument as an attribute; one that means a field of ours would be ignored."""
+        # Given as None they say nothing: other models' configurations carry them so.
+        for name in [name for name, value in kwargs.items() if name in _FOREIGN_FIELDS and value is None]:
+            del kwargs[name]
         known = [*type(self).__dataclass_fields__, *_FOREIGN_FIELDS]
         for name in kwargs:
             if name in _FOREIGN_FIELDS:

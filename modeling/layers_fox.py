@@ -29,6 +29,11 @@ from .configuration_fox import FoxConfig
 from .layout_fox import TokenLayout
 
 
+def local_part(weight: Tensor) -> Tensor:
+    """What this rank holds of a weight that tensor parallelism has sharded over the heads."""
+    return weight.to_local() if hasattr(weight, "to_local") else weight
+
+
 class FoxRMSNorm(nn.Module):
     """RMSNorm over the last dimension, in float32; ``weight`` covers it, or several heads of it (``[heads * D]``)."""
 
@@ -40,7 +45,7 @@ class FoxRMSNorm(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         wide = x.to(torch.promote_types(x.dtype, torch.float32))
         wide = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps)
-        return (self.weight.view(-1, x.shape[-1]).squeeze(0) * wide).to(x.dtype)
+        return (local_part(self.weight).view(-1, x.shape[-1]).squeeze(0) * wide).to(x.dtype)
 
     def extra_repr(self) -> str:
         return f"{tuple(self.weight.shape)}, eps={self.eps}"
@@ -96,24 +101,23 @@ class FoxForgetGate(nn.Linear):
 class FoxConstantGate(nn.Module):
     """Forget gate that does not depend on the data: logits ``b``, learned (`bias_only`) or not (`fixed`)."""
 
-    def __init__(self, gates: int, learned: bool) -> None:
+    def __init__(self, config: FoxConfig) -> None:
         super().__init__()
-        bias = torch.zeros(gates, dtype=_gate_dtype())
-        if learned:
-            self.bias = nn.Parameter(bias)
-        else:
-            self.register_buffer("bias", bias)
+        self.learned = config.forget_gate == "bias_only"
+        # A parameter also where it is fixed: tensor parallelism shards parameters, not buffers.
+        self.bias = nn.Parameter(decay_time_bias(config).to(_gate_dtype()), requires_grad=self.learned)
 
     def forward(self, x: Tensor) -> Tensor:
-        bias = self.bias.to(torch.promote_types(x.dtype, torch.float32))
-        return bias.expand(*x.shape[:-1], -1)
+        bias = local_part(self.bias).to(torch.promote_types(x.dtype, torch.float32))
+        # Detached, since whoever thaws a whole model must not thaw what its configuration calls fixed.
+        return (bias if self.learned else bias.detach()).expand(*x.shape[:-1], -1)
 
 
 def make_forget_gate(config: FoxConfig) -> FoxForgetGate | FoxConstantGate:
     """The gate that ``config.forget_gate`` names; any but ``none``."""
     if config.forget_gate == "full":
         return FoxForgetGate(config.hidden_size, config.num_forget_gates)
-    return FoxConstantGate(config.num_forget_gates, learned=config.forget_gate == "bias_only")
+    return FoxConstantGate(config)
 
 
 class FoxTokenShift(nn.Module):

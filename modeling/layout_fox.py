@@ -102,7 +102,8 @@ def _is_readable(x: Tensor) -> bool:
 def _read_if_free(length: int | Tensor) -> int | None:
     if isinstance(length, int):
         return length
-    return int(length) if _is_readable(length) else None
+    # Neither number nor tensor: a symbol of torch.export.
+    return int(length) if isinstance(length, Tensor) and _is_readable(length) else None
 
 
 def padding_mask(

@@ -60,7 +60,8 @@ class FoxPreTrainedModel(PreTrainedModel):
             return DEFAULT_IMPLEMENTATION
         if requested_attention not in IMPLEMENTATIONS:
             raise ValueError(
-                f"attn_implementation must be one of {list(IMPLEMENTATIONS)} or None, got {requested_attention!r}"
+                f'Specified `attn_implementation="{requested_attention}"` is not supported by FoX: it must be one of '
+                f"{list(IMPLEMENTATIONS)} or None"
             )
         return requested_attention
 

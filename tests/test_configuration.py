@@ -101,7 +101,7 @@ def test_pad_token_outside_the_vocabulary_is_refused() -> None:
 )
 def test_unknown_argument_that_looks_like_a_field_is_refused(name: str, instead: str) -> None:
     with pytest.raises(ValueError, match=rf"{name} is not a field of FoxConfig.*{instead}"):
-        FoxConfig(**(SIZES | {name: None}))
+        FoxConfig(**(SIZES | {name: 2}))
 
 
 def test_arguments_of_transformers_itself_are_kept() -> None:
@@ -248,3 +248,16 @@ def test_rope_keeps_the_rest_of_a_head_in_place() -> None:
     cos, _ = model.model.rotary_emb(torch.zeros(1, 3, 8), torch.arange(3)[None])
     assert cos.shape == (1, 3, 4)
     assert math.isclose(cos[0, 2, 1].item(), math.cos(2 * 0.1), rel_tol=1e-6)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_tensor_parallel_plan_covers_the_heads(variant: str) -> None:
+    """Every planned name exists, and every weight of the attention is planned for."""
+    config = tiny_config(**VARIANTS[variant])
+    model = FoxForCausalLM(config).model
+    names = {name for name, _ in model.named_modules()} | {name for name, _ in model.named_parameters()}
+    plan = {key.replace("*", "0") for key in config.base_model_tp_plan}
+    assert plan <= names
+    attention = [name for name, _ in model.named_parameters() if name.startswith("layers.0.self_attn.")]
+    unplanned = {name for name in attention if name not in plan and name.rsplit(".", 1)[0] not in plan}
+    assert not unplanned

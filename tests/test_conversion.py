@@ -1,6 +1,7 @@
 """Checkpoints in the authors' layout: every key accounted for, the same model out."""
 
 import json
+from typing import Any
 
 import pytest
 import torch
@@ -14,7 +15,7 @@ from foxlm.conversion.authors import (
     convert_authors_weights,
 )
 
-SIZES = {
+SIZES: dict[str, Any] = {
     "model_type": AUTHORS_MODEL_TYPE,
     "vocab_size": 61,
     "hidden_size": 32,
@@ -23,7 +24,7 @@ SIZES = {
     "intermediate_size": 48,
     "initializer_range": 0.5,
 }
-PRO = {
+PRO: dict[str, Any] = {
     "use_k_shift": True,
     "use_v_shift": True,
     "qk_norm": True,
@@ -32,7 +33,7 @@ PRO = {
     "hidden_ratio": 3.5,
 }
 FIXED = {"fgate_bias_init": True, "decay_time_min": 2.0, "decay_time_max": 64.0}
-VARIANTS = {
+VARIANTS: dict[str, dict[str, Any]] = {
     "llama": {},
     "pro": PRO,
     "shared QK-norm": PRO | {"qk_norm_share_param_across_head": True},

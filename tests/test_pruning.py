@@ -8,9 +8,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn.functional import normalize
 
-from foxlm.kernels.pruning import first_kept, share_skipped
+from foxlm.kernels.pruning import Rule, first_kept, share_skipped
 
-RULES = ["paper", "tight"]
+RULES: list[Rule] = ["paper", "tight"]
 
 
 def attention_weights(q, k, log_f, scale):
