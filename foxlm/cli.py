@@ -1,4 +1,4 @@
-"""The ``foxlm`` command. Commands import what they need themselves, so that ``foxlm --help`` stays quick."""
+"""The ``foxlm`` command. Each command imports what only it needs: lm-eval and matplotlib may not be installed."""
 
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path

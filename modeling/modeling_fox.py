@@ -54,6 +54,17 @@ class FoxPreTrainedModel(PreTrainedModel):
         if isinstance(module, FoxForgetGate | FoxConstantGate):
             init.copy_(module.bias, decay_time_bias(self.config))
 
+    @classmethod
+    def from_pretrained(cls, *args, **kwargs):
+        """As in [`~transformers.PreTrainedModel.from_pretrained`], with `fixed` gates frozen as in a new model."""
+        loaded = super().from_pretrained(*args, **kwargs)
+        # With `output_loading_info` the model comes in a pair. Loading makes every weight trainable.
+        model = loaded[0] if isinstance(loaded, tuple) else loaded
+        for module in model.modules():
+            if isinstance(module, FoxConstantGate):
+                module.bias.requires_grad_(module.learned)
+        return loaded
+
     def get_correct_attn_implementation(self, requested_attention: str | None, is_init_check: bool = False) -> str:
         # Called by transformers; its own default is sdpa, and it would let through functions that drop the decay.
         if requested_attention is None:

@@ -217,7 +217,7 @@ def test_scores_are_those_without_a_cache() -> None:
 def test_cache_that_generate_cannot_use_is_refused() -> None:
     model = MODELS["pro"]
     with pytest.raises(ValueError, match="forgetting_attention"):
-        generate(model, tokens(1, 5), cache_implementation="quantized", cache_config={"backend": "fp8"})
+        generate(model, tokens(1, 5), cache_implementation="quantized", cache_config={"backend": "quanto"})
     with pytest.raises(ValueError, match=r"past_key_values"):
         generate(model, tokens(1, 5), past_key_values=((torch.zeros(1), torch.zeros(1)),))
 
