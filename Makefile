@@ -27,7 +27,7 @@ $(stamp): requirements.txt setup.cfg
 	$(bin)/python -m pip check
 	touch $@
 
-demo: $(stamp)  ## Train, convert and evaluate a tiny model on the CPU
+demo: $(stamp)  ## Train, save, reload and evaluate a small model
 	$(bin)/foxlm demo
 
 test: $(stamp)  ## Run the tests on the CPU (WORKERS=2)

@@ -192,8 +192,6 @@ def convert_authors_checkpoint(folder: str | Path) -> FoxForCausalLM:
     config = authors_config(json.loads((folder / "config.json").read_text()))
     weights = {name: weight for shard in shards for name, weight in load_file(shard).items()}
     converted = convert_authors_weights(weights, config)
+    # Loaded as from a folder of ours: tied, gates in float32, fixed ones frozen.
     dtype = converted["model.embed_tokens.weight"].dtype
-    model = FoxForCausalLM(config).to(dtype)
-    model.load_state_dict(converted, strict=not config.tie_word_embeddings)
-    model.tie_weights()
-    return model.eval()
+    return FoxForCausalLM.from_pretrained(None, config=config, state_dict=converted, dtype=dtype)

@@ -1,7 +1,7 @@
 """lm-eval's own command line with FoX known to transformers: ``python -m foxlm.evaluation run --model hf ...``.
 
-Everything after the module's name goes to lm-eval as it is. Plain ``lm_eval`` works for a FoX folder only with
-``trust_remote_code=True`` and the bundled code beside the weights, because it never imports `foxlm`.
+Everything after the module's name goes to lm-eval as it is. Plain ``lm_eval`` cannot load a FoX folder, because it
+never imports `foxlm`.
 """
 
 import sys

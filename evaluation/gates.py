@@ -6,6 +6,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from foxlm.kernels.decay import Decay, accumulate
 from foxlm.kernels.pruning import Rule, first_kept, share_skipped
 
 from .recording import AttentionInputs
@@ -78,8 +79,7 @@ def attention_weights(layer: AttentionInputs, head: int, sequence: int = 0) -> T
     """The dense attention weights of one head: ``[T, T]`` float64, zero above the diagonal."""
     q = layer.q[sequence, :, head].double()
     k = layer.k[sequence, :, head * layer.k.shape[2] // layer.q.shape[2]].double()
-    log_f = layer.log_f[sequence, :, head * layer.log_f.shape[2] // layer.q.shape[2]].double()
-    c = log_f.cumsum(0)
-    logits = layer.scale * q @ k.T + c[:, None] - c[None, :]
-    future = torch.ones_like(logits, dtype=torch.bool).triu(1)
-    return logits.masked_fill(future, float("-inf")).softmax(-1)
+    gate = head * layer.log_f.shape[2] // layer.q.shape[2]
+    c, first = accumulate(layer.log_f[sequence : sequence + 1, :, gate : gate + 1])
+    decay = Decay(c, c, first, torch.arange(len(q), device=q.device))
+    return (layer.scale * q @ k.T + decay.bias()[0, 0]).softmax(-1)

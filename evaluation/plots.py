@@ -90,16 +90,13 @@ def plot_decay_times(times: np.ndarray, tokens: int) -> Figure:
     return figure
 
 
-def plot_skipped(
-    log_eps: Sequence[float], shares: Mapping[str, np.ndarray], length: int, tile: tuple[int, int]
-) -> Figure:
-    """Share of attention that pruning skips, by ``eps``.
+def plot_skipped(log_eps: Sequence[float], shares: Mapping[str, np.ndarray], length: int) -> Figure:
+    """Share of the pairs of query and key that pruning skips, by ``eps``.
 
     Args:
         log_eps: natural logs of ``eps``.
         shares: by rule, ``[len(log_eps), L, H]`` shares in ``[0, 1]``.
         length: tokens per sequence.
-        tile: queries and keys per tile.
     """
     with matplotlib.rc_context(_STYLE):
         figure, (axes,) = _new()
@@ -113,8 +110,7 @@ def plot_skipped(
         axes.invert_xaxis()
         axes.set_ylim(0, 100)
         axes.set_xlabel("eps, attention weight that a row may lose (smaller to the right)")
-        what = "pairs" if tile == (1, 1) else f"{tile[0]}x{tile[1]} tiles"
-        axes.set_ylabel(f"skipped {what} (%)")
+        axes.set_ylabel("skipped pairs (%)")
         axes.set_title(f"Attention skipped at {length:,} tokens, mean over heads")
         axes.legend()
     return figure

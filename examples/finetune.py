@@ -38,7 +38,7 @@ PLAIN_TEMPLATE = (
 class FinetuningArguments:
     model: str = field(metadata={"help": "folder of the model and its tokenizer"})
     data: str = field(metadata={"help": "a .jsonl file of texts or conversations, or a text file"})
-    length: int = field(default=512, metadata={"help": "longest example, in tokens; longer ones are cut"})
+    length: int = field(default=512, metadata={"help": "longest example, in tokens; longer ones are truncated"})
     lora: bool = field(default=False, metadata={"help": "train a LoRA and the forget gates (needs peft)"})
     lora_rank: int = field(default=8, metadata={"help": "rank of the LoRA"})
     gate: str = field(default="forget_gate", metadata={"help": "name of the modules that LoRA trains in full"})
@@ -68,7 +68,10 @@ def read_examples(path: Path, tokenizer: PreTrainedTokenizerBase) -> list[str]:
     if path.suffix != ".jsonl":
         return content.split("\n\n")
     texts = []
-    for number, line in enumerate(content.splitlines(), start=1):
+    # Not splitlines, which also splits at characters that JSON strings may hold.
+    for number, line in enumerate(content.split("\n"), start=1):
+        if not line.strip():
+            continue
         row = json.loads(line)
         if "messages" in row:
             texts.append(tokenizer.apply_chat_template(row["messages"], tokenize=False))
@@ -80,7 +83,7 @@ def read_examples(path: Path, tokenizer: PreTrainedTokenizerBase) -> list[str]:
 
 
 def add_lora(model, rank: int, gate: str):
-    """The model with a LoRA on every linear layer but the head; modules called ``gate`` are trained in full."""
+    """The model with a LoRA on the projections that a Llama has; modules called ``gate`` are trained in full."""
     from peft import LoraConfig, get_peft_model
 
     has_gate = any(name.endswith(gate) for name, _ in model.named_modules())

@@ -39,7 +39,7 @@ class PretrainingArguments:
     text: list[str] = field(metadata={"help": "text files, or folders of them, one document per file"})
     suffix: str = field(default=".txt", metadata={"help": "of the files to take from folders"})
     tokenizer: str | None = field(default=None, metadata={"help": "folder of a tokenizer; bytes if not given"})
-    length: int = field(default=512, metadata={"help": "longest sequence, in tokens; longer documents are cut"})
+    length: int = field(default=512, metadata={"help": "longest sequence, in tokens; longer documents are split"})
     held_out: float = field(default=0.05, metadata={"help": "share of the sequences to evaluate on"})
     resume: bool = field(default=False, metadata={"help": "go on from the last checkpoint in output_dir"})
     preset: str | None = field(default=None, metadata={"help": "a model of the paper: pro-125m, llama-360m, ..."})
@@ -49,7 +49,7 @@ class PretrainingArguments:
 
 
 class Sequences(Dataset):
-    """Tokens of all documents, each ended by the end-of-text token and cut to at most ``length`` tokens."""
+    """Tokens of all documents, each ended by the end-of-text token and split at every ``length`` tokens."""
 
     def __init__(self, documents: list[str], tokenizer: PreTrainedTokenizerBase, length: int) -> None:
         self.pieces: list[torch.Tensor] = []

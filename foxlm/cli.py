@@ -40,7 +40,9 @@ def demo(
     out: Annotated[
         Path, typer.Option(help="Folder for model/, report.html and report.json: new, empty, or of an earlier demo.")
     ] = Path("foxlm-demo"),
-    minutes: Annotated[float, typer.Option(help="Training time; the whole demo takes a minute or two more.")] = 2.0,
+    minutes: Annotated[
+        float, typer.Option(help="Training time aimed at; a busy machine may take up to three times as long.")
+    ] = 2.0,
     steps: Annotated[
         int | None, typer.Option(help="Optimizer steps instead of a time: repeats exactly on the same machine.")
     ] = None,

@@ -7,7 +7,8 @@
     dQ = scale dS K     dK = scale dS^T Q     dc_i = sum_j dS_ij     dc_j = -sum_i dS_ij
 
 Both passes walk over chunks of queries and recompute the scores, so that memory is linear in the sequence
-length. Products run in float32 (float64 for float64 inputs) whatever the input type.
+length. Products run in float32 (float64 for float64 inputs; on a GPU in TF32 if torch is told to), whatever the input
+type.
 
 Two places decide whether accuracy survives long sequences:
 
@@ -34,8 +35,8 @@ _MIN_CHUNK, _MAX_CHUNK = 16, 64
 # makes most weights tiny: left alone they become denormal numbers, which make products on a CPU 30 times slower.
 _LOG_ZERO = {torch.float32: -80.0, torch.float64: -600.0}
 
-# Two copies of this code can live in one process (installed, and bundled with a checkpoint): each names its
-# operators after the package it was imported as, because registering a name twice replaces the first silently.
+# Two copies of this code can live in one process under different package names: each names its operators after its
+# own, because registering a name twice replaces the first silently.
 _NAMESPACE = re.sub(r"\W", "_", __package__ or "foxlm_kernels")
 
 

@@ -12,7 +12,6 @@ All three are called as transformers calls any attention function, with a `Decay
 import torch
 from torch import Tensor, nn
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
-from transformers.masking_utils import AttentionMaskInterface, flash_attention_mask
 from transformers.modeling_utils import AttentionInterface
 from transformers.utils import logging
 from transformers.utils.generic import maybe_autocast
@@ -76,12 +75,14 @@ def eager_attention_forward(
 ) -> tuple[Tensor, Tensor]:
     """Attention written out, as `reference_attention_forward`; returns the weights ``[B, H, Tq, Tk]`` too."""
     groups = query.shape[1] // key.shape[1]
-    key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
-    dtype = torch.promote_types(query.dtype, torch.float32)
-    scores = (query @ key.mT).to(dtype) * scaling + _dense_bias(decay, query).to(dtype)
-    weights = nn.functional.softmax(scores, dim=-1).to(query.dtype)
-    weights = nn.functional.dropout(weights, p=dropout, training=module.training)
-    return (weights @ value).transpose(1, 2).contiguous(), weights
+    key, value = (x.repeat_interleave(groups, dim=1) for x in (key, value))
+    bias, sees_nothing = _dense_bias(decay, query)
+    with maybe_autocast(query.device.type, enabled=False):
+        scores = (query.to(bias.dtype) * scaling) @ key.to(bias.dtype).mT + bias
+        weights = nn.functional.softmax(scores, dim=-1).masked_fill(sees_nothing, 0.0)
+        weights = nn.functional.dropout(weights, p=dropout, training=module.training)
+        out = (weights @ value.to(bias.dtype)).to(query.dtype)
+    return out.transpose(1, 2).contiguous(), weights.to(query.dtype)
 
 
 def sdpa_forward(
@@ -100,9 +101,8 @@ def sdpa_forward(
     output_dtype = query.dtype
     # In float32 throughout: SDPA wants the mask in the type of the queries, and rounded to bfloat16 a decay of -5 would
     # be off by 2% in the weight.
-    dtype = torch.promote_types(query.dtype, torch.float32)
-    bias = _dense_bias(decay, query).to(dtype)
-    query, key, value = (x.to(dtype) for x in (query, key, value))
+    bias, _ = _dense_bias(decay, query)
+    query, key, value = (x.to(bias.dtype) for x in (query, key, value))
     with maybe_autocast(query.device.type, enabled=False):
         out, _ = sdpa_attention_forward(
             module, query, key, value, bias, dropout=dropout, scaling=scaling, is_causal=False
@@ -117,19 +117,18 @@ def _warn_of_attentions(kwargs: dict) -> None:
         )
 
 
-def _dense_bias(decay: Decay, query: Tensor) -> Tensor:
-    """``D`` as ``[B, H or 1, Tq, Tk]`` float64, finite in at least one key of every query."""
+def _dense_bias(decay: Decay, query: Tensor) -> tuple[Tensor, Tensor]:
+    """``D`` as ``[B, H or 1, Tq, Tk]``, float32 or wider, finite in some key of every query; and which see nothing."""
     bias = decay.bias()
-    # softmax of a row of -inf is NaN. Such rows belong to padding, whose output nobody reads.
-    bias = bias.masked_fill(torch.isneginf(bias).all(-1, keepdim=True), 0.0)
     heads = query.shape[1]
-    return bias if bias.shape[1] in (1, heads) else bias.repeat_interleave(heads // bias.shape[1], dim=1)
+    if bias.shape[1] not in (1, heads):
+        bias = bias.repeat_interleave(heads // bias.shape[1], dim=1)
+    # softmax of a row of -inf is NaN. Such rows belong to padding, whose output nobody reads.
+    sees_nothing = torch.isneginf(bias).all(-1, keepdim=True)
+    return bias.masked_fill(sees_nothing, 0.0).to(torch.promote_types(query.dtype, torch.float32)), sees_nothing
 
 
-# transformers ignores padding without a word for an implementation that has no mask function (the mask becomes None).
-AttentionInterface.register(DEFAULT_IMPLEMENTATION, reference_attention_forward)
-AttentionMaskInterface.register(DEFAULT_IMPLEMENTATION, flash_attention_mask)
-
-# An instance of our own: for FoX models alone, "sdpa" is called with the decay as its mask.
+# An instance of our own: these functions need a `Decay`, which other models do not pass.
 ALL_ATTENTION_FUNCTIONS = AttentionInterface()
+ALL_ATTENTION_FUNCTIONS[DEFAULT_IMPLEMENTATION] = reference_attention_forward
 ALL_ATTENTION_FUNCTIONS["sdpa"] = sdpa_forward

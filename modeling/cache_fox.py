@@ -4,7 +4,8 @@ Decoding needs the running sum of log gates of every key, the first key that is 
 the last unshifted key and value. transformers' caches hold one layer object per model layer and build them by layer
 type; the two classes here are what they build for ``"forgetting_attention"``, so that ``DynamicCache(config=...)``,
 ``StaticCache(config=...)`` and ``generate`` work as for any model. Every operation moves the extra state too, except
-offloading: it is read before the layer's turn to be fetched back, and is a twentieth of the keys and values.
+offloading: it is read before the layer's turn to be fetched back, and is a twentieth of the keys and values. Static
+layers have the operations of transformers' `StaticLayer`: no cropping, repeating or selecting.
 """
 
 from typing import ClassVar
@@ -25,7 +26,8 @@ class DynamicForgettingLayer(DynamicLayer):
     Attributes:
         gates: ``c``, the running sum of log gates at each key, ``[B, Hf, T]`` float64, and ``first``, the first key
             visible from each token, ``[B, Hf, T]`` int32; None before any token.
-        unshifted: by name, ``[B, W, G, D]`` keys and values of the latest tokens before token shift.
+        unshifted: by name, ``[B, W, G, D]`` keys and values of the latest tokens before token shift; ``W`` is up to
+            twice `rollback_window`.
     """
 
     _layer_type = "forgetting_attention"
@@ -155,7 +157,10 @@ class StaticForgettingLayer(StaticLayer):
         self.unshifted: dict[str, Tensor] = {}
 
     def append_gates(self, log_f: Tensor, starts: Tensor | None = None) -> Decay:
-        """As `DynamicForgettingLayer.append_gates`; the keys of the result are the whole buffer."""
+        """As `DynamicForgettingLayer.append_gates`, and before `update` too: it reads the length that `update` moves.
+
+        The keys of the result are the whole buffer.
+        """
         if self.gates is None:
             batch, _, gates = log_f.shape
             self.gates = (

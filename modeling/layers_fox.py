@@ -1,4 +1,4 @@
-"""The parts of a FoX block: norms, gates, token shift, attention, decoder layer.
+"""The parts of a FoX block: norms, rotary embedding, token shift, attention, decoder layer.
 
 The attention of one FoX (Pro) block (arXiv 2503.02130); every part but q, k, v and o is a switch of the configuration::
 
@@ -9,8 +9,6 @@ The attention of one FoX (Pro) block (arXiv 2503.02130); every part but q, k, v 
                +-> output gate -----------------------------------------------------+
 """
 
-import math
-
 import torch
 from torch import Tensor, nn
 from transformers.activations import ACT2FN
@@ -19,19 +17,16 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.models.llama.modeling_llama import LlamaMLP, LlamaRotaryEmbedding, apply_rotary_pos_emb
 from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs
-from transformers.utils.generic import maybe_autocast
 
 from ..kernels.attention import hide_padding
 from ..kernels.decay import Decay, accumulate
 from .attention_fox import ALL_ATTENTION_FUNCTIONS, eager_attention_forward
-from .cache_fox import layer_of
+from .cache_fox import DynamicForgettingLayer, StaticForgettingLayer, layer_of
 from .configuration_fox import FoxConfig
+from .gates_fox import local_part, make_forget_gate
 from .layout_fox import TokenLayout
 
-
-def local_part(weight: Tensor) -> Tensor:
-    """What this rank holds of a weight that tensor parallelism has sharded over the heads."""
-    return weight.to_local() if hasattr(weight, "to_local") else weight
+CacheLayer = DynamicForgettingLayer | StaticForgettingLayer
 
 
 class FoxRMSNorm(nn.Module):
@@ -71,55 +66,6 @@ def apply_rotary(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor
     return torch.cat([rotated_q, q[..., size:]], dim=-1), torch.cat([rotated_k, k[..., size:]], dim=-1)
 
 
-def decay_time_bias(config: FoxConfig) -> Tensor:
-    """``[Hf]`` float64 gate biases for decay times log-spaced over the heads: ``log sigmoid(b) = -1 / T``."""
-    low, high = math.log(config.decay_time_min), math.log(config.decay_time_max)
-    times = torch.linspace(low, high, config.num_forget_gates, dtype=torch.float64).exp()
-    return -torch.log(torch.expm1(1.0 / times))
-
-
-def _gate_dtype() -> torch.dtype:
-    return torch.promote_types(torch.get_default_dtype(), torch.float32)
-
-
-class FoxForgetGate(nn.Linear):
-    """Data-dependent forget gate: ``[B, T, hidden] -> [B, T, Hf]`` logits in float32, whatever the model's type.
-
-    In half precision a slow gate, ``log f = -1e-3``, could not be told from its neighbors; the weights stay in float32
-    too, also where the model is made or loaded in half precision.
-    """
-
-    def __init__(self, hidden_size: int, gates: int) -> None:
-        super().__init__(hidden_size, gates, dtype=_gate_dtype())
-
-    def forward(self, x: Tensor) -> Tensor:
-        with maybe_autocast(x.device.type, enabled=False):
-            dtype = torch.promote_types(x.dtype, torch.float32)
-            return nn.functional.linear(x.to(dtype), self.weight.to(dtype), self.bias.to(dtype))
-
-
-class FoxConstantGate(nn.Module):
-    """Forget gate that does not depend on the data: logits ``b``, learned (`bias_only`) or not (`fixed`)."""
-
-    def __init__(self, config: FoxConfig) -> None:
-        super().__init__()
-        self.learned = config.forget_gate == "bias_only"
-        # A parameter also where it is fixed: tensor parallelism shards parameters, not buffers.
-        self.bias = nn.Parameter(decay_time_bias(config).to(_gate_dtype()), requires_grad=self.learned)
-
-    def forward(self, x: Tensor) -> Tensor:
-        bias = local_part(self.bias).to(torch.promote_types(x.dtype, torch.float32))
-        # Detached, since whoever thaws a whole model must not thaw what its configuration calls fixed.
-        return (bias if self.learned else bias.detach()).expand(*x.shape[:-1], -1)
-
-
-def make_forget_gate(config: FoxConfig) -> FoxForgetGate | FoxConstantGate:
-    """The gate that ``config.forget_gate`` names; any but ``none``."""
-    if config.forget_gate == "full":
-        return FoxForgetGate(config.hidden_size, config.num_forget_gates)
-    return FoxConstantGate(config)
-
-
 class FoxTokenShift(nn.Module):
     """Data-dependent token shift: ``alpha_t x_{t-1} + (1 - alpha_t) x_t``, ``alpha_t = sigmoid(w . h_t)`` per head.
 
@@ -130,7 +76,9 @@ class FoxTokenShift(nn.Module):
         super().__init__()
         self.proj = nn.Linear(hidden_size, heads, bias=False)
 
-    def forward(self, hidden_states: Tensor, states: Tensor, layout: TokenLayout, cache_layer, name: str) -> Tensor:
+    def forward(
+        self, hidden_states: Tensor, states: Tensor, layout: TokenLayout, cache_layer: CacheLayer | None, name: str
+    ) -> Tensor:
         """
         Args:
             hidden_states: ``[B, T, hidden]`` input of the layer.
@@ -224,7 +172,8 @@ class FoxAttention(nn.Module):
         if self.config.qk_norm != "none":
             q, k = self.q_norm(q), self.k_norm(k)
         if position_embeddings is not None:
-            q, k = apply_rotary(q, k, *position_embeddings)
+            # Back to the type of v: under autocast the angles are float32, and keys are cached beside values.
+            q, k = (x.to(v.dtype) for x in apply_rotary(q, k, *position_embeddings))
 
         decay = self._decay(hidden_states, layout, cache_layer)
         q, k, v = (x.transpose(1, 2) for x in (q, k, v))
@@ -249,7 +198,7 @@ class FoxAttention(nn.Module):
             return hidden_states.new_zeros(*hidden_states.shape[:-1], 1, dtype=dtype)
         return nn.functional.logsigmoid(self.forget_gate(hidden_states))
 
-    def _decay(self, hidden_states: Tensor, layout: TokenLayout, cache_layer) -> Decay:
+    def _decay(self, hidden_states: Tensor, layout: TokenLayout, cache_layer: CacheLayer | None) -> Decay:
         log_f = self.log_forget_gates(hidden_states)
         if layout.real is not None:
             log_f = log_f.masked_fill(~layout.real[..., None], 0.0)

@@ -39,8 +39,7 @@ def token_layout(
     Args:
         inputs_embeds: ``[B, T, hidden]`` of the new tokens.
         attention_mask: see `padding_mask`.
-        position_ids: ``[B or 1, T]``; where they restart a new packed sequence begins, if there is neither padding nor
-            an earlier token.
+        position_ids: ``[B or 1, T]``; where they restart a new packed sequence begins, if there is no earlier token.
         cu_seqlens: ``[N + 1]`` offsets of the sequences packed in a batch of one, of queries and of keys; the latter
             may be None.
         cache: earlier tokens.
@@ -61,6 +60,9 @@ def token_layout(
         raise ValueError(f"position_ids must be [B or 1, T] = [{batch} or 1, {length}], got {list(position_ids.shape)}")
 
     real_keys = padding_mask(attention_mask, batch, past, length, keys, device)
+    prepared = isinstance(attention_mask, dict)
+    if real_keys is not None and not prepared and not is_torchdynamo_compiling() and real_keys.all():
+        real_keys = None
     positions = torch.arange(length, device=device) + past
     real = None if real_keys is None else real_keys.index_select(1, positions)
     # A static cache that holds tokens reports a tensor: packing cannot begin there.
@@ -68,10 +70,10 @@ def token_layout(
     starts = None
     queries, keys_of_queries = cu_seqlens
     if queries is not None:
-        if batch != 1 or real is not None or not fresh:
+        if batch != 1 or not fresh:
             raise ValueError(
-                "cu_seq_lens_q packs sequences in a batch of one, without padding and without earlier tokens in "
-                f"past_key_values; got a batch of {batch}, padding: {real is not None}, earlier tokens: {not fresh}"
+                "cu_seq_lens_q packs sequences in a batch of one, without earlier tokens in past_key_values; "
+                f"got a batch of {batch}, earlier tokens: {not fresh}"
             )
         check_cu_seqlens("cu_seq_lens_q", queries, length)
         if keys_of_queries is not None and keys_of_queries is not queries:
@@ -80,18 +82,32 @@ def token_layout(
             if not same_shape or (_is_readable(queries) and not torch.equal(keys_of_queries, queries)):
                 raise ValueError("cu_seq_lens_k must equal cu_seq_lens_q: a token's key belongs to its own sequence")
         starts = sequence_starts(queries, length).to(device)
-    elif position_ids is not None and real is None and fresh:
-        starts = _restarts(position_ids.to(device), batch)
+    elif position_ids is not None and fresh:
+        starts = _restarts(position_ids.to(device).expand(batch, -1), real, jumps=attention_mask is None)
     return TokenLayout(positions, real, real_keys, starts)
 
 
-def _restarts(position_ids: Tensor, batch: int) -> Tensor | None:
-    """``[B, T]`` bool, True where positions do not continue; None if they all do."""
-    starts = torch.diff(position_ids, prepend=position_ids[:, :1] - 1, dim=-1) != 1
+def _restarts(position_ids: Tensor, real: Tensor | None, jumps: bool) -> Tensor | None:
+    """``[B, T]`` bool, True where a token's position does not follow that of the real token before; None if all do.
+
+    Args:
+        position_ids: ``[B, T]``.
+        real: ``[B, T]`` bool, False for padding, whose positions mean nothing.
+        jumps: whether a position further on begins a sequence too, as transformers has it without a mask.
+    """
+    previous = torch.cat([position_ids[:, :1] - 1, position_ids[:, :-1]], dim=1)
+    if real is not None:
+        # Position of the last real token before each; the first real token follows nothing.
+        index = torch.arange(position_ids.shape[1], device=position_ids.device)
+        last_real = nn.functional.pad(torch.where(real, index, -1).cummax(-1).values[:, :-1], (1, 0), value=-1)
+        previous = torch.where(last_real < 0, position_ids - 1, position_ids.gather(1, last_real.clamp(min=0)))
+    starts = position_ids != previous + 1 if jumps else position_ids <= previous
+    if real is not None:
+        starts = starts & real
     # A traced graph cannot depend on the answer; there, positions that do not restart cost a mask.
     if not is_torchdynamo_compiling() and not starts.any():
         return None
-    return starts.expand(batch, -1)
+    return starts
 
 
 def _is_readable(x: Tensor) -> bool:
@@ -114,7 +130,7 @@ def padding_mask(
     keys: int,
     device: torch.device,
 ) -> Tensor | None:
-    """Bring an attention mask over all tokens so far to ``[B, keys]`` bool, False for padding; None without padding.
+    """Bring an attention mask over all tokens so far to ``[B, keys]`` bool, False for padding; None without a mask.
 
     Args:
         attention_mask: ``[B, past + length]``, or what `create_masks_for_generate` made of it.
@@ -128,6 +144,11 @@ def padding_mask(
         ValueError: ``attention_mask`` is not 2-D, or does not fit.
     """
     if isinstance(attention_mask, dict):
+        if attention_mask.keys() != {"forgetting_attention"}:
+            raise ValueError(
+                "attention_mask must be 2-D, or what FoxForCausalLM.create_masks_for_generate returns; "
+                f"got a dictionary of {sorted(attention_mask)}"
+            )
         return attention_mask["forgetting_attention"]
     if attention_mask is None:
         return None
@@ -144,7 +165,5 @@ def padding_mask(
             f"got {list(attention_mask.shape)}"
         )
     mask = attention_mask.to(device=device, dtype=torch.bool)
-    if mask.shape[1] == keys and not is_torchdynamo_compiling() and mask.all():
-        return None
     # A static cache is longer than its tokens; the keys to come are hidden by causality.
     return nn.functional.pad(mask, (0, keys - mask.shape[1]), value=True)

@@ -19,15 +19,8 @@ from transformers.utils.output_capturing import capture_outputs
 from .attention_fox import DEFAULT_IMPLEMENTATION, IMPLEMENTATIONS
 from .cache_fox import check_cache
 from .configuration_fox import FoxConfig
-from .layers_fox import (
-    FoxAttention,
-    FoxConstantGate,
-    FoxDecoderLayer,
-    FoxForgetGate,
-    FoxRMSNorm,
-    FoxRotaryEmbedding,
-    decay_time_bias,
-)
+from .gates_fox import FoxConstantGate, FoxForgetGate, decay_time_bias
+from .layers_fox import FoxAttention, FoxDecoderLayer, FoxRMSNorm, FoxRotaryEmbedding
 from .layout_fox import padding_mask, token_layout
 
 
@@ -48,6 +41,8 @@ class FoxPreTrainedModel(PreTrainedModel):
     _can_record_outputs = {"hidden_states": FoxDecoderLayer, "attentions": FoxAttention}
     # A gate's bias sets its decay time, which bfloat16 would move by percents.
     _keep_in_fp32_modules_strict = ["forget_gate"]
+    # Read by weight quantizers, which do not know the list above: a gate is neither rounded nor replaced.
+    _keep_in_fp32_modules = ["forget_gate"]
 
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)
@@ -108,8 +103,8 @@ class FoxModel(FoxPreTrainedModel):
             input_ids: ``[B, T]`` int64 tokens; this or ``inputs_embeds``.
             attention_mask: ``[B, Tk]``, nonzero for real tokens and zero for padding anywhere, over all tokens so far.
                 A 4-D mask is refused: a branch that a query may not see would still decay what it may see.
-            position_ids: ``[B or 1, T]``; read by RoPE, and where they restart, with neither padding nor earlier tokens
-                in a cache, a new packed sequence begins.
+            position_ids: ``[B or 1, T]``; read by RoPE, and where they restart, with an empty cache, a new
+                packed sequence begins.
             past_key_values: cache of earlier tokens.
             inputs_embeds: ``[B, T, hidden]`` instead of tokens.
             use_cache: whether to return a cache.
@@ -128,6 +123,9 @@ class FoxModel(FoxPreTrainedModel):
             raise ValueError(f"{name} must be [B, T] with at least one token, got shape {list(given.shape)}")
         if past_key_values is not None:
             check_cache(past_key_values, self.config.num_hidden_layers)
+            if self.gradient_checkpointing and self.training and past_key_values.get_seq_length() > 0:
+                # transformers takes the cache from checkpointed layers: tokens would stand after keys that are gone.
+                raise ValueError("past_key_values must be empty in training with gradient checkpointing")
         elif use_cache:
             past_key_values = DynamicCache(config=self.config)
 
@@ -158,7 +156,6 @@ class FoxForCausalLM(FoxPreTrainedModel, GenerationMixin):
 
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
     _tp_plan = {"lm_head": "colwise_gather_output"}
-    _pp_plan = {"lm_head": (["hidden_states"], ["logits"])}
     _fsdp_plan = {"lm_head": "keep_full_weight"}
 
     def __init__(self, config: FoxConfig) -> None:

@@ -117,6 +117,15 @@ def test_recording_refuses_what_it_would_misread() -> None:
         pass
 
 
+def test_attention_weights_stop_at_a_hard_reset() -> None:
+    x = torch.randn(1, 6, 1, 4)
+    log_f = torch.full((1, 6, 1), -0.1)
+    log_f[0, 3] = -math.inf
+    weights = attention_weights(AttentionInputs(0, x, x, x, log_f, 0.5), head=0)
+    torch.testing.assert_close(weights.sum(-1), torch.ones(6, dtype=torch.double))
+    assert weights[3:, :3].abs().max() == 0.0
+
+
 def test_attention_weights_are_the_models_own() -> None:
     model = tiny_model()
     with torch.no_grad(), record_attention(model) as layers:

@@ -656,3 +656,13 @@ def test_llama_block_is_what_the_preset_says() -> None:
     fields = foxlm.FoxConfig.preset("llama-125m")
     assert {name: getattr(fields, name) for name in LLAMA} == LLAMA
     assert set(ROPE) == {"rope_parameters"}
+
+
+def test_mask_dictionary_of_another_model_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"attention_mask must .*full_attention"):
+        tiny_model()(tokens(1, 5), attention_mask={"full_attention": None})
+
+
+def test_quantizers_are_told_to_leave_the_gates() -> None:
+    model = tiny_model()
+    assert any("forget_gate" in pattern for pattern in model._keep_in_fp32_modules)

@@ -134,15 +134,39 @@ def test_offsets_of_keys_that_are_not_those_of_queries_are_refused() -> None:
         tiny_model()(tokens(1, 6), cu_seq_lens_q=torch.tensor([0, 4, 6]), cu_seq_lens_k=torch.tensor([0, 3, 6]))
 
 
-def test_offsets_beside_a_batch_padding_or_a_cache_are_refused() -> None:
+@torch.no_grad()
+@pytest.mark.parametrize("flash", [True, False])
+@pytest.mark.parametrize("variant", ["pro", "llama"])
+def test_packing_and_padding_go_together(variant: str, flash: bool) -> None:
+    model = tiny_model(variant)
+    ids = tokens(1, 12)
+    mask = torch.ones(1, 12, dtype=torch.long)
+    mask[0, [0, 3, 6, 11]] = 0
+    # Two sequences of real tokens 1, 2, 4 and 5, 7, 8, 9, 10; what positions padding has does not matter.
+    positions = torch.tensor([[1, 0, 1, 1, 2, 0, 1, 1, 2, 3, 4, 1]])
+    marks = {"cu_seq_lens_q": torch.tensor([0, 5, 12])} if flash else {"position_ids": positions}
+    logits = model(ids, attention_mask=mask, **marks).logits
+    for sequence in ([1, 2, 4], [5, 7, 8, 9, 10]):
+        assert_close(logits[:, sequence], model(ids[:, sequence]).logits)
+
+
+@torch.no_grad()
+def test_positions_restart_under_compilation_too() -> None:
+    model = tiny_model()
+    batch = {k: v for k, v in packed(False).items() if k != "labels"}
+    expected = model(**batch).logits
+    compiled = torch.compile(model, backend="eager", fullgraph=True)
+    assert_close(compiled(**batch).logits, expected)
+    mask = torch.ones_like(batch["input_ids"])
+    assert_close(model(**batch, attention_mask=mask).logits, expected)
+    assert_close(compiled(**batch, attention_mask=mask).logits, expected)
+
+
+def test_offsets_beside_a_batch_or_a_cache_are_refused() -> None:
     model = tiny_model()
     offsets = torch.tensor([0, 4, 6])
-    mask = torch.ones(1, 6, dtype=torch.long)
-    mask[0, 0] = 0
     with pytest.raises(ValueError, match=r"cu_seq_lens_q .*batch of 2"):
         model(tokens(2, 6), cu_seq_lens_q=offsets)
-    with pytest.raises(ValueError, match=r"cu_seq_lens_q .*padding: True"):
-        model(tokens(1, 6), cu_seq_lens_q=offsets, attention_mask=mask)
     cache = model(tokens(1, 3), past_key_values=DynamicCache(config=model.config), use_cache=True).past_key_values
     with pytest.raises(ValueError, match=r"cu_seq_lens_q .*earlier tokens: True"):
         model(tokens(1, 6), cu_seq_lens_q=offsets, past_key_values=cache, use_cache=True)

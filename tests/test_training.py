@@ -11,6 +11,7 @@ from torch import Tensor
 from transformers import (
     DataCollatorForLanguageModeling,
     DataCollatorWithFlattening,
+    DynamicCache,
     PreTrainedTokenizerFast,
     Trainer,
     TrainingArguments,
@@ -237,3 +238,13 @@ def test_compiled_with_padding_and_packing() -> None:
         positions = torch.tensor([[0, 1, 2, 3, 0, 1, 2, 3, 4]])
         expected = model(ids[:1], position_ids=positions).logits
         assert_close(compiled(ids[:1], position_ids=positions, use_cache=False).logits, expected)
+
+
+def test_checkpointing_beside_earlier_tokens_is_refused() -> None:
+    """transformers takes the cache from checkpointed layers: their queries would see tokens to come."""
+    model = tiny_model().train()
+    model.gradient_checkpointing_enable()
+    model(tokens(1, 4), past_key_values=DynamicCache(config=model.config)).logits.sum().backward()
+    cache = tiny_model()(tokens(1, 4), use_cache=True).past_key_values
+    with pytest.raises(ValueError, match=r"past_key_values must be empty"):
+        model(tokens(1, 4), past_key_values=cache)

@@ -5,12 +5,15 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from foxlm.kernels.pruning import Rule
 from foxlm.modeling.modeling_fox import FoxForCausalLM
 
 from ..gates import RULES, attention_weights, decay_time_table, kept_from, skipped_shares
 from ..recording import record_attention
 
 LOG_EPS = (-5.0, -10.0, -15.0, -20.0)
+MAP_RULE: Rule = "tight"
+MAP_LOG_EPS = -10.0
 TILE = (64, 64)
 
 
@@ -22,7 +25,7 @@ class HeadMap:
         layer, head: which.
         decay_time: in tokens, measured on all windows.
         weights: ``[T, T]`` attention weights.
-        first: ``[T]`` first key each query keeps, by `map_rule` at `map_log_eps`.
+        first: ``[T]`` first key each query keeps, by `MAP_RULE` at `MAP_LOG_EPS`.
     """
 
     layer: int
@@ -52,8 +55,6 @@ class Analysis:
     tokens: int
     maps: list[HeadMap]
     snippet: bytes
-    map_rule: str = "tight"
-    map_log_eps: float = -10.0
 
 
 @torch.no_grad()
@@ -77,7 +78,7 @@ def analyze(model: FoxForCausalLM, held_out: np.ndarray, snippet: int) -> Analys
     for flat in (fast, int(times.argmax())):
         layer, head = divmod(flat, times.shape[1])
         shown = first_tokens[layer]
-        kept = kept_from(shown, Analysis.map_log_eps, "tight")[0, head]
+        kept = kept_from(shown, MAP_LOG_EPS, MAP_RULE)[0, head]
         maps.append(
             HeadMap(
                 layer=layer,

@@ -4,7 +4,7 @@ from html import escape
 from typing import Any
 
 from .. import plots
-from .analyze import LOG_EPS, TILE, Analysis
+from .analyze import LOG_EPS, MAP_LOG_EPS, MAP_RULE, TILE, Analysis
 from .train import Training
 
 _STYLE = """
@@ -32,7 +32,7 @@ def render(report: dict[str, Any], training: Training, analysis: Analysis) -> st
     figures = {
         "loss": plots.plot_losses(training.train_losses, training.held_out_losses, losses["bigram"]),
         "decay": plots.plot_decay_times(analysis.decay_times, analysis.tokens),
-        "skipped": plots.plot_skipped(LOG_EPS, analysis.pairs, analysis.length, (1, 1)),
+        "skipped": plots.plot_skipped(LOG_EPS, analysis.pairs, analysis.length),
         "maps": plots.plot_attention_maps(
             [
                 (
@@ -42,8 +42,8 @@ def render(report: dict[str, Any], training: Training, analysis: Analysis) -> st
                 )
                 for head in analysis.maps
             ],
-            analysis.map_rule,
-            analysis.map_log_eps,
+            MAP_RULE,
+            MAP_LOG_EPS,
         ),
     }
     images = {name: plots.data_uri(figure) for name, figure in figures.items()}
@@ -67,7 +67,7 @@ def render(report: dict[str, Any], training: Training, analysis: Analysis) -> st
         _image(images["skipped"], "Share of attention skipped by eps"),
         "<p class=small>Adaptive Computation Pruning leaves out keys that together hold less than eps of a row's "
         f"attention weight, whatever their values. In tiles of {tile}, as a kernel skips them, at "
-        f"eps = e<sup>{analysis.map_log_eps:g}</sup>: {_tiles(report, analysis)}.</p>",
+        f"eps = e<sup>{MAP_LOG_EPS:g}</sup>: {_tiles(report, analysis)}.</p>",
         _image(images["maps"], "Attention maps of two heads with the skipped region"),
         "<h2>Text it writes</h2>",
         "<p class=small>Sampled after loading the folder with <code>AutoModelForCausalLM.from_pretrained</code> in a "
@@ -122,7 +122,7 @@ def _headline(report: dict[str, Any]) -> list[tuple[str, str]]:
 
 
 def _tiles(report: dict[str, Any], analysis: Analysis) -> str:
-    index = report["pruning"]["log_eps"].index(analysis.map_log_eps)
+    index = report["pruning"]["log_eps"].index(MAP_LOG_EPS)
     shares = report["pruning"]["skipped_tiles"]
     return ", ".join(f"{100 * shares[rule][index]:.0f}% by rule {rule}" for rule in shares)
 

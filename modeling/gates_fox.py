@@ -1,0 +1,63 @@
+"""Forget gates: `full`, `bias_only` and `fixed` (Forgetting Transformer, arXiv 2503.02130)."""
+
+import math
+
+import torch
+from torch import Tensor, nn
+from transformers.utils.generic import maybe_autocast
+
+from .configuration_fox import FoxConfig
+
+
+def decay_time_bias(config: FoxConfig) -> Tensor:
+    """``[Hf]`` float64 gate biases for decay times log-spaced over the heads: ``log sigmoid(b) = -1 / T``."""
+    low, high = math.log(config.decay_time_min), math.log(config.decay_time_max)
+    times = torch.linspace(low, high, config.num_forget_gates, dtype=torch.float64).exp()
+    return -torch.log(torch.expm1(1.0 / times))
+
+
+def _gate_dtype() -> torch.dtype:
+    return torch.promote_types(torch.get_default_dtype(), torch.float32)
+
+
+class FoxForgetGate(nn.Linear):
+    """Data-dependent forget gate: ``[B, T, hidden] -> [B, T, Hf]`` logits in float32, whatever the model's type.
+
+    In half precision a slow gate, ``log f = -1e-3``, could not be told from its neighbors; the weights stay in float32
+    too where the model is made or loaded in half precision, though not through `model.to(dtype)`.
+    """
+
+    def __init__(self, hidden_size: int, gates: int) -> None:
+        super().__init__(hidden_size, gates, dtype=_gate_dtype())
+
+    def forward(self, x: Tensor) -> Tensor:
+        with maybe_autocast(x.device.type, enabled=False):
+            dtype = torch.promote_types(x.dtype, torch.float32)
+            return nn.functional.linear(x.to(dtype), self.weight.to(dtype), self.bias.to(dtype))
+
+
+class FoxConstantGate(nn.Module):
+    """Forget gate that does not depend on the data: logits ``b``, learned (`bias_only`) or not (`fixed`)."""
+
+    def __init__(self, config: FoxConfig) -> None:
+        super().__init__()
+        self.learned = config.forget_gate == "bias_only"
+        # A parameter also where it is fixed: tensor parallelism shards parameters, not buffers.
+        self.bias = nn.Parameter(decay_time_bias(config).to(_gate_dtype()), requires_grad=self.learned)
+
+    def forward(self, x: Tensor) -> Tensor:
+        bias = local_part(self.bias).to(torch.promote_types(x.dtype, torch.float32))
+        # Detached, since whoever thaws a whole model must not thaw what its configuration calls fixed.
+        return (bias if self.learned else bias.detach()).expand(*x.shape[:-1], -1)
+
+
+def make_forget_gate(config: FoxConfig) -> FoxForgetGate | FoxConstantGate:
+    """The gate that ``config.forget_gate`` names; any but ``none``."""
+    if config.forget_gate == "full":
+        return FoxForgetGate(config.hidden_size, config.num_forget_gates)
+    return FoxConstantGate(config)
+
+
+def local_part(weight: Tensor) -> Tensor:
+    """What this rank holds of a weight that tensor parallelism has sharded over the heads."""
+    return weight.to_local() if hasattr(weight, "to_local") else weight
