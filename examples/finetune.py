@@ -72,13 +72,16 @@ def read_examples(path: Path, tokenizer: PreTrainedTokenizerBase) -> list[str]:
     for number, line in enumerate(content.split("\n"), start=1):
         if not line.strip():
             continue
-        row = json.loads(line)
-        if "messages" in row:
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise ValueError(f"{path}:{number} must be a JSON object: {error.msg}") from None
+        if isinstance(row, dict) and "messages" in row:
             texts.append(tokenizer.apply_chat_template(row["messages"], tokenize=False))
-        elif "text" in row:
+        elif isinstance(row, dict) and isinstance(row.get("text"), str):
             texts.append(row["text"])
         else:
-            raise ValueError(f'{path}:{number} must have "text" or "messages", got {sorted(row)}')
+            raise ValueError(f'{path}:{number} must have a string "text" or "messages", got {line[:80]}')
     return texts
 
 
@@ -105,6 +108,12 @@ def main(arguments: list[str] | None = None) -> Trainer:
     tokenizer.chat_template = tokenizer.chat_template or PLAIN_TEMPLATE
     examples = Examples(Path(own.data), tokenizer, own.length)
     model = AutoModelForCausalLM.from_pretrained(own.model)
+    # A new adapter would replace the one that such a folder holds, and without --lora almost nothing would be trained.
+    if getattr(model, "_hf_peft_config_loaded", False):
+        raise ValueError(
+            f"--model must be a whole model, got the adapter {own.model}; merge it first: "
+            "AutoPeftModelForCausalLM.from_pretrained(folder).merge_and_unload().save_pretrained(new_folder)"
+        )
     if own.lora:
         model = add_lora(model, own.lora_rank, own.gate)
         model.print_trainable_parameters()

@@ -96,6 +96,8 @@ def build_config(own: PretrainingArguments, tokenizer: PreTrainedTokenizerBase) 
 def main(arguments: list[str] | None = None) -> Trainer:
     parser = HfArgumentParser((PretrainingArguments, TrainingArguments))
     own, training = parser.parse_args_into_dataclasses(arguments)
+    if own.length < 2 or not 0 <= own.held_out < 1:
+        raise ValueError(f"--length must be at least 2 and --held_out in [0, 1), got {own.length} and {own.held_out}")
     set_seed(training.seed)
     tokenizer = byte_tokenizer() if own.tokenizer is None else AutoTokenizer.from_pretrained(own.tokenizer)
     sequences = Sequences(read_documents(own.text, own.suffix), tokenizer, own.length)

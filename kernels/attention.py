@@ -1,5 +1,6 @@
 """The public function: forgetting attention over whole sequences, on whatever device the inputs are."""
 
+import math
 from typing import Literal, overload
 
 import torch
@@ -57,7 +58,8 @@ def forgetting_attention(
 
     ``O_i = sum_j P_ij v_j`` with ``P = softmax_j(scale * q_i . k_j + sum_{j < l <= i} log f_l)`` over ``j <= i``
     (Forgetting Transformer, arXiv 2503.02130). The queries are the last ``Tq`` of the ``Tk`` tokens.
-    Memory is linear in ``Tk``. Differentiable once in ``q``, ``k``, ``v`` and ``log_f``.
+    Memory is linear in ``Tk``. Differentiable once, in reverse mode, in ``q``, ``k``, ``v`` and ``log_f``; not inside
+    torch.func's transforms (a model does all that with ``attn_implementation="eager"``).
 
     Args:
         q: ``[B, Tq, H, D]`` queries; float16, bfloat16, float32 or float64.
@@ -88,6 +90,8 @@ def forgetting_attention(
         torch.Size([1, 8, 2, 16])
     """
     _check_inputs(q, k, v, log_f)
+    if scale is not None and not math.isfinite(scale):
+        raise ValueError(f"scale must be a finite number, got {scale}")
     if not 0.0 <= dropout < 1.0:
         raise ValueError(f"dropout must be in [0, 1), got {dropout}")
     starts = real = None
@@ -125,7 +129,18 @@ def _real_tokens(attention_mask: Tensor, log_f: Tensor) -> Tensor:
         raise ValueError(
             f"attention_mask must have shape [B, Tk] = {list(log_f.shape[:2])}, got {list(attention_mask.shape)}"
         )
-    return attention_mask.to(device=log_f.device, dtype=torch.bool)
+    return as_bool_mask(attention_mask, log_f.device)
+
+
+def as_bool_mask(attention_mask: Tensor, device: torch.device) -> Tensor:
+    """True where ``attention_mask`` is nonzero; a `ValueError` for an additive mask, which would mean the opposite.
+
+    The values are read on a CPU only: elsewhere that would wait for the device.
+    """
+    readable = attention_mask.device.type == "cpu" and not torch.compiler.is_compiling()
+    if attention_mask.is_floating_point() and readable and (attention_mask < 0).any():
+        raise ValueError("attention_mask must be nonzero for real tokens and zero for padding, got an additive mask")
+    return attention_mask.to(device=device, dtype=torch.bool)
 
 
 def hide_padding(decay: Decay, real: Tensor) -> Decay:
@@ -142,6 +157,9 @@ def hide_padding(decay: Decay, real: Tensor) -> Decay:
 
 
 def _check_inputs(q: Tensor, k: Tensor, v: Tensor, log_f: Tensor) -> None:
+    for name, x in (("q", q), ("k", k), ("v", v), ("log_f", log_f)):
+        if not isinstance(x, Tensor):
+            raise ValueError(f"{name} must be a tensor, got {type(x).__name__}")
     for name, x in (("q", q), ("k", k), ("v", v)):
         if x.ndim != 4:
             raise ValueError(f"{name} must have shape [B, T, heads, D], got {list(x.shape)}")

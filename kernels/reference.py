@@ -35,6 +35,11 @@ _MIN_CHUNK, _MAX_CHUNK = 16, 64
 # makes most weights tiny: left alone they become denormal numbers, which make products on a CPU 30 times slower.
 _LOG_ZERO = {torch.float32: -80.0, torch.float64: -600.0}
 
+_ONLY_REVERSE_MODE = (
+    "forgetting attention is differentiable once, in reverse mode; "
+    "a model has other derivatives with attn_implementation='eager'"
+)
+
 # Two copies of this code can live in one process under different package names: each names its operators after its
 # own, because registering a name twice replaces the first silently.
 _NAMESPACE = re.sub(r"\W", "_", __package__ or "foxlm_kernels")
@@ -49,7 +54,7 @@ def reference_attention(
     scale: float,
     dropout: float = 0.0,
 ) -> tuple[Tensor, Tensor]:
-    """Forgetting attention over ``decay``, differentiable in q, k, v and the running sums.
+    """Forgetting attention over ``decay``, differentiable once, in reverse mode, in q, k, v and the running sums.
 
     Args:
         q: ``[B, Tq, H, D]`` queries.
@@ -61,9 +66,17 @@ def reference_attention(
     Returns:
         Output ``[B, Tq, H, D]`` in the type of ``q`` and log-sum-exp ``[B, H, Tq]`` in float32 (float64 for float64).
     """
+    if not torch.compiler.is_compiling():
+        _refuse_forward_mode(q, k, v, decay.query, decay.key)
     # The seed is a tensor so that a compiled graph draws a new one at each call.
     seed = torch.randint(2**62, (), dtype=torch.int64) if dropout > 0.0 else None
     return _forward(q, k, v, decay.query, decay.key, decay.first, decay.last, scale, dropout, seed)
+
+
+def _refuse_forward_mode(*inputs: Tensor) -> None:
+    # Operators without a forward-mode rule drop the tangent without a word.
+    if any(torch.autograd.forward_ad.unpack_dual(x).tangent is not None for x in inputs):
+        raise NotImplementedError(_ONLY_REVERSE_MODE)
 
 
 def _compute_dtype(q: Tensor) -> torch.dtype:
@@ -295,3 +308,10 @@ def _autograd(ctx, dout: Tensor, dlse: Tensor):
 
 
 _forward.register_autograd(_autograd, setup_context=_save_for_backward)
+
+
+def _refuse_second_derivative(ctx, *grads: Tensor):
+    raise NotImplementedError(_ONLY_REVERSE_MODE)
+
+
+_backward.register_autograd(_refuse_second_derivative)

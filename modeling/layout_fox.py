@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from transformers.cache_utils import Cache
 from transformers.utils.import_utils import is_torchdynamo_compiling
 
-from ..kernels.attention import check_cu_seqlens
+from ..kernels.attention import as_bool_mask, check_cu_seqlens
 from ..kernels.decay import sequence_starts
 
 
@@ -164,6 +164,6 @@ def padding_mask(
             f"attention_mask must cover the tokens in the cache and the new ones, [B, Tk] = {[batch, expected]}, "
             f"got {list(attention_mask.shape)}"
         )
-    mask = attention_mask.to(device=device, dtype=torch.bool)
+    mask = as_bool_mask(attention_mask, device)
     # A static cache is longer than its tokens; the keys to come are hidden by causality.
     return nn.functional.pad(mask, (0, keys - mask.shape[1]), value=True)

@@ -132,11 +132,23 @@ def test_finetuning_by_lora_on_conversations(tmp_path: Path, pretrained: Path) -
     gate = "model.layers.0.self_attn.forget_gate"
     saved = loaded.get_base_model().get_submodule(gate)
     assert not torch.equal(base.get_submodule(gate).weight, saved.modules_to_save["default"].weight)
+    # Going on from an adapter would train a new one on the old base.
+    with pytest.raises(ValueError, match=r"--model must be a whole model"):
+        load_script("finetune").main(
+            [
+                *("--model", str(tmp_path / "out"), "--data", str(tmp_path / "chats.jsonl")),
+                *("--output_dir", str(tmp_path / "again")),
+            ]
+        )
 
 
 def test_finetuning_names_a_bad_line(tmp_path: Path, pretrained: Path) -> None:
-    (tmp_path / "bad.jsonl").write_text('{"text": "fine"}\n{"txet": "typo"}\n')
-    with pytest.raises(ValueError, match=r"bad\.jsonl:2 must have"):
-        load_script("finetune").main(
-            ["--model", str(pretrained), "--data", str(tmp_path / "bad.jsonl"), "--output_dir", str(tmp_path / "out")]
-        )
+    for line in ('{"txet": "typo"}', '{"text": 5}', "[]", "{broken"):
+        (tmp_path / "bad.jsonl").write_text(f'{{"text": "fine \u2028 still"}}\n\n{line}\n', encoding="utf-8")
+        with pytest.raises(ValueError, match=r"bad\.jsonl:3 must"):
+            load_script("finetune").main(
+                [
+                    *("--model", str(pretrained), "--data", str(tmp_path / "bad.jsonl")),
+                    *("--output_dir", str(tmp_path / "out")),
+                ]
+            )

@@ -22,6 +22,9 @@ NAN_GATES, POSITIVE_GATES, INFINITE_GATES = (torch.full((2, 10, 4), x) for x in 
 
 # The argument the message must begin with, what it must also say, and the inputs.
 BAD = {
+    "log_f-none": ("log_f", "NoneType", {"log_f": None}),
+    "additive-mask": ("attention_mask", "additive", {"attention_mask": torch.zeros(2, 10) - 1e9}),
+    "scale-nan": ("scale", "nan", {"scale": torch.nan}),
     "q-rank": ("q", "[2, 6, 32]", {"q": torch.zeros(2, 6, 32)}),
     "k-rank": ("k", "[10, 8]", {"k": torch.zeros(10, 8)}),
     "v-rank": ("v", "[2, 10, 2, 8, 1]", {"v": torch.zeros(2, 10, 2, 8, 1)}),
