@@ -41,8 +41,6 @@ class FoxPreTrainedModel(PreTrainedModel):
     _can_record_outputs = {"hidden_states": FoxDecoderLayer, "attentions": FoxAttention}
     # A gate's bias sets its decay time, which bfloat16 would move by percents.
     _keep_in_fp32_modules_strict = ["forget_gate"]
-    # Read by weight quantizers, which do not know the list above: a gate is neither rounded nor replaced.
-    _keep_in_fp32_modules = ["forget_gate"]
 
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)

@@ -661,8 +661,3 @@ def test_llama_block_is_what_the_preset_says() -> None:
 def test_mask_dictionary_of_another_model_is_refused() -> None:
     with pytest.raises(ValueError, match=r"attention_mask must .*full_attention"):
         tiny_model()(tokens(1, 5), attention_mask={"full_attention": None})
-
-
-def test_quantizers_are_told_to_leave_the_gates() -> None:
-    model = tiny_model()
-    assert any("forget_gate" in pattern for pattern in model._keep_in_fp32_modules)
