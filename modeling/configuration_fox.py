@@ -114,6 +114,8 @@ class FoxConfig(PreTrainedConfig):
         "norm_eps": "rms_norm_eps",
     }
     keys_to_ignore_at_inference = ["past_key_values"]
+    # One RoPE for all layers: transformers' tools would otherwise look for one per entry of `layer_types`.
+    _rope_type_labels: ClassVar[None] = None
 
     vocab_size: int = 50304
     hidden_size: int = 768
