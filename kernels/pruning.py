@@ -13,7 +13,8 @@ with ``j`` and falls with ``i``, so what a query keeps is one range that ends at
     worst). Drop keys ``j < n`` where ``scale |q_i| Kmax_n + c_i + P_n - s_ii <= log eps``. Drops at least what
     ``paper`` drops where ``U`` is the true maximum of ``scale |q| |k|``.
 
-This is the definition, in plain PyTorch: for analysis, and for kernels to be held to.
+`first_kept` is the definition, in plain PyTorch, for analysis; `prune` is what attention runs, on a GPU by kernels
+(`boundaries`).
 """
 
 import math
@@ -22,9 +23,22 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from .decay import accumulate
+from .backend import HAS_TRITON, runs_kernels
+from .decay import Decay, accumulate
+from .tiles import PRUNED_KEYS, PRUNED_QUERIES
+
+if HAS_TRITON:
+    from .boundaries import raise_first
 
 Rule = Literal["paper", "tight"]
+
+
+def check_rule(eps: float, rule: str) -> None:
+    """Raise a `ValueError` unless ``eps`` and ``rule`` are as `first_kept` takes them."""
+    if not 0.0 < eps < 1.0:
+        raise ValueError(f"eps must be in (0, 1), got {eps}")
+    if rule not in ("paper", "tight"):
+        raise ValueError(f"rule must be 'paper' or 'tight', got {rule!r}")
 
 
 def first_kept(
@@ -58,30 +72,56 @@ def first_kept(
     Raises:
         ValueError: ``eps`` or ``rule`` is not as above.
     """
-    if not 0.0 < eps < 1.0:
-        raise ValueError(f"eps must be in (0, 1), got {eps}")
-    if rule not in ("paper", "tight"):
-        raise ValueError(f"rule must be 'paper' or 'tight', got {rule!r}")
-    batch, queries, heads, head_dim = q.shape
-    keys = k.shape[1]
-    scale = head_dim**-0.5 if scale is None else scale
-    c, hidden_before = accumulate(log_f)
-    c, hidden_before = (_per_query_head(x, heads).contiguous() for x in (c, hidden_before))
-    q_norm = q.double().norm(dim=-1).transpose(1, 2) * scale
-    k_norm = _per_query_head(k.double().norm(dim=-1).transpose(1, 2), heads)
-
-    if rule == "paper":
-        if logit_bound is None:
-            logit_bound = q_norm.amax(-1) * k_norm.amax(-1)
-        bound = torch.as_tensor(logit_bound, dtype=torch.float64, device=c.device).expand(batch, heads)
-        threshold = -2.0 * bound - math.log(keys) + math.log(eps)
-        kept = torch.searchsorted(-c, threshold[..., None] - c[..., keys - queries :])
-    else:
-        own = k[:, keys - queries :].double().repeat_interleave(heads // k.shape[2], dim=2)
-        own_logit = scale * (q.double() * own).sum(-1).transpose(1, 2)
-        kept = _tight(q_norm, k_norm, c, own_logit, math.log(eps))
-    kept = torch.maximum(kept, hidden_before[..., keys - queries :])
+    check_rule(eps, rule)
+    heads, queries, keys = q.shape[2], q.shape[1], k.shape[1]
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    c, first = accumulate(log_f)
+    last = torch.arange(keys - queries, keys, device=c.device)
+    decay = Decay(c[..., keys - queries :], c, first[..., keys - queries :], last)
+    kept = _kept(decay, q, k, eps, rule, scale, logit_bound)
+    kept = torch.maximum(kept, _per_query_head(decay.first, heads))
     return _blocks_minimum(kept, block_q) // block_k * block_k
+
+
+def prune(
+    decay: Decay,
+    q: Tensor,
+    k: Tensor,
+    *,
+    eps: float,
+    rule: Rule = "tight",
+    scale: float,
+    logit_bound: float | Tensor | None = None,
+) -> Decay:
+    """Hide from every query the keys that it may drop, in blocks of 128 queries and 64 keys.
+
+    Args:
+        decay: of ``Tq`` queries over ``Tk`` keys; with resets, packing and padding.
+        q, k, eps, rule, logit_bound: as for `first_kept`; q and k finite, also where they are padding.
+        scale: multiplies the logits.
+
+    Returns:
+        ``decay`` with ``first`` raised, ``[B, H, Tq]``. No row loses more than ``eps`` of its attention weight.
+
+    Raises:
+        ValueError: an argument is not as above.
+    """
+    check_rule(eps, rule)
+    batch, queries, heads, _ = q.shape
+    if k.shape[1] <= PRUNED_KEYS or q.numel() == 0:
+        return decay
+    if runs_kernels(q) and q.dtype != torch.float64:
+        if logit_bound is not None:
+            logit_bound = torch.as_tensor(logit_bound, dtype=torch.float32, device=q.device).expand(batch, heads)
+        first = raise_first(decay, q, k, eps=eps, tight=rule == "tight", scale=scale, logit_bound=logit_bound)
+        return decay._replace(first=first)
+    kept = _kept(decay, q, k, eps, rule, scale, logit_bound)
+    first = _per_query_head(decay.first, heads)
+    sees_nothing = first > decay.last
+    kept = kept.masked_fill(sees_nothing, torch.iinfo(torch.int64).max)
+    kept = _blocks_minimum(kept, PRUNED_QUERIES) // PRUNED_KEYS * PRUNED_KEYS
+    kept = kept.repeat_interleave(PRUNED_QUERIES, dim=-1)[..., :queries]
+    return decay._replace(first=torch.where(sees_nothing, first, torch.maximum(first, kept)))
 
 
 def share_skipped(first: Tensor, length: int, block_q: int = 1, block_k: int = 1, queries: int | None = None) -> Tensor:
@@ -107,17 +147,42 @@ def _per_query_head(x: Tensor, heads: int) -> Tensor:
     return x.repeat_interleave(heads // x.shape[1], dim=1)
 
 
-def _tight(q_norm: Tensor, k_norm: Tensor, c: Tensor, own_logit: Tensor, log_eps: float) -> Tensor:
+def _kept(
+    decay: Decay, q: Tensor, k: Tensor, eps: float, rule: Rule, scale: float, logit_bound: float | Tensor | None
+) -> Tensor:
+    """First key that each query keeps by the rule alone, ``[B, H, Tq]``; never after its own."""
+    batch, _, heads, _ = q.shape
+    keys = k.shape[1]
+    c_q, c_k = (_per_query_head(x, heads) for x in (decay.query, decay.key))
+    hidden = torch.isposinf(c_k)
+    q_norm = q.double().norm(dim=-1).transpose(1, 2) * abs(scale)
+    k_norm = _per_query_head(k.double().norm(dim=-1).transpose(1, 2), heads).masked_fill(hidden, 0.0)
+    if rule == "paper":
+        if logit_bound is None:
+            logit_bound = q_norm.amax(-1) * k_norm.amax(-1)
+        bound = torch.as_tensor(logit_bound, dtype=torch.float64, device=c_q.device).expand(batch, heads)
+        threshold = -2.0 * bound - math.log(keys) + math.log(eps)
+        # A hidden key goes with the last one before it that is not.
+        falling = c_k.cummin(-1).values
+        kept = torch.searchsorted(-falling.contiguous(), (threshold[..., None] - c_q).contiguous())
+        return torch.minimum(kept, decay.last)
+    own = k.index_select(1, decay.last).double().repeat_interleave(heads // k.shape[2], dim=2)
+    own_logit = scale * (q.double() * own).sum(-1).transpose(1, 2)
+    return _tight(q_norm, k_norm, c_q, c_k, own_logit, decay.last, math.log(eps))
+
+
+def _tight(
+    q_norm: Tensor, k_norm: Tensor, c_q: Tensor, c_k: Tensor, own_logit: Tensor, last: Tensor, log_eps: float
+) -> Tensor:
     """Largest ``n <= i`` for which row ``i`` may drop the keys before ``n``, by bisection: ``[B, H, Tq]``."""
     # Entry n describes the keys before n. In float64 the sums, of large numbers, stay exact to 1e-10.
-    before_none = torch.full_like(c[..., :1], float("-inf"))
-    log_decays = torch.cat([before_none, torch.logcumsumexp(-c, dim=-1)], dim=-1)
+    before_none = torch.full_like(c_k[..., :1], float("-inf"))
+    log_decays = torch.cat([before_none, torch.logcumsumexp(-c_k, dim=-1)], dim=-1)
     largest_key = torch.cat([torch.zeros_like(before_none), k_norm.cummax(-1).values], dim=-1)
-    c_q = c[..., c.shape[-1] - q_norm.shape[-1] :]
 
     low = torch.zeros_like(q_norm, dtype=torch.int64)
-    high = torch.arange(c.shape[-1] - low.shape[-1], c.shape[-1], device=c.device).expand_as(low)
-    for _ in range(c.shape[-1].bit_length()):
+    high = last.expand_as(low)
+    for _ in range(c_k.shape[-1].bit_length()):
         middle = (low + high + 1) // 2
         weight = q_norm * largest_key.gather(-1, middle) + c_q + log_decays.gather(-1, middle) - own_logit
         droppable = weight <= log_eps

@@ -20,11 +20,10 @@ Two places decide whether accuracy survives long sequences:
   float64, so they cancel to float64 rounding instead of leaving a random walk that grows with length.
 """
 
-import re
-
 import torch
 from torch import Tensor
 
+from .backend import NAMESPACE, refuse_forward_mode, refuse_second_derivative
 from .decay import Decay
 
 # Scores held at a time, in elements: 16 MiB in float32, small enough to stay near the caches of a CPU.
@@ -34,15 +33,6 @@ _MIN_CHUNK, _MAX_CHUNK = 16, 64
 # Weights below exp of this, relative to their row's total, are taken as zero. They are far below rounding, and decay
 # makes most weights tiny: left alone they become denormal numbers, which make products on a CPU 30 times slower.
 _LOG_ZERO = {torch.float32: -80.0, torch.float64: -600.0}
-
-_ONLY_REVERSE_MODE = (
-    "forgetting attention is differentiable once, in reverse mode; "
-    "a model has other derivatives with attn_implementation='eager'"
-)
-
-# Two copies of this code can live in one process under different package names: each names its operators after its
-# own, because registering a name twice replaces the first silently.
-_NAMESPACE = re.sub(r"\W", "_", __package__ or "foxlm_kernels")
 
 
 def reference_attention(
@@ -67,16 +57,10 @@ def reference_attention(
         Output ``[B, Tq, H, D]`` in the type of ``q`` and log-sum-exp ``[B, H, Tq]`` in float32 (float64 for float64).
     """
     if not torch.compiler.is_compiling():
-        _refuse_forward_mode(q, k, v, decay.query, decay.key)
+        refuse_forward_mode(q, k, v, decay.query, decay.key)
     # The seed is a tensor so that a compiled graph draws a new one at each call.
     seed = torch.randint(2**62, (), dtype=torch.int64) if dropout > 0.0 else None
     return _forward(q, k, v, decay.query, decay.key, decay.first, decay.last, scale, dropout, seed)
-
-
-def _refuse_forward_mode(*inputs: Tensor) -> None:
-    # Operators without a forward-mode rule drop the tangent without a word.
-    if any(torch.autograd.forward_ad.unpack_dual(x).tangent is not None for x in inputs):
-        raise NotImplementedError(_ONLY_REVERSE_MODE)
 
 
 def _compute_dtype(q: Tensor) -> torch.dtype:
@@ -194,7 +178,7 @@ def _dropout_scale(weights: Tensor, dropout: float, seed: Tensor, chunk: int) ->
     return keep.div_(1.0 - dropout)
 
 
-@torch.library.custom_op(f"{_NAMESPACE}::reference_forward", mutates_args=())
+@torch.library.custom_op(f"{NAMESPACE}::reference_forward", mutates_args=())
 def _forward(
     q: Tensor,
     k: Tensor,
@@ -235,7 +219,7 @@ def _forward_fake(q, k, v, c_q, c_k, first, last, scale, dropout, seed):
     return out, q.new_empty(q.shape[0], q.shape[2], q.shape[1], dtype=_compute_dtype(q))
 
 
-@torch.library.custom_op(f"{_NAMESPACE}::reference_backward", mutates_args=())
+@torch.library.custom_op(f"{NAMESPACE}::reference_backward", mutates_args=())
 def _backward(
     dout: Tensor,
     dlse: Tensor,
@@ -308,10 +292,4 @@ def _autograd(ctx, dout: Tensor, dlse: Tensor):
 
 
 _forward.register_autograd(_autograd, setup_context=_save_for_backward)
-
-
-def _refuse_second_derivative(ctx, *grads: Tensor):
-    raise NotImplementedError(_ONLY_REVERSE_MODE)
-
-
-_backward.register_autograd(_refuse_second_derivative)
+_backward.register_autograd(refuse_second_derivative)

@@ -1,13 +1,17 @@
 """The attention implementations a FoX layer can be told to use (`attn_implementation`).
 
 ================  =========================================================================================
-``fox_reference`` the default: chunked PyTorch, memory linear in the sequence length, decay exact at any length
+``fox``           the default: GPU kernels where they run, else PyTorch; leaves out what ``acp_eps`` allows
+``fox_reference`` chunked PyTorch, memory linear in the sequence length; leaves out nothing
 ``sdpa``          torch's scaled_dot_product_attention with the decay as a dense bias: memory quadratic
 ``eager``         the same written out; returns attention weights (``output_attentions=True``)
 ================  =========================================================================================
 
-All three are called as transformers calls any attention function, with a `Decay` beside the usual arguments.
+In the first two, decay is exact at any length. All are called as transformers calls any attention function, with a
+`Decay` beside the usual arguments.
 """
+
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -16,13 +20,38 @@ from transformers.modeling_utils import AttentionInterface
 from transformers.utils import logging
 from transformers.utils.generic import maybe_autocast
 
+from ..kernels.attention import best_attention, without_padding
 from ..kernels.decay import Decay
+from ..kernels.pruning import prune
 from ..kernels.reference import reference_attention
 
 logger = logging.get_logger(__name__)
 
-DEFAULT_IMPLEMENTATION = "fox_reference"
-IMPLEMENTATIONS = (DEFAULT_IMPLEMENTATION, "sdpa", "eager")
+DEFAULT_IMPLEMENTATION = "fox"
+IMPLEMENTATIONS = (DEFAULT_IMPLEMENTATION, "fox_reference", "sdpa", "eager")
+
+
+def fox_attention_forward(
+    module: Any,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: None,
+    decay: Decay,
+    scaling: float,
+    dropout: float = 0.0,
+    **kwargs,
+) -> tuple[Tensor, None]:
+    """The best attention for the device, with pruning. Arguments as for `reference_attention_forward`."""
+    _warn_of_attentions(kwargs)
+    q, k, v = (x.transpose(1, 2) for x in (query, key, value))
+    q, k, v = without_padding(q, k, v, decay)
+    config = module.config
+    if config.acp_eps is not None and config.forget_gate != "none":
+        bound = module.logit_bound() if config.acp_rule == "paper" else None
+        decay = prune(decay, q, k, eps=config.acp_eps, rule=config.acp_rule, scale=scaling, logit_bound=bound)
+    out, _ = best_attention(q)(q, k, v, decay, scale=scaling, dropout=dropout)
+    return out, None
 
 
 def reference_attention_forward(
@@ -130,5 +159,6 @@ def _dense_bias(decay: Decay, query: Tensor) -> tuple[Tensor, Tensor]:
 
 # An instance of our own: these functions need a `Decay`, which other models do not pass.
 ALL_ATTENTION_FUNCTIONS = AttentionInterface()
-ALL_ATTENTION_FUNCTIONS[DEFAULT_IMPLEMENTATION] = reference_attention_forward
+ALL_ATTENTION_FUNCTIONS[DEFAULT_IMPLEMENTATION] = fox_attention_forward
+ALL_ATTENTION_FUNCTIONS["fox_reference"] = reference_attention_forward
 ALL_ATTENTION_FUNCTIONS["sdpa"] = sdpa_forward

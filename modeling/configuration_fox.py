@@ -92,6 +92,11 @@ class FoxConfig(PreTrainedConfig):
         use_output_gate (`bool`, defaults to `True`): Multiply the output of attention by `output_gate_act(W x)`.
         output_gate_act (`str`, defaults to `"sigmoid"`): `"sigmoid"` or `"silu"`.
         use_output_norm (`bool`, defaults to `True`): RMSNorm of the output of each head, before the output gate.
+        acp_eps (`float`, *optional*, defaults to `exp(-10)`): Adaptive Computation Pruning (arXiv 2504.06949): the
+            attention weight that a query may lose in total to keys that are left out. `None` leaves out nothing.
+            Read by the default `attn_implementation`, `"fox"`; the others leave out nothing.
+        acp_rule (`str`, defaults to `"tight"`): How it is proven that a key may be left out: `"tight"`, or `"paper"`,
+            which takes the bound of the logits from the weights of QK-norm where it can.
 
     Raises:
         `ValueError`, or huggingface_hub's `StrictDataclassError` for a wrong type or value: the message names the
@@ -146,6 +151,8 @@ class FoxConfig(PreTrainedConfig):
     use_output_gate: bool = True
     output_gate_act: Literal["sigmoid", "silu"] = "sigmoid"
     use_output_norm: bool = True
+    acp_eps: float | None = math.exp(-10)
+    acp_rule: Literal["paper", "tight"] = "tight"
     pad_token_id: int | None = None
     bos_token_id: int | None = None
     eos_token_id: int | list[int] | None = None
@@ -315,6 +322,7 @@ class FoxConfig(PreTrainedConfig):
             self._require("pad_token_id", 0 <= self.pad_token_id < self.vocab_size, accepted)
         self._require("hidden_act", self.hidden_act in ACT2FN, f"one of {sorted(ACT2FN)}")
         self._require("attention_dropout", 0 <= self.attention_dropout < 1, "a number in [0, 1)")
+        self._require("acp_eps", self.acp_eps is None or 0 < self.acp_eps < 1, "None or a number in (0, 1)")
         # An upper bound beyond any sequence, below which exp(1 / T) - 1 is exact enough in float32 arithmetic.
         self._require("decay_time_min", 0 < self.decay_time_min <= 1e9, "a number of tokens in (0, 1e9]")
         self._require(

@@ -198,6 +198,21 @@ class FoxAttention(nn.Module):
             return hidden_states.new_zeros(*hidden_states.shape[:-1], 1, dtype=dtype)
         return nn.functional.logsigmoid(self.forget_gate(hidden_states))
 
+    def logit_bound(self) -> Tensor | None:
+        """``[H]`` bound of ``|scale * q . k|`` that follows from the weights of QK-norm; None where there is none.
+
+        A normalized head has length ``sqrt(D)`` at most, its weights stretch it, and RoPE turns it; two types of RoPE
+        stretch it too.
+        """
+        rope_type = (self.config.rope_parameters or {}).get("rope_type")
+        if self.config.qk_norm == "none" or rope_type in ("yarn", "longrope"):
+            return None
+        q, k = (local_part(norm.weight).detach().abs() for norm in (self.q_norm, self.k_norm))
+        q, k = (x.view(-1, self.head_dim).amax(-1) for x in (q, k))
+        if len(k) < len(q):
+            k = k.repeat_interleave(len(q) // len(k))
+        return q * k * (self.head_dim * abs(self.scaling))
+
     def _decay(self, hidden_states: Tensor, layout: TokenLayout, cache_layer: CacheLayer | None) -> Decay:
         log_f = self.log_forget_gates(hidden_states)
         if layout.real is not None:

@@ -36,12 +36,12 @@ def test_unknown_attention_implementation_is_refused(name: str, tmp_path) -> Non
         AutoModelForCausalLM.from_pretrained(tmp_path, attn_implementation=name)
     with pytest.raises(ValueError, match=accepted):
         model.set_attn_implementation(name)
-    assert model.config._attn_implementation == "fox_reference"
+    assert model.config._attn_implementation == "fox"
 
 
 def test_attention_implementation_can_be_chosen_anywhere(tmp_path) -> None:
     model = tiny_model()
-    assert model.config._attn_implementation == "fox_reference"
+    assert model.config._attn_implementation == "fox"
     model.save_pretrained(tmp_path)
     assert "fox_reference" not in (tmp_path / "config.json").read_text()
     for name in IMPLEMENTATIONS:

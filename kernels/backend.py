@@ -1,0 +1,44 @@
+"""Where computations run: on Triton kernels or in plain PyTorch; and what all operators of this library share."""
+
+import re
+
+import torch
+from torch import Tensor
+
+try:
+    import triton
+except ImportError:  # no build of it for macOS and Windows
+    triton = None
+
+HAS_TRITON = triton is not None
+# Triton reads the variable when a kernel is defined; and torch.compile cannot trace the reading of it.
+_INTERPRETED = HAS_TRITON and triton.knobs.runtime.interpret
+
+# Two copies of this code can live in one process under different package names: each names its operators after its
+# own, because registering a name twice replaces the first silently.
+NAMESPACE = re.sub(r"\W", "_", __package__ or "foxlm_kernels")
+
+ONLY_REVERSE_MODE = (
+    "forgetting attention is differentiable once, in reverse mode; "
+    "a model has other derivatives with attn_implementation='eager'"
+)
+
+
+def runs_kernels(x: Tensor) -> bool:
+    """Whether Triton kernels run where ``x`` is: on an NVIDIA GPU of compute capability 8.0 or more, or interpreted."""
+    if _INTERPRETED:
+        return True
+    if not HAS_TRITON:
+        return False
+    return x.is_cuda and torch.version.cuda is not None and torch.cuda.get_device_capability(x.device) >= (8, 0)
+
+
+def refuse_forward_mode(*inputs: Tensor) -> None:
+    """Raise `NotImplementedError` if an input carries a tangent: operators without a rule drop it without a word."""
+    if any(torch.autograd.forward_ad.unpack_dual(x).tangent is not None for x in inputs):
+        raise NotImplementedError(ONLY_REVERSE_MODE)
+
+
+def refuse_second_derivative(ctx, *grads: Tensor):
+    """Autograd rule of an operator that is itself a gradient."""
+    raise NotImplementedError(ONLY_REVERSE_MODE)

@@ -1,0 +1,270 @@
+"""Triton kernels that find what ACP may drop: the rules of `pruning`, for blocks of queries and keys, on the device.
+
+Everything is proportional to the number of tokens, and nothing walks along the sequence: a pass over keys and queries
+takes norms, a scan over blocks of keys takes what the rules need of all keys before a block's end, and every row finds
+its boundary among the blocks by bisection. A block of queries keeps what any of its rows keeps.
+"""
+
+import math
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .decay import Decay
+from .forward import load_rows
+from .tiles import PRUNED_KEYS, PRUNED_QUERIES, padded_head_dim
+
+_QUERY_BLOCK = tl.constexpr(PRUNED_QUERIES)
+_KEY_BLOCK = tl.constexpr(PRUNED_KEYS)
+_INF = tl.constexpr(float("inf"))
+_SCAN = 1024
+
+
+@triton.jit
+def _norms_kernel(
+    Q,
+    K,
+    LAST,
+    Q_NORM,
+    OWN,
+    K_MAX,
+    q_b,
+    q_t,
+    q_h,
+    k_b,
+    k_t,
+    k_h,
+    scale,
+    TQ,
+    TK,
+    H,
+    G,
+    NB,
+    HEAD_DIM: tl.constexpr,
+    PADDED_DIM: tl.constexpr,
+):
+    """Of a block of keys and the queries at its tokens: the largest ``|k|``, each ``|q|`` and ``q . k``, scaled."""
+    block, head = tl.program_id(0), tl.program_id(1)
+    b, h = (head // H).to(tl.int64), head % H
+    g = h // (H // G)
+    keys = block * _KEY_BLOCK + tl.arange(0, _KEY_BLOCK)
+    rows = keys - tl.load(LAST).to(tl.int32)
+    is_row = (rows >= 0) & (rows < TQ)
+    p_k = K + b * k_b + g.to(tl.int64) * k_h
+    k = load_rows(p_k, keys, k_t, keys < TK, HEAD_DIM, PADDED_DIM, True).to(tl.float32)
+    q = load_rows(Q + b * q_b + h.to(tl.int64) * q_h, rows, q_t, is_row, HEAD_DIM, PADDED_DIM, True).to(tl.float32)
+    p_row = head.to(tl.int64) * TQ + rows
+    tl.store(Q_NORM + p_row, tl.sqrt(tl.sum(q * q, 1)) * tl.abs(scale), mask=is_row)
+    tl.store(OWN + p_row, tl.sum(q * k, 1) * scale, mask=is_row)
+    tl.store(K_MAX + (b * G + g) * NB + block, tl.sqrt(tl.max(tl.sum(k * k, 1), 0)), mask=h % (H // G) == 0)
+
+
+@triton.jit
+def _block_decay_kernel(C, END, LOG_SUM, stride_b, stride_h, HF, TK, NB):
+    """Of a block of keys: ``c`` at its last visible one, ``+inf`` for none, and ``log sum_j exp(c_last - c_j)``."""
+    block, row = tl.program_id(0), tl.program_id(1)
+    keys = block * _KEY_BLOCK + tl.arange(0, _KEY_BLOCK)
+    p = C + (row // HF).to(tl.int64) * stride_b + (row % HF).to(tl.int64) * stride_h
+    c = tl.load(p + keys, mask=keys < TK, other=_INF)
+    end = tl.min(c, 0)
+    weights = tl.where(c == _INF, 0.0, tl.exp((end - c).to(tl.float32)))
+    tl.store(END + row * NB + block, end)
+    tl.store(LOG_SUM + row * NB + block, tl.log(tl.sum(weights, 0)).to(tl.float64))
+
+
+@triton.jit
+def _join(end_a, sum_a, end_b, sum_b):
+    """Two runs of keys, the second after the first, as one."""
+    moved = tl.where(end_a == _INF, -_INF, sum_a + tl.where(end_a == _INF, 0.0, end_b - end_a))
+    large, small = tl.maximum(moved, sum_b), tl.minimum(moved, sum_b)
+    joined = tl.where(small == -_INF, large, large + tl.log(1.0 + tl.exp(small - tl.where(large == -_INF, 0.0, large))))
+    hidden = end_b == _INF
+    return tl.where(hidden, end_a, end_b), tl.where(hidden, sum_a, joined)
+
+
+@triton.jit
+def _larger(a, b):
+    return tl.maximum(a, b)
+
+
+@triton.jit
+def _scan_decay_kernel(END, LOG_SUM, NB, BLOCK: tl.constexpr):
+    """Join every block with all before it, in place."""
+    row = tl.program_id(0)
+    index = tl.arange(0, BLOCK)
+    end_before = tl.full([BLOCK], _INF, tl.float64)
+    sum_before = tl.full([BLOCK], -_INF, tl.float64)
+    for start in range(0, NB, BLOCK):
+        blocks = start + index
+        p = row * NB + blocks
+        end = tl.load(END + p, mask=blocks < NB, other=_INF)
+        log_sum = tl.load(LOG_SUM + p, mask=blocks < NB, other=-_INF)
+        end, log_sum = tl.associative_scan((end, log_sum), 0, _join)
+        end, log_sum = _join(end_before, sum_before, end, log_sum)
+        tl.store(END + p, end, mask=blocks < NB)
+        tl.store(LOG_SUM + p, log_sum, mask=blocks < NB)
+        # The last one of these, to every lane: it stands at least as low, and has at least the sum, of any other.
+        end_before = tl.min(end, 0) + tl.zeros([BLOCK], tl.float64)
+        sum_before = tl.max(tl.where(index == BLOCK - 1, log_sum, -_INF), 0) + tl.zeros([BLOCK], tl.float64)
+
+
+@triton.jit
+def _scan_largest_kernel(K_MAX, NB, BLOCK: tl.constexpr):
+    """Running maximum over blocks, in place."""
+    row = tl.program_id(0)
+    before = tl.zeros([BLOCK], tl.float32)
+    for start in range(0, NB, BLOCK):
+        blocks = start + tl.arange(0, BLOCK)
+        p = K_MAX + row * NB + blocks
+        largest = tl.associative_scan(tl.load(p, mask=blocks < NB, other=0.0), 0, _larger)
+        largest = tl.maximum(largest, before)
+        tl.store(p, largest, mask=blocks < NB)
+        before = tl.max(largest, 0) + tl.zeros([BLOCK], tl.float32)
+
+
+@triton.jit
+def _search_kernel(
+    C_Q,
+    END,
+    LOG_SUM,
+    K_MAX,
+    Q_NORM,
+    OWN,
+    BOUND,
+    FIRST,
+    LAST,
+    OUT,
+    c_b,
+    c_h,
+    first_b,
+    first_h,
+    bound_b,
+    bound_h,
+    log_eps,
+    TQ,
+    H,
+    HF,
+    G,
+    FIRST_GROUP,
+    NB,
+    STEPS,
+    TIGHT: tl.constexpr,
+):
+    block, head = tl.program_id(0), tl.program_id(1)
+    b, h = head // H, head % H
+    b64 = b.to(tl.int64)
+    gate = h // (H // HF)
+    rows = block * _QUERY_BLOCK + tl.arange(0, _QUERY_BLOCK)
+    is_row = rows < TQ
+    position = rows + tl.load(LAST).to(tl.int32)
+    c = tl.load(C_Q + b64 * c_b + gate.to(tl.int64) * c_h + rows, mask=is_row, other=0.0)
+    p_first = FIRST + b64 * first_b + (h // FIRST_GROUP).to(tl.int64) * first_h
+    first = tl.load(p_first + rows, mask=is_row, other=2147483647)
+    p_row = head.to(tl.int64) * TQ + rows
+    p_end, p_sum = END + (b * HF + gate) * NB, LOG_SUM + (b * HF + gate) * NB
+    if TIGHT:
+        p_largest = K_MAX + (b * G + h // (H // G)) * NB
+        norm = tl.load(Q_NORM + p_row, mask=is_row, other=0.0)
+        own = tl.load(OWN + p_row, mask=is_row, other=0.0)
+    else:
+        threshold = log_eps - 2.0 * tl.load(BOUND + b * bound_b + h * bound_h)
+
+    # Blocks before `low` may be dropped, from `high` on they may not; a query never drops its own block.
+    low = tl.zeros([_QUERY_BLOCK], tl.int32)
+    high = tl.maximum(tl.minimum(position, NB * _KEY_BLOCK - 1), 0) // _KEY_BLOCK
+    for _ in range(0, STEPS):
+        middle = (low + high + 1) // 2
+        last = tl.maximum(middle - 1, 0)
+        end = tl.load(p_end + last)
+        decay = tl.where(end == _INF, -_INF, c - tl.where(end == _INF, 0.0, end))
+        if TIGHT:
+            weight = (decay + tl.load(p_sum + last)).to(tl.float32) + norm * tl.load(p_largest + last) - own
+            droppable = weight <= log_eps
+        else:
+            droppable = decay.to(tl.float32) < threshold
+        # With nothing left between them, low stays.
+        low = tl.where(droppable & (low < high), middle, low)
+        high = tl.where(droppable, high, middle - 1)
+        high = tl.maximum(low, high)
+    sees_nothing = (first > position) | (rows >= TQ)
+    kept = tl.min(tl.where(sees_nothing, 2147483647, low * _KEY_BLOCK), 0)
+    kept = tl.where(sees_nothing, 0, kept)
+    tl.store(OUT + p_row, tl.maximum(first, kept.to(tl.int64)), mask=is_row)
+
+
+def raise_first(
+    decay: Decay, q: Tensor, k: Tensor, *, eps: float, tight: bool, scale: float, logit_bound: Tensor | None
+) -> Tensor:
+    """First key that each query keeps, ``[B, H, Tq]`` int64. Arguments as for `pruning.prune`; finite keys and queries.
+
+    Args:
+        tight: the rule: ``tight`` or ``paper``.
+        logit_bound: ``U`` of ``paper``, ``[B, H]`` float32 with any strides; None is from the largest norms.
+    """
+    batch, queries, heads, head_dim = q.shape
+    keys, kv_heads, gates = k.shape[1], k.shape[2], decay.key.shape[1]
+    blocks = triton.cdiv(keys, PRUNED_KEYS)
+    device = q.device
+    end, log_sum = torch.empty(2, batch, gates, blocks, dtype=torch.float64, device=device).unbind()
+    _block_decay_kernel[(blocks, batch * gates)](
+        decay.key, end, log_sum, *decay.key.stride()[:2], gates, keys, blocks, num_warps=1
+    )
+    scan_block = min(_SCAN, max(16, triton.next_power_of_2(blocks)))
+    _scan_decay_kernel[(batch * gates,)](end, log_sum, blocks, BLOCK=scan_block)
+
+    q_norm = own = k_max = None
+    if tight or logit_bound is None:
+        q_norm, own = torch.empty(2, batch, heads, queries, dtype=torch.float32, device=device).unbind()
+        k_max = torch.empty(batch, kv_heads, blocks, dtype=torch.float32, device=device)
+        _norms_kernel[(blocks, batch * heads)](
+            q,
+            k,
+            decay.last,
+            q_norm,
+            own,
+            k_max,
+            *q.stride()[:3],
+            *k.stride()[:3],
+            scale,
+            queries,
+            keys,
+            heads,
+            kv_heads,
+            blocks,
+            HEAD_DIM=head_dim,
+            PADDED_DIM=padded_head_dim(head_dim),
+        )
+        if tight:
+            _scan_largest_kernel[(batch * kv_heads,)](k_max, blocks, BLOCK=scan_block)
+        else:
+            logit_bound = q_norm.amax(-1) * k_max.amax(-1).repeat_interleave(heads // kv_heads, dim=1)
+
+    first = torch.empty(batch, heads, queries, dtype=torch.int64, device=device)
+    log_eps = math.log(eps) if tight else math.log(eps) - math.log(keys)
+    _search_kernel[(triton.cdiv(queries, PRUNED_QUERIES), batch * heads)](
+        decay.query,
+        end,
+        log_sum,
+        k_max,
+        q_norm,
+        own,
+        logit_bound,
+        decay.first,
+        decay.last,
+        first,
+        *decay.query.stride()[:2],
+        *decay.first.stride()[:2],
+        *((0, 0) if logit_bound is None else logit_bound.stride()),
+        log_eps,
+        queries,
+        heads,
+        gates,
+        kv_heads,
+        heads // decay.first.shape[1],
+        blocks,
+        blocks.bit_length() + 1,
+        TIGHT=tight,
+    )
+    return first

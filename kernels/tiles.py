@@ -1,0 +1,71 @@
+"""Tile shapes of the GPU kernels: a pure function of head size, type and architecture."""
+
+from typing import NamedTuple
+
+import torch
+
+# Sizes of the blocks of queries and keys that pruning drops, whatever the tiles: forward and backward drop the same.
+PRUNED_QUERIES, PRUNED_KEYS = 128, 64
+
+
+class Tile(NamedTuple):
+    """Shape and resources of one kernel's programs.
+
+    Attributes:
+        queries, keys: rows and columns of a tile of scores; powers of two from 16.
+        warps: warps per program.
+        stages: depth of the software pipeline that loads tiles.
+    """
+
+    queries: int
+    keys: int
+    warps: int
+    stages: int
+
+
+class Tiles(NamedTuple):
+    forward: Tile
+    backward: Tile
+
+
+# For GPUs with 227 KiB of shared memory and matrix units fed from it (sm_90: H100, H200), by padded head size.
+_HOPPER = {
+    64: Tiles(Tile(128, 64, 4, 4), Tile(64, 128, 8, 3)),
+    128: Tiles(Tile(128, 128, 8, 2), Tile(64, 128, 8, 2)),
+    256: Tiles(Tile(128, 64, 8, 2), Tile(64, 64, 8, 1)),
+}
+# For everything else: fits the 99 KiB of sm_86 and sm_89.
+_SMALL = {
+    64: Tiles(Tile(128, 64, 4, 3), Tile(64, 64, 4, 2)),
+    128: Tiles(Tile(64, 64, 4, 2), Tile(32, 64, 4, 2)),
+    256: Tiles(Tile(64, 32, 4, 1), Tile(32, 32, 4, 1)),
+}
+# float32 operands take twice the room, and their products run on the ordinary units.
+_WIDE = {
+    64: Tiles(Tile(64, 32, 4, 2), Tile(32, 32, 4, 1)),
+    128: Tiles(Tile(32, 32, 4, 1), Tile(32, 32, 4, 1)),
+    256: Tiles(Tile(32, 16, 4, 1), Tile(16, 16, 4, 1)),
+}
+
+
+LARGEST_HEAD_DIM = max(_HOPPER)
+
+
+def padded_head_dim(head_dim: int) -> int:
+    """The power of two, at least 16, that a head of ``head_dim`` fills up."""
+    return max(16, 1 << (head_dim - 1).bit_length())
+
+
+def choose_tiles(head_dim: int, dtype: torch.dtype, capability: tuple[int, int]) -> Tiles:
+    """Tiles for heads of ``head_dim``, up to `LARGEST_HEAD_DIM`.
+
+    Args:
+        head_dim: size of a head.
+        dtype: of queries, keys and values.
+        capability: compute capability of the GPU, ``(9, 0)`` for an H100. One that nobody tuned for gets tiles that
+            fit any GPU from ``(8, 0)``.
+    """
+    size = max(64, padded_head_dim(head_dim))
+    if dtype == torch.float32:
+        return _WIDE[size]
+    return _HOPPER[size] if capability[0] in (9, 10) else _SMALL[size]

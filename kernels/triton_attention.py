@@ -1,0 +1,134 @@
+"""The GPU kernels as `torch.library` operators, for autograd, torch.compile and CUDA graphs; the host never waits.
+
+The kernels are in `forward` and `backward`; here is what the dispatcher must know of them. Float32
+products run in TF32 if torch is told so (``torch.backends.cuda.matmul.allow_tf32``).
+"""
+
+import torch
+from torch import Tensor
+
+from .backend import NAMESPACE, refuse_forward_mode, refuse_second_derivative, runs_kernels
+from .backward import backward
+from .decay import Decay
+from .forward import forward
+from .tiles import LARGEST_HEAD_DIM, choose_tiles
+
+_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+
+
+def supports(q: Tensor) -> bool:
+    """Whether `triton_attention` takes queries of this device, type and head size."""
+    return q.dtype in _DTYPES and q.shape[-1] <= LARGEST_HEAD_DIM and runs_kernels(q)
+
+
+def triton_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    decay: Decay,
+    *,
+    scale: float,
+    dropout: float = 0.0,
+) -> tuple[Tensor, Tensor]:
+    """`reference_attention` by GPU kernels, with the same arguments and results, for finite q, k and v.
+
+    float16, bfloat16 or float32; heads up to 256. Results are the same bits each time.
+    """
+    if not torch.compiler.is_compiling():
+        refuse_forward_mode(q, k, v, decay.query, decay.key)
+    seed = torch.randint(2**62, (), dtype=torch.int64, device=q.device) if dropout > 0.0 else None
+    return _forward(q, k, v, decay.query, decay.key, decay.first, decay.last, scale, dropout, seed)
+
+
+def _rows(x: Tensor) -> Tensor:
+    """``x`` with consecutive elements along the last dimension, copied only if need be."""
+    return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
+
+
+def _tiles(q: Tensor):
+    capability = torch.cuda.get_device_capability(q.device) if q.is_cuda else (0, 0)
+    return choose_tiles(q.shape[-1], q.dtype, capability)
+
+
+@torch.library.custom_op(f"{NAMESPACE}::triton_forward", mutates_args=())
+def _forward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    c_q: Tensor,
+    c_k: Tensor,
+    first: Tensor,
+    last: Tensor,
+    scale: float,
+    dropout: float,
+    seed: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    if q.numel() == 0:
+        return torch.empty_like(q, memory_format=torch.contiguous_format), _empty_lse(q)
+    q, k, v, c_q, c_k, first = (_rows(x) for x in (q, k, v, c_q, c_k, first))
+    with torch.cuda.device_of(q):
+        return forward(q, k, v, Decay(c_q, c_k, first, last), scale, dropout, seed, _tiles(q).forward)
+
+
+def _empty_lse(q: Tensor) -> Tensor:
+    return q.new_empty(q.shape[0], q.shape[2], q.shape[1], dtype=torch.float32)
+
+
+@_forward.register_fake
+def _forward_fake(q, k, v, c_q, c_k, first, last, scale, dropout, seed):
+    return q.new_empty(q.shape), _empty_lse(q)
+
+
+@torch.library.custom_op(f"{NAMESPACE}::triton_backward", mutates_args=())
+def _backward(
+    d_out: Tensor,
+    d_lse: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    c_q: Tensor,
+    c_k: Tensor,
+    first: Tensor,
+    last: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    scale: float,
+    dropout: float,
+    seed: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    if q.numel() == 0:
+        dq, dk, dv, dc_q, dc_k = (
+            torch.zeros_like(x, memory_format=torch.contiguous_format) for x in (q, k, v, c_q, c_k)
+        )
+        return dq, dk, dv, dc_q, dc_k
+    gates = c_q.shape[1]
+    # The log-sum-exp of a row that sees nothing is a constant.
+    d_lse = d_lse.masked_fill(torch.isneginf(lse), 0.0)
+    d_out, d_lse, q, k, v, c_q, c_k, first = (_rows(x) for x in (d_out, d_lse, q, k, v, c_q, c_k, first))
+    decay = Decay(c_q, c_k, first, last)
+    with torch.cuda.device_of(q):
+        tile = _tiles(q).backward
+        dq, dk, dv, dc_q, dc_k = backward(d_out, d_lse, q, k, v, decay, out, lse, scale, dropout, seed, tile)
+    if gates != q.shape[2]:
+        dc_q, dc_k = (x.unflatten(1, (gates, -1)).sum(2) for x in (dc_q, dc_k))
+    return dq, dk, dv, dc_q, dc_k
+
+
+@_backward.register_fake
+def _backward_fake(d_out, d_lse, q, k, v, c_q, c_k, first, last, out, lse, scale, dropout, seed):
+    return tuple(torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v, c_q, c_k))
+
+
+def _save_for_backward(ctx, inputs, output) -> None:
+    *tensors, scale, dropout, seed = inputs
+    ctx.save_for_backward(*tensors, *output, seed)
+    ctx.scale, ctx.dropout = scale, dropout
+
+
+def _autograd(ctx, d_out: Tensor, d_lse: Tensor):
+    *tensors, seed = ctx.saved_tensors
+    return *_backward(d_out, d_lse, *tensors, ctx.scale, ctx.dropout, seed), None, None, None, None, None
+
+
+_forward.register_autograd(_autograd, setup_context=_save_for_backward)
+_backward.register_autograd(refuse_second_derivative)

@@ -1,0 +1,48 @@
+"""Compile the GPU kernels for an architecture that is not there, with the arguments of a real launch."""
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+from unittest import mock
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.runtime.jit import JITFunction
+
+
+class _AbsentGPU:
+    """As much of a Triton driver as compiling needs."""
+
+    def __init__(self, capability: int) -> None:
+        self.target = GPUTarget("cuda", capability, 32)
+
+    def get_current_target(self) -> GPUTarget:
+        return self.target
+
+    def get_current_device(self) -> int:
+        # Kernels are cached by device: one for each architecture.
+        return self.target.arch
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+
+@contextlib.contextmanager
+def compiling_only(capability: int) -> Iterator[list[Any]]:
+    """Within, launching a kernel compiles it for ``capability`` (e.g. 90) and does nothing else.
+
+    Yields:
+        The compiled kernels, in the order of launching; each has ``metadata`` and ``asm``.
+    """
+    compiled: list[Any] = []
+    run = JITFunction.run
+
+    def compile_only(self: JITFunction, *args: Any, **kwargs: Any) -> Any:
+        kernel = run(self, *args, **(kwargs | {"warmup": True}))
+        compiled.append(kernel)
+        return kernel
+
+    # Not by set_active and reset_active: the latter looks for the machine's own GPU.
+    absent = mock.patch.object(triton.runtime.driver, "_active", _AbsentGPU(capability))
+    with absent, mock.patch.object(JITFunction, "run", compile_only):
+        yield compiled
