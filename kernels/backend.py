@@ -33,6 +33,11 @@ def runs_kernels(x: Tensor) -> bool:
     return x.is_cuda and torch.version.cuda is not None and torch.cuda.get_device_capability(x.device) >= (8, 0)
 
 
+def rows_together(x: Tensor) -> Tensor:
+    """``x`` with consecutive elements along the last dimension, as kernels want it; copied only if need be."""
+    return x if x.stride(-1) == 1 else x.contiguous()
+
+
 def refuse_forward_mode(*inputs: Tensor) -> None:
     """Raise `NotImplementedError` if an input carries a tangent: operators without a rule drop it without a word."""
     if any(torch.autograd.forward_ad.unpack_dual(x).tangent is not None for x in inputs):

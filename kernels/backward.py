@@ -183,6 +183,7 @@ def _backward_tile(
     PADDED_DIM: tl.constexpr,
     BLOCK_M: tl.constexpr,
     MASKED: tl.constexpr,
+    WIDE: tl.constexpr,
     DROPOUT: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
@@ -220,12 +221,17 @@ def _backward_tile(
 
     dq = tl.dot(tl.trans(narrow), k, input_precision=PRECISION)
     per_quantum = tl.load(PER_QUANTUM + p_row, mask=is_row, other=0.0)
-    share = tl.floor(dq * per_quantum[:, None] + 0.5).to(DQ.dtype.element_ty)
-    dims = tl.arange(0, PADDED_DIM)
+    share = tl.floor(dq * per_quantum[:, None] + 0.5).to(tl.int64)
+    if not WIDE:
+        # Two 32-bit sums to an addition of 64 bits, the second on top: half as many atomic operations.
+        low, high = tl.split(tl.reshape(share, [BLOCK_M, PADDED_DIM // 2, 2]))
+        share = (high << 32) + low
+    WORDS: tl.constexpr = HEAD_DIM if WIDE else (HEAD_DIM + 1) // 2
+    words = tl.arange(0, PADDED_DIM if WIDE else PADDED_DIM // 2)
     mask = is_row[:, None]
     if HEAD_DIM != PADDED_DIM:
-        mask = mask & (dims < HEAD_DIM)[None, :]
-    tl.atomic_add(DQ + p_row[:, None] * HEAD_DIM + dims[None, :], share, mask=mask, sem="relaxed")
+        mask = mask & (words < WORDS)[None, :]
+    tl.atomic_add(DQ + p_row[:, None] * WORDS + words[None, :], share, mask=mask, sem="relaxed")
     units = (1 << 62) / tl.load(TOTAL_BOUND + head * NM + block)
     tl.atomic_add(TOTALS + head * NM + block, (tl.sum(columns, 0) * units).to(tl.int64), sem="relaxed")
     return dk, dv, dc
@@ -289,6 +295,7 @@ def _backward_kernel(
     PADDED_DIM: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
+    WIDE: tl.constexpr,
     DROPOUT: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
@@ -364,6 +371,7 @@ def _backward_kernel(
                 PADDED_DIM,
                 BLOCK_M,
                 True,
+                WIDE,
                 DROPOUT,
                 PRECISION,
             )
@@ -405,6 +413,7 @@ def _backward_kernel(
                 PADDED_DIM,
                 BLOCK_M,
                 False,
+                WIDE,
                 DROPOUT,
                 PRECISION,
             )
@@ -434,6 +443,7 @@ def _finish_kernel(
     HEAD_DIM: tl.constexpr,
     PADDED_DIM: tl.constexpr,
     BLOCK_M: tl.constexpr,
+    WIDE: tl.constexpr,
 ):
     """Integer sums to gradients of queries and of their running sums."""
     block, head = tl.program_id(0), tl.program_id(1)
@@ -443,7 +453,15 @@ def _finish_kernel(
     p_row = head.to(tl.int64) * TQ + rows
     dims = tl.arange(0, PADDED_DIM)
     mask = is_row[:, None] & (dims < HEAD_DIM)[None, :]
-    sums = tl.load(SUMS + p_row[:, None] * HEAD_DIM + dims[None, :], mask=mask, other=0)
+    if WIDE:
+        sums = tl.load(SUMS + p_row[:, None] * HEAD_DIM + dims[None, :], mask=mask, other=0)
+    else:
+        words = tl.arange(0, PADDED_DIM // 2)
+        WORDS: tl.constexpr = (HEAD_DIM + 1) // 2
+        is_word = is_row[:, None] & (words < WORDS)[None, :]
+        pair = tl.load(SUMS + p_row[:, None] * WORDS + words[None, :], mask=is_word, other=0)
+        low = pair.to(tl.int32).to(tl.int64)
+        sums = tl.reshape(tl.join(low, (pair - low) >> 32), [BLOCK_M, PADDED_DIM])
     per_quantum = tl.load(PER_QUANTUM + p_row, mask=is_row, other=1.0)
     dq = sums.to(tl.float32) * (scale / per_quantum)[:, None]
     p = ((b * TQ + rows[:, None]) * H + h) * HEAD_DIM + dims[None, :]
@@ -554,7 +572,8 @@ def backward(
         UNITS=2.0 ** (62 if wide else 30),
     )
 
-    sums = torch.zeros(batch, heads, queries, head_dim, dtype=torch.int64 if wide else torch.int32, device=q.device)
+    words = head_dim if wide else triton.cdiv(head_dim, 2)
+    sums = torch.zeros(batch, heads, queries, words, dtype=torch.int64, device=q.device)
     totals = torch.zeros(batch, heads, blocks, dtype=torch.int64, device=q.device)
     dq, dk, dv = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))
     dc_q = torch.empty(batch, heads, queries, dtype=torch.float64, device=q.device)
@@ -605,6 +624,7 @@ def backward(
         PADDED_DIM=padded,
         BLOCK_M=tile.queries,
         BLOCK_N=tile.keys,
+        WIDE=wide,
         DROPOUT=dropout > 0.0,
         PRECISION=dot_precision(q),
         num_warps=tile.warps,
@@ -626,5 +646,6 @@ def backward(
         HEAD_DIM=head_dim,
         PADDED_DIM=padded,
         BLOCK_M=tile.queries,
+        WIDE=wide,
     )
     return dq, dk, dv, dc_q, dc_k

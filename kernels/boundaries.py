@@ -12,6 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .backend import NAMESPACE, rows_together
 from .decay import Decay
 from .forward import load_rows
 from .tiles import PRUNED_KEYS, PRUNED_QUERIES, padded_head_dim
@@ -203,6 +204,36 @@ def raise_first(
         tight: the rule: ``tight`` or ``paper``.
         logit_bound: ``U`` of ``paper``, ``[B, H]`` float32 with any strides; None is from the largest norms.
     """
+    q, k, c_q, c_k = (x.detach() for x in (q, k, decay.query, decay.key))
+    return _raise_first(q, k, c_q, c_k, decay.first, decay.last, eps, tight, scale, logit_bound)
+
+
+@torch.library.custom_op(f"{NAMESPACE}::raise_first", mutates_args=())
+def _raise_first(
+    q: Tensor,
+    k: Tensor,
+    c_q: Tensor,
+    c_k: Tensor,
+    first: Tensor,
+    last: Tensor,
+    eps: float,
+    tight: bool,
+    scale: float,
+    logit_bound: Tensor | None,
+) -> Tensor:
+    q, k, c_q, c_k, first = (rows_together(x) for x in (q, k, c_q, c_k, first))
+    with torch.cuda.device_of(q):
+        return _launch(Decay(c_q, c_k, first, last), q, k, eps, tight, scale, logit_bound)
+
+
+@_raise_first.register_fake
+def _raise_first_fake(q, k, c_q, c_k, first, last, eps, tight, scale, logit_bound):
+    return first.new_empty(q.shape[0], q.shape[2], q.shape[1])
+
+
+def _launch(
+    decay: Decay, q: Tensor, k: Tensor, eps: float, tight: bool, scale: float, logit_bound: Tensor | None
+) -> Tensor:
     batch, queries, heads, head_dim = q.shape
     keys, kv_heads, gates = k.shape[1], k.shape[2], decay.key.shape[1]
     blocks = triton.cdiv(keys, PRUNED_KEYS)

@@ -7,7 +7,7 @@ products run in TF32 if torch is told so (``torch.backends.cuda.matmul.allow_tf3
 import torch
 from torch import Tensor
 
-from .backend import NAMESPACE, refuse_forward_mode, refuse_second_derivative, runs_kernels
+from .backend import NAMESPACE, refuse_forward_mode, refuse_second_derivative, rows_together, runs_kernels
 from .backward import backward
 from .decay import Decay
 from .forward import forward
@@ -40,11 +40,6 @@ def triton_attention(
     return _forward(q, k, v, decay.query, decay.key, decay.first, decay.last, scale, dropout, seed)
 
 
-def _rows(x: Tensor) -> Tensor:
-    """``x`` with consecutive elements along the last dimension, copied only if need be."""
-    return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
-
-
 def _tiles(q: Tensor):
     capability = torch.cuda.get_device_capability(q.device) if q.is_cuda else (0, 0)
     return choose_tiles(q.shape[-1], q.dtype, capability)
@@ -65,7 +60,7 @@ def _forward(
 ) -> tuple[Tensor, Tensor]:
     if q.numel() == 0:
         return torch.empty_like(q, memory_format=torch.contiguous_format), _empty_lse(q)
-    q, k, v, c_q, c_k, first = (_rows(x) for x in (q, k, v, c_q, c_k, first))
+    q, k, v, c_q, c_k, first = (rows_together(x) for x in (q, k, v, c_q, c_k, first))
     with torch.cuda.device_of(q):
         return forward(q, k, v, Decay(c_q, c_k, first, last), scale, dropout, seed, _tiles(q).forward)
 
@@ -104,7 +99,7 @@ def _backward(
     gates = c_q.shape[1]
     # The log-sum-exp of a row that sees nothing is a constant.
     d_lse = d_lse.masked_fill(torch.isneginf(lse), 0.0)
-    d_out, d_lse, q, k, v, c_q, c_k, first = (_rows(x) for x in (d_out, d_lse, q, k, v, c_q, c_k, first))
+    d_out, d_lse, q, k, v, c_q, c_k, first = (rows_together(x) for x in (d_out, d_lse, q, k, v, c_q, c_k, first))
     decay = Decay(c_q, c_k, first, last)
     with torch.cuda.device_of(q):
         tile = _tiles(q).backward
