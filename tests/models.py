@@ -74,7 +74,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
 
 # What decides how a model is decoded; the rest of the switches act within one token.
 DECODING_VARIANTS = ("pro", "llama", "rope", "key-value-gates", "bias-only")
-IMPLEMENTATIONS = ("fox_reference", "sdpa", "eager")
+IMPLEMENTATIONS = ("fox", "sdpa", "eager")
 
 
 def tiny_config(variant: str = "pro", **overrides: Any) -> FoxConfig:
