@@ -4,7 +4,7 @@ WORKERS ?= 2
 SHELL := bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test test-gpu lint typecheck format clean
+.PHONY: help venv demo test test-gpu sanitize lint typecheck format clean
 
 bin := .venv/bin
 stamp := .venv/.installed
@@ -35,6 +35,11 @@ test: $(stamp)  ## Run the tests on the CPU (WORKERS=2)
 
 test-gpu: $(stamp)  ## Run the tests that need a GPU
 	$(bin)/python -m pytest -m gpu
+
+# Without torch's own cache of memory, so that each tensor has its bounds.
+sanitize: $(stamp)  ## Run every GPU kernel under compute-sanitizer, which comes with the CUDA toolkit
+	PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool memcheck --error-exitcode 1 $(bin)/python tests/every_kernel.py
+	compute-sanitizer --tool racecheck --error-exitcode 1 $(bin)/python tests/every_kernel.py
 
 lint: $(stamp)  ## Check style, formatting, types and spelling
 	$(bin)/ruff check

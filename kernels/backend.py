@@ -13,6 +13,8 @@ except ImportError:  # no build of it for macOS and Windows
 HAS_TRITON = triton is not None
 # Triton reads the variable when a kernel is defined; and torch.compile cannot trace the reading of it.
 _INTERPRETED = HAS_TRITON and triton.knobs.runtime.interpret
+# Gluon, Triton's language below tiles, may change with any release: only those that our kernels were tried with.
+HAS_GLUON = HAS_TRITON and not _INTERPRETED and triton.__version__.startswith(("3.6.", "3.7."))
 
 # Two copies of this code can live in one process under different package names: each names its operators after its
 # own, because registering a name twice replaces the first silently.

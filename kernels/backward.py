@@ -5,11 +5,13 @@ A program holds one block of keys of one key/value head and walks over the block
 Floating-point sums in the order of arrival would differ from run to run, so shares are rounded to integers, whose sums
 do not depend on order: row ``i`` in units of ``2^-30`` (``2^-62`` for float32 inputs) of what bounds its sum,
 
-    |sum_j dS_ij k_jd| <= (2 |dO_i| max_j |v_j| + |dlse_i|) max_jd |k_jd|.
+    |sum_j dS_ij k_jd| <= (2 |dO_i| max_j |v_j| + |dlse_i|) max_jd |k_jd|
 
-A row of ``dS`` sums to ``dlse_i``, but for the rounding of ``O`` in ``delta_i = dO_i . O_i``; summed along the sequence
-those residues would grow into the gates' gradients. The sum of every tile is known from its columns at no cost, so the
-residue of each block of queries is taken from there and spread evenly over its rows.
+with the maxima over the keys up to that row.
+
+A row of ``dS`` sums to ``dlse_i``, but for the rounding of ``O`` in ``delta_i = dO_i . O_i``. Summed along the sequence
+those residues would grow into the gates' gradients, so the rows are summed too, of the same ``dS`` as the columns, and
+in the same way: in the gradient of a gate all but the pairs across it cancel.
 """
 
 import torch
@@ -21,7 +23,9 @@ from .decay import Decay
 from .forward import _INF, _LOG2_E, dot_precision, dropout_scale, heaviest_first, load_rows, split, visible_ranges
 from .tiles import Tile, padded_head_dim
 
-_MAXIMA_ROWS = 128
+# Keys are reduced to their largest in groups of so many, by programs of so many rows.
+MAXIMA_KEYS, _MAXIMA_ROWS = 16, 128
+_STOPS = 64
 # Keeps bounds and their reciprocals normal numbers.
 _LEAST_BOUND = tl.constexpr(2.0**-60)
 
@@ -31,8 +35,8 @@ def _stops_kernel(
     LOW, HIGH, LAST, STOP, CUT, NM, NN, TK, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, CHUNK: tl.constexpr
 ):
     """For blocks of keys: one past the last block of queries that sees them, and the first that `first` may cut."""
-    head = tl.program_id(1)
-    n = tl.program_id(0) * CHUNK + tl.arange(0, CHUNK)
+    head = tl.program_id(0)
+    n = tl.program_id(1) * CHUNK + tl.arange(0, CHUNK)
     offset = tl.load(LAST).to(tl.int32)
     begin = tl.maximum(n * BLOCK_N - offset, 0) // BLOCK_M
     last_key = tl.minimum((n + 1) * BLOCK_N, TK) - 1
@@ -68,16 +72,28 @@ def _maxima_kernel(
     HEAD_DIM: tl.constexpr,
     PADDED_DIM: tl.constexpr,
     ROWS: tl.constexpr,
+    KEYS: tl.constexpr,
 ):
-    """Largest ``|k_jd|`` and ``|v_j|^2`` of a block of keys."""
-    block, head = tl.program_id(0), tl.program_id(1)
+    """Largest ``|k_jd|`` and ``|v_j|`` of every `MAXIMA_KEYS` keys."""
+    head, block = tl.program_id(0), tl.program_id(1)
     b, g = (head // G).to(tl.int64), (head % G).to(tl.int64)
     keys = block * ROWS + tl.arange(0, ROWS)
     k = load_rows(K + b * k_b + g * k_h, keys, k_t, keys < TK, HEAD_DIM, PADDED_DIM, True).to(tl.float32)
     v = load_rows(V + b * v_b + g * v_h, keys, v_t, keys < TK, HEAD_DIM, PADDED_DIM, True).to(tl.float32)
-    p = MAXIMA + (head * NB + block) * 2
-    tl.store(p, tl.max(tl.max(tl.abs(k), 1), 0))
-    tl.store(p + 1, tl.max(tl.sum(v * v, 1), 0))
+    PER_PROGRAM: tl.constexpr = ROWS // KEYS
+    groups = block * PER_PROGRAM + tl.arange(0, PER_PROGRAM)
+    p = MAXIMA + head * NB + groups
+    largest_k, largest_v = tl.max(tl.abs(k), 1), norms(v)
+    tl.store(p, tl.max(tl.reshape(largest_k, [PER_PROGRAM, KEYS]), 1), mask=groups < NB)
+    tl.store(p + tl.num_programs(0) * NB, tl.max(tl.reshape(largest_v, [PER_PROGRAM, KEYS]), 1), mask=groups < NB)
+
+
+@triton.jit
+def norms(x):
+    """Length of each row, without overflow on the way."""
+    largest = tl.max(tl.abs(x), 1)
+    scaled = x / tl.where(largest == 0.0, 1.0, largest)[:, None]
+    return largest * tl.sqrt(tl.sum(scaled * scaled, 1))
 
 
 @triton.jit
@@ -93,7 +109,8 @@ def _rows_kernel(
     TERM,
     BASE,
     PER_QUANTUM,
-    TOTAL_BOUND,
+    ROW_BOUND,
+    LAST,
     o_b,
     o_t,
     o_h,
@@ -109,14 +126,16 @@ def _rows_kernel(
     HF,
     KV_GROUP,
     NM,
+    NB,
     dropout,
     HEAD_DIM: tl.constexpr,
     PADDED_DIM: tl.constexpr,
     BLOCK_M: tl.constexpr,
+    KEYS: tl.constexpr,
     UNITS: tl.constexpr,
 ):
     """What the main kernel needs of each row: delta, the shift of its scores, and the units of its integer sums."""
-    block, head = tl.program_id(0), tl.program_id(1)
+    head, block = tl.program_id(0), tl.program_id(1)
     b, h = (head // H).to(tl.int64), (head % H).to(tl.int64)
     rows = block * BLOCK_M + tl.arange(0, BLOCK_M)
     is_row = rows < TQ
@@ -136,13 +155,20 @@ def _rows_kernel(
     tl.store(TERM + p, (c - base).to(tl.float32) - shift, mask=is_row)
     tl.store(BASE + head * NM + block, base)
 
-    p_maxima = MAXIMA + ((head // H) * (H // KV_GROUP) + (head % H) // KV_GROUP) * 2
-    largest_k, largest_v = tl.load(p_maxima), tl.sqrt(tl.load(p_maxima + 1))
-    total_bound = 2.0 / (1.0 - dropout) * tl.sqrt(tl.sum(d_out * d_out, 1)) * largest_v + tl.abs(d_lse)
-    # A delta that is not a number makes the bound one that is not either, and with it the gradient.
-    bound = tl.maximum(total_bound * largest_k, _LEAST_BOUND) + delta * 0.0
-    tl.store(PER_QUANTUM + p, UNITS / bound, mask=is_row)
-    tl.store(TOTAL_BOUND + head * NM + block, tl.maximum(tl.sum(total_bound, 0), _LEAST_BOUND))
+    # The largest of the keys that a row can see, and of a few after it.
+    positions = tl.load(LAST).to(tl.int32) + rows
+    p_maxima = MAXIMA + (head // KV_GROUP) * NB + tl.minimum(positions // KEYS, NB - 1)
+    largest_k, largest_v = tl.load(p_maxima), tl.load(p_maxima + tl.num_programs(0) // KV_GROUP * NB)
+    # A delta that is not a number makes the bounds ones that are not either, and with them the gradients.
+    row_bound = 2.0 / (1.0 - dropout) * norms(d_out) * largest_v + tl.abs(d_lse) + delta * 0.0
+    tl.store(PER_QUANTUM + p, UNITS / _at_least(row_bound * largest_k), mask=is_row)
+    tl.store(ROW_BOUND + p, _at_least(row_bound), mask=is_row)
+
+
+@triton.jit
+def _at_least(bound):
+    """``bound``, if it is a number not too small."""
+    return tl.where(bound < _LEAST_BOUND, _LEAST_BOUND, bound)
 
 
 @triton.jit
@@ -168,9 +194,9 @@ def _backward_tile(
     TERM,
     BASE,
     PER_QUANTUM,
-    TOTAL_BOUND,
+    ROW_BOUND,
     DQ,
-    TOTALS,
+    ROW_SUMS,
     SEED,
     q_t,
     do_t,
@@ -214,8 +240,9 @@ def _backward_tile(
         d_weights = d_weights * kept
     dv += tl.dot(kept_weights.to(do.dtype), do, input_precision=PRECISION)
     d_scores = weights * (d_weights - delta[None, :])
-    columns = tl.sum(d_scores, 1)
-    dc += columns
+    # Rows and columns must cancel in the gates' gradients as exactly as the type of the inputs allows.
+    sums = d_scores.to(tl.float64) if WIDE else d_scores
+    dc += tl.sum(sums, 1)
     narrow = d_scores.to(q.dtype)
     dk += tl.dot(narrow, q, input_precision=PRECISION)
 
@@ -232,8 +259,8 @@ def _backward_tile(
     if HEAD_DIM != PADDED_DIM:
         mask = mask & (words < WORDS)[None, :]
     tl.atomic_add(DQ + p_row[:, None] * WORDS + words[None, :], share, mask=mask, sem="relaxed")
-    units = (1 << 62) / tl.load(TOTAL_BOUND + head * NM + block)
-    tl.atomic_add(TOTALS + head * NM + block, (tl.sum(columns, 0) * units).to(tl.int64), sem="relaxed")
+    units = (1 << 62) / tl.load(ROW_BOUND + p_row, mask=is_row, other=1.0)
+    tl.atomic_add(ROW_SUMS + p_row, (tl.sum(sums, 0) * units).to(tl.int64), mask=is_row, sem="relaxed")
     return dk, dv, dc
 
 
@@ -252,7 +279,7 @@ def _backward_kernel(
     TERM,
     BASE,
     PER_QUANTUM,
-    TOTAL_BOUND,
+    ROW_BOUND,
     STOP,
     CUT,
     ORDER,
@@ -261,7 +288,7 @@ def _backward_kernel(
     DK,
     DV,
     DC,
-    TOTALS,
+    ROW_SUMS,
     q_b,
     q_t,
     q_h,
@@ -327,7 +354,7 @@ def _backward_kernel(
         base = tl.min(c, 0)
         base = tl.where(base == _INF, 0.0, base)
         key_high, key_low = split(c - base)
-        dc = tl.zeros([BLOCK_N], tl.float32)
+        dc = tl.zeros([BLOCK_N], tl.float64 if WIDE else tl.float32)
         stop = tl.load(STOP + head * NN + n)
         far_stop = tl.minimum(tl.maximum(tl.load(CUT + head * NN + n), far), stop)
         near_blocks = tl.maximum(tl.minimum(far, stop) - near, 0)
@@ -356,9 +383,9 @@ def _backward_kernel(
                 TERM,
                 BASE,
                 PER_QUANTUM,
-                TOTAL_BOUND,
+                ROW_BOUND,
                 DQ,
-                TOTALS,
+                ROW_SUMS,
                 SEED,
                 q_t,
                 do_t,
@@ -398,9 +425,9 @@ def _backward_kernel(
                 TERM,
                 BASE,
                 PER_QUANTUM,
-                TOTAL_BOUND,
+                ROW_BOUND,
                 DQ,
-                TOTALS,
+                ROW_SUMS,
                 SEED,
                 q_t,
                 do_t,
@@ -429,24 +456,20 @@ def _backward_kernel(
 def _finish_kernel(
     SUMS,
     PER_QUANTUM,
-    TOTALS,
-    TOTAL_BOUND,
-    D_LSE,
+    ROW_SUMS,
+    ROW_BOUND,
     DQ,
     DC,
-    dl_b,
-    dl_h,
     scale,
     TQ,
     H,
-    NM,
     HEAD_DIM: tl.constexpr,
     PADDED_DIM: tl.constexpr,
     BLOCK_M: tl.constexpr,
     WIDE: tl.constexpr,
 ):
     """Integer sums to gradients of queries and of their running sums."""
-    block, head = tl.program_id(0), tl.program_id(1)
+    head, block = tl.program_id(0), tl.program_id(1)
     b, h = (head // H).to(tl.int64), (head % H).to(tl.int64)
     rows = block * BLOCK_M + tl.arange(0, BLOCK_M)
     is_row = rows < TQ
@@ -467,19 +490,49 @@ def _finish_kernel(
     p = ((b * TQ + rows[:, None]) * H + h) * HEAD_DIM + dims[None, :]
     tl.store(DQ + p, dq.to(DQ.dtype.element_ty), mask=mask)
 
-    d_lse = tl.load(D_LSE + b * dl_b + h * dl_h + rows, mask=is_row, other=0.0).to(tl.float64)
-    bound = tl.load(TOTAL_BOUND + head * NM + block).to(tl.float64)
-    total = tl.load(TOTALS + head * NM + block).to(tl.float64) * (bound / (1 << 62))
-    residue = (total - tl.sum(d_lse, 0)) / tl.minimum(TQ - block * BLOCK_M, BLOCK_M)
-    tl.store(DC + p_row, d_lse + residue, mask=is_row)
+    bound = tl.load(ROW_BOUND + p_row, mask=is_row, other=0.0).to(tl.float64)
+    row_sums = tl.load(ROW_SUMS + p_row, mask=is_row, other=0).to(tl.float64)
+    tl.store(DC + p_row, row_sums * (bound / (1 << 62)), mask=is_row)
 
 
-def _largest_keys_and_values(k: Tensor, v: Tensor) -> Tensor:
-    """Per key/value head, ``max |k_jd|`` and ``max |v_j|^2``: ``[B, G, 2]`` float32."""
+def seen_until(low: Tensor, high: Tensor, last: Tensor, keys: int, tile: Tile) -> tuple[Tensor, Tensor]:
+    """For each block of keys, the blocks of queries that see it and those that need no look at ``first``.
+
+    Args:
+        low, high: of `visible_ranges`, ``[B, H, ceil(Tq / tile.queries)]``.
+        last: ``[Tq]`` int64, own key of each query.
+        keys: number of keys.
+        tile: sizes of the blocks.
+
+    Returns:
+        One past the last block that sees it, and the first one past the diagonal that ``first`` may cut:
+        ``[B, H, ceil(Tk / tile.keys)]`` int32 each.
+    """
+    batch, heads, blocks = low.shape
+    key_blocks = triton.cdiv(keys, tile.keys)
+    stop, cut = torch.empty(2, batch, heads, key_blocks, dtype=torch.int32, device=low.device).unbind()
+    _stops_kernel[(batch * heads, triton.cdiv(key_blocks, _STOPS))](
+        low,
+        high,
+        last,
+        stop,
+        cut,
+        blocks,
+        key_blocks,
+        keys,
+        BLOCK_M=tile.queries,
+        BLOCK_N=tile.keys,
+        CHUNK=_STOPS,
+    )
+    return stop, cut
+
+
+def largest_keys_and_values(k: Tensor, v: Tensor) -> Tensor:
+    """``max |k_jd|`` and ``max |v_j|`` of all keys up to the end of each group of 16, ``[2, B, G, groups]`` float32."""
     batch, keys, kv_heads, head_dim = k.shape
-    blocks = triton.cdiv(keys, _MAXIMA_ROWS)
-    maxima = torch.empty(batch, kv_heads, blocks, 2, dtype=torch.float32, device=k.device)
-    _maxima_kernel[(blocks, batch * kv_heads)](
+    groups = triton.cdiv(keys, MAXIMA_KEYS)
+    maxima = torch.empty(2, batch, kv_heads, groups, dtype=torch.float32, device=k.device)
+    _maxima_kernel[(batch * kv_heads, triton.cdiv(keys, _MAXIMA_ROWS))](
         k,
         v,
         maxima,
@@ -487,12 +540,13 @@ def _largest_keys_and_values(k: Tensor, v: Tensor) -> Tensor:
         *v.stride()[:3],
         keys,
         kv_heads,
-        blocks,
+        groups,
         HEAD_DIM=head_dim,
         PADDED_DIM=padded_head_dim(head_dim),
         ROWS=_MAXIMA_ROWS,
+        KEYS=MAXIMA_KEYS,
     )
-    return maxima.amax(2)
+    return maxima.cummax(-1).values
 
 
 def backward(
@@ -521,41 +575,27 @@ def backward(
     low, high = visible_ranges(decay.first, decay.last, heads, tile.queries)
     order = heaviest_first(low.view(batch * kv_heads, -1))
     blocks, key_blocks = low.shape[-1], triton.cdiv(keys, tile.keys)
-    stop, cut = torch.empty(2, batch, heads, key_blocks, dtype=torch.int32, device=q.device).unbind()
-    chunk = 64
-    _stops_kernel[(triton.cdiv(key_blocks, chunk), batch * heads)](
-        low,
-        high,
-        decay.last,
-        stop,
-        cut,
-        blocks,
-        key_blocks,
-        keys,
-        BLOCK_M=tile.queries,
-        BLOCK_N=tile.keys,
-        CHUNK=chunk,
-    )
-
+    stop, cut = seen_until(low, high, decay.last, keys, tile)
     wide = q.dtype == torch.float32
-    delta, shift, term, per_quantum = torch.empty(
-        4, batch, heads, queries, dtype=torch.float32, device=q.device
+    delta, shift, term, per_quantum, row_bound = torch.empty(
+        5, batch, heads, queries, dtype=torch.float32, device=q.device
     ).unbind()
     base = torch.empty(batch, heads, blocks, dtype=torch.float64, device=q.device)
-    total_bound = torch.empty(batch, heads, blocks, dtype=torch.float32, device=q.device)
-    _rows_kernel[(blocks, batch * heads)](
+    maxima = largest_keys_and_values(k, v)
+    _rows_kernel[(batch * heads, blocks)](
         out,
         d_out,
         lse,
         d_lse,
         decay.query,
-        _largest_keys_and_values(k, v),
+        maxima,
         delta,
         shift,
         term,
         base,
         per_quantum,
-        total_bound,
+        row_bound,
+        decay.last,
         *out.stride()[:3],
         *d_out.stride()[:3],
         *d_lse.stride()[:2],
@@ -565,16 +605,18 @@ def backward(
         gates,
         heads // kv_heads,
         blocks,
+        maxima.shape[-1],
         dropout,
         HEAD_DIM=head_dim,
         PADDED_DIM=padded,
         BLOCK_M=tile.queries,
+        KEYS=MAXIMA_KEYS,
         UNITS=2.0 ** (62 if wide else 30),
     )
 
     words = head_dim if wide else triton.cdiv(head_dim, 2)
     sums = torch.zeros(batch, heads, queries, words, dtype=torch.int64, device=q.device)
-    totals = torch.zeros(batch, heads, blocks, dtype=torch.int64, device=q.device)
+    row_sums = torch.zeros(batch, heads, queries, dtype=torch.int64, device=q.device)
     dq, dk, dv = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))
     dc_q = torch.empty(batch, heads, queries, dtype=torch.float64, device=q.device)
     dc_k = torch.empty(batch, heads, keys, dtype=torch.float64, device=q.device)
@@ -592,7 +634,7 @@ def backward(
         term,
         base,
         per_quantum,
-        total_bound,
+        row_bound,
         stop,
         cut,
         order,
@@ -601,7 +643,7 @@ def backward(
         dk,
         dv,
         dc_k,
-        totals,
+        row_sums,
         *q.stride()[:3],
         *k.stride()[:3],
         *v.stride()[:3],
@@ -630,19 +672,16 @@ def backward(
         num_warps=tile.warps,
         num_stages=tile.stages,
     )
-    _finish_kernel[(blocks, batch * heads)](
+    _finish_kernel[(batch * heads, blocks)](
         sums,
         per_quantum,
-        totals,
-        total_bound,
-        d_lse,
+        row_sums,
+        row_bound,
         dq,
         dc_q,
-        *d_lse.stride()[:2],
         scale,
         queries,
         heads,
-        blocks,
         HEAD_DIM=head_dim,
         PADDED_DIM=padded,
         BLOCK_M=tile.queries,

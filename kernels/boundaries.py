@@ -47,7 +47,7 @@ def _norms_kernel(
     PADDED_DIM: tl.constexpr,
 ):
     """Of a block of keys and the queries at its tokens: the largest ``|k|``, each ``|q|`` and ``q . k``, scaled."""
-    block, head = tl.program_id(0), tl.program_id(1)
+    head, block = tl.program_id(0), tl.program_id(1)
     b, h = (head // H).to(tl.int64), head % H
     g = h // (H // G)
     keys = block * _KEY_BLOCK + tl.arange(0, _KEY_BLOCK)
@@ -65,7 +65,7 @@ def _norms_kernel(
 @triton.jit
 def _block_decay_kernel(C, END, LOG_SUM, stride_b, stride_h, HF, TK, NB):
     """Of a block of keys: ``c`` at its last visible one, ``+inf`` for none, and ``log sum_j exp(c_last - c_j)``."""
-    block, row = tl.program_id(0), tl.program_id(1)
+    row, block = tl.program_id(0), tl.program_id(1)
     keys = block * _KEY_BLOCK + tl.arange(0, _KEY_BLOCK)
     p = C + (row // HF).to(tl.int64) * stride_b + (row % HF).to(tl.int64) * stride_h
     c = tl.load(p + keys, mask=keys < TK, other=_INF)
@@ -153,7 +153,7 @@ def _search_kernel(
     STEPS,
     TIGHT: tl.constexpr,
 ):
-    block, head = tl.program_id(0), tl.program_id(1)
+    head, block = tl.program_id(0), tl.program_id(1)
     b, h = head // H, head % H
     b64 = b.to(tl.int64)
     gate = h // (H // HF)
@@ -239,7 +239,7 @@ def _launch(
     blocks = triton.cdiv(keys, PRUNED_KEYS)
     device = q.device
     end, log_sum = torch.empty(2, batch, gates, blocks, dtype=torch.float64, device=device).unbind()
-    _block_decay_kernel[(blocks, batch * gates)](
+    _block_decay_kernel[(batch * gates, blocks)](
         decay.key, end, log_sum, *decay.key.stride()[:2], gates, keys, blocks, num_warps=1
     )
     scan_block = min(_SCAN, max(16, triton.next_power_of_2(blocks)))
@@ -249,7 +249,7 @@ def _launch(
     if tight or logit_bound is None:
         q_norm, own = torch.empty(2, batch, heads, queries, dtype=torch.float32, device=device).unbind()
         k_max = torch.empty(batch, kv_heads, blocks, dtype=torch.float32, device=device)
-        _norms_kernel[(blocks, batch * heads)](
+        _norms_kernel[(batch * heads, blocks)](
             q,
             k,
             decay.last,
@@ -274,7 +274,7 @@ def _launch(
 
     first = torch.empty(batch, heads, queries, dtype=torch.int64, device=device)
     log_eps = math.log(eps) if tight else math.log(eps) - math.log(keys)
-    _search_kernel[(triton.cdiv(queries, PRUNED_QUERIES), batch * heads)](
+    _search_kernel[(batch * heads, triton.cdiv(queries, PRUNED_QUERIES))](
         decay.query,
         end,
         log_sum,

@@ -60,7 +60,7 @@ def dropout_scale(SEED, head, rows, columns, TQ, TK, dropout):
 
 @triton.jit
 def _key_decay_kernel(C, RELATIVE, BASE, stride_b, stride_h, HF, TK, NB):
-    block, head = tl.program_id(0), tl.program_id(1)
+    head, block = tl.program_id(0), tl.program_id(1)
     keys = block * _BASE_BLOCK + tl.arange(0, _BASE_BLOCK)
     p_c = C + (head // HF).to(tl.int64) * stride_b + (head % HF).to(tl.int64) * stride_h
     c = tl.load(p_c + keys, mask=keys < TK, other=_INF) * _LOG2_E
@@ -73,7 +73,7 @@ def _key_decay_kernel(C, RELATIVE, BASE, stride_b, stride_h, HF, TK, NB):
 
 @triton.jit
 def _ranges_kernel(FIRST, LAST, LOW, HIGH, stride_b, stride_h, H, GROUP, TQ, NM, BLOCK_M: tl.constexpr):
-    block, head = tl.program_id(0), tl.program_id(1)
+    head, block = tl.program_id(0), tl.program_id(1)
     rows = block * BLOCK_M + tl.arange(0, BLOCK_M)
     p_first = FIRST + (head // H).to(tl.int64) * stride_b + (head % H // GROUP).to(tl.int64) * stride_h
     end = tl.load(LAST) + TQ
@@ -157,10 +157,12 @@ def _forward_kernel(
     p_first = FIRST + b64 * first_b + (h // FIRST_GROUP).to(tl.int64) * first_h
     first = tl.load(p_first + rows, mask=is_row, other=0).to(tl.int32)
 
-    # Masked tiles are those before far_start and from near on; far tiles end at or before the block's first row.
+    # Masked tiles are those before far_start and from near on. Far tiles end at or before the block's first row, and so
+    # does the block of keys that shares their base: else the parts of a bias would not have one sign.
+    ALIGNED: tl.constexpr = BLOCK_N if BLOCK_N > _BASE_BLOCK else _BASE_BLOCK
     end = tl.minimum(offset + tl.minimum((block + 1) * BLOCK_M, TQ), TK)
     start = tl.minimum(tl.load(LOW + head * NM + block) // BLOCK_N * BLOCK_N, end)
-    near = tl.maximum((offset + block * BLOCK_M + 1) // BLOCK_N * BLOCK_N, start)
+    near = tl.maximum((offset + block * BLOCK_M + 1) // ALIGNED * ALIGNED, start)
     far_start = tl.minimum(tl.cdiv(tl.load(HIGH + head * NM + block), BLOCK_N) * BLOCK_N, near)
     far_start = tl.maximum(far_start, start)
     near_tiles = tl.cdiv(tl.maximum(end - near, 0), BLOCK_N)
@@ -246,7 +248,7 @@ def key_decay(c_k: Tensor) -> tuple[Tensor, Tensor]:
     blocks = triton.cdiv(keys, BASE_BLOCK)
     relative = torch.empty(c_k.shape, dtype=torch.float32, device=c_k.device)
     base = torch.empty(batch, gates, blocks, dtype=torch.float64, device=c_k.device)
-    _key_decay_kernel[(blocks, batch * gates)](
+    _key_decay_kernel[(batch * gates, blocks)](
         c_k, relative, base, c_k.stride(0), c_k.stride(1), gates, keys, blocks, num_warps=1
     )
     return relative, base
@@ -257,7 +259,7 @@ def visible_ranges(first: Tensor, last: Tensor, heads: int, block: int) -> tuple
     batch, first_heads, queries = first.shape
     blocks = triton.cdiv(queries, block)
     low, high = torch.empty(2, batch, heads, blocks, dtype=torch.int32, device=first.device).unbind()
-    _ranges_kernel[(blocks, batch * heads)](
+    _ranges_kernel[(batch * heads, blocks)](
         first,
         last,
         low,

@@ -32,7 +32,7 @@ def _gate_totals_kernel(
     PACKED: tl.constexpr,
     CHUNK: tl.constexpr,
 ):
-    chunk, row = tl.program_id(0), tl.program_id(1)
+    row, chunk = tl.program_id(0), tl.program_id(1)
     log_f, resets, _ = _gates(LOG_F, STARTS, chunk, row, f_b, f_t, f_h, s_b, s_t, T, HF, LOG_ZERO, PACKED, CHUNK)
     tl.store(TOTALS + row * NC + chunk, tl.sum(log_f, 0))
     tl.store(RESETS + row * NC + chunk, tl.max(resets, 0))
@@ -59,7 +59,7 @@ def _gate_scan_kernel(
     PACKED: tl.constexpr,
     CHUNK: tl.constexpr,
 ):
-    chunk, row = tl.program_id(0), tl.program_id(1)
+    row, chunk = tl.program_id(0), tl.program_id(1)
     log_f, resets, tokens = _gates(LOG_F, STARTS, chunk, row, f_b, f_t, f_h, s_b, s_t, T, HF, LOG_ZERO, PACKED, CHUNK)
     before, reset = _sum_before(TOTALS + row * NC, chunk, CHUNK), NO_RESET
     for start in range(0, chunk, CHUNK):
@@ -102,7 +102,7 @@ def _larger(a, b):
 
 @triton.jit
 def _gradient_totals_kernel(DC, TOTALS, c_b, c_h, c_t, T, HF, NC, CHUNK: tl.constexpr):
-    chunk, row = tl.program_id(0), tl.program_id(1)
+    row, chunk = tl.program_id(0), tl.program_id(1)
     dc, _ = _reversed_gradients(DC, chunk, row, c_b, c_h, c_t, T, HF, CHUNK)
     tl.store(TOTALS + row * NC + chunk, tl.sum(dc, 0))
 
@@ -111,7 +111,7 @@ def _gradient_totals_kernel(DC, TOTALS, c_b, c_h, c_t, T, HF, NC, CHUNK: tl.cons
 def _gradient_scan_kernel(
     DC, LOG_F, TOTALS, D_LOG_F, c_b, c_h, c_t, f_b, f_t, f_h, T, HF, NC, LOG_ZERO, CHUNK: tl.constexpr
 ):
-    chunk, row = tl.program_id(0), tl.program_id(1)
+    row, chunk = tl.program_id(0), tl.program_id(1)
     dc, tokens = _reversed_gradients(DC, chunk, row, c_b, c_h, c_t, T, HF, CHUNK)
     sums = tl.cumsum(dc, 0) + _sum_before(TOTALS + row * NC, chunk, CHUNK)
     b, h = (row // HF).to(tl.int64), (row % HF).to(tl.int64)
@@ -155,7 +155,7 @@ def _sum_gates(log_f: Tensor, starts: Tensor | None, log_zero: float, no_reset: 
     resets = torch.empty(batch, gates, chunks, dtype=torch.int32, device=log_f.device)
     marks = None if starts is None else starts.view(torch.uint8)
     strides = (*log_f.stride(), *((0, 0) if marks is None else marks.stride()), length, gates, chunks, log_zero)
-    grid, options = (chunks, batch * gates), {"PACKED": marks is not None, "CHUNK": _CHUNK}
+    grid, options = (batch * gates, chunks), {"PACKED": marks is not None, "CHUNK": _CHUNK}
     with torch.cuda.device_of(log_f):
         _gate_totals_kernel[grid](log_f, marks, totals, resets, *strides, **options)
         _gate_scan_kernel[grid](log_f, marks, totals, resets, c, first, *strides, no_reset, **options)
@@ -177,7 +177,7 @@ def _sum_gates_backward(dc: Tensor, log_f: Tensor, log_zero: float) -> Tensor:
         return d_log_f
     chunks = triton.cdiv(length, _CHUNK)
     totals = torch.empty(batch, gates, chunks, dtype=torch.float64, device=log_f.device)
-    grid, shape = (chunks, batch * gates), (length, gates, chunks)
+    grid, shape = (batch * gates, chunks), (length, gates, chunks)
     with torch.cuda.device_of(log_f):
         _gradient_totals_kernel[grid](dc, totals, *dc.stride(), *shape, CHUNK=_CHUNK)
         _gradient_scan_kernel[grid](

@@ -31,7 +31,7 @@ class Tiles(NamedTuple):
 # For GPUs with 227 KiB of shared memory and matrix units fed from it (sm_90: H100, H200), by padded head size.
 _HOPPER = {
     64: Tiles(Tile(128, 64, 4, 4), Tile(64, 128, 8, 3)),
-    128: Tiles(Tile(128, 128, 8, 2), Tile(64, 128, 8, 2)),
+    128: Tiles(Tile(64, 64, 4, 3), Tile(64, 128, 8, 2)),
     256: Tiles(Tile(128, 64, 8, 2), Tile(64, 64, 8, 1)),
 }
 # For everything else: fits the 99 KiB of sm_86 and sm_89.
@@ -47,6 +47,39 @@ _WIDE = {
     256: Tiles(Tile(32, 16, 4, 1), Tile(16, 16, 4, 1)),
 }
 
+
+class HopperForward(NamedTuple):
+    """Shape and resources of `hopper_forward`'s programs.
+
+    Attributes:
+        consumers: warpgroups that multiply, 2 or 3, each with 64 queries.
+        keys: columns of a tile of scores.
+        stages: tiles of keys and values that shared memory holds.
+        query_stages: blocks of queries that it holds.
+        together: heads that are worked on at once.
+        lazy, fence: see there.
+        registers: of a consumer's thread.
+        helper_registers: of a thread that loads, or writes the bias.
+        initial_registers: of every thread when a program starts; all of them together must be there.
+    """
+
+    consumers: int
+    keys: int
+    stages: int
+    query_stages: int
+    together: int
+    lazy: bool
+    fence: bool
+    registers: int
+    helper_registers: int
+    initial_registers: int
+
+
+# By head size. Measured on an H100.
+HOPPER_FORWARD = {
+    64: HopperForward(3, 128, 4, 2, 4, True, False, 160, 32, 128),
+    128: HopperForward(2, 128, 2, 2, 4, True, True, 240, 32, 168),
+}
 
 LARGEST_HEAD_DIM = max(_HOPPER)
 

@@ -1,17 +1,22 @@
 """The GPU kernels as `torch.library` operators, for autograd, torch.compile and CUDA graphs; the host never waits.
 
-The kernels are in `forward` and `backward`; here is what the dispatcher must know of them. Float32
-products run in TF32 if torch is told so (``torch.backends.cuda.matmul.allow_tf32``).
+The kernels are in `forward` and `backward`, for H100 and H200 in `hopper_forward` and `hopper_backward`; here is what
+the dispatcher must know of them. Float32 products run in TF32 if torch is told so
+(``torch.backends.cuda.matmul.allow_tf32``).
 """
 
 import torch
 from torch import Tensor
 
-from .backend import NAMESPACE, refuse_forward_mode, refuse_second_derivative, rows_together, runs_kernels
+from .backend import HAS_GLUON, NAMESPACE, refuse_forward_mode, refuse_second_derivative, rows_together, runs_kernels
 from .backward import backward
 from .decay import Decay
 from .forward import forward
 from .tiles import LARGEST_HEAD_DIM, choose_tiles
+
+if HAS_GLUON:
+    from .hopper_backward import hopper_backward, hopper_backward_takes
+    from .hopper_forward import hopper_forward, hopper_forward_takes
 
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
@@ -61,8 +66,11 @@ def _forward(
     if q.numel() == 0:
         return torch.empty_like(q, memory_format=torch.contiguous_format), _empty_lse(q)
     q, k, v, c_q, c_k, first = (rows_together(x) for x in (q, k, v, c_q, c_k, first))
+    decay = Decay(c_q, c_k, first, last)
     with torch.cuda.device_of(q):
-        return forward(q, k, v, Decay(c_q, c_k, first, last), scale, dropout, seed, _tiles(q).forward)
+        if HAS_GLUON and hopper_forward_takes(q, k, v, dropout):
+            return hopper_forward(q, k, v, decay, scale)
+        return forward(q, k, v, decay, scale, dropout, seed, _tiles(q).forward)
 
 
 def _empty_lse(q: Tensor) -> Tensor:
@@ -102,8 +110,11 @@ def _backward(
     d_out, d_lse, q, k, v, c_q, c_k, first = (rows_together(x) for x in (d_out, d_lse, q, k, v, c_q, c_k, first))
     decay = Decay(c_q, c_k, first, last)
     with torch.cuda.device_of(q):
-        tile = _tiles(q).backward
-        dq, dk, dv, dc_q, dc_k = backward(d_out, d_lse, q, k, v, decay, out, lse, scale, dropout, seed, tile)
+        if HAS_GLUON and hopper_forward_takes(q, k, v, dropout) and hopper_backward_takes(q, k):
+            dq, dk, dv, dc_q, dc_k = hopper_backward(d_out, d_lse, q, k, v, decay, out, lse, scale)
+        else:
+            tile = _tiles(q).backward
+            dq, dk, dv, dc_q, dc_k = backward(d_out, d_lse, q, k, v, decay, out, lse, scale, dropout, seed, tile)
     if gates != q.shape[2]:
         dc_q, dc_k = (x.unflatten(1, (gates, -1)).sum(2) for x in (dc_q, dc_k))
     return dq, dk, dv, dc_q, dc_k

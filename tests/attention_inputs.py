@@ -1,7 +1,7 @@
 """Inputs of forgetting attention for tests: gates of every speed, padding of every kind, and how results compare."""
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -65,14 +65,37 @@ def padding_mask(kind: str, batch: int, keys: int) -> Tensor:
     return mask
 
 
-def output_and_gradients(
-    function: Callable[..., tuple[Tensor, Tensor]], inputs: list[Tensor], **options: Any
-) -> dict[str, Tensor]:
-    """Run ``function`` and pull one random cotangent of output and log-sum-exp back to every input."""
-    out, lse = function(*inputs, **options)
+def poisoned(inputs: list[Tensor], tokens: Tensor, names: str) -> list[Tensor]:
+    """``inputs`` with NaN at those tokens ``[B, T]`` of the tensors named in ``names`` ("qkv")."""
+    result = []
+    for name, x in zip("qkvf", inputs, strict=True):
+        x = x.detach().clone()
+        if name in names:
+            x[tokens] = torch.nan
+        result.append(x.requires_grad_())
+    return result
+
+
+def draw_cotangents(q: Tensor) -> list[Tensor]:
+    """Random gradients of the output and log-sum-exp of queries ``q``, in its type and on its device."""
     generator = torch.Generator().manual_seed(1)
-    cotangents = [torch.randn(x.shape, generator=generator, dtype=torch.float64).to(x) for x in (out, lse)]
+    batch, queries, heads, _ = q.shape
+    shapes = (q.shape, (batch, heads, queries))
+    return [torch.randn(shape, generator=generator, dtype=torch.float64).to(q) for shape in shapes]
+
+
+def output_and_gradients(
+    function: Callable[..., tuple[Tensor, Tensor]],
+    inputs: list[Tensor],
+    cotangents: Sequence[Tensor] | None = None,
+    **options: Any,
+) -> dict[str, Tensor]:
+    """Run ``function`` and pull cotangents of output and log-sum-exp, by default random ones, back to every input."""
+    out, lse = function(*inputs, **options)
+    if cotangents is None:
+        cotangents = draw_cotangents(inputs[0])
     # A row that sees nothing has log-sum-exp -inf, a constant: its cotangent must change nothing.
+    cotangents = [d.to(x) for d, x in zip(cotangents, (out, lse), strict=True)]
     gradients = torch.autograd.grad([out, lse], inputs, cotangents, materialize_grads=True)
     names = ("dq", "dk", "dv", "dlog_f")
     return {"out": out.detach(), "lse": lse.detach(), **dict(zip(names, gradients, strict=True))}

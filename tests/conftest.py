@@ -1,6 +1,7 @@
 """Settings that every test shares: no network, one share of the cores per worker, the same seed each time."""
 
 import os
+from collections.abc import Iterator
 
 # Before transformers is imported: it reads this once.
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -19,6 +20,15 @@ torch.set_num_threads(max(1, _CORES // _WORKERS))
 # failure in CI must repeat elsewhere.
 settings.register_profile("foxlm", deadline=None, derandomize=True, max_examples=25)
 settings.load_profile("foxlm")
+
+
+@pytest.fixture(autouse=True, scope="session")
+def small_chunks_interpreted() -> Iterator[None]:
+    """Triton's interpreter takes a second to scan 1,024 numbers; shorter chunks are more of them besides."""
+    with pytest.MonkeyPatch.context() as patch:
+        if os.environ.get("TRITON_INTERPRET") == "1":
+            patch.setattr("foxlm.kernels.scan._CHUNK", 64)
+        yield
 
 
 @pytest.fixture(autouse=True)

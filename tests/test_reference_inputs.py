@@ -1,11 +1,19 @@
 """What forgetting attention makes of bad input, of empty input, and of NaN where nothing may look."""
 
 import re
+from typing import Any
 
 import pytest
 import torch
 
-from attention_inputs import attention, draw_inputs, forgetting_attention, output_and_gradients, padding_mask
+from attention_inputs import (
+    attention,
+    draw_inputs,
+    forgetting_attention,
+    output_and_gradients,
+    padding_mask,
+    poisoned,
+)
 
 
 def good() -> dict[str, torch.Tensor]:
@@ -80,6 +88,10 @@ BAD = {
     "cu_seqlens-rank": ("cu_seqlens", "[1, 2]", packed([[0, 10]])),
     "cu_seqlens-short": ("cu_seqlens", "[1]", packed([0])),
     "cu_seqlens-empty": ("cu_seqlens", "[0]", packed([])),
+    "eps-zero": ("eps", "0.0", {"eps": 0.0}),
+    "eps-one": ("eps", "1.0", {"eps": 1.0}),
+    "eps-nan": ("eps", "nan", {"eps": float("nan")}),
+    "rule-unknown": ("rule", "'loose'", {"eps": 0.1, "rule": "loose"}),
     "dropout-one": ("dropout", "1.0", {"dropout": 1.0}),
     "dropout-negative": ("dropout", "-0.1", {"dropout": -0.1}),
     "dropout-nan": ("dropout", "nan", {"dropout": float("nan")}),
@@ -110,7 +122,7 @@ def test_options_are_by_name_only():
 @pytest.mark.parametrize("masked", [False, True])
 def test_nothing_in_nothing_out(batch, keys, queries, heads, masked):
     inputs = draw_inputs(keys, queries, batch=batch, heads=heads)
-    options = {"attention_mask": torch.ones(batch, keys)} if masked else {}
+    options: dict[str, Any] = {"attention_mask": torch.ones(batch, keys)} if masked else {}
     results = output_and_gradients(attention, inputs, **options)
     assert results["out"].shape == inputs[0].shape
     assert results["lse"].shape == (batch, heads[0], queries)
@@ -138,17 +150,6 @@ def test_inputs_are_left_as_they_were():
     output_and_gradients(attention, inputs, attention_mask=padding_mask("holes", 2, 70))
     for x, copy in zip(inputs, copies, strict=True):
         assert torch.equal(x, copy)
-
-
-def poisoned(inputs: list[torch.Tensor], tokens: torch.Tensor, names: str) -> list[torch.Tensor]:
-    """``inputs`` with NaN at those tokens ``[B, T]`` of the tensors named in ``names`` ("qkv")."""
-    result = []
-    for name, x in zip("qkvf", inputs, strict=True):
-        x = x.detach().clone()
-        if name in names:
-            x[tokens] = torch.nan
-        result.append(x.requires_grad_())
-    return result
 
 
 @pytest.mark.parametrize("kind", ["left", "right", "holes", "empty"])

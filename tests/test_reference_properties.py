@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from attention_inputs import (
     assert_same,
     attention,
+    draw_cotangents,
     draw_inputs,
     forgetting_attention,
     output_and_gradients,
@@ -41,22 +42,6 @@ def part(inputs: list[torch.Tensor], tokens: slice) -> list[torch.Tensor]:
 def split(results: dict[str, torch.Tensor], tokens: slice | torch.Tensor) -> dict[str, torch.Tensor]:
     """What ``results`` say of those tokens."""
     return {name: x[..., tokens] if name == "lse" else x[:, tokens] for name, x in results.items()}
-
-
-def pulled_back(inputs, cotangents, **options) -> dict[str, torch.Tensor]:
-    """Output, log-sum-exp and gradients for given cotangents ``[B, T, H, D]`` and ``[B, H, T]``."""
-    out, lse = attention(*inputs, **options)
-    gradients = torch.autograd.grad([out, lse], inputs, cotangents)
-    names = ("dq", "dk", "dv", "dlog_f")
-    return {"out": out.detach(), "lse": lse.detach(), **dict(zip(names, gradients, strict=True))}
-
-
-def draw_cotangents(q) -> tuple[torch.Tensor, torch.Tensor]:
-    batch, queries, heads, _ = q.shape
-    generator = torch.Generator().manual_seed(1)
-    shapes = (q.shape, (batch, heads, queries))
-    dout, dlse = (torch.randn(shape, generator=generator, dtype=q.dtype) for shape in shapes)
-    return dout, dlse
 
 
 @given(length=LENGTHS, heads=HEADS, seed=SEEDS)
@@ -111,9 +96,11 @@ def test_a_zero_gate_hides_all_history(length, heads, seed, data):
         inputs[3][:, :cut] -= 1000.0
     cotangents = draw_cotangents(inputs[0])
     cotangents[0][:, :cut], cotangents[1][..., :cut] = 0.0, 0.0
-    whole = pulled_back(inputs, cotangents)
+    whole = output_and_gradients(attention, inputs, cotangents)
     suffix = slice(cut, None)
-    alone = pulled_back(part(inputs, suffix), (cotangents[0][:, suffix], cotangents[1][..., suffix]))
+    alone = output_and_gradients(
+        attention, part(inputs, suffix), (cotangents[0][:, suffix], cotangents[1][..., suffix])
+    )
     assert_same(split(whole, suffix), alone)
     for name in ("dq", "dk", "dv"):
         assert (whole[name][:, :cut] == 0.0).all(), name
@@ -128,10 +115,10 @@ def test_packed_sequences_are_as_if_apart(lengths, heads, seed):
         offsets.append(offsets[-1] + length)
     inputs = draw_inputs(offsets[-1], batch=1, heads=heads, seed=seed)
     cotangents = draw_cotangents(inputs[0])
-    packed = pulled_back(inputs, cotangents, cu_seqlens=torch.tensor(offsets))
+    packed = output_and_gradients(attention, inputs, cotangents, cu_seqlens=torch.tensor(offsets))
     for start, stop in itertools.pairwise(offsets):
         own = slice(start, stop)
-        alone = pulled_back(part(inputs, own), (cotangents[0][:, own], cotangents[1][..., own]))
+        alone = output_and_gradients(attention, part(inputs, own), (cotangents[0][:, own], cotangents[1][..., own]))
         assert_same(split(packed, own), alone)
 
 
@@ -140,12 +127,14 @@ def test_padded_sequences_are_as_if_unpadded(length, heads, seed, kind):
     inputs = draw_inputs(length, heads=heads, seed=seed)
     cotangents = draw_cotangents(inputs[0])
     mask = padding_mask(kind, 2, length)
-    padded = pulled_back(inputs, cotangents, attention_mask=mask)
+    padded = output_and_gradients(attention, inputs, cotangents, attention_mask=mask)
     for b in range(2):
         row = {name: x[b : b + 1] for name, x in padded.items()}
         real, padding = (mask[b] == value for value in (1, 0))
         own = [x.detach()[b : b + 1, real].requires_grad_() for x in inputs]
-        alone = pulled_back(own, (cotangents[0][b : b + 1, real], cotangents[1][b : b + 1, :, real]))
+        alone = output_and_gradients(
+            attention, own, (cotangents[0][b : b + 1, real], cotangents[1][b : b + 1, :, real])
+        )
         assert_same(split(row, real), alone)
         for name, x in split(row, padding).items():
             assert (x == (-torch.inf if name == "lse" else 0.0)).all(), name
@@ -158,9 +147,9 @@ def test_the_last_queries_alone_equal_the_whole(length, heads, seed, data):
     rows = slice(length - queries, None)
     cotangents = draw_cotangents(q)
     cotangents[0][:, : length - queries], cotangents[1][..., : length - queries] = 0.0, 0.0
-    whole = pulled_back([q, k, v, log_f], cotangents)
+    whole = output_and_gradients(attention, [q, k, v, log_f], cotangents)
     own = [q.detach()[:, rows].requires_grad_(), k, v, log_f]
-    last = pulled_back(own, (cotangents[0][:, rows], cotangents[1][..., rows]))
+    last = output_and_gradients(attention, own, (cotangents[0][:, rows], cotangents[1][..., rows]))
     for name in ("out", "lse", "dq"):
         whole[name] = split({name: whole[name]}, rows)[name]
     assert_same(last, whole)

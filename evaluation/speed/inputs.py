@@ -1,0 +1,116 @@
+"""What the attention benchmark runs on: shapes, and synthetic queries, keys and forget gates.
+
+Queries and keys are normalized per head as QK-norm leaves them, so that ``|scale * q . k| <= sqrt(D)``. Most heads of a
+trained model forget within a hundred tokens and some hardly ever; so do these, each gate noisy around its head's decay
+time.
+"""
+
+import re
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+# Tokens in which a head forgets, the range of the many and of the few.
+_SHORT, _LONG = (1.0, 100.0), (1e3, 1e6)
+_SHARE_LONG = 0.2
+_GATE_NOISE = 0.5
+
+
+@dataclass(frozen=True)
+class Case:
+    """A shape of one attention layer.
+
+    Attributes:
+        batch: sequences ``B``.
+        heads: heads ``H``, as many for keys and values.
+        head_dim: size ``D`` of a head.
+        tokens: tokens ``T`` of each sequence.
+    """
+
+    batch: int
+    heads: int
+    head_dim: int
+    tokens: int
+
+    @classmethod
+    def parse(cls, text: str) -> "Case":
+        """``"2x24x64x16384"``, that is ``B x H x D x T``."""
+        if not re.fullmatch(r"[1-9]\d*(x[1-9]\d*){3}", text):
+            raise ValueError(f"--case must be four positive integers BxHxDxT such as 2x24x64x16384, got {text!r}")
+        return cls(*map(int, text.split("x")))
+
+    def __str__(self) -> str:
+        return f"{self.batch}x{self.heads}x{self.head_dim}x{self.tokens}"
+
+    def flops(self, backward: bool) -> float:
+        """Floating-point operations of the causal products of a forward pass, or of forward and backward.
+
+        Two products forward, five backward, each ``2 B H T^2 D``, of which causality leaves half.
+        """
+        forward = 4.0 * self.batch * self.heads * self.tokens**2 * self.head_dim / 2.0
+        return 3.5 * forward if backward else forward
+
+
+class Inputs(NamedTuple):
+    """Inputs of one attention layer.
+
+    Attributes:
+        q, k, v, dout: ``[B, T, H, D]`` queries, keys, values, and the gradient of the output.
+        log_f: ``[B, T, H]`` float32 log forget gates.
+        scale: multiplies ``q . k``.
+    """
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    log_f: Tensor
+    dout: Tensor
+    scale: float
+
+    @property
+    def logit_bound(self) -> float:
+        """``U`` of the rule ``paper``, as it follows from the norms: ``sqrt(D)``."""
+        return self.q.shape[-1] ** 0.5
+
+    @property
+    def nbytes(self) -> int:
+        """Size of the tensors."""
+        return sum(x.nbytes for x in self if isinstance(x, Tensor))
+
+    def open(self) -> "Inputs":
+        """The same with gates that never forget, where nothing can be pruned."""
+        return self._replace(log_f=torch.zeros_like(self.log_f))
+
+
+def spread_decay_times(heads: int) -> Tensor:
+    """``[heads]`` float64 decay times in tokens, ascending.
+
+    A fifth of the heads, at least one, forgets in 1e3 to 1e6 tokens and the others in 1 to 100, evenly spread in the
+    logarithm: a random draw would move the share of tiles kept by percents from seed to seed.
+    """
+    long = max(1, int(_SHARE_LONG * heads))
+
+    def spread(low: float, high: float, count: int) -> Tensor:
+        return low * (high / low) ** ((torch.arange(count, dtype=torch.float64) + 0.5) / max(count, 1))
+
+    return torch.cat([spread(*_SHORT, heads - long), spread(*_LONG, long)])
+
+
+def make_inputs(case: Case, device: str, dtype: torch.dtype, seed: int) -> Inputs:
+    """Draw the inputs of ``case``; each log gate is ``-exp(0.5 n) / tau`` with ``n`` normal and ``tau`` of its head."""
+    generator = torch.Generator(device).manual_seed(seed)
+    shape = (case.batch, case.tokens, case.heads, case.head_dim)
+
+    def normal(*size: int) -> Tensor:
+        return torch.randn(*size, generator=generator, device=device)
+
+    def normalized() -> Tensor:
+        return torch.nn.functional.rms_norm(normal(*shape), shape[-1:]).to(dtype)
+
+    times = spread_decay_times(case.heads).to(device=device, dtype=torch.float32)
+    log_f = -normal(*shape[:-1]).mul_(_GATE_NOISE).exp_() / times
+    return Inputs(
+        normalized(), normalized(), normal(*shape).to(dtype), log_f, normal(*shape).to(dtype), case.head_dim**-0.5
+    )

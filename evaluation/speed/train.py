@@ -1,0 +1,208 @@
+"""`python -m foxlm.evaluation.speed train`: a whole training step of a FoX (Pro), with pruning and without.
+
+Every step sees the same weights (the learning rate is zero), so that pruning skips the same at each. The gates forget
+as fast as those of the attention benchmark, by their biases; what they read from the hidden states makes them noisy.
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from foxlm import FoxConfig, FoxForCausalLM
+from foxlm.evaluation.gates import skipped_shares
+from foxlm.evaluation.recording import record_attention
+from foxlm.kernels.pruning import Rule
+from foxlm.modeling.gates_fox import FoxForgetGate
+
+from .bars import train_bars
+from .implementations import EPS, RULES, TILE
+from .inputs import spread_decay_times
+from .own import own_name
+from .runner import Record, failure
+from .timing import interleaved, peak_bytes, release_memory
+
+# Sizes for a CPU, where it only shows that all parts work.
+CPU_SIZES: dict[str, Any] = {
+    "vocab_size": 256,
+    "hidden_size": 64,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+}
+TOKENS, CPU_TOKENS = 16384, 256
+
+_CHECKED_TOKENS = 512
+# How much worse than bfloat16 with dense attention a step's gradients may be.
+_FACTOR = 4.0
+
+Gradients = dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What is trained and how it is measured.
+
+    Attributes:
+        device: ``"cuda"`` or ``"cpu"``.
+        preset: of `FoxConfig.preset`.
+        sizes: fields of the configuration that differ from the preset.
+        tokens: tokens of the one sequence in a step.
+        compiled: whether compiled steps are measured too.
+        rounds: timed steps in each of two passes.
+        seed: of weights and tokens.
+    """
+
+    device: str
+    preset: str = "pro-760m"
+    sizes: tuple[tuple[str, Any], ...] = ()
+    tokens: int = TOKENS
+    compiled: bool = False
+    rounds: int = 5
+    seed: int = 0
+
+
+def run_training(recipe: Recipe) -> Record:
+    """Check and time training steps.
+
+    Returns:
+        ``preset``, ``parameters``, ``tokens``; ``steps``, a record for each combination of rule and compilation, with
+        ``step`` (milliseconds), ``tokens_per_second`` and ``peak_bytes`` where it was measured; ``bars``.
+    """
+    torch.manual_seed(recipe.seed)
+    model = build_model(recipe)
+    ids = torch.randint(model.config.vocab_size, (1, recipe.tokens), device=recipe.device)
+    bench = _Bench(model, ids, recipe)
+    forwards: list[tuple[bool, Callable]] = [(False, model)]
+    if recipe.compiled:
+        # One shape for the check and one for the steps, neither of them dynamic.
+        forwards.append((True, torch.compile(model, dynamic=False)))
+    for compiled, forward in forwards:
+        for rule in (None, *RULES):
+            bench.admit(rule, compiled, forward)
+    for name, timing in interleaved(bench.steps, recipe.rounds, recipe.device).items():
+        record = next(one for one in bench.records if one["name"] == name)
+        record |= {"step": asdict(timing), "tokens_per_second": 1e3 * recipe.tokens / timing.ms}
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    facts = {"preset": recipe.preset, "parameters": parameters, "tokens": recipe.tokens}
+    return facts | {"steps": bench.records, "bars": train_bars(bench.records)}
+
+
+def build_model(recipe: Recipe) -> FoxForCausalLM:
+    """A new model with float32 weights, its gates around the benchmark's decay times."""
+    config = FoxConfig.preset(recipe.preset, **dict(recipe.sizes))
+    model = FoxForCausalLM(config).to(recipe.device).train()
+    with torch.no_grad():
+        for module in model.modules():
+            if isinstance(module, FoxForgetGate):
+                times = spread_decay_times(module.bias.numel())
+                module.bias.copy_(-torch.log(torch.expm1(1.0 / times)))
+    return model
+
+
+def set_pruning(model: FoxForCausalLM, rule: Rule | None) -> None:
+    """Tell every layer of ``model`` to prune by ``rule``, or not to."""
+    model.config.acp_eps = None if rule is None else EPS
+    if rule is not None:
+        model.config.acp_rule = rule
+
+
+class _Bench:
+    """Training steps of one model: those found right wait in ``steps`` to be timed, and all have a record."""
+
+    def __init__(self, model: FoxForCausalLM, ids: Tensor, recipe: Recipe) -> None:
+        self.records: list[Record] = []
+        self.steps: dict[str, Callable[[], object]] = {}
+        self._model, self._ids, self._recipe = model, ids, recipe
+        set_pruning(model, None)
+        chosen = model.config._attn_implementation
+        model.set_attn_implementation("eager")
+        self._exact = self._gradients(model, autocast=False)
+        self._rounding = _errors(self._gradients(model, autocast=True), self._exact)
+        model.set_attn_implementation(chosen)
+        self._kept = {None: 1.0} | self._tiles_kept()
+        self._optimizer = torch.optim.AdamW(model.parameters(), lr=0.0, fused=True)
+
+    def admit(self, rule: Rule | None, compiled: bool, forward: Callable) -> None:
+        """Check a step; if it is right, it will be timed. What it raises becomes part of its record."""
+        name = own_name(rule) + (", compiled" if compiled else "")
+        record: Record = {"name": name, "rule": rule, "compiled": compiled, "tiles_kept": self._kept[rule]}
+        self.records.append(record)
+        try:
+            set_pruning(self._model, rule)
+            fault = self._check(forward, 0.0 if rule is None else EPS, record)
+            if fault is None:
+                record["peak_bytes"] = self._try_out(lambda: self._step(rule, forward))
+                self.steps[name] = lambda: self._step(rule, forward)
+            record |= {"status": "measured"} if fault is None else {"status": "wrong", "reason": fault}
+        except Exception as error:
+            # Of any kind: steps that do not compile or fit must not end the others.
+            record |= failure(error)
+        self._model.zero_grad(set_to_none=True)
+        release_memory(self._recipe.device)
+
+    def _check(self, forward: Callable, eps: float, record: Record) -> str | None:
+        errors = _errors(self._gradients(forward, autocast=True), self._exact)
+        limits = {part: _FACTOR * (rounding + eps) for part, rounding in self._rounding.items()}
+        record |= {"errors": errors, "limits": limits}
+        for part, error in errors.items():
+            # Not the other way round: a NaN is within no limit.
+            if not error <= limits[part]:
+                return f"gradients of the {part} are off by {error:.1e}, {limits[part]:.1e} allowed"
+        return None
+
+    def _try_out(self, step: Callable[[], object]) -> int | None:
+        # The first one compiles, and makes the optimizer's state.
+        step()
+        state = [x for of_one in self._optimizer.state.values() for x in of_one.values() if isinstance(x, Tensor)]
+        resident = sum(x.nbytes for x in (*self._model.parameters(), *state))
+        return peak_bytes(step, self._recipe.device, resident)
+
+    def _step(self, rule: Rule | None, forward: Callable) -> None:
+        set_pruning(self._model, rule)
+        self._backward(forward, self._ids, autocast=True)
+        self._optimizer.step()
+        self._optimizer.zero_grad(set_to_none=True)
+
+    def _backward(self, forward: Callable, ids: Tensor, autocast: bool) -> None:
+        with torch.autocast(self._recipe.device, torch.bfloat16, enabled=autocast):
+            loss = forward(input_ids=ids, labels=ids, use_cache=False).loss
+        loss.backward()
+
+    def _gradients(self, forward: Callable, autocast: bool) -> Gradients:
+        """Gradients of the attention layers' weights for the first tokens."""
+        self._backward(forward, self._ids[:, :_CHECKED_TOKENS], autocast)
+        grads = {
+            name: parameter.grad
+            for name, parameter in self._model.named_parameters()
+            if ".self_attn." in name and parameter.grad is not None
+        }
+        self._model.zero_grad(set_to_none=True)
+        return grads
+
+    @torch.no_grad()
+    def _tiles_kept(self) -> dict[Rule | None, float]:
+        with (
+            torch.autocast(self._recipe.device, torch.bfloat16),
+            record_attention(self._model) as layers,
+        ):
+            self._model.model(self._ids, use_cache=False)
+        return {rule: 1.0 - skipped_shares(layers, [math.log(EPS)], rule, *TILE).mean().item() for rule in RULES}
+
+
+def _errors(found: Gradients, exact: Gradients) -> dict[str, float]:
+    """Relative distance of gradients, of the forget gates and of everything else; NaN where one is missing."""
+    parts: dict[str, list[str]] = {"forget gates": [], "projections": []}
+    for name in exact:
+        parts["forget gates" if ".forget_gate." in name else "projections"].append(name)
+    return {part: _distance(found, exact, names) for part, names in parts.items()}
+
+
+def _distance(found: Gradients, exact: Gradients, names: list[str]) -> float:
+    if not all(name in found for name in names):
+        return math.nan
+    distance = sum((found[name] - exact[name]).double().square().sum().item() for name in names)
+    return math.sqrt(distance / sum(exact[name].double().square().sum().item() for name in names))

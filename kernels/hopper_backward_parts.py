@@ -1,0 +1,86 @@
+"""Device functions that the backward kernels for Hopper share (`hopper_backward` explains the whole).
+
+What a kernel must know of the 64 queries of a tile is eight arrays of 64 float32 numbers, 2 KiB, copied as one with the
+tile. `hopper_backward` writes them, `row_field` and `tile_field` read them:
+
+=====  ============================================================================================================
+field  holds
+=====  ============================================================================================================
+0      ``c_i - c_0 - lse_i``, the row's part of the exponent; ``c_0`` is the sum of the tile's first row
+1      delta
+2      what ``dQ`` is multiplied by before it is rounded to integers, a power of two
+3      of the tile: ``c_0`` in two parts, the greatest first key of a row; then zeros
+4, 5   ``c_i - c_0`` rounded to float32, and what that lacks less ``lse_i``: field 0 in two parts
+6      first key that the row may see
+7      unused
+=====  ============================================================================================================
+
+Exponents are in units of log 2.
+"""
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+
+LOG2_E = gl.constexpr(1.4426950408889634)
+# Sums of rows of dS are kept in finer units than those of dQ.
+UNITS_PER_QUANTUM = 2.0**18
+_UNITS_PER_QUANTUM = gl.constexpr(UNITS_PER_QUANTUM)
+# The barrier of the warps of one role; its name depends on the version of Triton.
+role_barrier = getattr(gl, "thread_barrier", None) or gl.barrier
+
+
+@gluon.jit
+def fast_exp2(x):
+    return gl.inline_asm_elementwise("ex2.approx.ftz.f32 $0, $1;", "=f,f", [x], dtype=gl.float32, is_pure=True, pack=1)
+
+
+@gluon.jit
+def to_nearest(x):
+    """The nearest int32: of what is out of range the end of the range, of NaN zero."""
+    return gl.inline_asm_elementwise("cvt.rni.s32.f32 $0, $1;", "=r,f", [x], dtype=gl.int32, is_pure=True, pack=1)
+
+
+@gluon.jit
+def split_in_two(x):
+    """A float64 number as the sum of two float32 ones; an infinite one has no second part."""
+    high = x.to(gl.float32)
+    low = (x - high.to(gl.float64)).to(gl.float32)
+    return high, gl.where(gl.abs(high) == float("inf"), 0.0, low)
+
+
+@gluon.jit
+def fold(x, N: gl.constexpr):
+    """``[N, 64]`` to ``[N, 4]``: each thread adds up what it holds of a row, and nothing moves between threads."""
+    return gl.sum(gl.sum(gl.reshape(x, [N, 8, 4, 2]), 3), 1)
+
+
+@gluon.jit
+def add_row_sums(p, x, per_quantum):
+    """Add the sums of the rows of ``dS``, which every column of ``x``, ``[64, 8 or 16]``, holds, to 64 int64."""
+    N: gl.constexpr = x.shape[1] // 2
+    x, _ = gl.split(gl.reshape(x, [64, N, 2]))
+    L: gl.constexpr = x.type.layout
+    rows = gl.arange(0, 64, gl.SliceLayout(1, L))[:, None]
+    column = gl.arange(0, N, gl.SliceLayout(0, L))[None, :]
+    per_unit = gl.convert_layout(per_quantum, gl.SliceLayout(1, L))[:, None] * _UNITS_PER_QUANTUM
+    gl.atomic_add(p + rows + column, (x * per_unit).to(gl.int64), mask=(rows >= 0) & (column == 0), sem="relaxed")
+
+
+@gluon.jit
+def count_tiles(STOP, TQ, head, n, NN, start):
+    """How many tiles of queries, from ``start`` on, see block ``n`` of the keys."""
+    stop = gl.minimum(gl.load(STOP + head * NN + n), TQ)
+    return gl.maximum((stop + 63) // 64 - start, 0)
+
+
+@gluon.jit
+def row_field(rows, stage, i: gl.constexpr):
+    """Where field ``i`` of a tile's rows lies, ``[1, 64]``."""
+    return rows.index(stage * 2 + i // 4).slice(i % 4 * 64, 64, 1)
+
+
+@gluon.jit
+def tile_field(rows, stage, i: gl.constexpr):
+    """Number ``i`` of field 3."""
+    L: gl.constexpr = gl.BlockedLayout([1, 1], [1, 32], [1, gl.num_warps()], [1, 0])
+    return gl.max(gl.max(rows.index(stage * 2).slice(192 + i, 1, 1).load(L), 1), 0)

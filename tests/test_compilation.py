@@ -1,0 +1,106 @@
+"""Every kernel compiles for every supported architecture, on a machine without a GPU, and fits it."""
+
+import re
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from attention_inputs import attention, draw_inputs, output_and_gradients
+from foxlm.kernels import decay, pruning, triton_attention
+from foxlm.kernels.backend import HAS_TRITON
+from foxlm.kernels.tiles import Tiles, choose_tiles
+from kernel_device import INTERPRETED
+
+if not HAS_TRITON or INTERPRETED:
+    pytest.skip("needs Triton's compiler", allow_module_level=True)
+
+import triton
+
+from ahead_of_time import compiling_only
+
+# Shared memory that one program can have, in KiB.
+SHARED_MEMORY = {80: 163, 86: 99, 89: 99, 90: 227, 100: 227}
+# Registers of all threads of a program.
+REGISTERS = 65536
+# Bytes that a thread may keep in memory for want of registers. Above, smaller tiles would be faster.
+STACK = 2048
+# Architecture, head size and type.
+CASES = [
+    *((capability, head_dim, torch.bfloat16) for capability in SHARED_MEMORY for head_dim in (64, 128)),
+    (86, 40, torch.float16),
+    (86, 128, torch.float32),
+    (90, 256, torch.bfloat16),
+]
+KERNELS = {
+    "_gate_totals_kernel",
+    "_gate_scan_kernel",
+    "_block_decay_kernel",
+    "_scan_decay_kernel",
+    "_norms_kernel",
+    "_scan_largest_kernel",
+    "_search_kernel",
+    "_key_decay_kernel",
+    "_ranges_kernel",
+    "_forward_kernel",
+    "_stops_kernel",
+    "_maxima_kernel",
+    "_rows_kernel",
+    "_backward_kernel",
+    "_finish_kernel",
+    "_gradient_totals_kernel",
+    "_gradient_scan_kernel",
+}
+
+
+def compile_for(
+    capability: int, tiles: Tiles, inputs: list[Tensor], monkeypatch: pytest.MonkeyPatch, **options: Any
+) -> dict[str, Any]:
+    """The kernels that forward and backward launch, by name."""
+    for module in (decay, pruning, triton_attention):
+        monkeypatch.setattr(module, "runs_kernels", lambda x: True)
+    monkeypatch.setattr(triton_attention, "_tiles", lambda q: tiles)
+    with compiling_only(capability) as compiled:
+        output_and_gradients(attention, inputs, **options)
+    return {kernel.metadata.name: kernel for kernel in compiled}
+
+
+def resources(kernel: Any, folder: Path) -> dict[str, int]:
+    """Registers of a thread, ``REG``, and what did not fit in them, ``STACK`` in bytes."""
+    file = folder / "kernel.cubin"
+    file.write_bytes(kernel.asm["cubin"])
+    command = [triton.knobs.nvidia.cuobjdump.path, "-res-usage", str(file)]
+    text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    return {name: int(value) for name, value in re.findall(r"\b(REG|STACK):(\d+)", text)}
+
+
+@pytest.mark.parametrize(("capability", "head_dim", "dtype"), CASES, ids=str)
+def test_kernels_fit(capability, head_dim, dtype, monkeypatch, tmp_path):
+    inputs = draw_inputs(300, batch=1, heads=(2, 1, 2), head_dim=head_dim, dtype=dtype)
+    tiles = choose_tiles(head_dim, dtype, (capability // 10, capability % 10))
+    kernels = compile_for(capability, tiles, inputs, monkeypatch, eps=1e-3)
+    assert set(kernels) == KERNELS
+    for name, kernel in kernels.items():
+        assert kernel.metadata.target.arch == capability
+        assert kernel.metadata.shared <= SHARED_MEMORY[capability] * 1024, name
+        used = resources(kernel, tmp_path)
+        assert used["REG"] * 32 * kernel.metadata.num_warps <= REGISTERS, name
+        assert used["STACK"] <= STACK, f"{name}: {used}"
+
+
+def test_dropout_and_packing_compile(monkeypatch):
+    inputs = draw_inputs(300, batch=1, heads=(2, 1, 2), head_dim=64, dtype=torch.bfloat16)
+    tiles = choose_tiles(64, torch.bfloat16, (9, 0))
+    options: dict[str, Any] = {"cu_seqlens": torch.tensor([0, 100, 300]), "dropout": 0.1, "eps": 1e-3, "rule": "paper"}
+    kernels = compile_for(90, tiles, inputs, monkeypatch, **options)
+    assert set(kernels) == KERNELS - {"_scan_largest_kernel"}
+
+
+def test_tiles_that_do_not_fit_are_seen(monkeypatch):
+    """Negative control: the tiles of an H100 need more than an A10 has."""
+    inputs = draw_inputs(300, batch=1, heads=(2, 1, 2), head_dim=128, dtype=torch.bfloat16)
+    kernels = compile_for(86, choose_tiles(128, torch.bfloat16, (9, 0)), inputs, monkeypatch)
+    assert max(kernel.metadata.shared for kernel in kernels.values()) > SHARED_MEMORY[86] * 1024
