@@ -11,8 +11,8 @@ from eager import eager_attention
 
 Attention = Callable[..., tuple[Tensor, Tensor]]
 
-# How many times torch's error is allowed, in the norm and at the largest element. In float32 the kernels lose a bit that
-# torch does not: they keep a log-sum-exp of each row, whose rounding every weight gets, where torch divides by a sum.
+# How many times torch's error is allowed, in the norm and at the largest element. In float32 the kernels lose a bit
+# that torch does not: they keep a log-sum-exp of each row, whose rounding every weight gets; torch divides by a sum.
 _ALLOWED = {torch.float16: (2.0, 3.0), torch.bfloat16: (2.0, 3.0), torch.float32: (3.0, 4.5)}
 
 
