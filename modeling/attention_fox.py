@@ -1,7 +1,7 @@
 """The attention implementations a FoX layer can be told to use (`attn_implementation`).
 
 ================  =========================================================================================
-``fox``           the default: GPU kernels where they run, else PyTorch; leaves out what ``acp_eps`` allows
+``fox``           the default: GPU kernels where they run, which leave out what ``acp_eps`` allows, else PyTorch
 ``fox_reference`` chunked PyTorch, memory linear in the sequence length; leaves out nothing
 ``sdpa``          torch's scaled_dot_product_attention with the decay as a dense bias: memory quadratic
 ``eager``         the same written out; returns attention weights (``output_attentions=True``)
@@ -46,11 +46,13 @@ def fox_attention_forward(
     _warn_of_attentions(kwargs)
     q, k, v = (x.transpose(1, 2) for x in (query, key, value))
     q, k, v = without_padding(q, k, v, decay)
+    attend = best_attention(q)
     config = module.config
-    if config.acp_eps is not None and config.forget_gate != "none":
+    # In PyTorch the search for what may be left out takes longer than leaving it out saves.
+    if attend is not reference_attention and config.acp_eps is not None and config.forget_gate != "none":
         bound = module.logit_bound() if config.acp_rule == "paper" else None
         decay = prune(decay, q, k, eps=config.acp_eps, rule=config.acp_rule, scale=scaling, logit_bound=bound)
-    out, _ = best_attention(q)(q, k, v, decay, scale=scaling, dropout=dropout)
+    out, _ = attend(q, k, v, decay, scale=scaling, dropout=dropout)
     return out, None
 
 

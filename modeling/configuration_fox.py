@@ -94,7 +94,7 @@ class FoxConfig(PreTrainedConfig):
         use_output_norm (`bool`, defaults to `True`): RMSNorm of the output of each head, before the output gate.
         acp_eps (`float`, *optional*, defaults to `exp(-10)`): Adaptive Computation Pruning (arXiv 2504.06949): the
             attention weight that a query may lose in total to keys that are left out. `None` leaves out nothing.
-            Read by the default `attn_implementation`, `"fox"`; the others leave out nothing.
+            Used where the default `attn_implementation`, `"fox"`, runs on GPU kernels; all else leaves out nothing.
         acp_rule (`str`, defaults to `"tight"`): How it is proven that a key may be left out: `"tight"`, or `"paper"`,
             which takes the bound of the logits from the weights of QK-norm where it can.
 

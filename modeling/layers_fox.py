@@ -225,10 +225,10 @@ class FoxAttention(nn.Module):
         return nn.functional.logsigmoid(self.forget_gate(hidden_states))
 
     def logit_bound(self) -> Tensor | None:
-        """``[H]`` bound of ``|scale * q . k|`` that follows from the weights of QK-norm; None where there is none.
+        """Bound of ``|scale * q . k|`` by the weights of QK-norm, ``[H]``, or ``[1]`` if heads share them; None without.
 
         A normalized head has length ``sqrt(D)`` at most, its weights stretch it, and RoPE turns it; two types of RoPE
-        stretch it too.
+        stretch it too, and give None.
         """
         rope_type = (self.config.rope_parameters or {}).get("rope_type")
         if self.config.qk_norm == "none" or rope_type in ("yarn", "longrope"):

@@ -1,0 +1,55 @@
+"""Pruning in a model: what the configuration says reaches attention, and the bounds that it takes from weights hold."""
+
+import pytest
+import torch
+
+from foxlm.kernels.reference import reference_attention
+from foxlm.modeling import attention_fox
+from models import tiny_model, tokens
+
+
+@pytest.fixture
+def calls(monkeypatch):
+    """What attention is called with; to the model it looks like GPU kernels."""
+    seen = []
+
+    def attend(q, k, v, decay, *, scale, dropout):
+        seen.append((q, k, decay, scale))
+        return reference_attention(q, k, v, decay, scale=scale, dropout=dropout)
+
+    monkeypatch.setattr(attention_fox, "best_attention", lambda q: attend)
+    return seen
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("rule", ["paper", "tight"])
+@pytest.mark.parametrize("variant", ["pro", "llama", "rope", "key-value-gates"])
+def test_output_differs_by_no_more_than_allowed(variant, rule, calls):
+    model = tiny_model(variant, acp_rule=rule, decay_time_min=0.3, decay_time_max=0.5)
+    ids = tokens(2, 300)
+    model.config.acp_eps = None
+    exact = model(ids).logits
+    assert not any(decay.first.any() for _, _, decay, _ in calls)
+    calls.clear()
+    model.config.acp_eps = 1e-6
+    assert (model(ids).logits - exact).abs().max() < 1e-4
+    assert any(decay.first.any() for _, _, decay, _ in calls), "nothing was pruned"
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("variant", ["pro", "rope", "multi-query", "key-value-gates"])
+@pytest.mark.parametrize("qk_norm", ["per_head", "shared"])
+def test_bound_of_logits_from_the_norms_weights_holds(variant, qk_norm, calls):
+    model = tiny_model(variant, qk_norm=qk_norm)
+    model(tokens(2, 50))
+    for layer, (q, k, _, scale) in zip(model.model.layers, calls, strict=True):
+        logits = scale * torch.einsum("bihd,bjhd->hbij", q, k.repeat_interleave(q.shape[2] // k.shape[2], 2))
+        bound = layer.self_attn.logit_bound()
+        assert bound.shape == ((q.shape[2],) if qk_norm == "per_head" else (1,))
+        assert (logits.abs().flatten(1).amax(1) <= bound * (1 + 1e-9)).all()
+
+
+def test_there_is_no_bound_without_norms_or_with_rope_that_stretches():
+    assert tiny_model("llama").model.layers[0].self_attn.logit_bound() is None
+    rope = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 64}
+    assert tiny_model("pro", rope_parameters=rope).model.layers[0].self_attn.logit_bound() is None
