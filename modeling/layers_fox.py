@@ -225,7 +225,7 @@ class FoxAttention(nn.Module):
         return nn.functional.logsigmoid(self.forget_gate(hidden_states))
 
     def logit_bound(self) -> Tensor | None:
-        """Bound of ``|scale * q . k|`` by the weights of QK-norm, ``[H]``, or ``[1]`` if heads share them; None without.
+        """Bound of ``|scale * q . k|`` by the weights of QK-norm: ``[H]``, ``[1]`` if heads share them; None without.
 
         A normalized head has length ``sqrt(D)`` at most, its weights stretch it, and RoPE turns it; two types of RoPE
         stretch it too, and give None.
