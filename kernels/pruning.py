@@ -112,7 +112,10 @@ def prune(
         return decay
     if runs_kernels(q) and q.dtype != torch.float64:
         if logit_bound is not None:
-            logit_bound = torch.as_tensor(logit_bound, dtype=torch.float32, device=q.device).expand(batch, heads)
+            if not isinstance(logit_bound, Tensor):
+                # Filled on the device: a copy of a number from the host would wait for all that is queued.
+                logit_bound = torch.full((1,), logit_bound, dtype=torch.float32, device=q.device)
+            logit_bound = logit_bound.to(device=q.device, dtype=torch.float32).expand(batch, heads)
         first = raise_first(decay, q, k, eps=eps, tight=rule == "tight", scale=scale, logit_bound=logit_bound)
         return decay._replace(first=first)
     kept = _kept(decay, q, k, eps, rule, scale, logit_bound)
