@@ -19,6 +19,7 @@ from foxlm.modeling.modeling_fox import (
     FoxModel,
     FoxPreTrainedModel,
 )
+from foxlm.modeling.paged_cache_fox import FoxPagedCache
 from foxlm.modeling.registration import register_fox
 
 register_fox()
@@ -32,6 +33,7 @@ __all__ = [
     "FoxForSequenceClassification",
     "FoxForTokenClassification",
     "FoxModel",
+    "FoxPagedCache",
     "FoxPreTrainedModel",
     "forgetting_attention",
 ]

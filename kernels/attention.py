@@ -192,20 +192,21 @@ def hide_padding(decay: Decay, real: Tensor) -> Decay:
         decay: of ``Tq`` queries over ``Tk`` keys.
         real: ``[B, Tk]`` bool, False for padding.
     """
-    key = decay.key.masked_fill(~real[:, None, :], float("inf"))
+    paged = decay.cached is not None and decay.cached.pages is not None
+    key = decay.key if paged else decay.key.masked_fill(~real[:, None, :], float("inf"))
     real_query = real.index_select(1, decay.last)
     # Left padding is beyond the first visible key: kernels do not even visit it.
     first = torch.maximum(decay.first, (~real).int().cumprod(1).sum(1)[:, None, None])
     first = torch.where(real_query[:, None, :], first, decay.last + 1)
-    return decay._replace(key=key, first=first, padded=True)
+    return decay._replace(key=key, first=first, real=real)
 
 
 def without_padding(q: Tensor, k: Tensor, v: Tensor, decay: Decay) -> tuple[Tensor, Tensor, Tensor]:
-    """Zero what stands in padding, if there may be any: a weight of zero times a NaN is a NaN."""
-    if not decay.padded:
+    """Zero what stands in padding, if there is any: a weight of zero times a NaN is a NaN."""
+    if decay.real is None:
         return q, k, v
     sees_nothing = (decay.first > decay.last).all(1)[..., None, None]
-    hidden = torch.isposinf(decay.key).all(1)[..., None, None]
+    hidden = ~decay.real[..., None, None]
     return q.masked_fill(sees_nothing, 0.0), k.masked_fill(hidden, 0.0), v.masked_fill(hidden, 0.0)
 
 

@@ -23,6 +23,41 @@ if HAS_TRITON:
 # huge finite sum would cost all later differences their digits.
 LOG_ZERO_GATE = -1e4
 
+# Up to so many tokens PyTorch is as fast as kernels, and torch.compile fuses it with what is around.
+_FEW = 16
+
+
+class KeySummary(NamedTuple):
+    """What pruning must know of all keys up to the end of each block of 64; blocks to come may hold anything.
+
+    Attributes:
+        c: ``[B, Hf, N]`` float64, running sum at the last key of each block.
+        log_decays: ``[B, Hf, N]`` float64, ``log sum_j exp(-c_j)`` over all keys up to there.
+        largest: ``[B, G, N]`` float32, ``max_j |k_j|`` over the same keys.
+    """
+
+    c: Tensor
+    log_decays: Tensor
+    largest: Tensor
+
+
+class CachedKeys(NamedTuple):
+    """How a cache holds the running sums of its keys.
+
+    Attributes:
+        c: ``[B, Hf, Tk]`` float64, also of padding; with pages ``[P, max(1, Hf / G), 64]``, a row for each gate of a
+            key/value head.
+        summary: of the keys.
+        pages: ``[B, G, N]`` int32, the page that holds each 64 tokens of a key/value head; keys and values are then
+            ``[P, 64, D]``. None without pages.
+        start: ``[B, G]`` int32, the first block that is still held; those before are proven dead. With pages.
+    """
+
+    c: Tensor
+    summary: KeySummary
+    pages: Tensor | None = None
+    start: Tensor | None = None
+
 
 class Decay(NamedTuple):
     """What a block of queries needs to know of the gates: all that attention reads beside q, k and v.
@@ -31,18 +66,20 @@ class Decay(NamedTuple):
 
     Attributes:
         query: ``[B, Hf, Tq]`` float64, running sum ``c_i`` at each query.
-        key: ``[B, Hf, Tk]`` float64, running sum ``c_j`` at each key; ``+inf`` hides a key (padding).
+        key: ``[B, Hf, Tk]`` float64, running sum ``c_j`` at each key; ``+inf`` hides a key.
         first: ``[B, H or Hf or 1, Tq]`` int64, first key that a query may see. Greater than ``last`` for a query that
             may see nothing; its output is zero.
         last: ``[Tq]`` int64, last key that a query may see: its own index. Consecutive and ascending.
-        padded: whether there may be hidden keys, or queries that see nothing.
+        real: ``[B, Tk]`` bool, False for padding, whose keys are hidden and whose queries see nothing; None without.
+        cached: what decoding with few queries reads of a cache instead of `key`; None if that is not offered.
     """
 
     query: Tensor
     key: Tensor
     first: Tensor
     last: Tensor
-    padded: bool = False
+    real: Tensor | None = None
+    cached: CachedKeys | None = None
 
     def bias(self) -> Tensor:
         """The dense bias ``D`` as ``[B, Hf, Tq, Tk]`` float64, ``-inf`` where a query may not see a key."""
@@ -75,7 +112,7 @@ def accumulate(
     """
     unbroken = carry is None and isinstance(offset, int) and offset == 0
     no_reset = 0 if unbroken else -1
-    if runs_kernels(log_f):
+    if runs_kernels(log_f) and log_f.shape[1] > _FEW:
         c, first = sum_gates(log_f, starts, LOG_ZERO_GATE, no_reset)
     else:
         c, first = _sum_gates_in_pytorch(log_f, starts, no_reset)
@@ -93,12 +130,14 @@ def _sum_gates_in_pytorch(log_f: Tensor, starts: Tensor | None, no_reset: int) -
     # Contiguous along the sequence: on an H100 a float64 cumsum across strides took 3.1 ms, along it 0.06 ms.
     log_f = log_f.transpose(1, 2).contiguous()
     resets = log_f < LOG_ZERO_GATE
-    c = log_f.masked_fill(resets, 0.0).double().cumsum(-1)
+    c = log_f.masked_fill(resets, 0.0).double()
+    if log_f.shape[-1] > 1:
+        c = c.cumsum(-1)
     if starts is not None:
         resets = resets | starts[:, None, :]
     first = torch.where(resets, torch.arange(log_f.shape[-1], device=log_f.device), no_reset)
     # cummax of an empty tensor raises
-    return c, first.cummax(-1).values if first.shape[-1] else first
+    return c, first.cummax(-1).values if first.shape[-1] > 1 else first
 
 
 def sequence_starts(cu_seqlens: Tensor, length: int) -> Tensor:

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from .backend import HAS_TRITON, runs_kernels
-from .decay import Decay, accumulate
+from .decay import Decay, KeySummary, accumulate
 from .tiles import PRUNED_KEYS, PRUNED_QUERIES
 
 if HAS_TRITON:
@@ -125,6 +125,40 @@ def prune(
     kept = _blocks_minimum(kept, PRUNED_QUERIES) // PRUNED_KEYS * PRUNED_KEYS
     kept = kept.repeat_interleave(PRUNED_QUERIES, dim=-1)[..., :queries]
     return decay._replace(first=torch.where(sees_nothing, first, torch.maximum(first, kept)))
+
+
+def first_dead_block(
+    c: Tensor, summary: KeySummary, bounds: tuple[Tensor, Tensor], blocks: int, *, eps: float, rule: Rule, keys: int
+) -> Tensor:
+    """First block of 64 keys that a query to come may need; every later one may drop all before.
+
+    The rules above for a query of which only bounds are known: of its length, and of the logit with its own key. Its
+    running sum is not above that of any token before it.
+
+    Args:
+        c: ``[B, Hf]`` float64 running sum at some token.
+        summary: of the keys.
+        bounds: of any query from that token on: ``scale |q|`` and ``-scale q . k`` with its own key are at most these,
+            ``[H]`` each; the second also bounds any ``|scale q . k|``.
+        blocks: how many blocks lie wholly before that token.
+        eps: as for `first_kept`.
+        rule: as for `first_kept`.
+        keys: most keys there will ever be.
+
+    Returns:
+        ``[B, G]`` int32, at most ``blocks``: the least over the query heads of a key/value head.
+    """
+    check_rule(eps, rule)
+    query_bound, own_bound = (x.double()[:, None] for x in bounds)
+    heads, kv_heads = len(query_bound), summary.largest.shape[1]
+    c, c_end, log_decays, largest = (
+        _per_query_head(x, heads) for x in (c[..., None], *(x[..., :blocks] for x in summary))
+    )
+    if rule == "tight":
+        dead = query_bound * largest + c + log_decays + own_bound <= math.log(eps)
+    else:
+        dead = c - c_end < math.log(eps) - math.log(keys) - 2.0 * own_bound
+    return dead.int().cumprod(-1).sum(-1, dtype=torch.int32).unflatten(1, (kv_heads, -1)).amin(2)
 
 
 def share_skipped(first: Tensor, length: int, block_q: int = 1, block_k: int = 1, queries: int | None = None) -> Tensor:

@@ -21,9 +21,15 @@ from transformers.utils import logging
 from transformers.utils.generic import maybe_autocast
 
 from ..kernels.attention import best_attention, without_padding
-from ..kernels.decay import Decay
-from ..kernels.pruning import prune
+from ..kernels.backend import HAS_TRITON
+from ..kernels.decay import CachedKeys, Decay
+from ..kernels.pruning import Rule, prune
 from ..kernels.reference import reference_attention
+from ..kernels.tiles import PRUNED_KEYS
+
+if HAS_TRITON:
+    from ..kernels.decode import decode_attention
+    from ..kernels.decode import decodes as decode_takes
 
 logger = logging.get_logger(__name__)
 
@@ -44,16 +50,61 @@ def fox_attention_forward(
 ) -> tuple[Tensor, None]:
     """The best attention for the device, with pruning. Arguments as for `reference_attention_forward`."""
     _warn_of_attentions(kwargs)
+    config = module.config
+    prunes = config.acp_eps is not None and config.forget_gate != "none"
+    bound = module.logit_bound() if prunes and config.acp_rule == "paper" else None
+    if decay.cached is not None:
+        options = {"eps": config.acp_eps, "rule": config.acp_rule, "logit_bound": bound} if prunes else {}
+        return _decode(query, key, value, decay, decay.cached, scaling, **options), None
     q, k, v = (x.transpose(1, 2) for x in (query, key, value))
     q, k, v = without_padding(q, k, v, decay)
     attend = best_attention(q)
-    config = module.config
     # In PyTorch the search for what may be left out takes longer than leaving it out saves.
-    if attend is not reference_attention and config.acp_eps is not None and config.forget_gate != "none":
-        bound = module.logit_bound() if config.acp_rule == "paper" else None
+    if attend is not reference_attention and prunes:
         decay = prune(decay, q, k, eps=config.acp_eps, rule=config.acp_rule, scale=scaling, logit_bound=bound)
     out, _ = attend(q, k, v, decay, scale=scaling, dropout=dropout)
     return out, None
+
+
+def decodes(query: Tensor, key: Tensor) -> bool:
+    """Whether the kernels of decoding take ``[B, H, Tq, D]`` queries and ``[B, G, T, D]`` new keys."""
+    return HAS_TRITON and decode_takes(query.transpose(1, 2), key.transpose(1, 2))
+
+
+def _decode(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    decay: Decay,
+    cached: CachedKeys,
+    scale: float,
+    eps: float | None = None,
+    rule: Rule = "tight",
+    logit_bound: Tensor | None = None,
+) -> Tensor:
+    q = query.transpose(1, 2)
+    if cached.pages is None:
+        key, value = key.transpose(1, 2), value.transpose(1, 2)
+    if rule == "paper" and logit_bound is None:
+        # Of these queries and all keys so far.
+        largest = cached.summary.largest.index_select(-1, decay.last[-1:] // PRUNED_KEYS)
+        norms = torch.linalg.vector_norm(q, dim=-1, dtype=torch.float32).amax(1)
+        logit_bound = norms * abs(scale) * largest[..., 0].repeat_interleave(q.shape[2] // largest.shape[1], dim=1)
+    out, _ = decode_attention(
+        q,
+        key,
+        value,
+        decay._replace(key=cached.c),
+        scale=scale,
+        summary=cached.summary,
+        eps=eps,
+        rule=rule,
+        logit_bound=logit_bound,
+        real=decay.real,
+        pages=cached.pages,
+        start=cached.start,
+    )
+    return out
 
 
 def reference_attention_forward(

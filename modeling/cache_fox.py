@@ -1,40 +1,56 @@
 """What a FoX layer remembers beside keys and values, as cache layers of transformers' own caches.
 
-Decoding needs the running sum of log gates of every key, the first key that is still visible, and, with token shift,
-the last unshifted key and value. transformers' caches hold one layer object per model layer and build them by layer
-type; the two classes here are what they build for ``"forgetting_attention"``, so that ``DynamicCache(config=...)``,
+Decoding needs the running sum of log gates of every key, the first key that is still visible, with token shift the
+last unshifted key and value, and, where kernels run, what they need to find the keys worth reading
+(`..kernels.summary`). transformers' caches hold one layer object per model layer and build them by layer type; the two
+classes here are what they build for ``"forgetting_attention"``, so that ``DynamicCache(config=...)``,
 ``StaticCache(config=...)`` and ``generate`` work as for any model. Every operation moves the extra state too, except
 offloading: it is read before the layer's turn to be fetched back, and is a twentieth of the keys and values. Static
-layers have the operations of transformers' `StaticLayer`: no cropping, repeating or selecting.
+layers have the operations of transformers' `StaticLayer`: no cropping, repeating or selecting. A third kind, which
+frees memory, is in `paged_cache_fox`.
 """
 
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, StaticLayer
 from transformers.utils.import_utils import is_torchdynamo_compiling
 
-from ..kernels.decay import Decay, accumulate
+from ..kernels.backend import runs_kernels
+from ..kernels.decay import CachedKeys, Decay, KeySummary, accumulate
+from ..kernels.summary import Running, empty_summary, extend_summary
+from ..kernels.tiles import PRUNED_KEYS
+from .paged_cache_fox import FoxPagedCache, PagedForgettingLayer
 
-_ACCEPTED = "DynamicCache(config=model.config) or StaticCache(config=model.config, max_cache_len=...)"
+_ACCEPTED = (
+    "DynamicCache(config=model.config), StaticCache(config=model.config, max_cache_len=...) "
+    "or FoxPagedCache(model.config, max_cache_len=...)"
+)
 
 
 class DynamicForgettingLayer(DynamicLayer):
-    """Grows with the sequence.
+    """Grows with the sequence, in place while there is room and by an eighth when there is none.
 
     Attributes:
+        keys, values: ``[B, G, T, D]``.
         gates: ``c``, the running sum of log gates at each key, ``[B, Hf, T]`` float64, and ``first``, the first key
             visible from each token, ``[B, Hf, T]`` int32; None before any token.
         unshifted: by name, ``[B, W, G, D]`` keys and values of the latest tokens before token shift; ``W`` is up to
             twice `rollback_window`.
+        summary: of the keys, and over all of them; None before any token and where no kernels run.
     """
 
     _layer_type = "forgetting_attention"
 
+    keys: Any
+    values: Any
+
     # Token shift needs the unshifted key before the next token. Keeping this many of them makes any shorter rollback
     # exact, at the memory of 2 x this many tokens; a longer one must be announced by `activate_past_recording`.
     rollback_window: ClassVar[int] = 64
+    # Least number of tokens to make room for.
+    least_room: ClassVar[int] = 256
 
     def __init__(self, **kwargs) -> None:
         super().__init__()
@@ -44,9 +60,12 @@ class DynamicForgettingLayer(DynamicLayer):
         self.gates: tuple[Tensor, Tensor] | None = None
         self.unshifted: dict[str, Tensor] = {}
         self.record_past = False
+        self.summary: tuple[KeySummary, Running] | None = None
+        self._rooms: dict[str, Tensor] = {}
+        self._new: Decay | None = None
 
-    def append_gates(self, log_f: Tensor, starts: Tensor | None = None) -> Decay:
-        """Take in the gates of new tokens (before their keys); returns what their queries need.
+    def append_gates(self, log_f: Tensor, starts: Tensor | None = None) -> None:
+        """Take in the gates of new tokens, before their keys and values.
 
         Args:
             log_f: ``[B, T, Hf]`` log gates of the new tokens.
@@ -60,9 +79,58 @@ class DynamicForgettingLayer(DynamicLayer):
         if self.gates is None:
             self.gates = c, first.int()
         else:
-            self.gates = torch.cat([old_c, c], dim=-1), torch.cat([old_first, first.int()], dim=-1)
+            self.gates = self._join("c", old_c, c, -1), self._join("first", old_first, first.int(), -1)
         last = torch.arange(past, past + c.shape[-1], device=c.device)
-        return Decay(c, self.gates[0], first, last)
+        self._new = Decay(c, self.gates[0], first, last)
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args, **kwargs) -> tuple[Tensor, Tensor]:
+        past = self.get_seq_length()
+        if past == 0:
+            self.lazy_initialization(key_states, value_states)
+            self.keys, self.values = key_states, value_states
+        else:
+            self.keys = self._join("keys", self.keys, key_states, -2)
+            self.values = self._join("values", self.values, value_states, -2)
+        if self._new is not None and runs_kernels(key_states) and not is_torchdynamo_compiling():
+            self._summarize(self._new.query, key_states, past)
+        return self.keys, self.values
+
+    def decay(self, few: bool) -> Decay:
+        """What the queries of the tokens taken in last need to know.
+
+        Args:
+            few: whether they are few enough for the kernels of decoding, which then get what they need.
+        """
+        decay, self._new = self._new, None
+        assert decay is not None, "called once after append_gates and update"
+        if not few or self.summary is None:
+            return decay
+        return decay._replace(cached=CachedKeys(decay.key, self.summary[0]))
+
+    def _join(self, name: str, held: Tensor, new: Tensor, dim: int) -> Tensor:
+        """``held`` followed by ``new``: written behind it where it is the beginning of a larger tensor of our own."""
+        total = held.shape[dim] + new.shape[dim]
+        differentiable = torch.is_grad_enabled() and (held.requires_grad or new.requires_grad)
+        if differentiable or is_torchdynamo_compiling():
+            return torch.cat([held, new], dim=dim)
+        room = self._rooms.get(name)
+        if room is None or not _is_beginning(held, room, dim) or room.shape[dim] < total:
+            shape = list(held.shape)
+            shape[dim] = total + max(self.least_room, total // 8)
+            room = self._rooms[name] = held.new_empty(shape)
+            room.narrow(dim, 0, held.shape[dim]).copy_(held)
+        room.narrow(dim, held.shape[dim], new.shape[dim]).copy_(new)
+        return room.narrow(dim, 0, total)
+
+    def _summarize(self, c: Tensor, keys: Tensor, past: int) -> None:
+        if self.summary is None:
+            self.summary = empty_summary(c, keys, 0)
+        summary, running = self.summary
+        blocks = -(-(past + c.shape[-1]) // PRUNED_KEYS)
+        if (missing := blocks - summary.c.shape[-1]) > 0:
+            more = max(missing, summary.c.shape[-1] // 8, self.least_room // PRUNED_KEYS)
+            summary = KeySummary(*(nn.functional.pad(x, (0, more)) for x in summary))
+        self.summary = summary, extend_summary(summary, running, c, keys.detach(), past)
 
     def before(self, name: str) -> Tensor | None:
         """``[B, 1, G, D]`` unshifted ``name`` of the last token, or None at the start."""
@@ -110,9 +178,25 @@ class DynamicForgettingLayer(DynamicLayer):
                 c, first = self.gates
                 self.gates = c[..., :-count], first[..., :-count]
             self.unshifted = {name: states[:, :-count] for name, states in self.unshifted.items()}
+            self._rewind_summary(length - count)
         if self.record_past:
             window = self.rollback_window
             self.unshifted = {name: states[:, -window:].clone() for name, states in self.unshifted.items()}
+
+    def _rewind_summary(self, length: int) -> None:
+        """Make the summary that of the first ``length`` keys: blocks before the last one stand, that is taken again."""
+        if self.summary is None or self.gates is None:
+            return
+        summary, (log_decays, largest) = self.summary
+        start = length // PRUNED_KEYS * PRUNED_KEYS
+        if start:
+            before = start // PRUNED_KEYS - 1
+            running = summary.log_decays[..., before], summary.largest[..., before]
+        else:
+            running = torch.full_like(log_decays, float("-inf")), torch.zeros_like(largest)
+        if length > start:
+            running = extend_summary(summary, running, self.gates[0][..., start:], self.keys[..., start:, :], start)
+        self.summary = summary, running
 
     def reset(self) -> None:
         self.keys = self.values = None
@@ -125,6 +209,9 @@ class DynamicForgettingLayer(DynamicLayer):
             c, first = self.gates
             self.gates = select(c), select(first)
         self.unshifted = {name: select(states) for name, states in self.unshifted.items()}
+        if self.summary is not None:
+            summary, (log_decays, largest) = self.summary
+            self.summary = KeySummary(*map(select, summary)), (select(log_decays), select(largest))
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         super().reorder_cache(beam_idx)
@@ -147,6 +234,7 @@ class StaticForgettingLayer(StaticLayer):
             causality), that at the last token, ``[B, Hf]`` float64, and the first key visible from the last token,
             ``[B, Hf]`` int64; None before any token.
         unshifted: by name, ``[B, 1, G, D]`` key and value of the last token before token shift.
+        summary: of the keys, and over all of them; None before any token and where no kernels run.
     """
 
     _layer_type = "forgetting_attention"
@@ -155,12 +243,11 @@ class StaticForgettingLayer(StaticLayer):
         super().__init__(max_cache_len=max_cache_len)
         self.gates: tuple[Tensor, Tensor, Tensor] | None = None
         self.unshifted: dict[str, Tensor] = {}
+        self.summary: tuple[KeySummary, Running] | None = None
+        self._new: Decay | None = None
 
-    def append_gates(self, log_f: Tensor, starts: Tensor | None = None) -> Decay:
-        """As `DynamicForgettingLayer.append_gates`, and before `update` too: it reads the length that `update` moves.
-
-        The keys of the result are the whole buffer.
-        """
+    def append_gates(self, log_f: Tensor, starts: Tensor | None = None) -> None:
+        """As `DynamicForgettingLayer.append_gates`: before `update`, which moves the length that is read here."""
         if self.gates is None:
             batch, _, gates = log_f.shape
             self.gates = (
@@ -176,7 +263,31 @@ class StaticForgettingLayer(StaticLayer):
         all_c.index_copy_(2, last, c.to(all_c.dtype))
         last_c.copy_(c[..., -1])
         last_first.copy_(first[..., -1])
-        return Decay(c, all_c, first, last)
+        self._new = Decay(c, all_c, first, last)
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args, **kwargs) -> tuple[Tensor, Tensor]:
+        keys, values = super().update(key_states, value_states)
+        if self._new is not None and runs_kernels(key_states):
+            self._summarize(self._new.query, key_states.detach(), self._new.last[0])
+        return keys, values
+
+    def decay(self, few: bool) -> Decay:
+        """As `DynamicForgettingLayer.decay`; the keys are the whole buffer."""
+        decay, self._new = self._new, None
+        assert decay is not None, "called once after append_gates and update"
+        if not few or self.summary is None:
+            return decay
+        return decay._replace(cached=CachedKeys(decay.key, self.summary[0]))
+
+    def _summarize(self, c: Tensor, keys: Tensor, position: Tensor) -> None:
+        if self.summary is None:
+            summary, running = empty_summary(c, keys, self.max_cache_len)
+            for buffer in (*summary, *running):
+                self._fix_address(buffer)
+            self.summary = summary, running
+        summary, running = self.summary
+        for held, new in zip(running, extend_summary(summary, running, c, keys, position), strict=True):
+            held.copy_(new)
 
     def before(self, name: str) -> Tensor | None:
         """``[B, 1, G, D]`` unshifted ``name`` of the last token (zeros at the start), or None before any token."""
@@ -190,26 +301,45 @@ class StaticForgettingLayer(StaticLayer):
             self.unshifted[name] = self._buffer(states, (states.shape[0], 1, *states.shape[2:]), states.dtype)
         self.unshifted[name].copy_(states[:, -1:])
 
-    @staticmethod
-    def _buffer(like: Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    @classmethod
+    def _buffer(cls, like: Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
         buffer = torch.zeros(shape, dtype=dtype, device=like.device)
-        # A fixed address, so that CUDA graphs take in-place writes; not possible while tracing.
-        if not is_torchdynamo_compiling():
-            torch._dynamo.mark_static_address(buffer)
+        cls._fix_address(buffer)
         return buffer
 
+    @staticmethod
+    def _fix_address(buffer: Tensor) -> None:
+        # So that CUDA graphs take in-place writes; not possible while tracing.
+        if not is_torchdynamo_compiling():
+            torch._dynamo.mark_static_address(buffer)
+
     def _buffers(self) -> list[Tensor]:
-        return [*(self.gates or ()), *self.unshifted.values()]
+        summary, running = self.summary or ((), ())
+        return [*(self.gates or ()), *self.unshifted.values(), *summary, *running]
 
     def reset(self) -> None:
         super().reset()
         for buffer in self._buffers():
             buffer.zero_()
+        if self.summary is not None:
+            self.summary[1][0].fill_(float("-inf"))
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         super().reorder_cache(beam_idx)
         for buffer in self._buffers():
             buffer.copy_(buffer.index_select(0, beam_idx.to(buffer.device)))
+
+
+ForgettingLayer = DynamicForgettingLayer | StaticForgettingLayer | PagedForgettingLayer
+_LAYERS = (DynamicForgettingLayer, StaticForgettingLayer, PagedForgettingLayer)
+
+
+def _is_beginning(x: Tensor, whole: Tensor, dim: int) -> bool:
+    """Whether ``x`` is the first part of ``whole`` along ``dim``, and ``whole`` may be written to."""
+    same_place = x.data_ptr() == whole.data_ptr() and x.stride() == whole.stride() and x.dtype == whole.dtype
+    same_size = all(a == b for i, (a, b) in enumerate(zip(x.shape, whole.shape, strict=True)) if i != x.ndim + dim)
+    writable = torch.is_inference_mode_enabled() or not whole.is_inference()
+    return same_place and same_size and writable
 
 
 def check_cache(cache: Cache, num_layers: int) -> None:
@@ -224,7 +354,7 @@ def check_cache(cache: Cache, num_layers: int) -> None:
     if isinstance(cache, DynamicCache) and not layers and cache.layer_class_to_replicate is DynamicLayer:
         cache.layer_class_to_replicate = DynamicForgettingLayer
     grows = cache.layer_class_to_replicate is DynamicForgettingLayer
-    foreign = {type(x).__name__ for x in layers if not isinstance(x, DynamicForgettingLayer | StaticForgettingLayer)}
+    foreign = {type(x).__name__ for x in layers if not isinstance(x, _LAYERS)}
     if foreign or not (layers or grows):
         raise ValueError(
             f"past_key_values must keep the forget gates: pass {_ACCEPTED}, got {type(cache).__name__} "
@@ -234,11 +364,11 @@ def check_cache(cache: Cache, num_layers: int) -> None:
         raise ValueError(f"past_key_values must have the model's {num_layers} layers, got {len(layers)}")
 
 
-def layer_of(cache: Cache, layer_idx: int) -> DynamicForgettingLayer | StaticForgettingLayer:
+def layer_of(cache: Cache, layer_idx: int) -> ForgettingLayer:
     """The cache's layer for ``layer_idx``, made now if the cache makes its layers as they are needed."""
     while len(cache.layers) <= layer_idx:
         cache.layers.append(cache.layer_class_to_replicate())
     return cache.layers[layer_idx]
 
 
-__all__ = ["DynamicForgettingLayer", "StaticForgettingLayer"]
+__all__ = ["DynamicForgettingLayer", "FoxPagedCache", "StaticForgettingLayer"]

@@ -97,6 +97,8 @@ class FoxConfig(PreTrainedConfig):
             Used where the default `attn_implementation`, `"fox"`, runs on GPU kernels; all else leaves out nothing.
         acp_rule (`str`, defaults to `"tight"`): How it is proven that a key may be left out: `"tight"`, or `"paper"`,
             which takes the bound of the logits from the weights of QK-norm where it can.
+        free_dead_cache (`bool`, defaults to `False`): Let `generate` use a `FoxPagedCache`, which frees the memory of
+            keys that no later query can give more than `acp_eps` of its weight, on any device.
 
     Raises:
         `ValueError`, or huggingface_hub's `StrictDataclassError` for a wrong type or value: the message names the
@@ -153,6 +155,7 @@ class FoxConfig(PreTrainedConfig):
     use_output_norm: bool = True
     acp_eps: float | None = math.exp(-10)
     acp_rule: Literal["paper", "tight"] = "tight"
+    free_dead_cache: bool = False
     pad_token_id: int | None = None
     bos_token_id: int | None = None
     eos_token_id: int | list[int] | None = None

@@ -23,17 +23,16 @@ from transformers.utils import TransformersKwargs
 
 from ..kernels.attention import hide_padding
 from ..kernels.decay import Decay, accumulate
-from .attention_fox import ALL_ATTENTION_FUNCTIONS, eager_attention_forward
-from .cache_fox import DynamicForgettingLayer, StaticForgettingLayer, layer_of
+from .attention_fox import ALL_ATTENTION_FUNCTIONS, decodes, eager_attention_forward
+from .cache_fox import ForgettingLayer, layer_of
 from .configuration_fox import FoxConfig
 from .gates_fox import local_part, make_forget_gate
 from .layout_fox import TokenLayout
 
-CacheLayer = DynamicForgettingLayer | StaticForgettingLayer
-
-
 # From this many elements on a tensor's float32 copies are worth computing twice.
 _LARGE = 1 << 22
+# Norms and projections round, in bfloat16 each number by 2^-9 at most.
+_ROUNDED = 1.0 + 2.0**-7
 
 
 def keeping_inputs_only(function: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
@@ -98,7 +97,7 @@ class FoxTokenShift(nn.Module):
         self.proj = nn.Linear(hidden_size, heads, bias=False)
 
     def forward(
-        self, hidden_states: Tensor, states: Tensor, layout: TokenLayout, cache_layer: CacheLayer | None, name: str
+        self, hidden_states: Tensor, states: Tensor, layout: TokenLayout, cache_layer: ForgettingLayer | None, name: str
     ) -> Tensor:
         """
         Args:
@@ -201,10 +200,21 @@ class FoxAttention(nn.Module):
             # Back to the type of v: under autocast the angles are float32, and keys are cached beside values.
             q, k = (x.to(v.dtype) for x in apply_rotary(q, k, *position_embeddings))
 
-        decay = self._decay(hidden_states, layout, cache_layer)
+        log_f = self.log_forget_gates(hidden_states)
+        if layout.real is not None:
+            log_f = log_f.masked_fill(~layout.real[..., None], 0.0)
         q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-        if past_key_values is not None:
-            k, v = past_key_values.update(k, v, self.layer_idx)
+        if past_key_values is None or cache_layer is None:
+            c, first = accumulate(log_f, starts=layout.starts)
+            decay = Decay(c, c, first, layout.positions)
+        else:
+            few = self._few_queries(q, k)
+            cache_layer.append_gates(log_f, layout.starts)
+            k, v = past_key_values.update(k, v, self.layer_idx, few=few)
+            decay = cache_layer.decay(few)
+        if (real := layout.real_keys) is not None:
+            # A mask may be as long as a cache of fixed size, where the keys are those so far.
+            decay = hide_padding(decay, real if decay.cached is not None else real[:, : decay.key.shape[-1]])
 
         attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention_forward)
         dropout = self.attention_dropout if self.training else 0.0
@@ -239,16 +249,11 @@ class FoxAttention(nn.Module):
             k = k.repeat_interleave(len(q) // len(k))
         return q * k * (self.head_dim * abs(self.scaling))
 
-    def _decay(self, hidden_states: Tensor, layout: TokenLayout, cache_layer: CacheLayer | None) -> Decay:
-        log_f = self.log_forget_gates(hidden_states)
-        if layout.real is not None:
-            log_f = log_f.masked_fill(~layout.real[..., None], 0.0)
-        if cache_layer is None:
-            c, first = accumulate(log_f, starts=layout.starts)
-            decay = Decay(c, c, first, layout.positions)
-        else:
-            decay = cache_layer.append_gates(log_f, layout.starts)
-        return decay if layout.real_keys is None else hide_padding(decay, layout.real_keys)
+    def _few_queries(self, q: Tensor, k: Tensor) -> bool:
+        """Whether the kernels of decoding take these, ``[B, H, Tq, D]`` and ``[B, G, T, D]``."""
+        differentiable = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad)
+        dropout = self.training and self.attention_dropout > 0.0
+        return self.config._attn_implementation == "fox" and not differentiable and not dropout and decodes(q, k)
 
 
 class FoxMLP(LlamaMLP):
@@ -267,3 +272,35 @@ class FoxDecoderLayer(GradientCheckpointingLayer):
         attended, _ = self.self_attn(self.input_layernorm(hidden_states), **kwargs)
         hidden_states = hidden_states + attended
         return hidden_states + self.mlp(self.post_attention_layernorm(hidden_states))
+
+    @torch.no_grad()
+    def logit_bounds(self) -> tuple[Tensor, Tensor] | None:
+        """Bounds of ``scale |q|`` and of ``|scale * q . k|`` by the weights, for any input: ``[H]`` float32 each.
+
+        Those of QK-norm; without it, that a normalized input has length ``sqrt(hidden)`` and a projection stretches it
+        by its largest singular value at most, which is sound but far more than what happens. None for RoPE that
+        stretches.
+        """
+        attention, config = self.self_attn, self.self_attn.config
+        if (config.rope_parameters or {}).get("rope_type") in ("yarn", "longrope"):
+            return None
+        size = attention.head_dim
+        if config.qk_norm == "none":
+            query, key = (self._largest_output(x) for x in (attention.q_proj, attention.k_proj))
+        else:
+            query, key = (
+                local_part(norm.weight).float().abs().view(-1, size).amax(-1) * size**0.5
+                for norm in (attention.q_norm, attention.k_norm)
+            )
+        heads = attention.q_proj.weight.shape[0] // size
+        query, key = (x.repeat_interleave(heads // len(x)) * _ROUNDED for x in (query, key))
+        return query * abs(attention.scaling), query * key * abs(attention.scaling)
+
+    def _largest_output(self, proj: nn.Linear) -> Tensor:
+        """Largest length of each head of ``proj`` of a normalized input, ``[heads]``."""
+        size, norm = self.self_attn.head_dim, self.input_layernorm
+        weight = local_part(proj.weight).float() * local_part(norm.weight).float()
+        largest = torch.linalg.matrix_norm(weight.unflatten(0, (-1, size)), ord=2) * weight.shape[1] ** 0.5
+        if self.self_attn.config.attention_bias:
+            largest += torch.linalg.vector_norm(local_part(proj.bias).float().unflatten(0, (-1, size)), dim=-1)
+        return largest

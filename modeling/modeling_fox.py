@@ -1,5 +1,7 @@
 """The Forgetting Transformer (FoX): decoder, language model and task heads."""
 
+from typing import cast
+
 from torch import Tensor, nn
 from transformers import initialization as init
 from transformers.cache_utils import Cache, DynamicCache
@@ -14,6 +16,7 @@ from transformers.modeling_utils import PreTrainedModel
 from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs, can_return_tuple
 from transformers.utils.generic import merge_with_config_defaults
+from transformers.utils.import_utils import is_torchdynamo_compiling
 from transformers.utils.output_capturing import capture_outputs
 
 from .attention_fox import DEFAULT_IMPLEMENTATION, IMPLEMENTATIONS
@@ -22,6 +25,7 @@ from .configuration_fox import FoxConfig
 from .gates_fox import FoxConstantGate, FoxForgetGate, decay_time_bias
 from .layers_fox import FoxAttention, FoxDecoderLayer, FoxRMSNorm, FoxRotaryEmbedding
 from .layout_fox import padding_mask, token_layout
+from .paged_cache_fox import FoxPagedCache
 
 
 class FoxPreTrainedModel(PreTrainedModel):
@@ -128,6 +132,10 @@ class FoxModel(FoxPreTrainedModel):
             past_key_values = DynamicCache(config=self.config)
 
         cu_seqlens = (kwargs.get("cu_seq_lens_q"), kwargs.get("cu_seq_lens_k"))
+        if isinstance(past_key_values, FoxPagedCache) and not is_torchdynamo_compiling():
+            if not past_key_values.is_initialized:
+                past_key_values.set_logit_bounds([cast(FoxDecoderLayer, x).logit_bounds() for x in self.layers])
+            past_key_values.reserve(inputs_embeds.shape[1])
         layout = token_layout(inputs_embeds, attention_mask, position_ids, cu_seqlens, past_key_values)
         position_embeddings = None
         if self.rotary_emb is not None:
@@ -173,13 +181,29 @@ class FoxForCausalLM(FoxPreTrainedModel, GenerationMixin):
     ) -> dict[str, Tensor | None]:
         """The padding mask at the fixed length of a static cache, so that a compiled step sees one shape.
 
-        Called by `generate` before each step where the cache can be compiled.
+        Called by `generate` before each step where the cache can be compiled; so a paged cache makes room here, outside
+        of what is compiled.
         """
         batch, length = inputs_embeds.shape[:2]
         keys = length if past_key_values is None else past_key_values.get_mask_sizes(length, 0)[0]
         past = 0 if past_key_values is None else past_key_values.get_seq_length()
         mask = padding_mask(attention_mask, batch, past, length, keys, inputs_embeds.device)
+        if mask is not None and mask.all():
+            mask = None
+        if isinstance(past_key_values, FoxPagedCache):
+            past_key_values.reserve(length)
         return {"forgetting_attention": mask}
+
+    def _prepare_cache_for_generation(
+        self, generation_config, model_kwargs, generation_mode, batch_size, max_cache_length
+    ) -> None:
+        wanted = self.config.free_dead_cache and generation_config.use_cache is not False
+        if wanted and model_kwargs.get("past_key_values") is None and generation_config.cache_implementation is None:
+            model_kwargs["past_key_values"] = FoxPagedCache(self.config, max_cache_length)
+            return
+        super()._prepare_cache_for_generation(
+            generation_config, model_kwargs, generation_mode, batch_size, max_cache_length
+        )
 
     @can_return_tuple
     def forward(

@@ -22,7 +22,7 @@ from transformers import (
 )
 from transformers.cache_utils import DynamicLayer, StaticLayer
 
-from foxlm.modeling.cache_fox import DynamicForgettingLayer, StaticForgettingLayer
+from foxlm.modeling.cache_fox import DynamicForgettingLayer, FoxPagedCache, StaticForgettingLayer
 from models import DECODING_VARIANTS, SIZES, VARIANTS, assert_close, tiny_model, tokens
 
 
@@ -106,12 +106,17 @@ def static(variant: str = "pro", batch: int = 2, length: int = 40) -> Run:
     return Run(model, StaticCache(config=model.config, max_cache_len=length), batch)
 
 
+def paged(variant: str = "pro", batch: int = 2, length: int = 40) -> Run:
+    model = MODELS[variant]
+    return Run(model, FoxPagedCache(model.config, length), batch)
+
+
 HOLES = torch.tensor([[1, 1, 0, 0, 1], [0, 0, 0, 1, 1]])
 
 
 @pytest.mark.parametrize("variant", DECODING_VARIANTS)
-@pytest.mark.parametrize("make", [dynamic, static])
-class TestBothCaches:
+@pytest.mark.parametrize("make", [dynamic, static, paged])
+class TestEveryCache:
     def test_chunks_and_single_tokens(self, make: Any, variant: str) -> None:
         run = make(variant).extend(5).extend(1).extend(1).extend(7).extend(1)
         assert run.cache.get_seq_length() == 15
@@ -381,14 +386,16 @@ APPEND_GATES = DynamicForgettingLayer.append_gates
 def restart_sum(layer: DynamicForgettingLayer, log_f: Tensor, starts: Tensor | None = None) -> Any:
     """`append_gates` whose running sum begins anew at every step."""
     before = layer.gates
-    decay = APPEND_GATES(layer, log_f, starts)
+    APPEND_GATES(layer, log_f, starts)
+    decay = layer._new
+    assert decay is not None
     if before is None:
-        return decay
+        return
     query = decay.query - before[0][..., -1:]
     key = torch.cat([before[0], query], dim=-1)
     assert layer.gates is not None
     layer.gates = (key, layer.gates[1])
-    return decay._replace(query=query, key=key)
+    layer._new = decay._replace(query=query, key=key)
 
 
 @pytest.mark.parametrize("variant", DECODING_VARIANTS)

@@ -59,7 +59,7 @@ def draw(
     first = (torch.rand(2, first_heads, queries, generator=generator) * last).long()
     first[:, ::2] = last // 100 * 100
     first[1, -1, : queries // 2] = offset + queries + 3
-    return q, kv[:, :, 0], kv[:, :, 1], Decay(c[..., offset : offset + queries], hidden, first, last, True)
+    return q, kv[:, :, 0], kv[:, :, 1], Decay(c[..., offset : offset + queries], hidden, first, last)
 
 
 def compile_for_hopper(head_dim: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch, **sizes: Any) -> Any:
@@ -136,7 +136,7 @@ def test_the_stride_of_a_single_element_does_not_matter():
 
 
 def on_gpu(q: Tensor, k: Tensor, v: Tensor, decay: Decay) -> tuple[Tensor, Tensor, Tensor, Decay]:
-    gates = Decay(decay.query.cuda(), decay.key.cuda(), decay.first.cuda(), decay.last.cuda(), decay.padded)
+    gates = Decay(decay.query.cuda(), decay.key.cuda(), decay.first.cuda(), decay.last.cuda())
     return q.cuda(), k.cuda(), v.cuda(), gates
 
 

@@ -80,7 +80,7 @@ def exact_weights(q: Tensor, k: Tensor, decay: Decay, scale: float) -> Tensor:
 def pruned_first(q: Tensor, k: Tensor, decay: Decay, device: str, **options: Any) -> Tensor:
     """First keys ``[B, H, Tq]`` by what runs on ``device``, on the CPU."""
     query, key, first, last = (x.to(device) for x in decay[:4])
-    moved = Decay(query, key, first, last, decay.padded)
+    moved = Decay(query, key, first, last, decay.real)
     return prune(moved, q.to(device), k.to(device), **options).first.cpu()
 
 

@@ -1,0 +1,312 @@
+"""The cache that frees dead pages: what it frees is dead, what it holds is bounded, and outputs stay what they were."""
+
+import copy
+import math
+from typing import Any, cast
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+from transformers import DynamicCache
+
+from foxlm import FoxForCausalLM
+from foxlm.kernels.tiles import PRUNED_KEYS
+from foxlm.modeling.layers_fox import FoxDecoderLayer
+from foxlm.modeling.paged_cache_fox import FoxPagedCache, PagedForgettingLayer
+from models import tiny_model, tokens
+
+EPS = 1e-4
+VARIANTS = ("pro", "multi-query", "key-value-gates", "bias-only", "rope", "shared-qk-norm")
+
+
+def forgetful_model(variant: str = "pro", rule: str = "tight", bias: float = -0.5, **overrides: Any) -> FoxForCausalLM:
+    """Gates near ``sigmoid(bias)``: pages die within a few hundred tokens."""
+    model = tiny_model(variant, acp_eps=EPS, acp_rule=rule, **overrides)
+    with torch.no_grad():
+        for layer in model.model.layers:
+            layer.self_attn.forget_gate.bias.fill_(bias)
+    return model
+
+
+@torch.no_grad()
+def feed(model: FoxForCausalLM, cache: Any, ids: Tensor, sizes: list[int]) -> Tensor:
+    """Logits of ``ids`` fed in parts of these sizes."""
+    parts = [model(part, past_key_values=cache).logits for part in ids.split(sizes, dim=1)]
+    return torch.cat(parts, dim=1)
+
+
+def layers_of(cache: FoxPagedCache) -> list[PagedForgettingLayer]:
+    return list(cache.layers)
+
+
+@pytest.mark.parametrize("rule", ["tight", "paper"])
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_freed_pages_weigh_nothing_for_any_later_query(
+    variant: str, rule: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The exact weights, in float64: those of all freed keys together are at most eps in every later row."""
+    model = forgetful_model(variant, rule, bias=-2.0)
+    cache = FoxPagedCache(model.config, 600)
+    sweeps: list[tuple[int, int, Tensor]] = []
+    sweep = PagedForgettingLayer.sweep
+
+    def recording(layer: PagedForgettingLayer, length: int, c: Tensor | None = None) -> None:
+        sweep(layer, length, c)
+        # Queries from here on must not miss what is freed, those after a crop of as much as is allowed included.
+        sweeps.append((cache.layers.index(layer), length - layer.rollback_window, layer.start.clone()))
+
+    monkeypatch.setattr(PagedForgettingLayer, "sweep", recording)
+    ids = tokens(2, 420)
+    feed(model, cache, ids, [200, 1, 99, *[1] * 20, 100])
+    exact = copy.deepcopy(model)
+    exact.set_attn_implementation("eager")
+    with torch.no_grad():
+        weights = exact(ids, output_attentions=True, use_cache=False).attentions
+    freed = 0
+    for layer, since, start in sweeps:
+        group = weights[layer].shape[1] // start.shape[1]
+        dead = (start * PRUNED_KEYS).repeat_interleave(group, dim=1)
+        lost = weights[layer] * (torch.arange(420) < dead[..., None, None])
+        assert lost[:, :, since:].sum(-1).max() <= EPS
+        freed += int((start > 0).sum())
+    assert freed > 0
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_logits_stay_within_what_eps_allows(variant: str) -> None:
+    model = forgetful_model(variant)
+    ids = tokens(2, 500)
+    sizes = [190, 1, 1, 60, 70, *[1] * 70, 108]
+    cache = FoxPagedCache(model.config, 500)
+    found = feed(model, cache, ids, sizes)
+    expected = model(ids, use_cache=False).logits
+    assert (found - expected).abs().max() <= 10 * EPS
+    assert min(int(layer.start.min()) for layer in layers_of(cache)) >= 4
+    held = sum(int((layer.pages >= 0).sum()) for layer in layers_of(cache))
+    assert held <= 0.5 * sum(layer.pages.numel() for layer in layers_of(cache))
+
+
+def test_without_eps_or_bounds_nothing_is_freed() -> None:
+    ids = tokens(1, 300)
+    unknown = forgetful_model("rope", rope_parameters={"rope_type": "yarn", "rope_theta": 100.0, "factor": 2.0})
+    assert cast(FoxDecoderLayer, unknown.model.layers[0]).logit_bounds() is None
+    exact = forgetful_model()
+    exact.config.acp_eps = None
+    for model in (unknown, exact):
+        cache = FoxPagedCache(model.config, 300)
+        feed(model, cache, ids, [250, 50])
+        assert all(int(layer.start.max()) == 0 for layer in layers_of(cache))
+
+
+@pytest.mark.parametrize("variant", ["pro", "llama", "shared-qk-norm", "biases", "llama-rope"])
+def test_logit_bounds_hold(variant: str) -> None:
+    model = tiny_model(variant)
+    model.set_attn_implementation("eager")
+    for layer in model.model.layers:
+        bounds = cast(FoxDecoderLayer, layer).logit_bounds()
+        assert bounds is not None
+        query, any_logit = bounds
+        states = torch.randn(1, 200, model.config.hidden_size, dtype=torch.float64) * 100.0
+        attention = layer.self_attn
+        hidden = layer.input_layernorm(states)
+        heads = attention.q_proj.weight.shape[0] // attention.head_dim
+        q, k = (proj(hidden).unflatten(-1, (-1, attention.head_dim)) for proj in (attention.q_proj, attention.k_proj))
+        if model.config.qk_norm != "none":
+            q, k = attention.q_norm(q), attention.k_norm(k)
+        k = k.repeat_interleave(heads // k.shape[2], dim=2)
+        assert (q.norm(dim=-1).amax((0, 1)) * attention.scaling <= query).all()
+        assert (torch.einsum("bihd,bjhd->bhij", q, k).abs().amax((0, 2, 3)) * attention.scaling <= any_logit).all()
+
+
+def test_memory_is_bounded_however_long_the_sequence() -> None:
+    """All heads forget: 20,000 tokens are held in the pages of a few hundred."""
+    model = forgetful_model(num_hidden_layers=1)
+    cache = FoxPagedCache(model.config, 20_000)
+    ids = tokens(1, 20_000)
+    held = []
+    with torch.no_grad():
+        for part in ids.split(400, dim=1):
+            model(part, past_key_values=cache, logits_to_keep=1)
+            held.append(cache.held_bytes())
+    assert len(set(held[2:])) == 1
+    in_use = int((layers_of(cache)[0].pages >= 0).sum())
+    assert in_use <= 2 * (400 // PRUNED_KEYS + 4)
+
+
+def test_prefill_frees_at_once() -> None:
+    model = forgetful_model(num_hidden_layers=1)
+    cache = FoxPagedCache(model.config, 4096)
+    feed(model, cache, tokens(1, 4096), [4096])
+    full = DynamicCache(config=model.config)
+    feed(model, full, tokens(1, 4096), [4096])
+    everything = sum(layer.keys.nbytes + layer.values.nbytes for layer in full.layers)
+    assert cache.held_bytes() <= 0.2 * everything
+
+
+class Both:
+    """The same operations on a paged cache and on one that never frees."""
+
+    def __init__(self, model: FoxForCausalLM, batch: int) -> None:
+        self.model = model
+        self.paged, self.full = FoxPagedCache(model.config, 1200), DynamicCache(config=model.config)
+        self.batch, self.length, self.steps = batch, 0, 0
+
+    def extend(self, count: int) -> None:
+        self.steps += 1
+        new = tokens(self.batch, count, seed=self.steps)
+        found, expected = (feed(self.model, cache, new, [count]) for cache in (self.paged, self.full))
+        assert (found - expected).abs().max() <= 10 * EPS
+        self.length += count
+
+    def both(self, operation: str, *arguments: Any) -> None:
+        for cache in (self.paged, self.full):
+            getattr(cache, operation)(*arguments)
+
+
+OPERATIONS = st.lists(
+    st.one_of(
+        st.tuples(st.just("extend"), st.integers(1, 150)),
+        st.tuples(st.just("crop"), st.integers(1, 32)),
+        st.tuples(st.just("reorder"), st.integers(0, 10**6)),
+        st.tuples(st.just("select"), st.integers(0, 10**6)),
+        st.tuples(st.just("repeat"), st.just(2)),
+        st.tuples(st.just("sweep"), st.just(0)),
+    ),
+    min_size=3,
+    max_size=9,
+)
+MODELS = {variant: forgetful_model(variant) for variant in ("pro", "key-value-gates", "multi-query")}
+
+
+@settings(max_examples=25, deadline=None)
+@given(operations=OPERATIONS, variant=st.sampled_from(sorted(MODELS)))
+def test_any_operations_leave_what_a_cache_that_never_frees_holds(operations: list, variant: str) -> None:
+    run = Both(MODELS[variant], batch=2)
+    run.extend(230)
+    for name, number in operations:
+        rows = torch.randint(run.batch, (run.batch,), generator=torch.Generator().manual_seed(number))
+        if name == "extend" and run.length < 900:
+            run.extend(number)
+        elif name == "crop":
+            before = run.length
+            try:
+                run.paged.crop(-number)
+            except RuntimeError as error:
+                # After a crop the next one may reach below what is freed.
+                assert "can be taken back" in str(error)
+                assert int(run.paged.get_seq_length()) == before
+                continue
+            run.full.crop(-number)
+            run.length -= number
+        elif name == "reorder":
+            run.both("reorder_cache", rows)
+        elif name == "select":
+            run.both("batch_select_indices", rows[: max(1, run.batch - 1)])
+            run.batch = max(1, run.batch - 1)
+        elif name == "repeat" and run.batch <= 2:
+            run.both("batch_repeat_interleave", number)
+            run.batch *= number
+        elif name == "sweep":
+            for layer in layers_of(run.paged):
+                layer.sweep(run.length)
+    run.extend(3)
+    run.extend(1)
+
+
+def test_crop_below_what_is_freed_is_refused_and_changes_nothing() -> None:
+    model = forgetful_model()
+    cache = FoxPagedCache(model.config, 600)
+    ids = tokens(1, 500)
+    feed(model, cache, ids[:, :400], [400])
+    for count in (33, 100, 399):
+        with pytest.raises(RuntimeError, match="32 tokens at most can be taken back"):
+            cache.crop(-count)
+    cache.crop(-32)
+    with pytest.raises(RuntimeError, match="0 tokens at most"):
+        cache.crop(-1)
+    found = feed(model, cache, ids[:, 368:], [1, 131])
+    expected = model(ids, use_cache=False).logits[:, 368:]
+    assert (found - expected).abs().max() <= 10 * EPS
+    cache.crop(-500)
+    assert cache.get_seq_length() == 0
+    for wrong in (1, -501):
+        with pytest.raises(ValueError, match="tokens_to_remove must be in"):
+            cache.crop(wrong)
+
+
+def test_left_padding_and_a_longer_second_turn() -> None:
+    """Prefix reuse: the cache of a batch of prompts goes on."""
+    model = forgetful_model()
+    ids, mask = tokens(2, 400), torch.ones(2, 400, dtype=torch.long)
+    mask[0, :70] = 0
+    cache = FoxPagedCache(model.config, 400)
+    with torch.no_grad():
+        for begin, end in ((0, 250), (250, 251), (251, 400)):
+            out = model(ids[:, begin:end], attention_mask=mask[:, :end], past_key_values=cache, use_cache=True).logits
+    alone = model(ids[:1, 70:], use_cache=False).logits
+    other = model(ids[1:], use_cache=False).logits
+    assert (out[0] - alone[0, -149:]).abs().max() <= 10 * EPS
+    assert (out[1] - other[0, -149:]).abs().max() <= 10 * EPS
+    assert min(int(layer.start.min()) for layer in layers_of(cache)) > 0
+
+
+@pytest.mark.parametrize("options", [{}, {"num_beams": 3}, {"do_sample": True, "num_return_sequences": 2}], ids=str)
+def test_generate_with_the_configuration_switch(options: dict[str, Any]) -> None:
+    """Beam search, sampling and greedy search give the tokens of a cache that never frees."""
+    model = forgetful_model()
+    ids = tokens(2, 200)
+    found = {}
+    for free in (False, True):
+        model.config.free_dead_cache = free
+        torch.manual_seed(0)
+        result = model.generate(ids, max_new_tokens=40, return_dict_in_generate=True, **options)
+        assert isinstance(result.past_key_values, FoxPagedCache) == free
+        found[free] = result.sequences
+    assert torch.equal(found[False], found[True])
+
+
+def test_generate_in_chunks_of_the_prompt() -> None:
+    model = forgetful_model()
+    ids = tokens(1, 300)
+    expected = model.generate(ids, max_new_tokens=10)
+    for cache in (FoxPagedCache(model.config, 310), DynamicCache(config=model.config)):
+        assert torch.equal(
+            model.generate(ids, max_new_tokens=10, past_key_values=cache, prefill_chunk_size=64), expected
+        )
+
+
+def test_assisted_decoding_rolls_back() -> None:
+    model, assistant = forgetful_model(), forgetful_model(seed=1)
+    ids = tokens(1, 200)
+    expected = model.generate(ids, max_new_tokens=30)
+    model.config.free_dead_cache = True
+    assert torch.equal(model.generate(ids, max_new_tokens=30, assistant_model=assistant), expected)
+
+
+def test_bad_arguments() -> None:
+    model = forgetful_model()
+    with pytest.raises(ValueError, match="max_cache_len must be positive, got 0"):
+        FoxPagedCache(model.config, 0)
+    cache = FoxPagedCache(model.config, 100)
+    with pytest.raises(RuntimeError, match=r"torch\.no_grad"):
+        model(tokens(1, 5), past_key_values=cache)
+    cache = FoxPagedCache(model.config, 100)
+    feed(model, cache, tokens(1, 98), [98])
+    with pytest.raises(ValueError, match="has room for 100"), torch.no_grad():
+        model(tokens(1, 3), past_key_values=cache)
+    feed(model, cache, tokens(1, 2), [1, 1])
+
+
+def test_a_bound_that_is_too_small_is_seen() -> None:
+    """Negative control: were queries shorter than they are, pages would be freed that count."""
+    model = forgetful_model(bias=3.0)
+    ids = tokens(1, 400)
+    cache = FoxPagedCache(model.config, 400)
+    feed(model, cache, ids[:, :10], [10])
+    for layer in layers_of(cache):
+        assert layer.bounds is not None
+        layer.bounds = (layer.bounds[0] * 0.0, layer.bounds[1] - math.inf)
+    found = feed(model, cache, ids[:, 10:], [290, 100])
+    assert not (found[:, -100:] - model(ids, use_cache=False).logits[:, -100:]).abs().max() <= 10 * EPS
