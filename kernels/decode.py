@@ -326,7 +326,7 @@ def _attend_kernel(
         keys_begin, keys_end = (first_block + position) * _BLOCK, (first_block + segment_end) * _BLOCK
         first_key, last_key = tl.load(p_range + 3 * HEADS), tl.load(p_range + 4 * HEADS)
 
-        b, g = (head // G).to(tl.int64), head % G
+        b, g = tl.cast(head // G, tl.int64), head % G
         h = g * group + rows // TQ
         gate = h // (H // HF)
         p_q = Q + b * q_b + t.to(tl.int64) * q_t + h.to(tl.int64) * q_h
@@ -363,7 +363,7 @@ def _attend_kernel(
                 readable, tile_keys = inside, keys
                 p_k_tile, p_v_tile, p_c_tile = p_k, p_v, p_c
             else:
-                page = tl.load(PAGES + head.to(tl.int64) * NB + j // _BLOCK)
+                page = tl.load(PAGES + tl.cast(head, tl.int64) * NB + j // _BLOCK)
                 readable, tile_keys = inside & (page >= 0), keys % _BLOCK
                 p_k_tile, p_v_tile = K + page.to(tl.int64) * k_b, V + page.to(tl.int64) * v_b
                 p_c_tile = p_c + page.to(tl.int64) * ck_b
