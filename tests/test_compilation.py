@@ -12,6 +12,7 @@ from torch import Tensor
 from attention_inputs import attention, draw_inputs, output_and_gradients
 from foxlm.kernels import decay, pruning, triton_attention
 from foxlm.kernels.backend import HAS_TRITON
+from foxlm.kernels.decay import Decay
 from foxlm.kernels.tiles import Tiles, choose_tiles
 from kernel_device import INTERPRETED
 
@@ -21,6 +22,7 @@ if not HAS_TRITON or INTERPRETED:
 import triton
 
 from ahead_of_time import compiling_only
+from foxlm.kernels.decode import KeySummary, decode_attention
 
 # Shared memory that one program can have, in KiB.
 SHARED_MEMORY = {80: 163, 86: 99, 89: 99, 90: 227, 100: 227}
@@ -89,6 +91,47 @@ def test_kernels_fit(capability, head_dim, dtype, monkeypatch, tmp_path):
         used = resources(kernel, tmp_path)
         assert used["REG"] * 32 * kernel.metadata.num_warps <= REGISTERS, name
         assert used["STACK"] <= STACK, f"{name}: {used}"
+
+
+def compile_decoding_for(
+    capability: int, head_dim: int, dtype: torch.dtype, heads: tuple[int, int, int], paged: bool, **options: Any
+) -> list[Any]:
+    """The kernels that `decode_attention` launches."""
+    (h, g, hf), keys, blocks = heads, 1024, 16
+
+    def empty(*shape: int, dtype: torch.dtype = torch.float64) -> Tensor:
+        return torch.empty(shape, dtype=dtype)
+
+    summary = KeySummary(empty(2, hf, blocks), empty(2, hf, blocks), empty(2, g, blocks, dtype=torch.float32))
+    first, last = torch.zeros(2, hf, 1, dtype=torch.int64), torch.tensor([keys - 1])
+    if paged:
+        k = empty(2 * g * blocks, 64, head_dim, dtype=dtype)
+        key = empty(2 * g * blocks, max(1, hf // g), 64)
+        options |= {"pages": empty(2, g, blocks, dtype=torch.int32), "start": empty(2, g, dtype=torch.int32)}
+    else:
+        k, key = empty(2, keys, g, head_dim, dtype=dtype), empty(2, hf, keys)
+        options |= {"real": empty(2, keys, dtype=torch.bool)}
+    decay_of = Decay(empty(2, hf, 1), key, first, last)
+    with compiling_only(capability) as compiled:
+        q = empty(2, 1, h, head_dim, dtype=dtype)
+        decode_attention(q, k, k, decay_of, scale=0.125, summary=summary, eps=1e-3, **options)
+    return compiled
+
+
+@pytest.mark.parametrize("capability", SHARED_MEMORY)
+@pytest.mark.parametrize("head_dim", [64, 128, 256])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+def test_decoding_fits(dtype, head_dim, capability, tmp_path):
+    cases = [((2, 2, 2), False, {}), ((8, 2, 8), True, {"rule": "paper", "logit_bound": 8.0})]
+    for heads, paged, options in cases:
+        kernels = compile_decoding_for(capability, head_dim, dtype, heads, paged, **options)
+        assert [kernel.metadata.name for kernel in kernels] == ["_ranges_kernel", "_attend_kernel"]
+        for kernel in kernels:
+            assert kernel.metadata.target.arch == capability
+            assert kernel.metadata.shared <= SHARED_MEMORY[capability] * 1024
+            used = resources(kernel, tmp_path)
+            assert used["REG"] * 32 * kernel.metadata.num_warps <= REGISTERS
+            assert used["STACK"] <= STACK, f"{heads}: {used}"
 
 
 def test_dropout_and_packing_compile(monkeypatch):

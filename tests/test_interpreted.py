@@ -19,6 +19,7 @@ TESTS = Path(__file__).parent
 RUNS = {
     "test_kernels.py": [],
     "test_kernel_operators.py": [],
+    "test_decode_kernels.py": [],
     "test_prune.py": ["-m", "not gpu"],
 }
 
