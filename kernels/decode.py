@@ -23,7 +23,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .backend import NAMESPACE, rows_together, runs_kernels
-from .decay import Decay
+from .decay import Decay, KeySummary
 from .forward import dot_precision, load_rows
 from .pruning import Rule, check_rule
 from .tiles import LARGEST_HEAD_DIM, PRUNED_KEYS, padded_head_dim
@@ -44,22 +44,6 @@ _SCAN = 1024
 _CANDIDATES = 256
 # Programs where there are no multiprocessors to count.
 _INTERPRETED_PROGRAMS = 5
-
-
-class KeySummary(NamedTuple):
-    """What pruning must know of a cache: of each block of 64 keys, about all keys up to its end.
-
-    Blocks from that of a query on are never read for it, so ``N`` may be larger than needed.
-
-    Attributes:
-        c: ``[B, Hf, N]`` float64, running sum ``c_j`` at the last visible key so far; ``+inf`` if there is none.
-        log_decays: ``[B, Hf, N]`` float64, log of the sum of ``exp(-c_j)``; ``-inf`` if no key is visible.
-        largest: ``[B, G, N]`` float32, largest ``|k_j|`` of the visible keys.
-    """
-
-    c: Tensor
-    log_decays: Tensor
-    largest: Tensor
 
 
 class DecodeTile(NamedTuple):
@@ -83,14 +67,16 @@ class DecodeTile(NamedTuple):
 
 
 def choose_decode_tile(rows: int, head_dim: int) -> DecodeTile:
-    """What fits any GPU from compute capability 8.0: 4,096 elements of keys, and as many of values.
+    """What fits any GPU from compute capability 8.0: 4,096 elements of keys, and as many of values. Tuned on an H100.
 
     Args:
         rows: queries times query heads of a key/value head.
         head_dim: size of a head.
     """
     keys = 4096 // max(64, padded_head_dim(head_dim))
-    return DecodeTile(dot=rows > 1, keys=keys, warps=4, stages=3, programs=4, registers=128)
+    if rows == 1:
+        return DecodeTile(dot=False, keys=keys, warps=4, stages=1, programs=4, registers=128)
+    return DecodeTile(dot=True, keys=keys, warps=4, stages=3, programs=2, registers=None)
 
 
 @triton.jit

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 
 from attention_inputs import draw_inputs, forgetting_attention, padding_mask
-from foxlm.kernels.decay import Decay, accumulate
-from foxlm.kernels.decode import KeySummary, decode_attention
+from foxlm.kernels.decay import Decay, KeySummary, accumulate
+from foxlm.kernels.decode import decode_attention
 
 
 def main() -> None:

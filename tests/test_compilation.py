@@ -12,7 +12,7 @@ from torch import Tensor
 from attention_inputs import attention, draw_inputs, output_and_gradients
 from foxlm.kernels import decay, pruning, triton_attention
 from foxlm.kernels.backend import HAS_TRITON
-from foxlm.kernels.decay import Decay
+from foxlm.kernels.decay import Decay, KeySummary
 from foxlm.kernels.tiles import Tiles, choose_tiles
 from kernel_device import INTERPRETED
 
@@ -22,7 +22,7 @@ if not HAS_TRITON or INTERPRETED:
 import triton
 
 from ahead_of_time import compiling_only
-from foxlm.kernels.decode import KeySummary, decode_attention
+from foxlm.kernels.decode import decode_attention
 
 # Shared memory that one program can have, in KiB.
 SHARED_MEMORY = {80: 163, 86: 99, 89: 99, 90: 227, 100: 227}

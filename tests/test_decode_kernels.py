@@ -11,7 +11,7 @@ from attention_inputs import draw_gates, draw_inputs, padding_mask
 from eager import eager_attention
 from foxlm.kernels.attention import hide_padding
 from foxlm.kernels.backend import HAS_TRITON
-from foxlm.kernels.decay import Decay, accumulate
+from foxlm.kernels.decay import Decay, KeySummary, accumulate
 from foxlm.kernels.reference import reference_attention
 from kernel_device import DEVICE, DTYPES, INTERPRETED, ON_KERNELS, SOME_DTYPES
 
@@ -19,7 +19,7 @@ if not HAS_TRITON:
     pytest.skip("needs Triton", allow_module_level=True)
 
 from foxlm.kernels import decode
-from foxlm.kernels.decode import DecodeTile, KeySummary, choose_decode_tile, decode_attention, decodes
+from foxlm.kernels.decode import DecodeTile, choose_decode_tile, decode_attention, decodes
 
 pytestmark = ON_KERNELS
 
