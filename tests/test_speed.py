@@ -12,25 +12,33 @@ from pathlib import Path
 import pytest
 import torch
 from torch import Tensor
+from transformers import StaticCache
 from typer.testing import CliRunner
 
 from foxlm import FoxConfig, forgetting_attention
-from foxlm.evaluation.speed import flex, report, train
+from foxlm.evaluation.gates import kept_from
+from foxlm.evaluation.recording import record_attention
+from foxlm.evaluation.speed import decode, flex, report, train
 from foxlm.evaluation.speed.__main__ import app
 from foxlm.evaluation.speed.attention import Settings, chosen, run_case
-from foxlm.evaluation.speed.bars import attention_bars, train_bars
+from foxlm.evaluation.speed.bars import attention_bars, decode_bars, largest_batch_bars, train_bars
 from foxlm.evaluation.speed.competitors import COMPETITORS, CUDNN
 from foxlm.evaluation.speed.correctness import Sample, attend_densely
 from foxlm.evaluation.speed.implementations import EPS, RULES, Implementation, first_by_definition, share_kept
 from foxlm.evaluation.speed.inputs import Case, Inputs, make_inputs, spread_decay_times
+from foxlm.evaluation.speed.models import CPU_SIZES, build_fox
 from foxlm.evaluation.speed.own import OWN, own, own_name
 from foxlm.evaluation.speed.runner import Bench, Record
+from foxlm.evaluation.speed.sessions import DECODERS, Decoder, Session, greedy_step
 from foxlm.evaluation.speed.timing import interleaved
 from foxlm.kernels.pruning import Rule
+from foxlm.modeling import cache_fox
+from foxlm.modeling.cache_fox import StaticForgettingLayer
 from naive import naive_attention
 
 CASE = Case(2, 4, 16, 300)
 PARTS = ("forward", "forward_backward")
+SIZES = tuple(CPU_SIZES.items())
 
 
 def inputs_of(case: Case = CASE, dtype: torch.dtype = torch.float32) -> Inputs:
@@ -342,6 +350,9 @@ def test_commit_is_given_where_it_cannot_be_found(monkeypatch: pytest.MonkeyPatc
         (["train", "--device", "cpu", "--tokens", "-1"], "--tokens must be a positive integer, got -1"),
         (["train", "--device", "cpu", "--layers", "0"], "--layers must be a positive integer, got 0"),
         (["train", "--device", "cpu", "--preset", "pro-7b"], "name must be one of"),
+        (["decode", "--device", "cpu", "--new", "0"], "--new must be a positive integer, got 0"),
+        (["decode", "--device", "cpu", "--batch", "0"], "--batch must be a positive integer, got 0"),
+        (["decode", "--device", "cpu", "--only", "vLLM"], "--only must be part of one of ['foxlm, dynamic cache', "),
         (["table", "no-such-file.json"], "No such file"),
     ],
 )
@@ -376,10 +387,13 @@ def test_training_steps_are_measured(tmp_path: Path) -> None:
     assert "| foxlm, ACP tight |" in result.output
 
 
-def test_gates_of_the_model_have_the_benchmarks_decay_times() -> None:
-    model = train.build_model(train.Recipe("cpu", sizes=tuple(train.CPU_SIZES.items())))
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_gates_of_the_model_have_the_benchmarks_decay_times(dtype: torch.dtype) -> None:
+    model = build_fox("pro-760m", SIZES, "cpu", dtype)
     for layer in model.model.layers:
         bias = layer.get_parameter("self_attn.forget_gate.bias")
+        assert bias.dtype == torch.float32
+        assert layer.get_parameter("self_attn.q_proj.weight").dtype == dtype
         times = -1.0 / torch.nn.functional.logsigmoid(bias.detach().double())
         torch.testing.assert_close(times, spread_decay_times(4), rtol=1e-3, atol=0.0)
 
@@ -390,7 +404,7 @@ def test_control_a_step_with_wrong_attention_is_not_timed(monkeypatch: pytest.Mo
             layer.self_attn.scaling = 0.25 if rule != "tight" else 0.3
 
     monkeypatch.setattr(train, "set_pruning", break_tight)
-    recipe = train.Recipe("cpu", sizes=tuple(train.CPU_SIZES.items()), tokens=128, rounds=1)
+    recipe = train.Recipe("cpu", sizes=SIZES, tokens=128, rounds=1)
     results = train.run_training(recipe)
     assert [one["status"] for one in results["steps"]] == ["measured", "measured", "wrong"]
     assert "step" not in results["steps"][2]
@@ -400,6 +414,237 @@ def test_control_a_step_with_wrong_attention_is_not_timed(monkeypatch: pytest.Mo
 def test_configuration_has_the_fields_that_turn_pruning_on() -> None:
     """transformers keeps an unknown field as an attribute: a renamed one would be set in vain."""
     assert {"acp_eps", "acp_rule"} <= set(FoxConfig.__dataclass_fields__)
+
+
+# Decoding
+
+
+class PagedCache(StaticCache):
+    """Stands for a cache that frees pages: it refuses tokens for which no room was reserved."""
+
+    def __init__(self, config: FoxConfig, max_cache_len: int) -> None:
+        super().__init__(config=config, max_cache_len=max_cache_len)
+        self.reserved = 0
+        for layer in self.layers:
+            layer.held_bytes = lambda: 1000
+
+    def reserve(self, count: int) -> None:
+        self.reserved = count
+
+    def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args, **kwargs):
+        # A context makes room for itself.
+        if key_states.shape[-2] == 1:
+            assert self.reserved == 1
+            self.reserved -= layer_idx == len(self.layers) - 1
+        return super().update(key_states, value_states, layer_idx, *args, **kwargs)
+
+
+@pytest.fixture
+def paged(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cache_fox, "FoxPagedCache", PagedCache, raising=False)
+
+
+def decode_recipe(**options) -> decode.DecodeRecipe:
+    return replace(decode.DecodeRecipe("cpu", sizes=SIZES, tokens=100, new=2, rounds=1), **options)
+
+
+def run_decoding(decoders: list[Decoder], batch: int = 2) -> Record:
+    recipe = decode_recipe()
+    return decode.run_batch(batch, decode.build_models(recipe, decoders), decoders, recipe)
+
+
+def decoder(cache: str, rule: Rule | None = "tight", family: str = "foxlm") -> Decoder:
+    return next(one for one in DECODERS if (one.family, one.cache, one.rule) == (family, cache, rule))
+
+
+def test_decoding_is_measured(tmp_path: Path, paged: None) -> None:
+    out, readme = tmp_path / "results.json", tmp_path / "README.md"
+    arguments = ("--device", "cpu", "--new", "2", "--rounds", "1", "--batch", "1", "--batch", "2")
+    result = invoke("decode", *arguments, "--out", str(out))
+    assert result.exit_code == 0, result.output
+    results = json.loads(out.read_text())
+    assert [one["batch"] for one in results["batches"]] == [1, 2]
+    for batch in results["batches"]:
+        # Keys and values of two layers, 64 numbers of two bytes each.
+        of_a_token = batch["batch"] * 2 * 2 * 64 * 2
+        assert batch["kv_bytes"] == 256 * of_a_token
+        assert [one["name"] for one in batch["decoders"]] == [one.name for one in DECODERS]
+        for one in batch["decoders"]:
+            assert one["status"] == "measured", one
+            assert one["error"] <= one["limit"] < 0.1
+            assert one["tokens_per_second"] == pytest.approx(1e3 * batch["batch"] / one["step"]["ms"])
+            assert one["read_bytes"] == pytest.approx(one["keys_kept"] * batch["kv_bytes"])
+            assert (one["keys_kept"] < 1.0) == (one["rule"] is not None)
+            expected = {"dynamic": 261 * of_a_token, "static": 320 * of_a_token, "paged": 2000}
+            assert one["stored_bytes"] == expected[one["cache"]]
+            assert (one["compiled"], one["device_ms"], one["host_bound"]) == (False, None, None)
+        assert len(batch["bars"]) == 6
+    assert "| 2 | foxlm, ACP tight, paged cache |" in result.output
+    assert "the authors' code on an H100" in result.output
+    readme.write_text("<!-- speed:decode -->\n<!-- /speed:decode -->\n")
+    assert invoke("table", str(out), str(out), "--readme", str(readme)).exit_code == 0
+    assert readme.read_text().count("| 2 | foxlm, ACP tight, paged cache |") == 2
+
+
+def test_decoding_without_a_paged_cache_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delattr(cache_fox, "FoxPagedCache", raising=False)
+    results = run_decoding([decoder("paged"), decoder("static")])
+    assert [one["status"] for one in results["decoders"]] == ["missing", "measured"]
+    assert results["decoders"][0]["reason"] == "foxlm.modeling.cache_fox has no FoxPagedCache"
+    assert set(results["bars"]) == {"step_ms", "tokens_per_second"}
+
+
+@pytest.mark.parametrize("forgotten", ["gates", "unshifted"])
+def test_control_a_cache_that_forgets_is_not_timed(forgotten: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    fill = Session.fill
+
+    def forgetting(self: Session, ids: Tensor) -> Tensor:
+        logits = fill(self, ids)
+        for layer in self.cache.layers:
+            if isinstance(layer, StaticForgettingLayer):
+                assert layer.gates is not None
+                for buffer in layer.gates[:2] if forgotten == "gates" else layer.unshifted.values():
+                    buffer.zero_()
+        return logits
+
+    monkeypatch.setattr(Session, "fill", forgetting)
+    results = run_decoding([decoder("dynamic"), decoder("static"), decoder("static", None, "Llama")])
+    assert [one["status"] for one in results["decoders"]] == ["measured", "wrong", "measured"]
+    assert "step" not in results["decoders"][1]
+    assert results["decoders"][1]["reason"].startswith("logits are off by")
+
+
+def test_a_decoder_that_fails_ends_no_other(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(self: Session) -> None:
+        if isinstance(self.cache, StaticCache):
+            raise torch.OutOfMemoryError("no room\nat all")
+
+    monkeypatch.setattr(Session, "reserve", fails)
+    results = run_decoding([decoder("static"), decoder("dynamic")])
+    assert [one["status"] for one in results["decoders"]] == ["failed", "measured"]
+    assert results["decoders"][0]["reason"] == "OutOfMemoryError: no room"
+    assert results["bars"] == {}
+
+
+def test_context_in_parts_is_the_context(monkeypatch: pytest.MonkeyPatch) -> None:
+    recipe = decode_recipe()
+    model = decode.build_models(recipe, [])["foxlm"].double()
+    ids = torch.randint(256, (2, 70))
+    logits = []
+    for longest in (1000, 32):
+        monkeypatch.setattr("foxlm.evaluation.speed.sessions._LONGEST_CHUNK", longest)
+        session = Session(decoder("static"), model, greedy_step, 2, recipe.length)
+        logits.append(session.fill(ids))
+        assert session.cache.get_seq_length() == 70
+    torch.testing.assert_close(logits[0], logits[1], rtol=1e-6, atol=1e-6)
+
+
+def test_keys_kept_are_those_of_the_definition() -> None:
+    recipe = decode_recipe()
+    model = decode.build_models(recipe, [])["foxlm"]
+    ids = torch.randint(256, (2, 600))
+    kept = decode.keys_kept(model, ids)
+    session = Session(decoder("dynamic"), model, greedy_step, 2, 601)
+    session.fill(ids)
+    ids = torch.cat([ids, session.ids], dim=1)
+    with torch.no_grad(), record_attention(model) as layers:
+        model(ids, use_cache=False)
+    for rule in RULES:
+        first = torch.stack([kept_from(one, math.log(EPS), rule, block_k=64)[..., -1] for one in layers])
+        # The rule `paper` has another bound there.
+        tolerance = 1e-3 if rule == "tight" else 0.1
+        assert kept[rule] == pytest.approx(1.0 - first.double().mean().item() / 601, abs=tolerance)
+    assert kept["tight"] <= kept["paper"] < 0.8
+
+
+def test_error_is_that_of_the_worst_token() -> None:
+    exact = torch.tensor([[[3.0, 4.0], [0.0, 10.0]]])
+    found = torch.tensor([[[3.0, 4.5], [1.0, 10.0]]])
+    assert decode.largest_error(found, exact) == pytest.approx(0.1)
+    assert math.isnan(decode.largest_error(torch.full_like(exact, math.nan), exact))
+
+
+@pytest.mark.parametrize("most", [1, 2, 100, 256])
+def test_largest_batch_is_found(most: int) -> None:
+    for limit in (0, 1, 2, 3, 31, 32, 37, 1000):
+        tried: list[int] = []
+
+        def fits(batch: int, limit: int = limit, tried: list[int] = tried) -> bool:
+            tried.append(batch)
+            return batch <= limit
+
+        assert decode.largest(fits, most) == min(limit, most)
+        assert len(tried) == len(set(tried)) <= 15
+
+
+def test_largest_batches_are_compared(tmp_path: Path, paged: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    limits = {"static": 3, "paged": 10}
+
+    def fill(self: Session, ids: Tensor) -> Tensor:
+        if len(ids) > limits[self._decoder.cache]:
+            raise torch.OutOfMemoryError
+        return fill_session(self, ids)
+
+    fill_session = Session.fill
+    monkeypatch.setattr(Session, "fill", fill)
+    monkeypatch.setattr(decode, "_LARGEST_BATCH", {"cpu": 256})
+    out = tmp_path / "results.json"
+    result = invoke("decode", "--device", "cpu", "--tokens", "20", "--largest-batch", "--out", str(out))
+    assert result.exit_code == 0, result.output
+    results = json.loads(out.read_text())
+    assert results["batches"] == []
+    (found,) = results["largest_batch"]
+    assert (found["static"]["batch"], found["paged"]["batch"]) == (3, 10)
+    assert found["bars"] == {"largest_batch": {"value": pytest.approx(10 / 3), "at_least": 2.5}}
+    assert "Largest batch, up to 256, at 20 tokens: static 3, paged 10." in result.output
+
+
+def test_decoding_bars_by_hand() -> None:
+    def timed(one: Decoder, ms: float, stored: float = 0.0) -> Record:
+        record: Record = {"family": one.family, "cache": one.cache, "rule": one.rule, "stored_bytes": stored}
+        return record | {"step": {"ms": ms}, "tokens_per_second": 8e3 / ms}
+
+    records = [
+        timed(decoder("static", None), 6.0),
+        timed(decoder("static"), 3.0),
+        timed(decoder("paged"), 4.0, stored=30.0),
+        timed(decoder("static", None, "Llama"), 7.5),
+        {"family": "foxlm", "cache": "dynamic", "rule": None, "status": "wrong"},
+    ]
+    assert decode_bars({"batch": 8, "kv_bytes": 100.0, "decoders": records}) == {
+        "step_ms": {"value": 3.0},
+        "tokens_per_second": {"value": pytest.approx(8e3 / 3.0), "at_least": 2000.0},
+        "acp_speedup": {"value": 2.0, "at_least": 1.8},
+        "paged_bytes": {"value": 0.3, "at_most": 0.4},
+        "paged_rate": {"value": pytest.approx(0.75), "at_least": 0.9},
+        "rate_over_llama": {"value": pytest.approx(2.5), "at_least": 2.0},
+    }
+    bars = decode_bars({"batch": 1, "kv_bytes": 100.0, "decoders": records})
+    assert bars["step_ms"] == {"value": 3.0, "at_most": 2.5}
+    assert bars["acp_speedup"] == {"value": 2.0}
+    assert decode_bars({"batch": 1, "decoders": []}) == {} == largest_batch_bars(3, 0)
+
+
+def test_models_have_the_same_sizes() -> None:
+    models = decode.build_models(decode_recipe(), DECODERS)
+    shapes = [
+        {name: tuple(weight.shape) for name, weight in one.named_parameters() if "_proj" in name or "embed" in name}
+        for one in models.values()
+    ]
+    assert shapes[1] == {name: shape for name, shape in shapes[0].items() if name in shapes[1]}
+    assert all(one.dtype == torch.bfloat16 and not one.training for one in models.values())
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+def test_decoding_is_compiled_and_replayed() -> None:
+    recipe = decode_recipe(device="cuda", tokens=1000)
+    those = [one for one in DECODERS if one.missing() is None]
+    results = decode.run_batch(2, decode.build_models(recipe, those), those, recipe)
+    assert "error" not in results
+    for one in results["decoders"]:
+        assert one["status"] == "measured", one
+        assert one["device_ms"] > 0.0 and one["peak_bytes"] > one["stored_bytes"]
 
 
 @pytest.mark.gpu

@@ -1,4 +1,4 @@
-"""Speed benchmarks: ``python -m foxlm.evaluation.speed attention``, ``train``, and ``table`` for what they wrote."""
+"""Speed benchmarks: ``python -m foxlm.evaluation.speed attention``, ``train``, ``decode``; ``table`` shows them."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -7,16 +7,19 @@ from typing import Annotated, NoReturn
 import torch
 import typer
 
+from . import decode as decoding
 from . import report
 from .attention import CASES, CPU_CASE, LONG_CASE, Settings, chosen, run_case
-from .implementations import EPS, TILE
+from .implementations import EPS, TILE, with_names
 from .inputs import Case
+from .models import CPU_SIZES, Sizes
 from .own import OWN
 from .runner import Record
-from .train import CPU_SIZES, CPU_TOKENS, TOKENS, Recipe, run_training
+from .sessions import DECODERS
+from .train import CPU_TOKENS, TOKENS, Recipe, run_training
 
 app = typer.Typer(
-    help="Speed of forgetting attention and of training with it. What a check finds wrong is not timed.",
+    help="Speed of forgetting attention, and of training and decoding with it. What a check finds wrong is not timed.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -24,6 +27,8 @@ app = typer.Typer(
 
 _DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
+Preset = Annotated[str, typer.Option(help="A FoxConfig.preset.")]
+Layers = Annotated[int | None, typer.Option(help="Layers, if not the preset's.")]
 Device = Annotated[str, typer.Option(help="cuda, or cpu to see that all parts work: tiny sizes, figures of no use.")]
 Seed = Annotated[int, typer.Option(help="Of inputs, weights and what is checked.")]
 Commit = Annotated[str | None, typer.Option(help="What is measured, where foxlm is in no checkout that could tell.")]
@@ -70,8 +75,8 @@ def attention(
 @app.command()
 def train(
     out: Annotated[Path, typer.Option(help="JSON file for the results.")] = Path("speed-train.json"),
-    preset: Annotated[str, typer.Option(help="A FoxConfig.preset.")] = "pro-760m",
-    layers: Annotated[int | None, typer.Option(help="Layers, if not the preset's.")] = None,
+    preset: Preset = "pro-760m",
+    layers: Layers = None,
     tokens: Annotated[
         int | None, typer.Option(help=f"Tokens of the one sequence in a step; {TOKENS}, or {CPU_TOKENS} on a CPU.")
     ] = None,
@@ -88,14 +93,10 @@ def train(
         if tokens is None:
             tokens = CPU_TOKENS if device == "cpu" else TOKENS
         _require_positive("--tokens", tokens)
-        sizes = dict(CPU_SIZES) if device == "cpu" else {}
-        if layers is not None:
-            _require_positive("--layers", layers)
-            sizes["num_hidden_layers"] = layers
         recipe = Recipe(
             device=device,
             preset=preset,
-            sizes=tuple(sizes.items()),
+            sizes=_sizes(device, layers),
             tokens=tokens,
             compiled=compiled,
             rounds=rounds,
@@ -111,8 +112,70 @@ def train(
 
 
 @app.command()
+def decode(
+    out: Annotated[Path, typer.Option(help="JSON file for the results.")] = Path("speed-decode.json"),
+    preset: Preset = "pro-760m",
+    layers: Layers = None,
+    tokens: Annotated[
+        int | None,
+        typer.Option(help=f"Tokens before the first step; {decoding.TOKENS}, or {decoding.CPU_TOKENS} on a CPU."),
+    ] = None,
+    batch: Annotated[list[int] | None, typer.Option(help="Sequences; may be repeated; 1 and 8 by default.")] = None,
+    new: Annotated[int, typer.Option(help="Steps in a timed round.")] = 32,
+    rounds: Annotated[int, typer.Option(help="Timed rounds in each of two passes.")] = 3,
+    only: Annotated[list[str] | None, typer.Option(help="Part of a name, as in the table; may be repeated.")] = None,
+    largest_batch: Annotated[
+        bool, typer.Option("--largest-batch", help="Find it, static and paged; nothing else unless --batch is given.")
+    ] = False,
+    device: Device = "cuda",
+    seed: Seed = 0,
+    commit: Commit = None,
+) -> None:
+    """A decoding step of a whole model, by cache and pruning, beside a Llama. Exits with 1 if one is wrong or fails."""
+    try:
+        _require_device(device)
+        if tokens is None:
+            tokens = decoding.CPU_TOKENS if device == "cpu" else decoding.TOKENS
+        for name, value in (("--tokens", tokens), ("--new", new), ("--rounds", rounds)):
+            _require_positive(name, value)
+        batches = batch or (() if largest_batch else decoding.BATCHES)
+        for size in batches:
+            _require_positive("--batch", size)
+        decoders = with_names(DECODERS, only or [])
+        recipe = decoding.DecodeRecipe(
+            device=device,
+            preset=preset,
+            sizes=_sizes(device, layers),
+            tokens=tokens,
+            new=new,
+            rounds=rounds,
+            seed=seed,
+        )
+        models = decoding.build_models(recipe, decoders if batches else [])
+        fox = models["foxlm"]
+        facts = {"dtype": "bfloat16", "rounds": rounds, "eps": EPS, "preset": preset, "tokens": tokens, "new": new}
+        facts |= {"layers": fox.config.num_hidden_layers, "parameters": sum(x.numel() for x in fox.parameters())}
+        results = report.new_results("decode", device, seed, commit, facts) | {"batches": [], "largest_batch": []}
+    except (ValueError, RuntimeError) as error:
+        _fail(error)
+    for size in batches:
+        typer.echo(f"measuring batch {size}", err=True)
+        results["batches"].append(decoding.run_batch(size, models, decoders, recipe))
+        # After each: what stops a long run leaves what was measured before.
+        report.write(results, out)
+    if largest_batch:
+        results["largest_batch"].append(decoding.run_largest_batch(models, recipe))
+        report.write(results, out)
+    typer.echo(report.render(results))
+    records = [one for of_batch in results["batches"] for one in of_batch["decoders"] if one["family"] == "foxlm"]
+    records += [one[cache] for one in results["largest_batch"] for cache in ("static", "paged")]
+    present = [one for one in records if one["status"] != "missing"]
+    _exit(present, complete=all("error" not in one for one in results["batches"]))
+
+
+@app.command()
 def table(
-    files: Annotated[list[Path], typer.Argument(help="JSON files that attention or train wrote, cases in any number.")],
+    files: Annotated[list[Path], typer.Argument(help="JSON files that the others wrote, cases in any number.")],
     case: Annotated[list[str] | None, typer.Option(help="BxHxDxT to show; may be repeated; all by default.")] = None,
     readme: Annotated[
         Path | None, typer.Option(help="File to put the tables into, between <!-- speed:KIND --> markers.")
@@ -141,6 +204,15 @@ def _require_device(device: str) -> None:
 def _require_positive(name: str, value: int) -> None:
     if value < 1:
         raise ValueError(f"{name} must be a positive integer, got {value}")
+
+
+def _sizes(device: str, layers: int | None) -> Sizes:
+    """What differs from a preset: all of it on a CPU."""
+    sizes = dict(CPU_SIZES) if device == "cpu" else {}
+    if layers is not None:
+        _require_positive("--layers", layers)
+        sizes["num_hidden_layers"] = layers
+    return tuple(sizes.items())
 
 
 def _exit(records: Sequence[Record], complete: bool) -> None:

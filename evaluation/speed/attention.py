@@ -7,7 +7,7 @@ import torch
 
 from .bars import attention_bars
 from .competitors import COMPETITORS
-from .implementations import Implementation
+from .implementations import Implementation, with_names
 from .inputs import Case, Inputs, make_inputs
 from .own import OWN
 from .runner import Bench, Record, failure
@@ -52,11 +52,7 @@ class Settings:
 
 def chosen(names: Sequence[str]) -> list[Implementation]:
     """The implementations whose names contain one of ``names``; all of them for none."""
-    known = [*OWN, *COMPETITORS]
-    for name in names:
-        if not any(name.lower() in one.name.lower() for one in known):
-            raise ValueError(f"--only must be part of one of {[one.name for one in known]}, got {name!r}")
-    return [one for one in known if not names or any(name.lower() in one.name.lower() for name in names)]
+    return with_names([*OWN, *COMPETITORS], names)
 
 
 def run_case(case: Case, implementations: Sequence[Implementation], settings: Settings) -> Record:

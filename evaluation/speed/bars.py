@@ -1,6 +1,6 @@
-"""The few ratios that tell whether attention and training are as fast as they should be, from the records of a run.
+"""The few figures that tell whether attention, training and decoding are as fast as they should be.
 
-A ratio is left out where what it needs was not measured.
+A figure is left out where what it needs was not measured.
 """
 
 from collections.abc import Mapping, Sequence
@@ -71,3 +71,65 @@ def train_bars(steps: Sequence[Record]) -> dict[str, dict]:
         rates = {one["rule"]: one["tokens_per_second"] for one in timed}
         bars[name] = {rule: rates[rule] / rates[None] for rule in RULES if rule in rates and None in rates}
     return {name: values for name, values in bars.items() if values}
+
+
+# What is wanted of decoding with the 760M Pro after 14,336 tokens on an H100: "at_most" or "at_least", how much, and of
+# which batch (None for any).
+_DECODE_TARGETS: dict[str, tuple[str, float, int | None]] = {
+    "step_ms": ("at_most", 2.5, 1),
+    "tokens_per_second": ("at_least", 2000.0, 8),
+    "acp_speedup": ("at_least", 1.8, 8),
+    "paged_bytes": ("at_most", 0.4, None),
+    "paged_rate": ("at_least", 0.9, None),
+    "rate_over_llama": ("at_least", 2.0, 8),
+    "largest_batch": ("at_least", 2.5, None),
+}
+# Milliseconds of a step by batch, without pruning and with, to compare with.
+AUTHORS_DECODE_MS = {1: (55.0, 68.0), 8: (80.0, 58.0)}
+AUTHORS_DECODE_SOURCE = "the authors' code on an H100, 760M Pro, 14,336 tokens"
+
+
+def decode_bars(batch: Record) -> dict[str, dict]:
+    """Figures of one batch of the decoding benchmark, with pruning by ``tight``, steps compiled on a GPU.
+
+    Returns:
+        By name, ``value`` and what is wanted at this batch, ``at_most`` or ``at_least``, if anything:
+
+        * ``step_ms`` and ``tokens_per_second``: with the static cache.
+        * ``acp_speedup``: its time without pruning over that with.
+        * ``paged_bytes``: memory of the paged cache over that of all keys and values.
+        * ``paged_rate``: tokens per second with the paged cache over those with the static one.
+        * ``rate_over_llama``: tokens per second with the static cache over those of a plain Llama.
+    """
+    timed = {(one["family"], one["cache"], one["rule"]): one for one in batch["decoders"] if "step" in one}
+    dense, pruned, paged, llama = (
+        timed.get(key)
+        for key in (
+            ("foxlm", "static", None),
+            ("foxlm", "static", "tight"),
+            ("foxlm", "paged", "tight"),
+            ("Llama", "static", None),
+        )
+    )
+    values: dict[str, float] = {}
+    if pruned:
+        values |= {"step_ms": pruned["step"]["ms"], "tokens_per_second": pruned["tokens_per_second"]}
+    if pruned and dense:
+        values["acp_speedup"] = dense["step"]["ms"] / pruned["step"]["ms"]
+    if paged:
+        values["paged_bytes"] = paged["stored_bytes"] / batch["kv_bytes"]
+    if paged and pruned:
+        values["paged_rate"] = paged["tokens_per_second"] / pruned["tokens_per_second"]
+    if pruned and llama:
+        values["rate_over_llama"] = pruned["tokens_per_second"] / llama["tokens_per_second"]
+    return {name: _decode_bar(name, value, batch["batch"]) for name, value in values.items()}
+
+
+def largest_batch_bars(paged: int, static: int) -> dict[str, dict]:
+    """``largest_batch``: largest batch with the paged cache over that with the static one, as in `decode_bars`."""
+    return {"largest_batch": _decode_bar("largest_batch", paged / static, None)} if paged and static else {}
+
+
+def _decode_bar(name: str, value: float, batch: int | None) -> dict[str, float]:
+    relation, wanted, of_batch = _DECODE_TARGETS[name]
+    return {"value": value} | ({relation: wanted} if of_batch in (None, batch) else {})

@@ -5,9 +5,9 @@ before it is timed.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol, TypeVar
 
 from torch import Tensor
 
@@ -24,6 +24,26 @@ RULES: tuple[Rule, ...] = ("paper", "tight")
 
 Attend = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 """Output from q, k, v and log_f."""
+
+
+class Named(Protocol):
+    @property
+    def name(self) -> str: ...
+
+
+NamedType = TypeVar("NamedType", bound=Named)
+
+
+def with_names(known: Sequence[NamedType], names: Sequence[str]) -> list[NamedType]:
+    """Those of ``known`` whose names contain one of ``names``; all of them for none.
+
+    Raises:
+        ValueError: one of ``names`` is part of no name.
+    """
+    for name in names:
+        if not any(name.lower() in one.name.lower() for one in known):
+            raise ValueError(f"--only must be part of one of {[one.name for one in known]}, got {name!r}")
+    return [one for one in known if not names or any(name.lower() in one.name.lower() for name in names)]
 
 
 def all_tiles(inputs: Inputs) -> float:

@@ -10,9 +10,12 @@ from typing import Any
 import torch
 
 from ..provenance import provenance
+from .bars import AUTHORS_DECODE_MS, AUTHORS_DECODE_SOURCE
 
 SCHEMA = 1
-KINDS = ("attention", "train")
+KINDS = ("attention", "train", "decode")
+# Lists that may come from several runs.
+_LISTS = {"attention": ("cases",), "decode": ("batches", "largest_batch")}
 # What must agree for results to stand in one table.
 _SAME_RUN = ("device", "commit", "torch", "triton", "cuda", "cudnn")
 
@@ -23,7 +26,7 @@ def new_results(kind: str, device: str, seed: int, commit: str | None, settings:
     """What every result starts with.
 
     Args:
-        kind: ``"attention"`` or ``"train"``.
+        kind: one of `KINDS`.
         device: ``"cuda"`` or ``"cpu"``.
         seed: of the run.
         commit: what is measured, where that cannot be found out.
@@ -69,22 +72,28 @@ def read(path: Path) -> Results:
 
 
 def merged(several: Sequence[Results]) -> list[Results]:
-    """Results of the attention benchmark with their cases together, as one; all others as they are.
+    """Results of attention with their cases together, as one, those of decoding likewise; others as they are.
 
     Raises:
         ValueError: they were not measured alike.
     """
-    attention = [results for results in several if results["kind"] == "attention"]
-    others = [results for results in several if results["kind"] != "attention"]
-    for results in attention[1:]:
-        for part, names in (("run", _SAME_RUN), ("settings", tuple(results["settings"]))):
-            for name in names:
-                found, wanted = results[part][name], attention[0][part][name]
-                if found != wanted:
-                    raise ValueError(f"results shown together must have the same {name}, got {wanted} and {found}")
-    if attention:
-        others.insert(0, attention[0] | {"cases": [case for results in attention for case in results["cases"]]})
-    return others
+    together = []
+    for kind in KINDS:
+        alike = [results for results in several if results["kind"] == kind]
+        if kind in _LISTS and alike:
+            for results in alike[1:]:
+                _require_alike(results, alike[0])
+            alike = [alike[0] | {name: [x for results in alike for x in results[name]] for name in _LISTS[kind]}]
+        together += alike
+    return together
+
+
+def _require_alike(results: Results, first: Results) -> None:
+    for part, names in (("run", _SAME_RUN), ("settings", tuple(first["settings"]))):
+        for name in names:
+            found, wanted = results[part][name], first[part][name]
+            if found != wanted:
+                raise ValueError(f"results shown together must have the same {name}, got {wanted} and {found}")
 
 
 def only_cases(results: Results, cases: Sequence[str]) -> Results:
@@ -104,8 +113,8 @@ def only_cases(results: Results, cases: Sequence[str]) -> Results:
 
 def render(results: Results) -> str:
     """The tables as Markdown, under a line that says where the figures come from."""
-    body = _attention(results) if results["kind"] == "attention" else _train(results)
-    return f"{_origin(results)}\n\n{body}"
+    body = {"attention": _attention, "train": _train, "decode": _decode}[results["kind"]]
+    return f"{_origin(results)}\n\n{body(results)}"
 
 
 def insert(text: str, kind: str, tables: str) -> str:
@@ -210,6 +219,72 @@ def _train(results: Results) -> str:
     return "\n\n".join([what, _table(columns, rows), *_noted(notes)])
 
 
+def _decode(results: Results) -> str:
+    columns = ["batch", "decoding", "step ms", "of it on the device", "waits for", "tokens/s", "peak GB"]
+    columns += ["keys and values GB", "read GB", "keys kept"]
+    rows, notes = [], []
+    for batch in results["batches"]:
+        where = f"batch {batch['batch']}"
+        if "error" in batch:
+            notes.append(f"{where}: {batch['error'].splitlines()[0]}")
+        for one in batch["decoders"]:
+            if "step" not in one:
+                notes.append(_note(where, one))
+                continue
+            busy, read, kept = (one.get(name) for name in ("device_ms", "read_bytes", "keys_kept"))
+            figures = [
+                _digits(one["step"]["ms"]),
+                "-" if busy is None else _digits(busy),
+                {None: "-", True: "host", False: "device"}[one["host_bound"]],
+                f"{one['tokens_per_second']:,.0f}",
+                _gigabytes(one["peak_bytes"]),
+                _gigabytes(one["stored_bytes"]),
+                _gigabytes(read),
+                "-" if kept is None else _percent(kept),
+            ]
+            name = one["name"] + (", compiled" if one["compiled"] else "")
+            rows.append([str(batch["batch"]), name, *figures])
+    settings = results["settings"]
+    what = (
+        f"`{settings['preset']}`, {settings['layers']} layers, {settings['parameters'] / 1e6:.3g}M parameters "
+        f"(the Llama has the same sizes); one token for each sequence after {settings['tokens']:,} random ones and "
+        f"those decoded before. A call is {settings['new']} steps, timed until the device has finished. Keys and "
+        "values: the memory that they take, and what a step must read of it by the keys that are kept."
+    )
+    tables = [_table(columns, rows)] if rows else []
+    bars = _decode_bars(results)
+    for one in results["largest_batch"]:
+        found = [f"{cache} {one[cache]['batch']}" for cache in ("static", "paged") if "batch" in one[cache]]
+        if found:
+            tables.append(f"Largest batch, up to {one['most']}, at {one['tokens']:,} tokens: {', '.join(found)}.")
+        notes += [_note("largest batch", one[cache]) for cache in ("static", "paged") if "batch" not in one[cache]]
+    authors = "; ".join(f"batch {n}: {a:.0f} / {b:.0f}" for n, (a, b) in AUTHORS_DECODE_MS.items())
+    reference = f"For comparison, {AUTHORS_DECODE_SOURCE}, ms a step without / with pruning: {authors}."
+    return "\n\n".join([what, *tables, *([bars] if bars else []), reference, *_noted(notes)])
+
+
+def _decode_bars(results: Results) -> str:
+    words = {
+        "step_ms": "ms a step, static cache, ACP",
+        "tokens_per_second": "tokens/s, static cache, ACP",
+        "acp_speedup": "static cache, rate with ACP over without",
+        "paged_bytes": "memory of the paged cache over all keys and values",
+        "paged_rate": "rate, paged over static cache",
+        "rate_over_llama": "rate, static cache, ACP, over a compiled Llama",
+        "largest_batch": "largest batch, paged over static cache",
+    }
+    rows = []
+    for where in (*results["batches"], *results["largest_batch"]):
+        for name, bar in where["bars"].items():
+            wanted, met = "-", "-"
+            if "at_most" in bar:
+                wanted, met = f"at most {bar['at_most']:g}", "yes" if bar["value"] <= bar["at_most"] else "no"
+            elif "at_least" in bar:
+                wanted, met = f"at least {bar['at_least']:g}", "yes" if bar["value"] >= bar["at_least"] else "no"
+            rows.append([str(where.get("batch", "-")), words[name], _digits(bar["value"]), wanted, met])
+    return _table(["batch", "figure", "measured", "wanted on an H100", "met"], rows) if rows else ""
+
+
 def _shape(case: Mapping[str, Any]) -> str:
     return case["case"].replace("x", " x ")
 
@@ -238,5 +313,5 @@ def _percent(x: float) -> str:
     return f"{100 * x:.0f}%" if abs(x) >= 0.1 else f"{100 * x:.1f}%"
 
 
-def _gigabytes(count: int | None) -> str:
+def _gigabytes(count: float | None) -> str:
     return "-" if count is None else f"{count / 1e9:.1f}"

@@ -10,7 +10,9 @@ import numpy as np
 import torch
 
 _WARM_UP_ROUNDS = 2
-_PASSES = 2
+PASSES = 2
+# Clock cycles for which the device waits, about 50 ms, so that it never waits later.
+_HEAD_START = 100_000_000
 # Side of the square product that stands for what the matrix units can do; small where it only shows that it runs.
 _MATMUL_SIDE = {"cuda": 8192, "cpu": 256}
 
@@ -47,7 +49,7 @@ def interleaved(calls: Mapping[Name, Callable[[], object]], rounds: int, device:
         for call in calls.values():
             call()
     passes: list[dict[Name, list[float]]] = []
-    for _ in range(_PASSES):
+    for _ in range(PASSES):
         synchronize(device)
         marks: dict[Name, list[Callable[[], float]]] = {name: [] for name in calls}
         for _ in range(rounds):
@@ -55,7 +57,7 @@ def interleaved(calls: Mapping[Name, Callable[[], object]], rounds: int, device:
                 marks[name].append(_timed(call, device))
         synchronize(device)
         passes.append({name: [read() for read in reads] for name, reads in marks.items()})
-    return {name: _timing([one[name] for one in passes]) for name in calls}
+    return {name: timing_of([one[name] for one in passes]) for name in calls}
 
 
 def _timed(call: Callable[[], object], device: str) -> Callable[[], float]:
@@ -72,7 +74,30 @@ def _timed(call: Callable[[], object], device: str) -> Callable[[], float]:
     return lambda: start.elapsed_time(end)
 
 
-def _timing(passes: list[list[float]]) -> Timing:
+def wall_ms(call: Callable[[], object], device: str) -> float:
+    """Milliseconds from calling ``call`` until the device has finished."""
+    synchronize(device)
+    began = time.perf_counter()
+    call()
+    synchronize(device)
+    return 1e3 * (time.perf_counter() - began)
+
+
+def device_ms(call: Callable[[], object]) -> float:
+    """Milliseconds that a CUDA device is busy with ``call``, however long the host needs to queue it.
+
+    The device starts once all is queued. Its queue has room for about a thousand kernels: a call of more is measured
+    too long if the host is slow.
+    """
+    synchronize("cuda")
+    torch.cuda._sleep(_HEAD_START)
+    read = _timed(call, "cuda")
+    synchronize("cuda")
+    return read()
+
+
+def timing_of(passes: list[list[float]]) -> Timing:
+    """The timing of a call from the milliseconds of each round of each pass."""
     p20, median, p80 = np.percentile(np.concatenate(passes), [20, 50, 80]).tolist()
     medians = [float(np.median(one)) for one in passes]
     return Timing(median, p20, p80, (max(medians) - min(medians)) / median)

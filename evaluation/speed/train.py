@@ -7,32 +7,22 @@ as fast as those of the attention benchmark, by their biases; what they read fro
 import math
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from foxlm import FoxConfig, FoxForCausalLM
+from foxlm import FoxForCausalLM
 from foxlm.evaluation.gates import skipped_shares
 from foxlm.evaluation.recording import record_attention
 from foxlm.kernels.pruning import Rule
-from foxlm.modeling.gates_fox import FoxForgetGate
 
 from .bars import train_bars
 from .implementations import EPS, RULES, TILE
-from .inputs import spread_decay_times
+from .models import Sizes, build_fox, set_pruning
 from .own import own_name
 from .runner import Record, failure
 from .timing import interleaved, peak_bytes, release_memory
 
-# Sizes for a CPU, where it only shows that all parts work.
-CPU_SIZES: dict[str, Any] = {
-    "vocab_size": 256,
-    "hidden_size": 64,
-    "intermediate_size": 64,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-}
 TOKENS, CPU_TOKENS = 16384, 256
 
 _CHECKED_TOKENS = 512
@@ -58,7 +48,7 @@ class Recipe:
 
     device: str
     preset: str = "pro-760m"
-    sizes: tuple[tuple[str, Any], ...] = ()
+    sizes: Sizes = ()
     tokens: int = TOKENS
     compiled: bool = False
     rounds: int = 5
@@ -73,7 +63,7 @@ def run_training(recipe: Recipe) -> Record:
         ``step`` (milliseconds), ``tokens_per_second`` and ``peak_bytes`` where it was measured; ``bars``.
     """
     torch.manual_seed(recipe.seed)
-    model = build_model(recipe)
+    model = build_fox(recipe.preset, recipe.sizes, recipe.device).train()
     ids = torch.randint(model.config.vocab_size, (1, recipe.tokens), device=recipe.device)
     bench = _Bench(model, ids, recipe)
     forwards: list[tuple[bool, Callable]] = [(False, model)]
@@ -89,25 +79,6 @@ def run_training(recipe: Recipe) -> Record:
     parameters = sum(parameter.numel() for parameter in model.parameters())
     facts = {"preset": recipe.preset, "parameters": parameters, "tokens": recipe.tokens}
     return facts | {"steps": bench.records, "bars": train_bars(bench.records)}
-
-
-def build_model(recipe: Recipe) -> FoxForCausalLM:
-    """A new model with float32 weights, its gates around the benchmark's decay times."""
-    config = FoxConfig.preset(recipe.preset, **dict(recipe.sizes))
-    model = FoxForCausalLM(config).to(recipe.device).train()
-    with torch.no_grad():
-        for module in model.modules():
-            if isinstance(module, FoxForgetGate):
-                times = spread_decay_times(module.bias.numel())
-                module.bias.copy_(-torch.log(torch.expm1(1.0 / times)))
-    return model
-
-
-def set_pruning(model: FoxForCausalLM, rule: Rule | None) -> None:
-    """Tell every layer of ``model`` to prune by ``rule``, or not to."""
-    model.config.acp_eps = None if rule is None else EPS
-    if rule is not None:
-        model.config.acp_rule = rule
 
 
 class _Bench:

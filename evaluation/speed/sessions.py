@@ -1,0 +1,137 @@
+"""Decoding with a whole model: which model, which cache, which pruning; and a cache filled with a context."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+from transformers import Cache, DynamicCache, PreTrainedModel, StaticCache
+
+from foxlm import FoxForCausalLM
+from foxlm.kernels.pruning import Rule
+from foxlm.modeling import cache_fox
+
+from .models import set_pruning
+from .own import own_name
+
+# Tokens of all sequences together, and of one, that a model is given at a time: enough to be fast, and bounded memory.
+_TOKENS_AT_ONCE, _LONGEST_CHUNK = 32768, 4096
+
+Step = Callable[[PreTrainedModel, Cache, Tensor], tuple[Tensor, Tensor]]
+"""Logits ``[B, 1, V]`` and the likeliest next tokens ``[B, 1]`` from a model, its cache and tokens ``[B, 1]``."""
+
+
+@dataclass(frozen=True)
+class Decoder:
+    """One way to decode.
+
+    Attributes:
+        family: ``"foxlm"`` or ``"Llama"``, which is transformers' own.
+        cache: ``"dynamic"`` grows and runs eagerly; ``"static"`` has a fixed length, ``"paged"`` frees pages of keys
+            that no query can attend again, and both run compiled on a GPU.
+        rule: of pruning, None without.
+    """
+
+    family: Literal["foxlm", "Llama"]
+    cache: Literal["dynamic", "static", "paged"]
+    rule: Rule | None = None
+
+    @property
+    def name(self) -> str:
+        """As it appears in tables."""
+        who = own_name(self.rule) if self.family == "foxlm" else self.family
+        return f"{who}, {self.cache} cache"
+
+    def missing(self) -> str | None:
+        """Why it cannot run, None if it can."""
+        if self.cache == "paged" and _paged_cache() is None:
+            return "foxlm.modeling.cache_fox has no FoxPagedCache"
+        return None
+
+    def new_cache(self, config: Any, length: int) -> Cache:
+        """An empty cache for a model of ``config`` and sequences of up to ``length`` tokens."""
+        if self.cache == "dynamic":
+            return DynamicCache(config=config)
+        if self.cache == "static":
+            return StaticCache(config=config, max_cache_len=length)
+        paged = _paged_cache()
+        assert paged is not None
+        return paged(config, max_cache_len=length)
+
+
+def _paged_cache() -> Callable[..., Cache] | None:
+    return getattr(cache_fox, "FoxPagedCache", None)
+
+
+DECODERS = (
+    Decoder("foxlm", "dynamic"),
+    Decoder("foxlm", "dynamic", "tight"),
+    Decoder("foxlm", "static"),
+    Decoder("foxlm", "static", "paper"),
+    Decoder("foxlm", "static", "tight"),
+    Decoder("foxlm", "paged", "tight"),
+    Decoder("Llama", "dynamic"),
+    Decoder("Llama", "static"),
+)
+
+
+def greedy_step(model: PreTrainedModel, cache: Cache, ids: Tensor) -> tuple[Tensor, Tensor]:
+    """The `Step` without compilation."""
+    logits = model(input_ids=ids, past_key_values=cache, use_cache=True).logits
+    return logits, logits.argmax(-1)
+
+
+def compiled_step() -> Step:
+    """The `Step` as one graph of one shape, replayed as a CUDA graph."""
+    return torch.compile(greedy_step, mode="reduce-overhead", fullgraph=True, dynamic=False)
+
+
+class Session:
+    """Sequences in a cache, extended by greedy decoding. A model serves one session at a time.
+
+    Attributes:
+        cache: what it says.
+        ids: ``[B, 1]`` int64 tokens of the next step.
+    """
+
+    def __init__(self, decoder: Decoder, model: PreTrainedModel, step: Step, batch: int, length: int) -> None:
+        if isinstance(model, FoxForCausalLM):
+            set_pruning(model, decoder.rule)
+        self.cache = decoder.new_cache(model.config, length)
+        self.ids = torch.zeros(batch, 1, dtype=torch.int64, device=model.device)
+        self._decoder, self._model, self._step = decoder, model, step
+
+    @torch.no_grad()
+    def fill(self, ids: Tensor) -> Tensor:
+        """Take in the context ``ids``, ``[B, T]``, part by part; returns the last logits, ``[B, V]``."""
+        for chunk in ids.split(max(1, min(_LONGEST_CHUNK, _TOKENS_AT_ONCE // len(ids))), dim=1):
+            logits = self._model(input_ids=chunk, past_key_values=self.cache, use_cache=True, logits_to_keep=1).logits
+        self.ids.copy_(logits.argmax(-1))
+        return logits[:, -1]
+
+    def reserve(self) -> None:
+        """Make room for the next token, which a compiled step cannot do itself."""
+        if self._decoder.cache == "paged":
+            self.cache.reserve(1)
+
+    @torch.no_grad()
+    def step(self) -> Tensor:
+        """Decode one token, for which there must be room; returns logits ``[B, V]``, valid until the next step."""
+        # Said at each step: the outputs of the one before may be overwritten.
+        torch.compiler.cudagraph_mark_step_begin()
+        logits, following = self._step(self._model, self.cache, self.ids)
+        self.ids.copy_(following)
+        return logits[:, -1]
+
+    def advance(self, count: int = 1) -> None:
+        """Decode ``count`` tokens."""
+        for _ in range(count):
+            self.reserve()
+            self.step()
+
+    def stored_bytes(self) -> int:
+        """Memory of all keys and values, that of tokens to come included where it is already taken."""
+        if self._decoder.cache == "paged":
+            return sum(int(layer.held_bytes()) for layer in self.cache.layers)
+        return sum(layer.keys.nbytes + layer.values.nbytes for layer in self.cache.layers)
