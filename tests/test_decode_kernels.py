@@ -42,8 +42,8 @@ class Cache(NamedTuple):
     real: Tensor | None = None
 
     def to(self, device: str) -> "Cache":
-        query, key, first, last, padded = self.decay
-        decay = Decay(query.to(device), key.to(device), first.to(device), last.to(device), padded)
+        query, key, first, last = self.decay[:4]
+        decay = Decay(query.to(device), key.to(device), first.to(device), last.to(device))
         real = None if self.real is None else self.real.to(device)
         return Cache(self.q.to(device), self.k.to(device), self.v.to(device), decay, real)
 
@@ -374,7 +374,7 @@ def test_no_gradient():
 
 def test_operator():
     cache = cache_of(draw())
-    q, k, v, (query, key, first, last, _), _ = cache.to(DEVICE)
+    q, k, v, (query, key, first, last, _, _), _ = cache.to(DEVICE)
     arguments = (q, k, v, query, key, first, last, None, None, None, *summary_of(cache), None, 0.0, 0.25, -3.0, 1)
     torch.library.opcheck(decode._decode, arguments, test_utils=("test_schema", "test_faketensor"))
 

@@ -132,9 +132,6 @@ class _Bench:
         compiled = decoder.cache != "dynamic" and self._recipe.device == "cuda"
         record: Record = {"name": decoder.name, "family": decoder.family, "cache": decoder.cache}
         record |= {"rule": decoder.rule, "compiled": compiled}
-        missing = decoder.missing()
-        if missing is not None:
-            record |= {"status": "missing", "reason": missing}
         self._records[decoder], self._passes[decoder] = record, []
         self._steps[decoder] = compiled_step() if compiled else greedy_step
         return record
@@ -302,9 +299,6 @@ def run_largest_batch(models: Models, recipe: DecodeRecipe) -> Record:
 
 def _largest_batch(decoder: Decoder, model: PreTrainedModel, recipe: DecodeRecipe, most: int) -> Record:
     record: Record = {"name": decoder.name}
-    missing = decoder.missing()
-    if missing is not None:
-        return record | {"status": "missing", "reason": missing}
 
     def fits(batch: int) -> bool:
         done = _survives(decoder, model, batch, recipe)

@@ -8,9 +8,8 @@ import torch
 from torch import Tensor
 from transformers import Cache, DynamicCache, PreTrainedModel, StaticCache
 
-from foxlm import FoxForCausalLM
+from foxlm import FoxForCausalLM, FoxPagedCache
 from foxlm.kernels.pruning import Rule
-from foxlm.modeling import cache_fox
 
 from .models import set_pruning
 from .own import own_name
@@ -43,25 +42,13 @@ class Decoder:
         who = own_name(self.rule) if self.family == "foxlm" else self.family
         return f"{who}, {self.cache} cache"
 
-    def missing(self) -> str | None:
-        """Why it cannot run, None if it can."""
-        if self.cache == "paged" and _paged_cache() is None:
-            return "foxlm.modeling.cache_fox has no FoxPagedCache"
-        return None
-
     def new_cache(self, config: Any, length: int) -> Cache:
         """An empty cache for a model of ``config`` and sequences of up to ``length`` tokens."""
         if self.cache == "dynamic":
             return DynamicCache(config=config)
         if self.cache == "static":
             return StaticCache(config=config, max_cache_len=length)
-        paged = _paged_cache()
-        assert paged is not None
-        return paged(config, max_cache_len=length)
-
-
-def _paged_cache() -> Callable[..., Cache] | None:
-    return getattr(cache_fox, "FoxPagedCache", None)
+        return FoxPagedCache(config, max_cache_len=length)
 
 
 DECODERS = (
@@ -100,7 +87,7 @@ class Session:
             set_pruning(model, decoder.rule)
         self.cache = decoder.new_cache(model.config, length)
         self.ids = torch.zeros(batch, 1, dtype=torch.int64, device=model.device)
-        self._decoder, self._model, self._step = decoder, model, step
+        self._model, self._step = model, step
 
     @torch.no_grad()
     def fill(self, ids: Tensor) -> Tensor:
@@ -112,7 +99,7 @@ class Session:
 
     def reserve(self) -> None:
         """Make room for the next token, which a compiled step cannot do itself."""
-        if self._decoder.cache == "paged":
+        if isinstance(self.cache, FoxPagedCache):
             self.cache.reserve(1)
 
     @torch.no_grad()
@@ -132,6 +119,6 @@ class Session:
 
     def stored_bytes(self) -> int:
         """Memory of all keys and values, that of tokens to come included where it is already taken."""
-        if self._decoder.cache == "paged":
-            return sum(int(layer.held_bytes()) for layer in self.cache.layers)
+        if isinstance(self.cache, FoxPagedCache):
+            return self.cache.held_bytes()
         return sum(layer.keys.nbytes + layer.values.nbytes for layer in self.cache.layers)
