@@ -9,6 +9,9 @@ from transformers.utils.generic import maybe_autocast
 from .configuration_fox import FoxConfig
 
 
+_FEW_TOKENS = 16
+
+
 def decay_time_bias(config: FoxConfig) -> Tensor:
     """``[Hf]`` float64 gate biases for decay times log-spaced over the heads: ``log sigmoid(b) = -1 / T``."""
     low, high = math.log(config.decay_time_min), math.log(config.decay_time_max)
@@ -33,7 +36,11 @@ class FoxForgetGate(nn.Linear):
     def forward(self, x: Tensor) -> Tensor:
         with maybe_autocast(x.device.type, enabled=False):
             dtype = torch.promote_types(x.dtype, torch.float32)
-            return nn.functional.linear(x.to(dtype), self.weight.to(dtype), self.bias.to(dtype))
+            x, weight, bias = x.to(dtype), self.weight.to(dtype), self.bias.to(dtype)
+            if torch.compiler.is_compiling() and not torch.is_grad_enabled() and x.shape[:-1].numel() <= _FEW_TOKENS:
+                # In a step of decoding: fused with what is around, where a float32 product would be two more launches.
+                return (x[..., None, :] * weight).sum(-1) + bias
+            return nn.functional.linear(x, weight, bias)
 
 
 class FoxConstantGate(nn.Module):
