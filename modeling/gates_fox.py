@@ -8,7 +8,6 @@ from transformers.utils.generic import maybe_autocast
 
 from .configuration_fox import FoxConfig
 
-
 _FEW_TOKENS = 16
 
 

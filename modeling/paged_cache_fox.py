@@ -6,8 +6,8 @@ that are not there yet. Running sums of log gates never rise, so with ``c`` of a
 what it keeps; its length, and its logit with its own key, are bounded by the weights (`FoxDecoderLayer.logit_bounds`).
 A freed page therefore changes no row by more than ``acp_eps`` of its weight, however long the sequence grows.
 
-Pages are handed out and taken back between steps, every 64 tokens or so, by `FoxPagedCache.reserve`; a step itself only
-reads the table of pages, so a CUDA graph can replay it.
+Pages are handed out and taken back between steps, every 256 tokens or so, by `FoxPagedCache.reserve`; a step itself
+only reads the table of pages, so a CUDA graph can replay it.
 """
 
 from typing import Any, ClassVar
@@ -22,6 +22,9 @@ from ..kernels.pruning import Rule, first_dead_block
 from ..kernels.summary import Running, empty_summary, extend_summary
 from ..kernels.tiles import PRUNED_KEYS as PAGE
 from .configuration_fox import FoxConfig
+
+# How many of each head are handed out in advance: looking for dead ones takes as long as several steps.
+_PAGES_AHEAD = 4
 
 LogitBounds = tuple[Tensor, Tensor]
 """Of any query: ``scale |q|`` and ``-scale q . k`` with its own key are at most these, ``[H]`` float32 each."""
@@ -434,7 +437,7 @@ class FoxPagedCache(Cache):
     def reserve(self, tokens: int) -> None:
         """Make room for the next ``tokens``, at most 64, and now and then take back what is dead.
 
-        Waits for the device every 64 tokens or so.
+        Waits for the device every 256 tokens or so.
 
         Raises:
             ValueError: they do not fit into ``max_cache_len``.
@@ -448,7 +451,7 @@ class FoxPagedCache(Cache):
                 f"past_key_values holds {length} tokens and has room for {room}: "
                 f"{tokens} more do not fit (max_cache_len)"
             )
-        covered = min(-(-(length + tokens) // PAGE) * PAGE + PAGE, -(-room // PAGE) * PAGE)
+        covered = min(-(-(length + tokens) // PAGE) + _PAGES_AHEAD, -(-room // PAGE)) * PAGE
         for layer in self.layers:
             layer.sweep(length)
             layer.cover(covered)
