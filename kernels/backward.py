@@ -12,6 +12,10 @@ with the maxima over the keys up to that row.
 A row of ``dS`` sums to ``dlse_i``, but for the rounding of ``O`` in ``delta_i = dO_i . O_i``. Summed along the sequence
 those residues would grow into the gates' gradients, so the rows are summed too, of the same ``dS`` as the columns, and
 in the same way: in the gradient of a gate all but the pairs across it cancel.
+
+For float32 inputs the residues would be the largest error, so a first pass finds them, and ``delta_i`` becomes the sum
+of the very ``P_ij dP_ij`` that it is taken from. Scores are rounded as in the forward pass, and what the log-sum-exp
+loses as a float32 number is a factor of the row's weights: they sum to one as those of a softmax that divides.
 """
 
 import torch
@@ -20,7 +24,17 @@ import triton.language as tl
 from torch import Tensor
 
 from .decay import Decay
-from .forward import _INF, _LOG2_E, dot_precision, dropout_scale, heaviest_first, load_rows, split, visible_ranges
+from .forward import (
+    _INF,
+    _LN_2,
+    _LOG2_E,
+    dot_precision,
+    dropout_scale,
+    heaviest_first,
+    load_rows,
+    split,
+    visible_ranges,
+)
 from .tiles import Tile, padded_head_dim
 
 # Keys are reduced to their largest in groups of so many, by programs of so many rows.
@@ -133,15 +147,19 @@ def _rows_kernel(
     BLOCK_M: tl.constexpr,
     KEYS: tl.constexpr,
     UNITS: tl.constexpr,
+    WIDE: tl.constexpr,
 ):
-    """What the main kernel needs of each row: delta, the shift of its scores, and the units of its integer sums."""
+    """What the main kernel needs of each row: delta, the shift of its scores, and the units of its integer sums.
+
+    For float32 inputs ``TERM`` is a factor of its weights instead of a part of its scores.
+    """
     head, block = tl.program_id(0), tl.program_id(1)
     b, h = (head // H).to(tl.int64), (head % H).to(tl.int64)
     rows = block * BLOCK_M + tl.arange(0, BLOCK_M)
     is_row = rows < TQ
     out = load_rows(OUT + b * o_b + h * o_h, rows, o_t, is_row, HEAD_DIM, PADDED_DIM, True).to(tl.float32)
     d_out = load_rows(D_OUT + b * do_b + h * do_h, rows, do_t, is_row, HEAD_DIM, PADDED_DIM, True).to(tl.float32)
-    d_lse = tl.load(D_LSE + b * dl_b + h * dl_h + rows, mask=is_row, other=0.0)
+    d_lse = tl.load(D_LSE + b * dl_b + h * dl_h + rows, mask=is_row, other=0.0).to(tl.float32)
     lse = tl.load(LSE + head.to(tl.int64) * TQ + rows, mask=is_row, other=0.0)
     delta = tl.sum(out * d_out, 1) - d_lse
     # exp(-inf - 0) = 0 for a row that sees nothing, where exp(-inf + inf) would be NaN.
@@ -151,8 +169,13 @@ def _rows_kernel(
     c = tl.load(p_c + rows, mask=is_row, other=0.0) * _LOG2_E
     p = head.to(tl.int64) * TQ + rows
     tl.store(DELTA + p, delta, mask=is_row)
-    tl.store(SHIFT + p, shift, mask=is_row)
-    tl.store(TERM + p, (c - base).to(tl.float32) - shift, mask=is_row)
+    if WIDE:
+        high, low = split(shift)
+        tl.store(SHIFT + p, high, mask=is_row)
+        tl.store(TERM + p, 1.0 - low * _LN_2, mask=is_row)
+    else:
+        tl.store(SHIFT + p, shift, mask=is_row)
+        tl.store(TERM + p, (c - base).to(tl.float32) - shift, mask=is_row)
     tl.store(BASE + head * NM + block, base)
 
     # The largest of the keys that a row can see, and of a few after it.
@@ -210,10 +233,14 @@ def _backward_tile(
     BLOCK_M: tl.constexpr,
     MASKED: tl.constexpr,
     WIDE: tl.constexpr,
+    RESIDUES: tl.constexpr,
     DROPOUT: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """Add one block of queries to the gradients of a block of keys. Scores are held as ``[keys, queries]``."""
+    """Add one block of queries to the gradients of a block of keys, or only, for ``RESIDUES``, its rows to their sums.
+
+    Scores are held as ``[keys, queries]``.
+    """
     rows = block * BLOCK_M + tl.arange(0, BLOCK_M)
     is_row = rows < TQ
     p_row = head.to(tl.int64) * TQ + rows
@@ -221,45 +248,53 @@ def _backward_tile(
     do = load_rows(p_do, rows, do_t, is_row, HEAD_DIM, PADDED_DIM, True)
     delta = tl.load(DELTA + p_row, mask=is_row, other=0.0)
     scores = tl.dot(k, tl.trans(q), input_precision=PRECISION) * qk_scale
-    if MASKED:
-        row_high, row_low = split(tl.load(p_cq + rows, mask=is_row, other=0.0) * _LOG2_E - base)
+    if WIDE or MASKED:
+        row_high, row_low = split(tl.load(p_cq + rows, mask=is_row, other=0.0 if MASKED else -_INF) * _LOG2_E - base)
         shift = tl.load(SHIFT + p_row, mask=is_row, other=0.0)
-        scores += (row_high[None, :] - key_high[:, None]) + (row_low[None, :] - key_low[:, None]) - shift[None, :]
-        first = tl.load(p_first + rows, mask=is_row, other=0).to(tl.int32)
-        visible = (keys[:, None] <= (rows + offset)[None, :]) & (keys[:, None] >= first[None, :]) & is_row[None, :]
-        weights = tl.exp2(tl.where(visible, scores, -_INF))
+        bias = (row_high[None, :] - key_high[:, None]) + (row_low[None, :] - key_low[:, None])
+        # Rounded as in the forward pass, the error of a score that outweighs its row cancels with that of the shift.
+        scores = (scores + bias) - shift[None, :] if WIDE else scores + (bias - shift[None, :])
     else:
         far = (tl.load(BASE + head * NM + block) - base).to(tl.float32)
         term = tl.load(TERM + p_row, mask=is_row, other=-_INF) + far
-        weights = tl.exp2((scores - key_high[:, None]) + term[None, :])
+        scores = (scores - key_high[:, None]) + term[None, :]
+    if MASKED:
+        first = tl.load(p_first + rows, mask=is_row, other=0).to(tl.int32)
+        visible = (keys[:, None] <= (rows + offset)[None, :]) & (keys[:, None] >= first[None, :]) & is_row[None, :]
+        scores = tl.where(visible, scores, -_INF)
+    weights = tl.exp2(scores)
+    if WIDE:
+        weights *= tl.load(TERM + p_row, mask=is_row, other=0.0)[None, :]
     d_weights = tl.dot(v, tl.trans(do), input_precision=PRECISION)
     kept_weights = weights
     if DROPOUT:
         kept = dropout_scale(SEED, head, rows[None, :], keys[:, None], TQ, TK, dropout)
         kept_weights = weights * kept
         d_weights = d_weights * kept
-    dv += tl.dot(kept_weights.to(do.dtype), do, input_precision=PRECISION)
+    if not RESIDUES:
+        dv += tl.dot(kept_weights.to(do.dtype), do, input_precision=PRECISION)
     d_scores = weights * (d_weights - delta[None, :])
     # Rows and columns must cancel in the gates' gradients as exactly as the type of the inputs allows.
     sums = d_scores.to(tl.float64) if WIDE else d_scores
-    dc += tl.sum(sums, 1)
-    narrow = d_scores.to(q.dtype)
-    dk += tl.dot(narrow, q, input_precision=PRECISION)
+    if not RESIDUES:
+        dc += tl.sum(sums, 1)
+        narrow = d_scores.to(q.dtype)
+        dk += tl.dot(narrow, q, input_precision=PRECISION)
 
-    dq = tl.dot(tl.trans(narrow), k, input_precision=PRECISION)
-    per_quantum = tl.load(PER_QUANTUM + p_row, mask=is_row, other=0.0)
-    share = tl.floor(dq * per_quantum[:, None] + 0.5).to(tl.int64)
-    if not WIDE:
-        # Two 32-bit sums to an addition of 64 bits, the second on top: half as many atomic operations.
-        low, high = tl.split(tl.reshape(share, [BLOCK_M, PADDED_DIM // 2, 2]))
-        share = (high << 32) + low
-    WORDS: tl.constexpr = HEAD_DIM if WIDE else (HEAD_DIM + 1) // 2
-    words = tl.arange(0, PADDED_DIM if WIDE else PADDED_DIM // 2)
-    mask = is_row[:, None]
-    if HEAD_DIM != PADDED_DIM:
-        mask = mask & (words < WORDS)[None, :]
-    tl.atomic_add(DQ + p_row[:, None] * WORDS + words[None, :], share, mask=mask, sem="relaxed")
-    units = (1 << 62) / tl.load(ROW_BOUND + p_row, mask=is_row, other=1.0)
+        dq = tl.dot(tl.trans(narrow), k, input_precision=PRECISION)
+        per_quantum = tl.load(PER_QUANTUM + p_row, mask=is_row, other=0.0)
+        share = tl.floor(dq * per_quantum[:, None] + 0.5).to(tl.int64)
+        if not WIDE:
+            # Two 32-bit sums to an addition of 64 bits, the second on top: half as many atomic operations.
+            low, high = tl.split(tl.reshape(share, [BLOCK_M, PADDED_DIM // 2, 2]))
+            share = (high << 32) + low
+        WORDS: tl.constexpr = HEAD_DIM if WIDE else (HEAD_DIM + 1) // 2
+        words = tl.arange(0, PADDED_DIM if WIDE else PADDED_DIM // 2)
+        mask = is_row[:, None]
+        if HEAD_DIM != PADDED_DIM:
+            mask = mask & (words < WORDS)[None, :]
+        tl.atomic_add(DQ + p_row[:, None] * WORDS + words[None, :], share, mask=mask, sem="relaxed")
+    units = (1 << 62) / tl.load(ROW_BOUND + p_row, mask=is_row, other=1.0).to(sums.dtype)
     tl.atomic_add(ROW_SUMS + p_row, (tl.sum(sums, 0) * units).to(tl.int64), mask=is_row, sem="relaxed")
     return dk, dv, dc
 
@@ -323,6 +358,7 @@ def _backward_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     WIDE: tl.constexpr,
+    RESIDUES: tl.constexpr,
     DROPOUT: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
@@ -399,6 +435,7 @@ def _backward_kernel(
                 BLOCK_M,
                 True,
                 WIDE,
+                RESIDUES,
                 DROPOUT,
                 PRECISION,
             )
@@ -441,6 +478,7 @@ def _backward_kernel(
                 BLOCK_M,
                 False,
                 WIDE,
+                RESIDUES,
                 DROPOUT,
                 PRECISION,
             )
@@ -612,6 +650,7 @@ def backward(
         BLOCK_M=tile.queries,
         KEYS=MAXIMA_KEYS,
         UNITS=2.0 ** (62 if wide else 30),
+        WIDE=wide,
     )
 
     words = head_dim if wide else triton.cdiv(head_dim, 2)
@@ -620,58 +659,64 @@ def backward(
     dq, dk, dv = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))
     dc_q = torch.empty(batch, heads, queries, dtype=torch.float64, device=q.device)
     dc_k = torch.empty(batch, heads, keys, dtype=torch.float64, device=q.device)
-    _backward_kernel[(key_blocks * batch * kv_heads,)](
-        q,
-        k,
-        v,
-        d_out,
-        decay.query,
-        decay.key,
-        decay.first,
-        decay.last,
-        delta,
-        shift,
-        term,
-        base,
-        per_quantum,
-        row_bound,
-        stop,
-        cut,
-        order,
-        seed,
-        sums,
-        dk,
-        dv,
-        dc_k,
-        row_sums,
-        *q.stride()[:3],
-        *k.stride()[:3],
-        *v.stride()[:3],
-        *d_out.stride()[:3],
-        *decay.query.stride()[:2],
-        *decay.key.stride()[:2],
-        *decay.first.stride()[:2],
-        scale,
-        dropout,
-        queries,
-        keys,
-        heads,
-        kv_heads,
-        heads // kv_heads,
-        heads // gates,
-        heads // decay.first.shape[1],
-        blocks,
-        key_blocks,
-        HEAD_DIM=head_dim,
-        PADDED_DIM=padded,
-        BLOCK_M=tile.queries,
-        BLOCK_N=tile.keys,
-        WIDE=wide,
-        DROPOUT=dropout > 0.0,
-        PRECISION=dot_precision(q),
-        num_warps=tile.warps,
-        num_stages=tile.stages,
-    )
+    for residues in (True, False) if wide else (False,):
+        _backward_kernel[(key_blocks * batch * kv_heads,)](
+            q,
+            k,
+            v,
+            d_out,
+            decay.query,
+            decay.key,
+            decay.first,
+            decay.last,
+            delta,
+            shift,
+            term,
+            base,
+            per_quantum,
+            row_bound,
+            stop,
+            cut,
+            order,
+            seed,
+            sums,
+            dk,
+            dv,
+            dc_k,
+            row_sums,
+            *q.stride()[:3],
+            *k.stride()[:3],
+            *v.stride()[:3],
+            *d_out.stride()[:3],
+            *decay.query.stride()[:2],
+            *decay.key.stride()[:2],
+            *decay.first.stride()[:2],
+            scale,
+            dropout,
+            queries,
+            keys,
+            heads,
+            kv_heads,
+            heads // kv_heads,
+            heads // gates,
+            heads // decay.first.shape[1],
+            blocks,
+            key_blocks,
+            HEAD_DIM=head_dim,
+            PADDED_DIM=padded,
+            BLOCK_M=tile.queries,
+            BLOCK_N=tile.keys,
+            WIDE=wide,
+            RESIDUES=residues,
+            DROPOUT=dropout > 0.0,
+            PRECISION=dot_precision(q),
+            num_warps=tile.warps,
+            num_stages=tile.stages,
+        )
+        if residues:
+            # What else it stored is overwritten.
+            delta += row_sums * (row_bound.double() / 2**62) - d_lse
+            row_sums.zero_()
     _finish_kernel[(batch * heads, blocks)](
         sums,
         per_quantum,

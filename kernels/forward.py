@@ -10,6 +10,9 @@ A program holds one block of queries of one head and walks over the blocks of ke
   only needed where the exponent is taken, and joins the running maximum there. All three have the same sign, so each is
   rounded relative to the bias itself.
 
+For float32 inputs far tiles take the bias of masked ones, as in the backward pass: both must round a score alike. And
+the log-sum-exp is float64, since all weights of a row would share its rounding.
+
 Everything inside is in units of log 2: ``exp2`` is what the hardware has.
 """
 
@@ -130,6 +133,7 @@ def _forward_kernel(
     PADDED_DIM: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
+    WIDE: tl.constexpr,
     DROPOUT: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
@@ -169,7 +173,7 @@ def _forward_kernel(
     edge_tiles = (far_start - start) // BLOCK_N
 
     maximum = tl.full([BLOCK_M], -_INF, tl.float32)
-    total = tl.zeros([BLOCK_M], tl.float32)
+    total = tl.zeros([BLOCK_M], tl.float64 if WIDE else tl.float32)
     out = tl.zeros([BLOCK_M, PADDED_DIM], tl.float32)
     qk_scale = scale * _LOG2_E
     for tile in tl.range(0, near_tiles + edge_tiles):
@@ -196,10 +200,17 @@ def _forward_kernel(
     for j in tl.range(far_start, near, BLOCK_N):
         keys = j + tl.arange(0, BLOCK_N)
         k = load_rows(p_k, keys, k_t, keys < TK, HEAD_DIM, PADDED_DIM, False)
-        bias = key_bias(p_relative, p_base, keys, j, base, BLOCK_N)
-        scores = tl.dot(q, tl.trans(k), input_precision=PRECISION) * qk_scale + bias[None, :]
-        new_maximum = tl.maximum(maximum, tl.max(scores, 1) + row_high)
-        weights = tl.exp2(scores - (new_maximum - row_high)[:, None])
+        if WIDE:
+            key_high, key_low = split(tl.load(p_ck + keys) * _LOG2_E - base)
+            bias = (row_high[:, None] - key_high[None, :]) + (row_low[:, None] - key_low[None, :])
+            scores = tl.dot(q, tl.trans(k), input_precision=PRECISION) * qk_scale + bias
+            new_maximum = tl.maximum(maximum, tl.max(scores, 1))
+            weights = tl.exp2(scores - new_maximum[:, None])
+        else:
+            bias = key_bias(p_relative, p_base, keys, j, base, BLOCK_N)
+            scores = tl.dot(q, tl.trans(k), input_precision=PRECISION) * qk_scale + bias[None, :]
+            new_maximum = tl.maximum(maximum, tl.max(scores, 1) + row_high)
+            weights = tl.exp2(scores - (new_maximum - row_high)[:, None])
         rescale = tl.exp2(maximum - new_maximum)
         total = total * rescale + tl.sum(weights, 1)
         if DROPOUT:
@@ -208,11 +219,12 @@ def _forward_kernel(
         out = out * rescale[:, None] + tl.dot(weights.to(v.dtype), v, input_precision=PRECISION)
         maximum = new_maximum
 
-    out = out / tl.where(total == 0.0, 1.0, total)[:, None]
+    out = out / tl.where(total == 0.0, 1.0, total).to(tl.float32)[:, None]
     columns = tl.arange(0, PADDED_DIM)
     p_out = OUT + ((b64 * TQ + rows[:, None]) * H + h) * HEAD_DIM + columns[None, :]
     tl.store(p_out, out.to(OUT.dtype.element_ty), mask=is_row[:, None] & (columns[None, :] < HEAD_DIM))
-    tl.store(LSE + head.to(tl.int64) * TQ + rows, (maximum + tl.log2(total)) * _LN_2, mask=is_row)
+    lse = maximum.to(tl.float64) * _LN_2 + tl.log(total) if WIDE else (maximum + tl.log2(total)) * _LN_2
+    tl.store(LSE + head.to(tl.int64) * TQ + rows, lse, mask=is_row)
 
 
 @triton.jit
@@ -287,12 +299,13 @@ def forward(
     """Launch the forward pass. Arguments as for `reference_attention`, each tensor contiguous along its last dimension.
 
     Returns:
-        Output ``[B, Tq, H, D]`` in the type of ``q`` and log-sum-exp ``[B, H, Tq]`` float32.
+        Output ``[B, Tq, H, D]`` in the type of ``q`` and log-sum-exp ``[B, H, Tq]``, float32 (float64 for float32).
     """
     batch, queries, heads, head_dim = q.shape
     keys, kv_heads, gates = k.shape[1], k.shape[2], decay.key.shape[1]
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
-    lse = torch.empty(batch, heads, queries, dtype=torch.float32, device=q.device)
+    wide = q.dtype == torch.float32
+    lse = torch.empty(batch, heads, queries, dtype=torch.float64 if wide else torch.float32, device=q.device)
     relative, base = key_decay(decay.key)
     low, high = visible_ranges(decay.first, decay.last, heads, tile.queries)
     order = heaviest_first(low.flatten(0, 1))
@@ -334,6 +347,7 @@ def forward(
         PADDED_DIM=padded_head_dim(head_dim),
         BLOCK_M=tile.queries,
         BLOCK_N=tile.keys,
+        WIDE=wide,
         DROPOUT=dropout > 0.0,
         PRECISION=dot_precision(q),
         num_warps=tile.warps,

@@ -42,7 +42,8 @@ def triton_attention(
     if not torch.compiler.is_compiling():
         refuse_forward_mode(q, k, v, decay.query, decay.key)
     seed = torch.randint(2**62, (), dtype=torch.int64, device=q.device) if dropout > 0.0 else None
-    return _forward(q, k, v, decay.query, decay.key, decay.first, decay.last, scale, dropout, seed)
+    out, lse = _forward(q, k, v, decay.query, decay.key, decay.first, decay.last, scale, dropout, seed)
+    return out, lse.float()
 
 
 def _tiles(q: Tensor):
@@ -74,7 +75,9 @@ def _forward(
 
 
 def _empty_lse(q: Tensor) -> Tensor:
-    return q.new_empty(q.shape[0], q.shape[2], q.shape[1], dtype=torch.float32)
+    # In float32 its rounding would be one of every weight of a row, in the backward pass.
+    dtype = torch.float64 if q.dtype == torch.float32 else torch.float32
+    return q.new_empty(q.shape[0], q.shape[2], q.shape[1], dtype=dtype)
 
 
 @_forward.register_fake

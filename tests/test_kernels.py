@@ -69,7 +69,7 @@ def test_error_is_near_that_of_torch(layout, head_dim, dtype):
     assert_as_exact_as_torch(inputs, **options)
 
 
-@pytest.mark.parametrize("dtype", SOME_DTYPES, ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_error_in_every_layout(layout, dtype):
     inputs, options = draw(layout, dtype=dtype)
@@ -89,7 +89,7 @@ def test_error_with_shared_keys_and_gates(heads):
     assert_as_exact_as_torch(inputs, **options)
 
 
-@pytest.mark.parametrize("dtype", SOME_DTYPES, ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("scale", [-0.5, 1.5])
 def test_error_at_other_scales(scale, dtype):
     inputs, _ = draw(dtype=dtype)
