@@ -80,7 +80,7 @@ def train(
     tokens: Annotated[
         int | None, typer.Option(help=f"Tokens of the one sequence in a step; {TOKENS}, or {CPU_TOKENS} on a CPU.")
     ] = None,
-    compiled: Annotated[bool, typer.Option("--compile", help="Steps under torch.compile too.")] = False,
+    compiled: Annotated[bool, typer.Option("--compile", help="Steps with compiled layers and loss too.")] = False,
     rounds: Annotated[int, typer.Option(help="Timed steps in each of two passes.")] = 5,
     device: Device = "cuda",
     seed: Seed = 0,
