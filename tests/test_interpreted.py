@@ -20,6 +20,7 @@ RUNS = {
     "test_kernels.py": [],
     "test_kernel_operators.py": [],
     "test_decode_kernels.py": [],
+    "test_decoding_on_kernels.py": [],
     "test_prune.py": ["-m", "not gpu"],
 }
 
