@@ -208,7 +208,8 @@ class FoxAttention(nn.Module):
             c, first = accumulate(log_f, starts=layout.starts)
             decay = Decay(c, c, first, layout.positions)
         else:
-            few = self._few_queries(q, k)
+            # The first tokens have nothing to search, and no pages yet.
+            few = cache_layer.is_initialized and self._few_queries(q, k)
             cache_layer.append_gates(log_f, layout.starts)
             k, v = past_key_values.update(k, v, self.layer_idx, few=few)
             decay = cache_layer.decay(few)

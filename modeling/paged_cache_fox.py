@@ -212,8 +212,8 @@ class PagedForgettingLayer(CacheLayerMixin):
         if first.shape[1] not in (1, heads):
             freed = freed.repeat_interleave(first.shape[1] // heads, dim=1)
         first = torch.maximum(first, freed[..., None])
-        # Gates shared by all heads are held once for each of them.
-        flat = c[:, 0] if gates == 1 else c.flatten(1, 2)
+        # A gate that all heads share is held once for each of them, and is zero where that head's page is freed.
+        flat = c.amin(1) if gates == 1 else c.flatten(1, 2)
         self._gathered = Decay(new.query, flat, first, new.last)
 
         self._summarize(new.query, key_states, new.last[0])
