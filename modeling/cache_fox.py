@@ -61,7 +61,9 @@ class DynamicForgettingLayer(DynamicLayer):
         self.unshifted: dict[str, Tensor] = {}
         self.record_past = False
         self.summary: tuple[KeySummary, Running] | None = None
-        self._rooms: dict[str, Tensor] = {}
+        # Larger tensors that begin with what is held, and how much of them is taken.
+        self._rooms: dict[str, tuple[Tensor, int]] = {}
+        self._reordered = False
         self._new: Decay | None = None
 
     def append_gates(self, log_f: Tensor, starts: Tensor | None = None) -> None:
@@ -91,7 +93,11 @@ class DynamicForgettingLayer(DynamicLayer):
         else:
             self.keys = self._join("keys", self.keys, key_states, -2)
             self.values = self._join("values", self.values, value_states, -2)
-        if self._new is not None and runs_kernels(key_states) and not is_torchdynamo_compiling():
+        self._reordered = False
+        # A summary is of all keys, or there is none.
+        if self._new is None or not runs_kernels(key_states) or is_torchdynamo_compiling():
+            self.summary = None
+        elif self.summary is not None or past == 0:
             self._summarize(self._new.query, key_states, past)
         return self.keys, self.values
 
@@ -109,17 +115,21 @@ class DynamicForgettingLayer(DynamicLayer):
 
     def _join(self, name: str, held: Tensor, new: Tensor, dim: int) -> Tensor:
         """``held`` followed by ``new``: written behind it where it is the beginning of a larger tensor of our own."""
-        total = held.shape[dim] + new.shape[dim]
-        differentiable = torch.is_grad_enabled() and (held.requires_grad or new.requires_grad)
-        if differentiable or is_torchdynamo_compiling():
+        length = held.shape[dim]
+        total = length + new.shape[dim]
+        # Autograd keeps what was returned before; and beam search brings new tensors at each step.
+        if torch.is_grad_enabled() or is_torchdynamo_compiling() or self._reordered or held.dtype != new.dtype:
+            self._rooms.pop(name, None)
             return torch.cat([held, new], dim=dim)
-        room = self._rooms.get(name)
-        if room is None or not _is_beginning(held, room, dim) or room.shape[dim] < total:
+        room, taken = self._rooms.get(name, (held, 0))
+        # What lies behind, after a crop or in a copy of this layer, may still be looked at by someone.
+        if taken != length or not _is_beginning(held, room, dim) or room.shape[dim] < total:
             shape = list(held.shape)
             shape[dim] = total + max(self.least_room, total // 8)
-            room = self._rooms[name] = held.new_empty(shape)
-            room.narrow(dim, 0, held.shape[dim]).copy_(held)
-        room.narrow(dim, held.shape[dim], new.shape[dim]).copy_(new)
+            room = held.new_empty(shape)
+            room.narrow(dim, 0, length).copy_(held)
+        room.narrow(dim, length, new.shape[dim]).copy_(new)
+        self._rooms[name] = room, total
         return room.narrow(dim, 0, total)
 
     def _summarize(self, c: Tensor, keys: Tensor, past: int) -> None:
@@ -144,7 +154,8 @@ class DynamicForgettingLayer(DynamicLayer):
         # Trimmed at twice the window, so that a step of decoding seldom copies it.
         if not self.record_past and states.shape[1] > 2 * self.rollback_window:
             states = states[:, -self.rollback_window :].clone()
-        self.unshifted[name] = states
+        # Not in place: a shallow copy of this layer may have the same dictionary.
+        self.unshifted = self.unshifted | {name: states}
 
     def activate_past_recording(self) -> None:
         """From now on keep the unshifted states of all tokens, and trim them only at each `crop`."""
@@ -203,8 +214,15 @@ class DynamicForgettingLayer(DynamicLayer):
         self.is_initialized = False
         self._forget()
 
+    def offload(self) -> None:
+        super().offload()
+        for name in ("keys", "values"):
+            self._rooms.pop(name, None)
+
     def _select_batch(self, select) -> None:
         """Apply ``select`` to everything whose first dimension is the batch."""
+        self._rooms.clear()
+        self._reordered = True
         if self.gates is not None:
             c, first = self.gates
             self.gates = select(c), select(first)

@@ -98,7 +98,8 @@ class FoxConfig(PreTrainedConfig):
         acp_rule (`str`, defaults to `"tight"`): How it is proven that a key may be left out: `"tight"`, or `"paper"`,
             which takes the bound of the logits from the weights of QK-norm where it can.
         free_dead_cache (`bool`, defaults to `False`): Let `generate` use a `FoxPagedCache`, which frees the memory of
-            keys that no later query can give more than `acp_eps` of its weight, on any device.
+            keys that no later query can give more than `acp_eps` of its weight, on any device. Assisted decoding,
+            which takes tokens back, does not use it.
 
     Raises:
         `ValueError`, or huggingface_hub's `StrictDataclassError` for a wrong type or value: the message names the

@@ -13,6 +13,7 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
 from torch.utils.checkpoint import checkpoint
 from transformers.activations import ACT2FN
 from transformers.cache_utils import Cache
@@ -257,6 +258,11 @@ class FoxAttention(nn.Module):
         return self.config._attn_implementation == "fox" and not differentiable and not dropout and decodes(q, k)
 
 
+def _is_plain(module: nn.Module) -> bool:
+    """Whether ``module`` is a product with its weight and nothing else."""
+    return type(module) is nn.Linear and module.weight.is_floating_point() and not parametrize.is_parametrized(module)
+
+
 class FoxMLP(LlamaMLP):
     """Gated MLP, ``down(act(gate(x)) * up(x))``."""
 
@@ -276,25 +282,30 @@ class FoxDecoderLayer(GradientCheckpointingLayer):
 
     @torch.no_grad()
     def logit_bounds(self) -> tuple[Tensor, Tensor] | None:
-        """Bounds of ``scale |q|`` and of ``|scale * q . k|`` by the weights, for any input: ``[H]`` float32 each.
+        """Bounds of ``scale |q|`` and of ``|scale * q . k|`` by the weights, for any input: ``[H]`` or ``[1]`` float32.
 
         Those of QK-norm; without it, that a normalized input has length ``sqrt(hidden)`` and a projection stretches it
-        by its largest singular value at most, which is sound but far more than what happens. None for RoPE that
-        stretches.
+        by its largest singular value at most, which is sound but far more than what happens. None where the weights do
+        not tell: RoPE that stretches, weights that are elsewhere, projections that are more than a matrix (LoRA).
         """
         attention, config = self.self_attn, self.self_attn.config
         if (config.rope_parameters or {}).get("rope_type") in ("yarn", "longrope"):
             return None
         size = attention.head_dim
         if config.qk_norm == "none":
+            if not all(_is_plain(x) for x in (attention.q_proj, attention.k_proj)):
+                return None
             query, key = (self._largest_output(x) for x in (attention.q_proj, attention.k_proj))
         else:
             query, key = (
                 local_part(norm.weight).float().abs().view(-1, size).amax(-1) * size**0.5
                 for norm in (attention.q_norm, attention.k_norm)
             )
-        heads = attention.q_proj.weight.shape[0] // size
-        query, key = (x.repeat_interleave(heads // len(x)) * _ROUNDED for x in (query, key))
+        if query.is_meta or key.is_meta:
+            return None
+        if len(key) > 1:
+            key = key.repeat_interleave(attention.num_key_value_groups)
+        query, key = query * _ROUNDED, key * _ROUNDED
         return query * abs(attention.scaling), query * key * abs(attention.scaling)
 
     def _largest_output(self, proj: nn.Linear) -> Tensor:

@@ -6,6 +6,7 @@ from torch import Tensor, nn
 from transformers import initialization as init
 from transformers.cache_utils import Cache, DynamicCache
 from transformers.generation import GenerationMixin
+from transformers.generation.configuration_utils import GenerationMode
 from transformers.modeling_layers import (
     GenericForQuestionAnswering,
     GenericForSequenceClassification,
@@ -197,9 +198,13 @@ class FoxForCausalLM(FoxPreTrainedModel, GenerationMixin):
     def _prepare_cache_for_generation(
         self, generation_config, model_kwargs, generation_mode, batch_size, max_cache_length
     ) -> None:
-        wanted = self.config.free_dead_cache and generation_config.use_cache is not False
+        # Assisted decoding takes back more tokens than pages allow.
+        assisted = generation_mode == GenerationMode.ASSISTED_GENERATION or generation_config.is_assistant
+        wanted = self.config.free_dead_cache and generation_config.use_cache is not False and not assisted
         if wanted and model_kwargs.get("past_key_values") is None and generation_config.cache_implementation is None:
-            model_kwargs["past_key_values"] = FoxPagedCache(self.config, max_cache_length)
+            # Room to go on with the cache in a later turn costs little.
+            room = max(max_cache_length, generation_config.max_cache_len or 0, self.config.max_position_embeddings)
+            model_kwargs["past_key_values"] = FoxPagedCache(self.config, room)
             return
         super()._prepare_cache_for_generation(
             generation_config, model_kwargs, generation_mode, batch_size, max_cache_length

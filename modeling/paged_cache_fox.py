@@ -10,6 +10,7 @@ Pages are handed out and taken back between steps, every 256 tokens or so, by `F
 only reads the table of pages, so a CUDA graph can replay it.
 """
 
+import math
 from typing import Any, ClassVar
 
 import torch
@@ -25,9 +26,11 @@ from .configuration_fox import FoxConfig
 
 # How many of each head are handed out in advance: looking for dead ones takes as long as several steps.
 _PAGES_AHEAD = 4
+# Room for rounding to half precision.
+_ROUNDED = 1.0 + 2.0**-7
 
 LogitBounds = tuple[Tensor, Tensor]
-"""Of any query: ``scale |q|`` and ``-scale q . k`` with its own key are at most these, ``[H]`` float32 each."""
+"""Of any query: ``scale |q|`` and ``|scale q . k|`` with any key are at most these, ``[H]`` or ``[1]`` float32 each."""
 
 
 class PagedForgettingLayer(CacheLayerMixin):
@@ -61,9 +64,9 @@ class PagedForgettingLayer(CacheLayerMixin):
     _free: Any
     _new: Any
 
-    def __init__(self, max_cache_len: int, eps: float | None, rule: Rule) -> None:
+    def __init__(self, max_cache_len: int, group: int, eps: float | None, rule: Rule) -> None:
         super().__init__()
-        self.max_cache_len, self.eps, self.rule = max_cache_len, eps, rule
+        self.max_cache_len, self.group, self.eps, self.rule = max_cache_len, group, eps, rule
         self.bounds: LogitBounds | None = None
         self._forget()
 
@@ -191,6 +194,10 @@ class PagedForgettingLayer(CacheLayerMixin):
         heads = self.pages.shape[1]
         return c[:, None].expand(-1, heads, -1, -1) if c.shape[1] == 1 else c.unflatten(1, (heads, -1))
 
+    def _by_gate(self, c: Tensor) -> Tensor:
+        """``[B, G, R, T] -> [B, Hf, T]``, the reverse; a gate that all heads share is held once for each of them."""
+        return c[:, 0] if self.recent["c"].shape[1] == 1 else c.flatten(1, 2)
+
     def _take_in(self, key_states: Tensor, value_states: Tensor) -> tuple[Tensor, Tensor]:
         """Join what is held with many tokens, and hold of both what is not dead."""
         new = self._new
@@ -201,7 +208,7 @@ class PagedForgettingLayer(CacheLayerMixin):
                 f"past_key_values holds {past} tokens and has room for {self.max_cache_len}: "
                 f"{tokens} more do not fit (max_cache_len)"
             )
-        heads, gates = self.pages.shape[1], new.query.shape[1]
+        heads = self.pages.shape[1]
         keys, values, c = self._read(past)
         keys = torch.cat([keys, key_states], dim=2)
         values = torch.cat([values, value_states], dim=2)
@@ -212,8 +219,7 @@ class PagedForgettingLayer(CacheLayerMixin):
         if first.shape[1] not in (1, heads):
             freed = freed.repeat_interleave(first.shape[1] // heads, dim=1)
         first = torch.maximum(first, freed[..., None])
-        # A gate that all heads share is held once for each of them, and is zero where that head's page is freed.
-        flat = c.amin(1) if gates == 1 else c.flatten(1, 2)
+        flat = self._by_gate(c)
         self._gathered = Decay(new.query, flat, first, new.last)
 
         self._summarize(new.query, key_states, new.last[0])
@@ -229,12 +235,24 @@ class PagedForgettingLayer(CacheLayerMixin):
         return keys, values
 
     def _read(self, length: int) -> tuple[Tensor, Tensor, Tensor]:
-        """Keys and values ``[B, G, length, D]`` and running sums ``[B, G, R, length]``; zero where they are freed."""
-        pages = self.pages[..., : -(-length // PAGE)]
+        """Keys and values ``[B, G, length, D]`` and running sums ``[B, G, R, length]``.
+
+        Nobody sees those that are freed, but pruning must count them: there, all keys of a block are as long as the
+        longest so far, and decay alike, as much together as the true ones did.
+        """
+        blocks = -(-length // PAGE)
+        pages = self.pages[..., :blocks]
         missing = (pages < 0)[..., None, None]
         pages = pages.clamp(min=0).long()
-        held = (self.keys, self.values, self.c.mT)
-        keys, values, c = (x[pages].masked_fill(missing, 0.0).flatten(2, 3)[:, :, :length] for x in held)
+        largest = self.summary.largest[..., :blocks, None, None] * _ROUNDED
+        largest = torch.nn.functional.pad(largest, (0, self.keys.shape[-1] - 1))
+        keys = torch.where(missing, largest.to(self.keys.dtype), self.keys[pages])
+        values = self.values[pages].masked_fill(missing, 0.0)
+        log_decays = self._by_head(self.summary.log_decays[..., :blocks])
+        before = torch.nn.functional.pad(log_decays, (1, 0), value=float("-inf"))[..., :blocks]
+        alike = math.log(PAGE) - log_decays - torch.log1p(-torch.exp(before - log_decays))
+        c = torch.where(missing, alike.mT[..., None], self.c[pages]).mT
+        keys, values, c = (x.flatten(2, 3)[:, :, :length] for x in (keys, values, c))
         return keys, values, c.mT
 
     # ---- What is done between steps
@@ -276,12 +294,15 @@ class PagedForgettingLayer(CacheLayerMixin):
         """
         # The running sum that later queries do not exceed, even after a crop.
         token = length - 1 - self.rollback_window
-        if self.bounds is None or self.eps is None or token < PAGE:
+        # After a crop, that token may not be among the recent ones.
+        if self.bounds is None or self.eps is None or token < PAGE or (c is None and token < self._furthest - PAGE):
             return
         c_then = self.recent["c"][..., token % PAGE] if c is None else c[..., token]
         first_then = self.recent["first"][..., token % PAGE] if c is None else None
+        heads = self.group * self.pages.shape[1]
+        query, logit = (x.to(c_then.device).expand(heads) for x in self.bounds)
         dead = first_dead_block(
-            c_then, self.summary, self.bounds, token // PAGE, eps=self.eps, rule=self.rule, keys=self.max_cache_len
+            c_then, self.summary, (query, logit), token // PAGE, eps=self.eps, rule=self.rule, keys=self.max_cache_len
         )
         if first_then is not None:
             hidden = (first_then // PAGE).int()
@@ -353,7 +374,7 @@ class PagedForgettingLayer(CacheLayerMixin):
         if length > start:
             page = self.pages[..., start // PAGE].long()
             keys = self.keys[page][:, :, : length - start]
-            c = self.recent["c"].index_select(-1, torch.arange(start, length, device=self.device).remainder(PAGE))
+            c = self._by_gate(self.c[page][..., : length - start])
             self._summarize(c, keys, torch.tensor(start, device=self.device))
 
     def _select(self, rows: Tensor) -> None:
@@ -425,7 +446,9 @@ class FoxPagedCache(Cache):
         if max_cache_len < 1:
             raise ValueError(f"max_cache_len must be positive, got {max_cache_len}")
         eps = None if config.forget_gate == "none" else config.acp_eps
-        layers = [PagedForgettingLayer(max_cache_len, eps, config.acp_rule) for _ in range(config.num_hidden_layers)]
+        heads, kv_heads, _ = config.heads
+        options = (max_cache_len, heads // kv_heads, eps, config.acp_rule)
+        layers = [PagedForgettingLayer(*options) for _ in range(config.num_hidden_layers)]
         super().__init__(layers=layers)
         self._ahead = 0
 
@@ -435,7 +458,7 @@ class FoxPagedCache(Cache):
             layer.bounds = bound
 
     def reserve(self, tokens: int) -> None:
-        """Make room for the next ``tokens``, at most 64, and now and then take back what is dead.
+        """Make room for the next ``tokens``, and now and then take back what is dead.
 
         Waits for the device every 256 tokens or so.
 
@@ -443,7 +466,7 @@ class FoxPagedCache(Cache):
             ValueError: they do not fit into ``max_cache_len``.
         """
         self._ahead -= tokens
-        if self._ahead >= 0 or not self.is_initialized or tokens > PAGE:
+        if self._ahead >= 0:
             return
         length, room = int(self.get_seq_length()), self.get_max_length()
         if length + tokens > room:
@@ -451,6 +474,9 @@ class FoxPagedCache(Cache):
                 f"past_key_values holds {length} tokens and has room for {room}: "
                 f"{tokens} more do not fit (max_cache_len)"
             )
+        if length == 0 or tokens > PAGE:
+            # A prompt makes room for itself: only for what it needs.
+            return
         covered = min(-(-(length + tokens) // PAGE) + _PAGES_AHEAD, -(-room // PAGE)) * PAGE
         for layer in self.layers:
             layer.sweep(length)

@@ -233,6 +233,47 @@ def test_crop_beyond_the_window_is_refused_and_changes_nothing(short_window: int
     run.crop(run.ids.shape[1]).extend(2)
 
 
+def test_gradients_of_queries_alone_through_a_cache() -> None:
+    """Autograd keeps the keys of each step: they must not be written to later."""
+    model = copy.deepcopy(MODELS["pro"])
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_("q_proj" in name)
+    ids = tokens(1, 12)
+    gradients = []
+    for parts in (ids.split(3, 1), [ids]):
+        cache = DynamicCache(config=model.config)
+        losses = [model(part, past_key_values=cache, use_cache=True).logits.square().sum() for part in parts]
+        model.zero_grad()
+        torch.stack(losses).sum().backward()
+        gradients.append(model.model.layers[0].self_attn.q_proj.weight.grad.clone())
+    assert_close(gradients[0], gradients[1])
+
+
+def test_shallow_copies_and_older_references_keep_what_they_had() -> None:
+    run = dynamic().extend(5).extend(1).extend(1)
+    other = copy.copy(run)
+    other.cache = copy.copy(run.cache)
+    other.cache.layers = [copy.copy(layer) for layer in run.cache.layers]
+    keys = run.cache.layers[0].keys
+    before = keys.clone()
+    other.extend(2).extend(1)
+    run.extend(1).extend(1)
+    other.extend(1)
+    run.crop(3).extend(1).extend(2)
+    assert torch.equal(keys, before)
+
+
+def test_tokens_are_written_in_place() -> None:
+    run = dynamic(batch=1).extend(5).extend(1)
+    places = set()
+    for _ in range(20):
+        run.extend(1)
+        places.add(run.cache.layers[0].keys.data_ptr())
+    assert len(places) == 1
+    run.offload()
+    assert not {"keys", "values"} & set(run.cache.layers[0]._rooms)
+
+
 def test_crop_beyond_the_window_without_token_shift(short_window: int) -> None:
     dynamic("llama").extend(12).crop(10).extend(3)
 

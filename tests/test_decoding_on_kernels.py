@@ -127,6 +127,21 @@ def test_what_pruning_knows_of_keys_moves_with_them(cache: str, operation: str) 
     assert worst(found, expected) < 10 * EPS
 
 
+def test_steps_under_tracing_leave_no_half_summary(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A dynamic cache that some compiled steps have extended: what is known of keys would be of some of them."""
+    model = forgetful_model("pro")
+    ids = tokens(2, LENGTH)
+    expected = forgetful_model("pro", torch.float64)(ids[:, :100], use_cache=False).logits
+    model.to(DEVICE)
+    cache = CACHES["dynamic"](model.config)
+    parts = [feed(model, cache, ids[:, :20].to(DEVICE), None, [20])]
+    monkeypatch.setattr(cache_fox, "is_torchdynamo_compiling", lambda: True)
+    parts.append(feed(model, cache, ids[:, 20:96].to(DEVICE), None, [70, 5, 1]))
+    monkeypatch.undo()
+    parts.append(feed(model, cache, ids[:, 96:100].to(DEVICE), None, [1, 1, 2]))
+    assert worst(torch.cat(parts, dim=1).cpu(), expected) < 10 * EPS
+
+
 def test_gradients_take_the_other_kernels(decoded: list) -> None:
     model = forgetful_model("pro").to(DEVICE)
     cache = DynamicCache(config=model.config)

@@ -285,6 +285,89 @@ def test_assisted_decoding_rolls_back() -> None:
     assert torch.equal(model.generate(ids, max_new_tokens=30, assistant_model=assistant), expected)
 
 
+def test_generate_goes_on_with_the_returned_cache() -> None:
+    model = forgetful_model(max_position_embeddings=512)
+    ids = tokens(1, 200)
+    sequences = {}
+    for free in (False, True):
+        model.config.free_dead_cache = free
+        turn = model.generate(ids, max_new_tokens=10, return_dict_in_generate=True)
+        longer = torch.cat([turn.sequences, tokens(1, 20, seed=1)], dim=1)
+        sequences[free] = model.generate(longer, max_new_tokens=20, past_key_values=turn.past_key_values)
+    assert torch.equal(sequences[False], sequences[True])
+
+
+@pytest.mark.parametrize("options", [{"prompt_lookup_num_tokens": 2}, {"prompt_lookup_num_tokens": 40}], ids=str)
+def test_prompt_lookup_with_the_configuration_switch(options: dict[str, Any]) -> None:
+    model = forgetful_model()
+    ids = tokens(1, 100).repeat(1, 2)
+    expected = model.generate(ids, max_new_tokens=40, **options)
+    model.config.free_dead_cache = True
+    assert torch.equal(model.generate(ids, max_new_tokens=40, **options), expected)
+
+
+@pytest.mark.parametrize("count", [1, 16, 31, 32])
+@pytest.mark.parametrize("length", [159, 320])
+def test_after_a_crop_nothing_is_left_of_what_was_cropped(length: int, count: int) -> None:
+    """The last token forgets everything, and is taken back: what it would have freed must stay."""
+    model = forgetful_model("bias-only", bias=9.0)
+    biases = [parameter for name, parameter in model.named_parameters() if name.endswith("forget_gate.bias")]
+    ids = tokens(1, length + 60)
+    cropped, fresh = (FoxPagedCache(model.config, 600) for _ in range(2))
+    feed(model, cropped, ids[:, : length - 1], [length - 1])
+    for bias, last in ((-1000.0, True), (9.0, False)):
+        for parameter in biases:
+            parameter.data.fill_(bias)
+        if last:
+            feed(model, cropped, ids[:, length - 1 : length], [1])
+    cropped.crop(-count)
+    held = length - count
+    feed(model, fresh, ids[:, :held], [held])
+    for one, other in zip(layers_of(cropped), layers_of(fresh), strict=True):
+        for x, y in zip(one.running, other.running, strict=True):
+            torch.testing.assert_close(x, y)
+    found, expected = (feed(model, cache, ids[:, held : held + 40], [1, 1, 38]) for cache in (cropped, fresh))
+    assert (found - expected).abs().max() <= 1e-9
+
+
+def test_pruning_counts_what_is_freed() -> None:
+    """In a later part of a prompt: freed keys and those that are left out may lose eps together, not each."""
+    model = forgetful_model(num_hidden_layers=1)
+    cache = FoxPagedCache(model.config, 600)
+    feed(model, cache, tokens(1, 500), [500])
+    (layer,) = layers_of(cache)
+    assert int(layer.start.min()) >= 4
+    keys, values, c = layer._read(500)
+    log_decays = (-c.flatten(1, 2)).logcumsumexp(-1)[..., 63::64]
+    torch.testing.assert_close(log_decays, layer.summary.log_decays[..., : log_decays.shape[-1]])
+    assert (c.diff(dim=-1) <= 0).all()
+    largest = keys.norm(dim=-1).cummax(-1).values[..., 63::64]
+    assert (largest >= layer.summary.largest[..., : largest.shape[-1]]).all()
+    freed = int(layer.start.min()) * PRUNED_KEYS
+    assert not values[:, :, :freed].any()
+
+
+def test_projections_with_adapters_have_no_bound() -> None:
+    peft = pytest.importorskip("peft")
+    model = forgetful_model("llama", num_hidden_layers=1)
+    layer = cast(FoxDecoderLayer, model.model.layers[0])
+    assert layer.logit_bounds() is not None
+    peft.get_peft_model(model, peft.LoraConfig(r=4, target_modules=["k_proj"]))
+    assert layer.logit_bounds() is None
+
+
+def test_offloaded_weights_free_nothing() -> None:
+    from accelerate import cpu_offload
+
+    model = forgetful_model()
+    ids = tokens(1, 300)
+    expected = model(ids, use_cache=False).logits
+    cpu_offload(model, execution_device=torch.device("cpu"))
+    cache = FoxPagedCache(model.config, 300)
+    assert (feed(model, cache, ids, [250, 50]) - expected).abs().max() <= 1e-9
+    assert all(int(layer.start.max()) == 0 for layer in layers_of(cache))
+
+
 def test_bad_arguments() -> None:
     model = forgetful_model()
     with pytest.raises(ValueError, match="max_cache_len must be positive, got 0"):
@@ -294,8 +377,9 @@ def test_bad_arguments() -> None:
         model(tokens(1, 5), past_key_values=cache)
     cache = FoxPagedCache(model.config, 100)
     feed(model, cache, tokens(1, 98), [98])
-    with pytest.raises(ValueError, match="has room for 100"), torch.no_grad():
-        model(tokens(1, 3), past_key_values=cache)
+    for count in (3, 70):
+        with pytest.raises(ValueError, match="has room for 100"), torch.no_grad():
+            model(tokens(1, count), past_key_values=cache)
     feed(model, cache, tokens(1, 2), [1, 1])
 
 
