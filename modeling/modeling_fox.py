@@ -136,7 +136,9 @@ class FoxModel(FoxPreTrainedModel):
         if isinstance(past_key_values, FoxPagedCache) and not is_torchdynamo_compiling():
             if not past_key_values.is_initialized:
                 past_key_values.set_logit_bounds([cast(FoxDecoderLayer, x).logit_bounds() for x in self.layers])
-            past_key_values.reserve(inputs_embeds.shape[1])
+            if not isinstance(attention_mask, dict):
+                # Else `create_masks_for_generate` has done it.
+                past_key_values.reserve(inputs_embeds.shape[1])
         layout = token_layout(inputs_embeds, attention_mask, position_ids, cu_seqlens, past_key_values)
         position_embeddings = None
         if self.rotary_emb is not None:
