@@ -30,7 +30,11 @@ class Rename:
 
 
 def rename_weights(
-    weights: Mapping[str, Tensor], renames: Iterable[Rename], layers: int, shapes: Mapping[str, torch.Size]
+    weights: Mapping[str, Tensor],
+    renames: Iterable[Rename],
+    layers: int,
+    shapes: Mapping[str, torch.Size],
+    zeros: Iterable[str] = (),
 ) -> dict[str, Tensor]:
     """Apply renamings to a checkpoint.
 
@@ -39,6 +43,7 @@ def rename_weights(
         renames: what each of its keys becomes.
         layers: number of layers that ``{layer}`` stands for.
         shapes: keys and shapes that the result must have.
+        zeros: keys of the result that are zero, for want of a source; ``{layer}`` as above.
 
     Returns:
         The converted weights, views of the source where nothing is split.
@@ -66,6 +71,9 @@ def rename_weights(
                     f"which gives {target} {list(part.shape)} where {list(expected)} is needed"
                 )
             converted[target] = part
+    dtype = next((weight.dtype for weight in weights.values()), None)
+    for target in {zero.format(layer=i) for zero in zeros for i in range(layers)}:
+        converted[target] = torch.zeros(shapes[target], dtype=dtype)
     if unfilled := sorted(shapes.keys() - converted.keys()):
         raise ValueError(f"the checkpoint has nothing for these weights of the model: {_few(unfilled)}")
     return converted
