@@ -61,6 +61,21 @@ def demo(
         _fail(error)
 
 
+@app.command()
+def convert(
+    source: Annotated[Path, typer.Argument(help="Folder with config.json and *.safetensors.")],
+    out: Annotated[Path, typer.Argument(help="Folder to make.")],
+) -> None:
+    """Convert a checkpoint of the FoX authors' code, or of flash-linear-attention, for from_pretrained."""
+    from foxlm.conversion.convert import convert_to_folder
+
+    try:
+        convert_to_folder(source, out)
+    except (ValueError, OSError) as error:
+        _fail(error)
+    typer.echo(f"wrote {out}")
+
+
 def _fail(error: Exception) -> NoReturn:
     typer.echo(f"error: {error}", err=True)
     raise typer.Exit(1)

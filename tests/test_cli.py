@@ -11,6 +11,8 @@ from typer.testing import CliRunner
 
 import foxlm
 from foxlm.cli import app
+from foxlm.conversion.fla import convert_fla_checkpoint
+from test_conversion_fla import EVERYTHING, SIZES, checkpoint, write
 
 
 def invoke(*arguments: str):
@@ -71,3 +73,37 @@ def test_demo_refuses_a_missing_gpu(tmp_path: Path) -> None:
 def test_unknown_options_and_commands_are_refused() -> None:
     assert invoke("demo", "--no-such-option").exit_code == 2
     assert invoke("no-such-command").exit_code == 2
+
+
+def test_convert_writes_a_folder_to_load(tmp_path: Path) -> None:
+    theirs, ours = tmp_path / "theirs", tmp_path / "new" / "ours"
+    theirs.mkdir()
+    fields = SIZES | EVERYTHING
+    write(theirs, fields, checkpoint(fields))
+    (theirs / "tokenizer.json").write_text("{}")
+    result = invoke("convert", str(theirs), str(ours))
+    assert result.exit_code == 0, result.output
+    model = foxlm.FoxForCausalLM.from_pretrained(ours, dtype="auto")
+    expected = convert_fla_checkpoint(theirs)
+    for name, weight in expected.state_dict().items():
+        assert torch.equal(model.state_dict()[name], weight), name
+    assert (ours / "tokenizer.json").read_text() == "{}"
+    assert [path.name for path in (tmp_path / "new").iterdir()] == ["ours"]
+
+
+def test_convert_refuses_in_one_line_and_leaves_nothing(tmp_path: Path) -> None:
+    theirs, out = tmp_path / "theirs", tmp_path / "ours"
+    theirs.mkdir()
+    for text, message in (
+        (None, "must hold a config.json"),
+        ('{"model_type": "llama"}', "model_type must be one of ['forgetting_transformer', 'forgetting_transformer-"),
+        ('{"model_type": "forgetting_transformer"}', "must hold safetensors files"),
+    ):
+        if text is not None:
+            (theirs / "config.json").write_text(text)
+        result = invoke("convert", str(theirs), str(out))
+        assert (result.exit_code, result.stderr.count("\n")) == (1, 1)
+        assert message in result.stderr
+        assert [path.name for path in tmp_path.iterdir()] == ["theirs"]
+    result = invoke("convert", str(theirs), str(theirs))
+    assert result.exit_code == 1 and "which is there already" in result.stderr
