@@ -69,6 +69,14 @@ def extend_summary(summary: KeySummary, running: Running, c: Tensor, k: Tensor, 
     return log_decays[..., -1], largest[..., -1]
 
 
+def running_before(summary: KeySummary, block: int) -> Running:
+    """What was running before ``block``, as a summary from there on begins with."""
+    if block:
+        return summary.log_decays[..., block - 1], summary.largest[..., block - 1]
+    nothing = summary.log_decays.new_full(summary.log_decays.shape[:2], float("-inf"))
+    return nothing, summary.largest.new_zeros(summary.largest.shape[:2])
+
+
 def _write(summary: KeySummary, blocks: int | Tensor, values: tuple[Tensor, Tensor, Tensor]) -> None:
     for held, new in zip(summary, values, strict=True):
         if isinstance(blocks, int):

@@ -19,7 +19,7 @@ from transformers.utils.import_utils import is_torchdynamo_compiling
 
 from ..kernels.backend import runs_kernels
 from ..kernels.decay import CachedKeys, Decay, KeySummary, accumulate
-from ..kernels.summary import Running, empty_summary, extend_summary
+from ..kernels.summary import Running, empty_summary, extend_summary, running_before
 from ..kernels.tiles import PRUNED_KEYS
 from .paged_cache_fox import FoxPagedCache, PagedForgettingLayer
 
@@ -198,13 +198,9 @@ class DynamicForgettingLayer(DynamicLayer):
         """Make the summary that of the first ``length`` keys: blocks before the last one stand, that is taken again."""
         if self.summary is None or self.gates is None:
             return
-        summary, (log_decays, largest) = self.summary
+        summary, _ = self.summary
         start = length // PRUNED_KEYS * PRUNED_KEYS
-        if start:
-            before = start // PRUNED_KEYS - 1
-            running = summary.log_decays[..., before], summary.largest[..., before]
-        else:
-            running = torch.full_like(log_decays, float("-inf")), torch.zeros_like(largest)
+        running = running_before(summary, start // PRUNED_KEYS)
         if length > start:
             running = extend_summary(summary, running, self.gates[0][..., start:], self.keys[..., start:, :], start)
         self.summary = summary, running

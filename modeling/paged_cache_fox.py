@@ -20,7 +20,7 @@ from transformers.utils.import_utils import is_torchdynamo_compiling
 
 from ..kernels.decay import CachedKeys, Decay, KeySummary, accumulate
 from ..kernels.pruning import Rule, first_dead_block
-from ..kernels.summary import Running, empty_summary, extend_summary
+from ..kernels.summary import Running, empty_summary, extend_summary, running_before
 from ..kernels.tiles import PRUNED_KEYS as PAGE
 from .configuration_fox import FoxConfig
 
@@ -364,13 +364,8 @@ class PagedForgettingLayer(CacheLayerMixin):
             )
         self.cumulative_length.fill_(length)
         start = length // PAGE * PAGE
-        log_decays, largest = self.running
-        if start:
-            log_decays.copy_(self.summary.log_decays[..., start // PAGE - 1])
-            largest.copy_(self.summary.largest[..., start // PAGE - 1])
-        else:
-            log_decays.fill_(float("-inf"))
-            largest.zero_()
+        for held_now, before in zip(self.running, running_before(self.summary, start // PAGE), strict=True):
+            held_now.copy_(before)
         if length > start:
             page = self.pages[..., start // PAGE].long()
             keys = self.keys[page][:, :, : length - start]
@@ -423,8 +418,8 @@ def _in_blocks(x: Tensor, blocks: int) -> Tensor:
 class FoxPagedCache(Cache):
     """A cache whose memory follows what the gates leave of the context, for `generate` and for loops of one's own.
 
-    For inference. What a query may be given up to ``acp_eps`` of its weight wrong by, it is wrong by at most that; with
-    ``acp_eps=None`` nothing is freed. The last 32 tokens can be cropped, as assisted decoding does.
+    For inference. What is freed has at most ``acp_eps`` of the attention weight of any later query; with
+    ``acp_eps=None`` nothing is freed. The last 32 tokens can be cropped; to crop more raises.
 
     In a loop of one's own with a compiled step, call `reserve` before each step, outside of what is compiled;
     `generate` and the model itself do where they are not compiled. A step without room gives NaN.
