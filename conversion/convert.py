@@ -1,17 +1,14 @@
 """Any checkpoint of FoX by others as a folder that ``from_pretrained`` loads."""
 
 import json
-import shutil
-import tempfile
 from pathlib import Path
 
 from foxlm.conversion.authors import AUTHORS_MODEL_TYPE, convert_authors_checkpoint
 from foxlm.conversion.fla import FLA_MODEL_TYPE, convert_fla_checkpoint
+from foxlm.conversion.new_folder import copy_text_files, new_folder
 from foxlm.modeling.modeling_fox import FoxForCausalLM
 
 _CONVERSIONS = {AUTHORS_MODEL_TYPE: convert_authors_checkpoint, FLA_MODEL_TYPE: convert_fla_checkpoint}
-# What turns text to tokens and back is as it was.
-_KEPT = ("tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt")
 
 
 def convert_checkpoint(folder: str | Path) -> FoxForCausalLM:
@@ -35,15 +32,6 @@ def convert_to_folder(source: str | Path, out: str | Path) -> None:
     Raises:
         ValueError: ``out`` is there already; or as `convert_checkpoint`.
     """
-    source, out = Path(source), Path(out)
-    if out.exists():
-        raise ValueError(f"OUT must be a new folder, got {out}, which is there already")
-    model = convert_checkpoint(source)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}-") as unfinished:
-        folder = Path(unfinished) / out.name
-        model.save_pretrained(folder)
-        for pattern in _KEPT:
-            for file in source.glob(pattern):
-                shutil.copy2(file, folder / file.name)
-        folder.rename(out)
+    with new_folder(out) as folder:
+        convert_checkpoint(source).save_pretrained(folder)
+        copy_text_files(source, folder)

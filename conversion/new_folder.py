@@ -1,0 +1,46 @@
+"""Model folders that are made whole or not at all."""
+
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+# What turns text to tokens and back, chats and samples; as it was.
+_KEPT = (
+    "tokenizer*",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.*",
+    "merges.txt",
+    "chat_template*",
+    "generation_config.json",
+)
+
+
+@contextmanager
+def new_folder(out: str | Path) -> Iterator[Path]:
+    """A folder to write to, which becomes ``out`` at the end of the block; of a block that fails nothing is left.
+
+    A process that is killed inside leaves a hidden folder ``.NAME-*`` beside ``out``, and no ``out``.
+
+    Raises:
+        ValueError: ``out`` is there already.
+    """
+    out = Path(out)
+    if os.path.lexists(out):
+        raise ValueError(f"OUT must be a new folder, got {out}, which is there already")
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}-") as unfinished:
+        folder = Path(unfinished) / out.name
+        folder.mkdir()
+        yield folder
+        folder.rename(out)
+
+
+def copy_text_files(source: str | Path, folder: Path) -> None:
+    """Copy tokenizer, chat template and generation settings from a model's folder to another, over what is there."""
+    for pattern in _KEPT:
+        for file in Path(source).glob(pattern):
+            shutil.copy2(file, folder / file.name)
