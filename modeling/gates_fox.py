@@ -9,13 +9,25 @@ from transformers.utils.generic import maybe_autocast
 from .configuration_fox import FoxConfig
 
 _FEW_TOKENS = 16
+# A gate's bias for ever: its log sigmoid and the derivative of that are exactly 0 in float32, and every type holds it.
+_NEVER_FORGETS = 128.0
+
+
+def log_spaced_times(low: float, high: float, gates: int) -> Tensor:
+    """``[gates]`` float64 decay times from ``low`` to ``high``."""
+    return torch.linspace(math.log(low), math.log(high), gates, dtype=torch.float64).exp()
+
+
+def bias_for_times(times: Tensor) -> Tensor:
+    """Float64 gate biases ``b = -log(expm1(1 / T))``, with which ``log sigmoid(b) = -1 / T``; 0 for infinite times."""
+    rates = 1.0 / times.double()
+    # Written so that it does not overflow for short times.
+    return (-rates - torch.log(-torch.expm1(-rates))).clamp(max=_NEVER_FORGETS)
 
 
 def decay_time_bias(config: FoxConfig) -> Tensor:
-    """``[Hf]`` float64 gate biases for decay times log-spaced over the heads: ``log sigmoid(b) = -1 / T``."""
-    low, high = math.log(config.decay_time_min), math.log(config.decay_time_max)
-    times = torch.linspace(low, high, config.num_forget_gates, dtype=torch.float64).exp()
-    return -torch.log(torch.expm1(1.0 / times))
+    """``[Hf]`` float64 gate biases for the decay times of a configuration, log-spaced over the heads."""
+    return bias_for_times(log_spaced_times(config.decay_time_min, config.decay_time_max, config.num_forget_gates))
 
 
 def _gate_dtype() -> torch.dtype:

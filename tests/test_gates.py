@@ -12,6 +12,7 @@ from transformers import (
 from foxlm import (
     FoxForCausalLM,
 )
+from foxlm.modeling.gates_fox import bias_for_times
 from models import (
     assert_close,
     tiny_config,
@@ -35,6 +36,21 @@ def test_new_gates_start_from_log_spaced_decay_times(gate: str, heads: str) -> N
         log_f = layer.self_attn.log_forget_gates(torch.zeros(1, 1, 32))[0, 0]
         assert log_f.dtype == torch.float32
         assert ((log_f * times + 1.0).abs() < 1e-5).all(), log_f
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
+def test_gate_that_never_forgets_is_exactly_zero_and_has_no_gradient(dtype: torch.dtype) -> None:
+    bias = bias_for_times(torch.tensor([math.inf, 1e300])).to(dtype).requires_grad_()
+    log_f = torch.nn.functional.logsigmoid(bias.to(torch.promote_types(dtype, torch.float32)))
+    log_f.sum().backward()
+    smallest = 1e-50 if dtype == torch.float64 else 0.0
+    assert bias.grad is not None
+    assert log_f.abs().max() <= smallest and bias.grad.abs().max() <= smallest
+
+
+def test_bias_gives_its_decay_time_however_short_or_long() -> None:
+    times = torch.tensor([1e-3, 0.5, 1.0, 64.0, 1e9], dtype=torch.float64)
+    assert_close(torch.nn.functional.logsigmoid(bias_for_times(times)) * times, torch.full((5,), -1.0).double())
 
 
 def test_paper_start_of_full_gates() -> None:
