@@ -42,6 +42,7 @@ _FOREIGN_FIELDS = {
     "use_v_shift": "use use_value_shift",
     "layer_types": "it is derived, all layers are forgetting attention",
     "sliding_window": "the forget gates bound what a head sees",
+    "no_rope_layers": "use nope_layers, the indices of the layers without RoPE",
 }
 
 
@@ -73,6 +74,10 @@ class FoxConfig(PreTrainedConfig):
         tie_word_embeddings (`bool`, defaults to `False`): Whether input and output embeddings share a weight.
         rope_parameters (`dict`, *optional*): Rotary embeddings beside the gate, as everywhere in transformers
             (`rope_type`, `rope_theta`, ...). `None`, the default, is none: the gate carries position.
+        nope_layers (`list[int]`, *optional*): Indices of layers without rotary embeddings where the others have them,
+            increasing.
+        norm_position (`str`, defaults to `"pre"`): Where a block has its RMSNorms: `"pre"`, before attention and MLP;
+            `"post"`, after each, on what is added to the residual stream.
         attention_bias (`bool`, defaults to `False`): Biases of the q, k, v and o projections.
         mlp_bias (`bool`, defaults to `False`): Biases of the MLP projections.
         attention_dropout (`float`, defaults to 0.0): Probability of dropping an attention weight in training.
@@ -84,7 +89,8 @@ class FoxConfig(PreTrainedConfig):
             from: log-spaced over the heads of each layer by the bias `b = -log(expm1(1 / T))`, so that
             `log f = -1 / T` where the input is zero. Both `1 / ln 2` is the paper's start of `full` gates, `f = 0.5`.
         qk_norm (`str`, defaults to `"per_head"`): RMSNorm of queries and keys over each head: `"per_head"`, each head
-            has its weights; `"shared"`, all heads share them (the authors' checkpoints); `"none"`.
+            has its weights; `"shared"`, all heads share them (the authors' checkpoints). `"all_heads"`: one RMSNorm
+            over all heads together. `"none"`.
         qk_norm_eps (`float`, *optional*): Epsilon of QK-norm; `None` is `rms_norm_eps`.
         use_key_shift (`bool`, defaults to `True`): Mix each key with the one before it,
             `alpha_t k_{t-1} + (1 - alpha_t) k_t` with `alpha_t = sigmoid(w . x_t)` per head, before QK-norm.
@@ -140,6 +146,8 @@ class FoxConfig(PreTrainedConfig):
     use_cache: bool = True
     tie_word_embeddings: bool = False
     rope_parameters: RopeParameters | dict | None = None
+    nope_layers: list[int] | None = None
+    norm_position: Literal["pre", "post"] = "pre"
     attention_bias: bool = False
     mlp_bias: bool = False
     attention_dropout: float | int = 0.0
@@ -147,7 +155,7 @@ class FoxConfig(PreTrainedConfig):
     forget_gate_heads: Literal["query", "key_value"] = "query"
     decay_time_min: float | int = 2.0
     decay_time_max: float | int = 2048.0
-    qk_norm: Literal["per_head", "shared", "none"] = "per_head"
+    qk_norm: Literal["per_head", "shared", "all_heads", "none"] = "per_head"
     qk_norm_eps: float | None = None
     use_key_shift: bool = True
     use_value_shift: bool = True
@@ -226,7 +234,19 @@ class FoxConfig(PreTrainedConfig):
         return self.num_attention_heads, self.num_key_value_heads, self.head_dim
 
     def _tensor_parallel_plan(self) -> dict[str, str]:
+        return {
+            **{f"layers.*.self_attn.{name}": style for name, style in self._attention_plan().items()},
+            "layers.*.mlp.gate_proj": "colwise",
+            "layers.*.mlp.up_proj": "colwise",
+            "layers.*.mlp.down_proj": "rowwise",
+        }
+
+    def _attention_plan(self) -> dict[str, str]:
         """Everything of a head on the rank of that head; which parts there are depends on the switches."""
+        if self.qk_norm == "all_heads":
+            # Its norms need all heads of a token: ranks share the projections, and each computes the rest in full.
+            gathered = dict.fromkeys(("q_proj", "k_proj", "v_proj"), "colwise_gather_output")
+            return gathered | {"o_proj": "rowwise_split_input"}
         plan = dict.fromkeys(("q_proj", "k_proj", "v_proj"), "colwise") | {"o_proj": "rowwise"}
         if self.qk_norm == "per_head":
             plan |= {"q_norm.weight": "colwise", "k_norm.weight": "colwise"}
@@ -241,18 +261,19 @@ class FoxConfig(PreTrainedConfig):
             plan["output_norm.weight"] = "colwise"
         if self.use_output_gate:
             plan["output_gate"] = "colwise"
-        plan |= {
-            "full": {"forget_gate": "colwise"},
-            "bias_only": {"forget_gate.bias": "colwise"},
-            "fixed": {"forget_gate.bias": "colwise"},
-            "none": {},
-        }[self.forget_gate]
-        return {
-            **{f"layers.*.self_attn.{name}": style for name, style in plan.items()},
-            "layers.*.mlp.gate_proj": "colwise",
-            "layers.*.mlp.up_proj": "colwise",
-            "layers.*.mlp.down_proj": "rowwise",
-        }
+        return (
+            plan
+            | {
+                "full": {"forget_gate": "colwise"},
+                "bias_only": {"forget_gate.bias": "colwise"},
+                "fixed": {"forget_gate.bias": "colwise"},
+                "none": {},
+            }[self.forget_gate]
+        )
+
+    def has_rope(self, layer_idx: int) -> bool:
+        """Whether a layer rotates its queries and keys."""
+        return self.rope_parameters is not None and layer_idx not in (self.nope_layers or ())
 
     @property
     def num_forget_gates(self) -> int:
@@ -336,6 +357,11 @@ class FoxConfig(PreTrainedConfig):
         )
         if self.rope_parameters is not None:
             self._require("head_dim", self.heads[2] % 2 == 0, "an even number with rope_parameters")
+        if self.nope_layers is not None:
+            layers, total = self.nope_layers, self.num_hidden_layers
+            ordered = all(a < b for a, b in zip([-1, *layers], [*layers, total], strict=True))
+            self._require("nope_layers", ordered, f"None or increasing indices of the {total} layers")
+            self._require("nope_layers", self.rope_parameters is not None, "None without rope_parameters")
 
     def _require(self, field: str, holds: bool, accepted: str) -> None:
         if not holds:

@@ -75,7 +75,8 @@ class FoxRotaryEmbedding(LlamaRotaryEmbedding):
         parameters = config.rope_parameters or {}
         size = int(config.heads[2] * parameters.get("partial_rotary_factor", 1.0))
         exponents = torch.arange(0, size, 2, dtype=torch.float, device=device) / size
-        return parameters["rope_theta"] ** -exponents, 1.0
+        # To the bit what other decoders compute: far along a sequence a rounding shows.
+        return 1.0 / parameters["rope_theta"] ** exponents, 1.0
 
 
 def apply_rotary(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
@@ -140,6 +141,7 @@ class FoxAttention(nn.Module):
         super().__init__()
         self.config = config
         self.layer_idx = layer_idx
+        self.use_rope = config.has_rope(layer_idx)
         hidden, (heads, kv_heads, self.head_dim) = config.hidden_size, config.heads
         self.num_key_value_groups = heads // kv_heads
         self.scaling = self.head_dim**-0.5
@@ -154,10 +156,10 @@ class FoxAttention(nn.Module):
         if config.forget_gate != "none":
             self.forget_gate = make_forget_gate(config)
         if config.qk_norm != "none":
-            per_head = config.qk_norm == "per_head"
+            shared = config.qk_norm == "shared"
             eps = config.rms_norm_eps if config.qk_norm_eps is None else config.qk_norm_eps
-            self.q_norm = FoxRMSNorm(self.head_dim * (heads if per_head else 1), eps)
-            self.k_norm = FoxRMSNorm(self.head_dim * (kv_heads if per_head else 1), eps)
+            self.q_norm = FoxRMSNorm(self.head_dim * (1 if shared else heads), eps)
+            self.k_norm = FoxRMSNorm(self.head_dim * (1 if shared else kv_heads), eps)
         if config.use_key_shift:
             self.key_shift = FoxTokenShift(hidden, kv_heads)
         if config.use_value_shift:
@@ -195,9 +197,11 @@ class FoxAttention(nn.Module):
             k = self.key_shift(hidden_states, k, layout, cache_layer, "key")
         if self.config.use_value_shift:
             v = self.value_shift(hidden_states, v, layout, cache_layer, "value")
-        if self.config.qk_norm != "none":
+        if self.config.qk_norm == "all_heads":
+            q, k = (norm(x.flatten(-2)).view_as(x) for norm, x in ((self.q_norm, q), (self.k_norm, k)))
+        elif self.config.qk_norm != "none":
             q, k = self.q_norm(q), self.k_norm(k)
-        if position_embeddings is not None:
+        if self.use_rope and position_embeddings is not None:
             # Back to the type of v: under autocast the angles are float32, and keys are cached beside values.
             q, k = (x.to(v.dtype) for x in apply_rotary(q, k, *position_embeddings))
 
@@ -237,19 +241,34 @@ class FoxAttention(nn.Module):
         return nn.functional.logsigmoid(self.forget_gate(hidden_states))
 
     def logit_bound(self) -> Tensor | None:
-        """Bound of ``|scale * q . k|`` by the weights of QK-norm: ``[H]``, ``[1]`` if heads share them; None without.
+        """Bound of ``|scale * q . k|`` by the weights of QK-norm: ``[H]``, or ``[1]``; None as `norm_bounds`."""
+        bounds = self.norm_bounds()
+        return None if bounds is None else bounds[0] * bounds[1] * abs(self.scaling)
 
-        A normalized head has length ``sqrt(D)`` at most, its weights stretch it, and RoPE turns it; two types of RoPE
-        stretch it too, and give None.
+    def norm_bounds(self) -> tuple[Tensor, Tensor] | None:
+        """Largest lengths of a query and of its keys after QK-norm, both ``[H]``, ``[1]`` if heads share the weights.
+
+        What is normalized has length ``sqrt(size)`` at most, its weights stretch it, and RoPE turns it. If all heads
+        are normalized together, one of them may have all the length. None without QK-norm, and where RoPE stretches.
         """
-        rope_type = (self.config.rope_parameters or {}).get("rope_type")
-        if self.config.qk_norm == "none" or rope_type in ("yarn", "longrope"):
+        if self.config.qk_norm == "none" or self.rope_stretches:
             return None
-        q, k = (local_part(norm.weight).detach().abs() for norm in (self.q_norm, self.k_norm))
-        q, k = (x.view(-1, self.head_dim).amax(-1) for x in (q, k))
-        if len(k) < len(q):
-            k = k.repeat_interleave(len(q) // len(k))
-        return q * k * (self.head_dim * abs(self.scaling))
+        query, key = (self._norm_bound(norm) for norm in (self.q_norm, self.k_norm))
+        if len(key) < len(query):
+            key = key.repeat_interleave(len(query) // len(key))
+        return query, key
+
+    def _norm_bound(self, norm: FoxRMSNorm) -> Tensor:
+        weight = local_part(norm.weight).detach()
+        weight = weight.to(torch.promote_types(weight.dtype, torch.float32)).abs()
+        size = len(weight) if self.config.qk_norm == "all_heads" else self.head_dim
+        return weight.view(-1, self.head_dim).amax(-1) * size**0.5
+
+    @property
+    def rope_stretches(self) -> bool:
+        """Whether rotary embeddings change the lengths of queries and keys here."""
+        rope_type = (self.config.rope_parameters or {}).get("rope_type")
+        return self.use_rope and rope_type in ("yarn", "longrope")
 
     def _few_queries(self, q: Tensor, k: Tensor) -> bool:
         """Whether the kernels of decoding take these, ``[B, H, Tq, D]`` and ``[B, G, T, D]``."""
@@ -270,15 +289,24 @@ class FoxMLP(LlamaMLP):
 class FoxDecoderLayer(GradientCheckpointingLayer):
     def __init__(self, config: FoxConfig, layer_idx: int) -> None:
         super().__init__()
+        self.norms_first = config.norm_position == "pre"
         self.self_attn = FoxAttention(config, layer_idx)
         self.mlp = FoxMLP(config)
-        self.input_layernorm = FoxRMSNorm(config.hidden_size, config.rms_norm_eps)
+        # The names of Llama and of OLMo 2: the same norm stands before the MLP in one and after attention in the other.
+        if self.norms_first:
+            self.input_layernorm = FoxRMSNorm(config.hidden_size, config.rms_norm_eps)
         self.post_attention_layernorm = FoxRMSNorm(config.hidden_size, config.rms_norm_eps)
+        if not self.norms_first:
+            self.post_feedforward_layernorm = FoxRMSNorm(config.hidden_size, config.rms_norm_eps)
 
     def forward(self, hidden_states: Tensor, **kwargs: Unpack[TransformersKwargs]) -> Tensor:
-        attended, _ = self.self_attn(self.input_layernorm(hidden_states), **kwargs)
-        hidden_states = hidden_states + attended
-        return hidden_states + self.mlp(self.post_attention_layernorm(hidden_states))
+        if self.norms_first:
+            attended, _ = self.self_attn(self.input_layernorm(hidden_states), **kwargs)
+            hidden_states = hidden_states + attended
+            return hidden_states + self.mlp(self.post_attention_layernorm(hidden_states))
+        attended, _ = self.self_attn(hidden_states, **kwargs)
+        hidden_states = hidden_states + self.post_attention_layernorm(attended)
+        return hidden_states + self.post_feedforward_layernorm(self.mlp(hidden_states))
 
     @torch.no_grad()
     def logit_bounds(self) -> tuple[Tensor, Tensor] | None:
@@ -286,27 +314,24 @@ class FoxDecoderLayer(GradientCheckpointingLayer):
 
         Those of QK-norm; without it, that a normalized input has length ``sqrt(hidden)`` and a projection stretches it
         by its largest singular value at most, which is sound but far more than what happens. None where the weights do
-        not tell: RoPE that stretches, weights that are elsewhere, projections that are more than a matrix (LoRA).
+        not tell: RoPE that stretches, weights that are elsewhere, inputs that are not normalized or projections that
+        are more than a matrix (LoRA), both without QK-norm.
         """
-        attention, config = self.self_attn, self.self_attn.config
-        if (config.rope_parameters or {}).get("rope_type") in ("yarn", "longrope"):
+        attention = self.self_attn
+        bounds = attention.norm_bounds() if attention.config.qk_norm != "none" else self._projection_bounds()
+        if bounds is None or any(x.is_meta for x in bounds):
             return None
-        size = attention.head_dim
-        if config.qk_norm == "none":
-            if not all(_is_plain(x) for x in (attention.q_proj, attention.k_proj)):
-                return None
-            query, key = (self._largest_output(x) for x in (attention.q_proj, attention.k_proj))
-        else:
-            query, key = (
-                local_part(norm.weight).float().abs().view(-1, size).amax(-1) * size**0.5
-                for norm in (attention.q_norm, attention.k_norm)
-            )
-        if query.is_meta or key.is_meta:
-            return None
-        if len(key) > 1:
-            key = key.repeat_interleave(attention.num_key_value_groups)
-        query, key = query * _ROUNDED, key * _ROUNDED
+        query, key = (x.float() * _ROUNDED for x in bounds)
         return query * abs(attention.scaling), query * key * abs(attention.scaling)
+
+    def _projection_bounds(self) -> tuple[Tensor, Tensor] | None:
+        """Largest lengths of a query and of its keys, ``[H]``, where nothing normalizes them."""
+        attention = self.self_attn
+        projections = (attention.q_proj, attention.k_proj)
+        if attention.rope_stretches or not self.norms_first or not all(_is_plain(x) for x in projections):
+            return None
+        query, key = (self._largest_output(x) for x in projections)
+        return query, key.repeat_interleave(attention.num_key_value_groups)
 
     def _largest_output(self, proj: nn.Linear) -> Tensor:
         """Largest length of each head of ``proj`` of a normalized input, ``[heads]``."""

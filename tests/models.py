@@ -51,6 +51,8 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "llama-output-norm": LLAMA | {"use_output_norm": True},
     "shared-qk-norm": {"qk_norm": "shared"},
     "llama-shared-qk-norm": LLAMA | {"qk_norm": "shared"},
+    "all-heads-qk-norm": {"qk_norm": "all_heads"},
+    "llama-all-heads-qk-norm": LLAMA | {"qk_norm": "all_heads"},
     "silu-gate": {"output_gate_act": "silu"},
     "bias-only": {"forget_gate": "bias_only"},
     "fixed": {"forget_gate": "fixed"},
@@ -63,6 +65,11 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "llama-rope": LLAMA | ROPE,
     "transformer": LLAMA | ROPE | {"forget_gate": "none"},
     "partial-rope": {"rope_parameters": ROPE["rope_parameters"] | {"partial_rotary_factor": 0.5}},
+    "nope-layers": ROPE | {"nope_layers": [1]},
+    "post-norm": {"norm_position": "post"},
+    "llama-post-norm": LLAMA | {"norm_position": "post"},
+    # As OLMo 2 has it.
+    "olmo": LLAMA | ROPE | {"qk_norm": "all_heads", "norm_position": "post"},
     "multi-head": {"num_key_value_heads": 4},
     "multi-query": {"num_key_value_heads": 1},
     "wide-head": {"head_dim": 12},
@@ -73,7 +80,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
 }
 
 # What decides how a model is decoded; the rest of the switches act within one token.
-DECODING_VARIANTS = ("pro", "llama", "rope", "key-value-gates", "bias-only")
+DECODING_VARIANTS = ("pro", "llama", "rope", "key-value-gates", "bias-only", "olmo")
 IMPLEMENTATIONS = ("fox", "sdpa", "eager")
 
 

@@ -54,6 +54,13 @@ WRONG = [
     ("rope_parameters", {"rope_parameters": "yarn"}, "yarn", "dict"),
     ("rope_parameters", {"rope_parameters": {"rope_type": "linear"}}, "linear", "factor"),
     ("head_dim", {"head_dim": 7} | ROPE, "7", "even number with rope_parameters"),
+    *(
+        ("nope_layers", {"nope_layers": x} | ROPE, str(x), "indices of the 2 layers")
+        for x in ([2], [-1], [1, 0], [0, 0])
+    ),
+    ("nope_layers", {"nope_layers": [0]}, "[0]", "None without rope_parameters"),
+    ("nope_layers", {"nope_layers": [0.0]} | ROPE, "0.0", "int"),
+    ("norm_position", {"norm_position": "both"}, "both", "'post'"),
     ("pad_token_id", {"pad_token_id": "a"}, "a", "int"),
 ]
 
@@ -93,6 +100,7 @@ def test_pad_token_outside_the_vocabulary_is_refused() -> None:
         ("use_v_shift", "use_value_shift"),
         ("layer_types", "derived"),
         ("sliding_window", "forget gates"),
+        ("no_rope_layers", "nope_layers"),
         ("forget_gates", "forget_gate"),
         ("numattention_heads", "num_attention_heads"),
         ("use_output_gates", "use_output_gate"),
@@ -252,7 +260,7 @@ def test_rope_keeps_the_rest_of_a_head_in_place() -> None:
 
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_tensor_parallel_plan_covers_the_heads(variant: str) -> None:
-    """Every planned name exists, and every weight of the attention is planned for."""
+    """Every planned name exists, and every weight of the attention is planned for, or none but the projections."""
     config = tiny_config(**VARIANTS[variant])
     model = FoxForCausalLM(config).model
     names = {name for name, _ in model.named_modules()} | {name for name, _ in model.named_parameters()}
@@ -260,4 +268,12 @@ def test_tensor_parallel_plan_covers_the_heads(variant: str) -> None:
     assert plan <= names
     attention = [name for name, _ in model.named_parameters() if name.startswith("layers.0.self_attn.")]
     unplanned = {name for name in attention if name not in plan and name.rsplit(".", 1)[0] not in plan}
-    assert not unplanned
+    assert not unplanned or config.qk_norm == "all_heads"
+
+
+def test_norms_over_all_heads_see_all_heads_on_every_rank() -> None:
+    plan = tiny_config("olmo").base_model_tp_plan
+    attention = {key.split(".")[-1]: style for key, style in plan.items() if "self_attn" in key}
+    assert attention == dict.fromkeys(("q_proj", "k_proj", "v_proj"), "colwise_gather_output") | {
+        "o_proj": "rowwise_split_input"
+    }

@@ -28,7 +28,7 @@ def relative(x: torch.Tensor, reference: torch.Tensor) -> float:
 
 @torch.no_grad()
 @pytest.mark.parametrize("implementation", ["fox_reference", "sdpa", "eager"])
-@pytest.mark.parametrize("variant", ["pro", "llama", "rope", "key-value-gates"])
+@pytest.mark.parametrize("variant", ["pro", "llama", "rope", "key-value-gates", "olmo"])
 def test_implementations_agree_with_the_cpu(variant: str, implementation: str) -> None:
     model = gpu_model(variant)
     ids = tokens(3, 90)

@@ -85,20 +85,37 @@ class LoopModel:
             mixed.append(alpha * before + (1 - alpha) * states[t])
         return mixed
 
+    def normed_together(
+        self, layer: str, letter: str, xs: list[Tensor], states: list[Tensor], head: int, eps: float
+    ) -> list[Tensor]:
+        """One head of queries or keys over the root of the mean square of all heads."""
+        heads = self.config.num_attention_heads if letter == "q" else self.config.num_key_value_heads
+        shift = layer + "key_shift" if letter == "k" else "none"
+        of_heads = [self.shifted(layer + letter + "_proj", shift, xs, other) for other in range(heads)]
+        weight = self.head_weight(layer + letter + "_norm", head)
+        return [
+            weight * state / (torch.cat(token).square().mean() + eps).sqrt()
+            for state, token in zip(states, zip(*of_heads, strict=True), strict=True)
+        ]
+
     def attention(self, layer: str, xs: list[Tensor]) -> list[Tensor]:
         config = self.config
         size, heads, kv_heads = config.head_dim, config.num_attention_heads, config.num_key_value_heads
         qk_eps = config.rms_norm_eps if config.qk_norm_eps is None else config.qk_norm_eps
+        index = int(layer.split(".")[2])
         outputs: list[list[Tensor]] = [[] for _ in xs]
         for head in range(heads):
             kv = head * kv_heads // heads
             queries = [self.linear(layer + "q_proj", x)[head * size : (head + 1) * size] for x in xs]
             keys = self.shifted(layer + "k_proj", layer + "key_shift", xs, kv)
             values = self.shifted(layer + "v_proj", layer + "value_shift", xs, kv)
-            if config.qk_norm != "none":
+            if config.qk_norm == "all_heads":
+                queries = self.normed_together(layer, "q", xs, queries, head, qk_eps)
+                keys = self.normed_together(layer, "k", xs, keys, kv, qk_eps)
+            elif config.qk_norm != "none":
                 queries = [rms(q, self.head_weight(layer + "q_norm", head), qk_eps) for q in queries]
                 keys = [rms(k, self.head_weight(layer + "k_norm", kv), qk_eps) for k in keys]
-            if config.rope_parameters is not None:
+            if config.rope_parameters is not None and index not in (config.nope_layers or []):
                 queries = [rotate(q, t, config.rope_parameters) for t, q in enumerate(queries)]
                 keys = [rotate(k, t, config.rope_parameters) for t, k in enumerate(keys)]
             log_f = [self.log_gate(layer + "forget_gate", x, head) for x in xs]
@@ -119,16 +136,23 @@ class LoopModel:
         """``[T] -> [T, vocab]``."""
         eps = self.config.rms_norm_eps
         activation = getattr(torch.nn.functional, self.config.hidden_act)
+        post = self.config.norm_position == "post"
         xs = [self.weights["model.embed_tokens.weight"][token] for token in ids]
         for index in range(self.config.num_hidden_layers):
             layer = f"model.layers.{index}."
-            normed = [rms(x, self.weights[layer + "input_layernorm.weight"], eps) for x in xs]
+            after_attention = self.weights[layer + "post_attention_layernorm.weight"]
+            normed = xs if post else [rms(x, self.weights[layer + "input_layernorm.weight"], eps) for x in xs]
             attended = self.attention(layer + "self_attn.", normed)
+            if post:
+                attended = [rms(x, after_attention, eps) for x in attended]
             xs = [x + out for x, out in zip(xs, attended, strict=True)]
             for t, x in enumerate(xs):
-                y = rms(x, self.weights[layer + "post_attention_layernorm.weight"], eps)
+                y = x if post else rms(x, after_attention, eps)
                 up = activation(self.linear(layer + "mlp.gate_proj", y)) * self.linear(layer + "mlp.up_proj", y)
-                xs[t] = x + self.linear(layer + "mlp.down_proj", up)
+                down = self.linear(layer + "mlp.down_proj", up)
+                xs[t] = x + (
+                    rms(down, self.weights[layer + "post_feedforward_layernorm.weight"], eps) if post else down
+                )
         final = [rms(x, self.weights["model.norm.weight"], eps) for x in xs]
         return torch.stack([self.linear("lm_head", x) for x in final])
 

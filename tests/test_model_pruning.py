@@ -37,16 +37,41 @@ def test_output_differs_by_no_more_than_allowed(variant, rule, calls):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("variant", ["pro", "rope", "multi-query", "key-value-gates"])
-@pytest.mark.parametrize("qk_norm", ["per_head", "shared"])
+@pytest.mark.parametrize("variant", ["pro", "rope", "multi-query", "key-value-gates", "olmo"])
+@pytest.mark.parametrize("qk_norm", ["per_head", "shared", "all_heads"])
 def test_bound_of_logits_from_the_norms_weights_holds(variant, qk_norm, calls):
     model = tiny_model(variant, qk_norm=qk_norm)
     model(tokens(2, 50))
     for layer, (q, k, _, scale) in zip(model.model.layers, calls, strict=True):
         logits = scale * torch.einsum("bihd,bjhd->hbij", q, k.repeat_interleave(q.shape[2] // k.shape[2], 2))
         bound = layer.self_attn.logit_bound()
-        assert bound.shape == ((q.shape[2],) if qk_norm == "per_head" else (1,))
+        assert bound.shape == ((q.shape[2],) if qk_norm != "shared" else (1,))
         assert (logits.abs().flatten(1).amax(1) <= bound * (1 + 1e-9)).all()
+
+
+@torch.no_grad()
+def test_one_head_may_have_the_length_of_all(calls):
+    """Normalized over all heads, one coordinate can be ``sqrt(H D)``: ``H G`` times what a norm per head allows."""
+    model = tiny_model("all-heads-qk-norm", num_hidden_layers=1)
+    attention = model.model.layers[0].self_attn
+    for proj, norm in ((attention.q_proj, attention.q_norm), (attention.k_proj, attention.k_norm)):
+        proj.weight[1:] = 0.0
+        proj.weight[0] *= 1e4
+        norm.weight.fill_(1.0)
+    model(tokens(1, 20))
+    q, k, _, scale = calls[0]
+    largest = (scale * q[0, :, 0] @ k[0, :, 0].T).abs().max()
+    bound = attention.logit_bound()[0]
+    assert 0.999 * bound < largest <= bound * (1 + 1e-9)
+    query, any_logit = model.model.layers[0].logit_bounds()
+    assert q.norm(dim=-1).max() * scale <= query[0] and largest <= any_logit[0]
+
+
+def test_layers_without_rope_are_bounded_whatever_its_type():
+    rope = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 64}
+    rotated, plain = tiny_model("pro", rope_parameters=rope, nope_layers=[1]).model.layers
+    assert rotated.self_attn.logit_bound() is None and rotated.logit_bounds() is None
+    assert plain.self_attn.logit_bound() is not None and plain.logit_bounds() is not None
 
 
 def test_there_is_no_bound_without_norms_or_with_rope_that_stretches():

@@ -18,7 +18,7 @@ from foxlm.modeling.paged_cache_fox import FoxPagedCache, PagedForgettingLayer
 from models import tiny_model, tokens
 
 EPS = 1e-4
-VARIANTS = ("pro", "multi-query", "key-value-gates", "bias-only", "rope", "shared-qk-norm")
+VARIANTS = ("pro", "multi-query", "key-value-gates", "bias-only", "rope", "shared-qk-norm", "olmo")
 
 
 def forgetful_model(variant: str = "pro", rule: str = "tight", bias: float = -0.5, **overrides: Any) -> FoxForCausalLM:
@@ -100,7 +100,7 @@ def test_without_eps_or_bounds_nothing_is_freed() -> None:
         assert all(int(layer.start.max()) == 0 for layer in layers_of(cache))
 
 
-@pytest.mark.parametrize("variant", ["pro", "llama", "shared-qk-norm", "biases", "llama-rope"])
+@pytest.mark.parametrize("variant", ["pro", "llama", "shared-qk-norm", "biases", "llama-rope", "olmo"])
 def test_logit_bounds_hold(variant: str) -> None:
     model = tiny_model(variant)
     model.set_attn_implementation("eager")
@@ -110,10 +110,13 @@ def test_logit_bounds_hold(variant: str) -> None:
         query, any_logit = bounds
         states = torch.randn(1, 200, model.config.hidden_size, dtype=torch.float64) * 100.0
         attention = layer.self_attn
-        hidden = layer.input_layernorm(states)
+        hidden = layer.input_layernorm(states) if model.config.norm_position == "pre" else states
         heads = attention.q_proj.weight.shape[0] // attention.head_dim
-        q, k = (proj(hidden).unflatten(-1, (-1, attention.head_dim)) for proj in (attention.q_proj, attention.k_proj))
-        if model.config.qk_norm != "none":
+        q, k = attention.q_proj(hidden), attention.k_proj(hidden)
+        if model.config.qk_norm == "all_heads":
+            q, k = attention.q_norm(q), attention.k_norm(k)
+        q, k = (x.unflatten(-1, (-1, attention.head_dim)) for x in (q, k))
+        if model.config.qk_norm in ("per_head", "shared"):
             q, k = attention.q_norm(q), attention.k_norm(k)
         k = k.repeat_interleave(heads // k.shape[2], dim=2)
         assert (q.norm(dim=-1).amax((0, 1)) * attention.scaling <= query).all()
@@ -345,6 +348,10 @@ def test_pruning_counts_what_is_freed() -> None:
     assert (largest >= layer.summary.largest[..., : largest.shape[-1]]).all()
     freed = int(layer.start.min()) * PRUNED_KEYS
     assert not values[:, :, :freed].any()
+
+
+def test_projections_of_what_is_not_normalized_have_no_bound() -> None:
+    assert cast(FoxDecoderLayer, tiny_model("llama-post-norm").model.layers[0]).logit_bounds() is None
 
 
 def test_projections_with_adapters_have_no_bound() -> None:

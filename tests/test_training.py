@@ -208,7 +208,8 @@ def test_trainer_in_bfloat16(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("variant", "implementation", "backend"), [("pro", "fox_reference", "aot_eager"), ("rope", "sdpa", "eager")]
+    ("variant", "implementation", "backend"),
+    [("pro", "fox_reference", "aot_eager"), ("rope", "sdpa", "eager"), ("olmo", "fox_reference", "aot_eager")],
 )
 def test_compiled_is_eager(variant: str, implementation: str, backend: str) -> None:
     """One graph, without breaks, for lengths that change; forward and backward."""
