@@ -41,7 +41,10 @@ class Fields:
         common = PreTrainedConfig().to_dict()
         known = {"model_type", "auto_map", "torch_dtype", *self.defaults, *self.without_effect, *common}
         if unknown := sorted(name for name in fields.keys() - known if not name.startswith("_")):
-            raise ValueError(f"the configuration has fields that are not known: {', '.join(unknown)}")
+            raise ValueError(
+                f"the configuration has fields that are not known: {', '.join(unknown)}; "
+                "remove those that nothing depends on"
+            )
         complete = {**self.defaults, **fields}
         for name, value in self.required.items():
             if complete[name] != value:
@@ -66,11 +69,16 @@ def convert_weights(
     """
     with torch.device("meta"):
         shapes = {name: weight.shape for name, weight in FoxForCausalLM(config).state_dict().items()}
+    head = None
     if config.tie_word_embeddings:
         # One weight, which checkpoints may hold under both names.
         shapes.pop("lm_head.weight")
-        weights = {name: weight for name, weight in weights.items() if name != "lm_head.weight"}
-    return rename_weights(weights, renames, config.num_hidden_layers, shapes, zeros)
+        weights = dict(weights)
+        head = weights.pop("lm_head.weight", None)
+    converted = rename_weights(weights, renames, config.num_hidden_layers, shapes, zeros)
+    if head is not None and not torch.equal(head, converted["model.embed_tokens.weight"]):
+        raise ValueError("tie_word_embeddings is true, but lm_head.weight is not the weight of the input embeddings")
+    return converted
 
 
 def convert_folder(
@@ -96,7 +104,10 @@ def convert_folder(
         raise ValueError(f"folder must hold safetensors files, got {folder} with none; pickled weights are not loaded")
     config = to_config(json.loads((folder / "config.json").read_text()))
     weights = {name: weight for shard in shards for name, weight in load_file(shard).items()}
-    converted = to_weights(weights, config)
-    # Loaded as from a folder of ours: tied, gates in float32, fixed ones frozen.
-    dtype = converted["model.embed_tokens.weight"].dtype
-    return FoxForCausalLM.from_pretrained(None, config=config, state_dict=converted, dtype=dtype)
+    return load_converted(to_weights(weights, config), config)
+
+
+def load_converted(weights: dict[str, Tensor], config: FoxConfig) -> FoxForCausalLM:
+    """A model of ours in the type of its weights, as if from a folder: tied, gates in float32, fixed ones frozen."""
+    dtype = weights["model.embed_tokens.weight"].dtype
+    return FoxForCausalLM.from_pretrained(None, config=config, state_dict=weights, dtype=dtype)
