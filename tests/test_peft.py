@@ -6,9 +6,10 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from foxlm import FoxForCausalLM
+from foxlm.conversion.graft import graft
 from models import assert_close, tiny_model, tokens
 
 peft = pytest.importorskip("peft")
@@ -121,6 +122,44 @@ def test_lora_without_named_targets_adapts_queries_and_values(variant: str) -> N
     model = peft.get_peft_model(tiny_model(variant, dtype=torch.float32), peft.LoraConfig(r=4))
     adapted = {name.split(".")[-2] for name, _ in model.named_modules() if name.endswith("lora_A")}
     assert adapted == {"q_proj", "v_proj"}
+
+
+def test_grafted_model_in_bfloat16_with_lora_and_trained_gates(tmp_path: Path) -> None:
+    config = LlamaConfig(
+        vocab_size=97,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        initializer_range=0.1,
+    )
+    graft(LlamaForCausalLM(config).bfloat16(), decay_times=(2, 20)).save_pretrained(tmp_path / "base")
+    model: Any = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
+    before = [g.clone() for g in log_gates(model, tokens(2, 9))]
+    model = peft.get_peft_model(model, peft.LoraConfig(task_type="CAUSAL_LM", modules_to_save=["forget_gate"]))
+    adapted = {name.split(".")[-2] for name, _ in model.named_modules() if name.endswith("lora_A")}
+    assert adapted == {"q_proj", "v_proj"}
+    first, last = train(model)
+    assert last < 0.9 * first
+    after = log_gates(model, tokens(2, 9))
+    assert all((a - b).abs().max() > 1e-3 for a, b in zip(before, after, strict=True))
+    # With a zero weight they did not depend on the token; now they do.
+    assert all(b.std(1).max() == 0 < a.std(1).max() for a, b in zip(after, before, strict=True))
+
+    model.save_pretrained(tmp_path / "adapter")
+    again = peft.PeftModel.from_pretrained(
+        AutoModelForCausalLM.from_pretrained(tmp_path / "base"), tmp_path / "adapter"
+    ).eval()
+    assert torch.equal(logits(again), logits(model))
+    merged = model.merge_and_unload()
+    merged.save_pretrained(tmp_path / "merged")
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
+    assert torch.equal(logits(loaded), logits(merged))
+    for name, parameter in loaded.named_parameters():
+        assert parameter.dtype == (torch.float32 if "forget_gate" in name else torch.bfloat16), name
+    for a, b in zip(log_gates(loaded, tokens(2, 9)), after, strict=True):
+        assert a.dtype == torch.float32
+        assert_close(a, b, 1e-2)
 
 
 def test_adapted_model_generates_as_without_a_cache() -> None:
