@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from transformers import LlamaConfig, LlamaForCausalLM
 from typer.testing import CliRunner
 
 import foxlm
@@ -89,6 +90,70 @@ def test_convert_writes_a_folder_to_load(tmp_path: Path) -> None:
         assert torch.equal(model.state_dict()[name], weight), name
     assert (ours / "tokenizer.json").read_text() == "{}"
     assert [path.name for path in (tmp_path / "new").iterdir()] == ["ours"]
+
+
+def llama(folder: Path) -> LlamaForCausalLM:
+    config = LlamaConfig(
+        vocab_size=61, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, eos_token_id=7
+    )
+    model = LlamaForCausalLM(config).eval()
+    model.save_pretrained(folder)
+    for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
+        (folder / name).write_text("{}")
+    (folder / "generation_config.json").write_text('{"temperature": 0.25, "do_sample": true, "eos_token_id": 9}')
+    return model
+
+
+def test_graft_writes_a_folder_to_load(tmp_path: Path) -> None:
+    expected = llama(tmp_path / "llama")
+    ids = torch.randint(61, (2, 19))
+    source, out = str(tmp_path / "llama"), tmp_path / "new" / "fox"
+    result = invoke("graft", source, str(out), "--decay-times", "inf", "--forget-gate-heads", "key_value")
+    assert result.exit_code == 0, result.output
+    model = foxlm.FoxForCausalLM.from_pretrained(out)
+    torch.testing.assert_close(model(ids).logits, expected(ids).logits, rtol=0, atol=1e-5)
+    assert model.config.forget_gate_heads == "key_value" and not model.config.use_output_gate
+    assert (model.generation_config.temperature, model.generation_config.eos_token_id) == (0.25, 9)
+    for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
+        assert (out / name).read_text() == "{}"
+
+    options = ("--decay-times", "3:70", "--forget-gate", "fixed", "--output-gate", "--remove-rope")
+    assert invoke("graft", source, str(tmp_path / "other"), *options).exit_code == 0
+    config = foxlm.FoxConfig.from_pretrained(tmp_path / "other")
+    assert (config.forget_gate, config.decay_time_min, config.decay_time_max) == ("fixed", 3.0, 70.0)
+    assert config.use_output_gate and config.rope_parameters is None
+    assert invoke("graft", source, str(tmp_path / "default")).exit_code == 0
+    config = foxlm.FoxConfig.from_pretrained(tmp_path / "default")
+    assert (config.decay_time_min, config.decay_time_max) == (64.0, 16 * 2048)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--decay-times", "fast"), "--decay-times must be a number or MIN:MAX, got 'fast'"),
+        (("--decay-times", "1:2:3"), "--decay-times must be a number or MIN:MAX, got '1:2:3'"),
+        (("--decay-times", ""), "--decay-times must be a number or MIN:MAX, got ''"),
+        (("--decay-times", "-1"), "decay_times must be positive, got -1.0"),
+        (("--decay-times", "9:3"), "decay_times must be min <= max, both finite, got min 9.0 and max 3.0"),
+        (("--forget-gate", "half"), "forget_gate must be one of ('full', 'bias_only', 'fixed'), got 'half'"),
+        (("--forget-gate-heads", "all"), "Field 'forget_gate_heads' expected one of ('query', 'key_value'), got all"),
+    ],
+)
+def test_graft_refuses_in_one_line_and_leaves_nothing(tmp_path: Path, arguments: tuple, message: str) -> None:
+    llama(tmp_path / "llama")
+    result = invoke("graft", str(tmp_path / "llama"), str(tmp_path / "fox"), *arguments)
+    assert (result.exit_code, result.stderr) == (1, f"error: {message}\n")
+    assert [path.name for path in tmp_path.iterdir()] == ["llama"]
+
+
+def test_graft_refuses_what_is_not_there_and_what_is(tmp_path: Path) -> None:
+    nowhere = str(tmp_path / "nowhere")
+    result = invoke("graft", nowhere, str(tmp_path / "fox"))
+    assert result.exit_code == 1 and result.stderr.startswith("error: model must be a folder, or the name of a model")
+    assert nowhere in result.stderr and not list(tmp_path.iterdir())
+    llama(tmp_path / "llama")
+    result = invoke("graft", str(tmp_path / "llama"), str(tmp_path / "llama"))
+    assert result.exit_code == 1 and "which is there already" in result.stderr
 
 
 def test_convert_refuses_in_one_line_and_leaves_nothing(tmp_path: Path) -> None:
