@@ -2,6 +2,8 @@
 
 import difflib
 import math
+import os
+from pathlib import Path
 from typing import ClassVar, Literal
 
 from huggingface_hub.dataclasses import strict
@@ -9,6 +11,11 @@ from transformers.activations import ACT2FN
 from transformers.configuration_utils import PreTrainedConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS, RopeParameters
 
+from .bundle_fox import write_bundle
+
+# Caches of transformers know one class for each type of layer: a copy of this code under another package's name, loaded
+# from a model's folder, has a type of its own, so that neither gets the other's.
+LAYER_TYPE = f"{__package__}.forgetting_attention"
 _SIZES = {
     # name: hidden size, layers, heads, as trained in the Forgetting Transformer paper (arXiv 2503.02130)
     "125m": (768, 12, 12),
@@ -217,7 +224,7 @@ class FoxConfig(PreTrainedConfig):
     @property
     def layer_types(self) -> list[str]:
         """What each layer caches, for transformers' cache classes; all layers are alike and it is not saved."""
-        return ["forgetting_attention"] * self.num_hidden_layers
+        return [LAYER_TYPE] * self.num_hidden_layers
 
     @property
     def heads(self) -> tuple[int, int, int]:
@@ -253,6 +260,15 @@ class FoxConfig(PreTrainedConfig):
             "layers.*.mlp.up_proj": "colwise",
             "layers.*.mlp.down_proj": "rowwise",
         }
+
+    def save_pretrained(self, save_directory: str | os.PathLike, push_to_hub: bool = False, **kwargs) -> None:
+        """As in transformers, with the model's code beside ``config.json``. Saving a model comes by here."""
+        super().save_pretrained(save_directory, **kwargs)
+        # A class derived from this one has code that we do not know.
+        if type(self) is FoxConfig:
+            write_bundle(save_directory)
+        if push_to_hub:
+            self.push_to_hub(kwargs.pop("repo_id", Path(save_directory).name), **kwargs)
 
     @property
     def num_forget_gates(self) -> int:

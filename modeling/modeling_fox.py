@@ -22,7 +22,7 @@ from transformers.utils.output_capturing import capture_outputs
 
 from .attention_fox import DEFAULT_IMPLEMENTATION, IMPLEMENTATIONS
 from .cache_fox import check_cache
-from .configuration_fox import FoxConfig
+from .configuration_fox import LAYER_TYPE, FoxConfig
 from .gates_fox import FoxConstantGate, FoxForgetGate, decay_time_bias
 from .layers_fox import FoxAttention, FoxDecoderLayer, FoxRMSNorm, FoxRotaryEmbedding
 from .layout_fox import padding_mask, token_layout
@@ -195,7 +195,7 @@ class FoxForCausalLM(FoxPreTrainedModel, GenerationMixin):
             mask = None
         if isinstance(past_key_values, FoxPagedCache):
             past_key_values.reserve(length)
-        return {"forgetting_attention": mask}
+        return {LAYER_TYPE: mask}
 
     def _prepare_cache_for_generation(
         self, generation_config, model_kwargs, generation_mode, batch_size, max_cache_length
