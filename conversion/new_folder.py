@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 # What turns text to tokens and back, chats and samples; as it was.
-_KEPT = (
+TEXT_FILES = (
     "tokenizer*",
     "special_tokens_map.json",
     "added_tokens.json",
@@ -41,6 +41,6 @@ def new_folder(out: str | Path) -> Iterator[Path]:
 
 def copy_text_files(source: str | Path, folder: Path) -> None:
     """Copy tokenizer, chat template and generation settings from a model's folder to another, over what is there."""
-    for pattern in _KEPT:
+    for pattern in TEXT_FILES:
         for file in Path(source).glob(pattern):
             shutil.copy2(file, folder / file.name)
