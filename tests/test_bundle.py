@@ -306,3 +306,47 @@ def test_imports_are_rewritten_wherever_they_stand(tmp_path: Path) -> None:
         "if TYPE_CHECKING:\n    from .modeling_gates import Gate\n"
         "def f():\n    from .kernels_scan import scan\n    return scan, '.decay'\n"
     )
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+@pytest.mark.parametrize("head_dim", [16, 64, 128])
+def test_kernels_of_the_bundle_are_those_of_the_package(tmp_path: Path, head_dim: int) -> None:
+    """Heads of 64 and 128 take the Hopper kernels on an H100."""
+    model = tiny_model(head_dim=head_dim, max_position_embeddings=512, dtype=torch.bfloat16).cuda()
+    model.save_pretrained(tmp_path / "model")
+    save_file({"ids": tokens(2, 300)}, tmp_path / "inputs.safetensors")
+    code = """
+import json, sys, torch
+from safetensors.torch import load_file, save_file
+from torch.profiler import ProfilerActivity, profile
+from transformers import AutoModelForCausalLM
+
+if OWN:
+    import foxlm
+model = AutoModelForCausalLM.from_pretrained("model", trust_remote_code=not OWN, dtype="auto").cuda()
+assert type(model).__module__.partition(".")[0] == ("foxlm" if OWN else "transformers_modules")
+model.eval()
+ids = load_file("inputs.safetensors")["ids"].cuda()
+with profile(activities=[ProfilerActivity.CPU]) as record:
+    output = model(ids, labels=ids)
+    output.loss.backward()
+    with torch.no_grad():
+        generated = model.generate(ids, max_new_tokens=12, do_sample=False)
+tensors = {name: weight.grad for name, weight in model.named_parameters() if weight.grad is not None}
+tensors |= {"logits": output.logits, "generated": generated}
+save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, "OUT")
+print(json.dumps(sorted({event.key for event in record.key_averages() if "::" in event.key})))
+"""
+    operators = {}
+    for name, blocked, own in (("package", (), "True"), ("bundle", ("foxlm",), "False")):
+        out = run_without(blocked, code.replace("OWN", own).replace("OUT", f"{name}.safetensors"), tmp_path)
+        found = json.loads(out.splitlines()[-1])
+        prefix = "foxlm_kernels" if own == "True" else "transformers_modules"
+        operators[name] = {x.partition("::")[2] for x in found if x.startswith(prefix)}
+    assert operators["bundle"] == operators["package"]
+    assert operators["bundle"] >= {"triton_forward", "triton_backward", "raise_first", "sum_gates", "decode_attention"}
+    package, bundled = load_file(tmp_path / "package.safetensors"), load_file(tmp_path / "bundle.safetensors")
+    assert package.keys() == bundled.keys()
+    for key, tensor in package.items():
+        assert torch.equal(bundled[key], tensor), key

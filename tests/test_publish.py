@@ -228,11 +228,7 @@ SPOILT: dict[str, tuple[str, Callable[[Path], None], str]] = {
     "no tokenizer": ("tokenizer", remove("tokenizer_config.json"), "there is none"),
     "half a tokenizer": ("tokenizer", remove("tokenizer.json"), "it cannot be loaded|its tokens must be"),
     "large vocabulary": ("tokenizer", edit_json("config.json", vocab_size=200, pad_token_id=0), "vocab_size of 200"),
-    "changed code": (
-        "code",
-        lambda x: (x / "gates_fox.py").open("a").write("#"),
-        "not those of this version.*gates_fox",
-    ),
+    "changed code": ("code", add("gates_fox.py", b"#"), "not those of this version.*gates_fox"),
     "missing code": ("code", remove("kernels_decay.py"), "files are missing .*foxlm bundle .*kernels_decay"),
     "older code": ("code", add("old.py", b"# Code of a FoX model, written by foxlm 0.0.1"), "left over.*old.py"),
     "auto_map": ("code", edit_json("config.json", auto_map={"AutoModel": "x.Y"}), "auto_map.*AutoConfig, AutoModel, "),
