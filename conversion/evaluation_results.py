@@ -5,7 +5,7 @@ import math
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 
 @dataclass(frozen=True)
@@ -28,17 +28,33 @@ class Score:
 
 
 @dataclass(frozen=True)
+class Pruning:
+    """What pruning may leave out of attention, on average over layers and heads.
+
+    Attributes:
+        tokens, length: of the text it was measured on, and of its windows.
+        tile: queries and keys of a tile.
+        shares: by log eps and rule, the shares of pairs and of tiles.
+    """
+
+    tokens: int
+    length: int
+    tile: tuple[int, int]
+    shares: dict[tuple[float, str], tuple[float, float]]
+
+
+@dataclass(frozen=True)
 class Results:
     """What `read_results` found.
 
     Attributes:
         scores: by task and metric; of the same task the latest.
-        pruning: ``pruning`` of the demo's report, or None.
+        pruning: of the demo's report, or None.
         sources: what measured, for the card.
     """
 
     scores: dict[tuple[str, str], Score] = field(default_factory=dict)
-    pruning: dict[str, Any] | None = None
+    pruning: Pruning | None = None
     sources: list[str] = field(default_factory=list)
 
 
@@ -54,15 +70,21 @@ def read_results(paths: Iterable[str | Path]) -> Results:
     """
     scores: dict[tuple[str, str], Score] = {}
     pruning, sources = None, []
-    for file, content in sorted(_contents(paths), key=lambda found: found[1].get("date") or 0):
-        if "lm_eval_version" in content:
-            new = _lm_eval_scores(content, file)
-            sources.append(f"lm-evaluation-harness {content['lm_eval_version']}")
-        elif "pruning" in content:
-            pruning, new = content["pruning"], []
-            sources.append(f"foxlm {content['run']['foxlm']}, `{content['run']['command']}`")
-        else:
-            new = _written_scores(content, file)
+    for file, content in _contents(paths):
+        new: list[Score] = []
+        try:
+            if "lm_eval_version" in content:
+                new = _lm_eval_scores(content)
+                sources.append(f"lm-evaluation-harness {content['lm_eval_version']}")
+            elif "pruning" in content:
+                pruning = _pruning(content["pruning"])
+                sources.append(f"foxlm {content['run']['foxlm']}, `{content['run']['command']}`")
+            else:
+                new = _written_scores(content)
+        except (KeyError, TypeError, AttributeError, ValueError) as error:
+            raise ValueError(
+                f"{file} must be of lm-eval, a demo's report or {{task: {{metric: number}}}}: {error!r}"
+            ) from error
         for score in new:
             if not math.isfinite(score.value):
                 raise ValueError(f"{file} must hold finite numbers, got {score.value} for {score.task}, {score.metric}")
@@ -92,10 +114,15 @@ def _contents(paths: Iterable[str | Path]) -> list[tuple[Path, dict[str, Any]]]:
         if content.get("complete") is False:
             raise ValueError(f"{file} must be of a demo that has ended; this one was interrupted")
         contents.append((file, content))
-    return contents
+    return sorted(contents, key=lambda found: _date(found[1]))
 
 
-def _lm_eval_scores(content: dict[str, Any], file: Path) -> list[Score]:
+def _date(content: dict[str, Any]) -> float:
+    date = content.get("date")
+    return date if _is_number(date) else 0.0
+
+
+def _lm_eval_scores(content: dict[str, Any]) -> list[Score]:
     scores = []
     for task, values in content["results"].items():
         for name, value in values.items():
@@ -116,20 +143,27 @@ def _lm_eval_scores(content: dict[str, Any], file: Path) -> list[Score]:
                 )
             )
     if not scores:
-        raise ValueError(f"{file} must hold results of lm-eval, got none")
+        raise ValueError("no results")
     return scores
 
 
-def _written_scores(content: dict[str, Any], file: Path) -> list[Score]:
-    scores = []
-    for task, values in content.items():
-        if not isinstance(values, dict) or not values or not all(_is_number(value) for value in values.values()):
-            raise ValueError(
-                f"{file} must be of lm-eval, a demo's report or {{task: {{metric: number}}}}, got {task!r}: {values!r}"
-            )
-        scores += [Score(task, metric, value) for metric, value in values.items()]
+def _written_scores(content: dict[str, Any]) -> list[Score]:
+    scores = [Score(task, metric, value) for task, values in content.items() for metric, value in values.items()]
+    if not scores or not all(_is_number(score.value) for score in scores):
+        raise ValueError("no numbers" if not scores else "not all are numbers")
     return scores
 
 
-def _is_number(value: Any) -> bool:
+def _pruning(measured: dict[str, Any]) -> Pruning:
+    """From ``pruning`` of a report, which holds one share for each eps."""
+    shares = {
+        (log_eps, rule): (pairs, measured["skipped_tiles"][rule][index])
+        for rule, every in measured["skipped_pairs"].items()
+        for index, (log_eps, pairs) in enumerate(zip(measured["log_eps"], every, strict=True))
+    }
+    block_q, block_k = measured["tile"]
+    return Pruning(measured["tokens"], measured["length"], (block_q, block_k), shares)
+
+
+def _is_number(value: Any) -> TypeGuard[float]:
     return isinstance(value, int | float) and not isinstance(value, bool)

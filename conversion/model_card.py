@@ -4,13 +4,12 @@ import json
 import math
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError, safe_open
 
-from foxlm.conversion.evaluation_results import Results, read_results
+from foxlm.conversion.evaluation_results import Pruning, Results, read_results
 from foxlm.modeling.configuration_fox import FoxConfig
 
 # Stands where only the author knows what to write; `foxlm publish` refuses a card that still has it.
@@ -116,7 +115,7 @@ def read_config(folder: Path) -> FoxConfig:
     """The configuration in ``folder``; raises a `ValueError` if that is none of a FoX model, or not valid."""
     file = folder / "config.json"
     fields = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
-    if fields.get("model_type") != FoxConfig.model_type:
+    if not isinstance(fields, dict) or fields.get("model_type") != FoxConfig.model_type:
         raise ValueError(f"folder must hold a config.json with model_type 'fox', got {folder}")
     try:
         return FoxConfig.from_dict(fields)
@@ -229,7 +228,7 @@ def _evaluation(results: Results) -> str:
     return by + _table(["task", "shots", "samples", "metric", "value"], rows)
 
 
-def _pruning(config: FoxConfig, measured: dict[str, Any] | None) -> str:
+def _pruning(config: FoxConfig, measured: Pruning | None) -> str:
     if config.forget_gate == "none":
         return "Without forget gates nothing can be pruned."
     lines = [
@@ -244,12 +243,11 @@ def _pruning(config: FoxConfig, measured: dict[str, Any] | None) -> str:
     if measured is None:
         return lines[0] + " How much that is was not measured when this card was written."
     rows = [
-        [f"e^{log_eps:g}", f"`{rule}`", f"{pairs:.0%}", f"{measured['skipped_tiles'][rule][index]:.0%}"]
-        for rule, shares in measured["skipped_pairs"].items()
-        for index, (log_eps, pairs) in enumerate(zip(measured["log_eps"], shares, strict=True))
+        [f"e^{log_eps:g}", f"`{rule}`", f"{pairs:.0%}", f"{tiles:.0%}"]
+        for (log_eps, rule), (pairs, tiles) in measured.shares.items()
     ]
-    block_q, block_k = measured["tile"]
-    lines.append(f"Measured on {measured['tokens']:,} held-out tokens in windows of {measured['length']:,}:")
+    block_q, block_k = measured.tile
+    lines.append(f"Measured on {measured.tokens:,} held-out tokens in windows of {measured.length:,}:")
     lines.append(_table(["eps", "rule", "pairs left out", f"tiles of {block_q} x {block_k} left out"], rows))
     return "\n\n".join(lines)
 

@@ -53,9 +53,12 @@ def check_folder(folder: str | Path) -> Iterator[Check]:
             continue
         try:
             found = Check(name, True, check(folder))
-        except (ValueError, OSError, KeyError) as error:
+        except ValueError as error:
             failed.add(name)
             found = Check(name, False, str(error))
+        except Exception as error:  # a file may be wrong in any way
+            failed.add(name)
+            found = Check(name, False, f"{type(error).__name__}: {error}")
         yield found
 
 

@@ -39,7 +39,7 @@ def write_bundle(folder: str | os.PathLike) -> None:
     folder = Path(folder)
     file = folder / "config.json"
     fields = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
-    if fields.get("model_type") != "fox":
+    if not isinstance(fields, dict) or fields.get("model_type") != "fox":
         raise ValueError(f"folder must hold a config.json with model_type 'fox', got {folder}")
     files = bundle()
     for name, source in files.items():

@@ -128,6 +128,8 @@ save_file(outputs(model), "found_hub.safetensors")
 
 
 def test_two_copies_in_one_process_leave_each_other_alone(saved: Path) -> None:
+    # A name that is none of Python's.
+    (saved / "Modèle 1").symlink_to(saved / "model")
     code = """
 from transformers.dynamic_module_utils import get_class_from_dynamic_module
 import foxlm
@@ -135,7 +137,7 @@ from foxlm.kernels.backend import NAMESPACE
 installed = AutoModelForCausalLM.from_pretrained("model", trust_remote_code=True)
 assert type(installed) is foxlm.FoxForCausalLM
 save_file(outputs(installed), "before.safetensors")
-copy = get_class_from_dynamic_module("modeling_fox.FoxForCausalLM", "model").from_pretrained("model")
+copy = get_class_from_dynamic_module("modeling_fox.FoxForCausalLM", "Modèle 1").from_pretrained("Modèle 1")
 assert type(copy).__module__.startswith("transformers_modules.")
 # The copy came last; each is used after the other.
 save_file(outputs(installed), "installed.safetensors")
@@ -242,7 +244,7 @@ def test_saving_with_push_uploads_the_code(tmp_path: Path, monkeypatch: pytest.M
         assert names >= {*bundle(), "config.json"}
 
 
-@pytest.mark.parametrize("content", [None, '{"model_type": "llama"}'])
+@pytest.mark.parametrize("content", [None, "[]", '{"model_type": "llama"}'])
 def test_folder_of_something_else_is_refused(tmp_path: Path, content: str | None) -> None:
     if content is not None:
         (tmp_path / "config.json").write_text(content)

@@ -173,12 +173,16 @@ def test_latest_result_of_a_task_counts(tmp_path: Path) -> None:
     ("content", "message"),
     [
         ([1], "must hold a JSON object"),
-        ({"task": 1.0}, "must be of lm-eval, a demo's report or"),
-        ({"task": {"acc": "0.5"}}, "must be of lm-eval, a demo's report or"),
-        ({"task": {"acc": True}}, "must be of lm-eval, a demo's report or"),
+        ({}, "must be of lm-eval, a demo's report or .*no numbers"),
+        ({"task": 1.0}, "must be of lm-eval, a demo's report or .*'float' object"),
+        ({"task": {"acc": "0.5"}}, "must be of lm-eval, a demo's report or .*not all are numbers"),
+        ({"task": {"acc": True}}, "must be of lm-eval, a demo's report or .*not all are numbers"),
         ({"task": {"acc": float("nan")}}, "must hold finite numbers, got nan for task, acc"),
         ({"complete": False}, "this one was interrupted"),
-        (LM_EVAL | {"results": {}}, "must hold results of lm-eval, got none"),
+        (LM_EVAL | {"results": {}}, "must be of lm-eval, .*no results"),
+        (LM_EVAL | {"results": {"niah": 3}, "date": "today"}, "must be of lm-eval, .*'int' object"),
+        ({"pruning": REPORT["pruning"]}, "must be of lm-eval, .*'run'"),
+        (REPORT | {"pruning": REPORT["pruning"] | {"log_eps": [-5.0]}}, "must be of lm-eval, .*zip"),
     ],
 )
 def test_wrong_results_are_refused(model: Path, tmp_path: Path, content: Any, message: str) -> None:
