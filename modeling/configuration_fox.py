@@ -104,6 +104,9 @@ class FoxConfig(PreTrainedConfig):
             Used where the default `attn_implementation`, `"fox"`, runs on GPU kernels; all else leaves out nothing.
         acp_rule (`str`, defaults to `"tight"`): How it is proven that a key may be left out: `"tight"`, or `"paper"`,
             which takes the bound of the logits from the weights of QK-norm where it can.
+        forget_aux_loss_coef (`float`, defaults to 0.0): In training, a language model's loss has this many nats added
+            times the share of attention that its forget gates leave to be computed (a smooth stand-in, the mean over
+            heads of `30 / (30 + n)` where gates decay by `n` nats over the sequence): heads are paid for forgetting.
         free_dead_cache (`bool`, defaults to `False`): Let `generate` use a `FoxPagedCache`, which frees the memory of
             keys that no later query can give more than `acp_eps` of its weight, on any device. Assisted decoding,
             which takes tokens back, does not use it.
@@ -163,6 +166,7 @@ class FoxConfig(PreTrainedConfig):
     use_output_norm: bool = True
     acp_eps: float | None = math.exp(-10)
     acp_rule: Literal["paper", "tight"] = "tight"
+    forget_aux_loss_coef: float | int = 0.0
     free_dead_cache: bool = False
     pad_token_id: int | None = None
     bos_token_id: int | None = None
@@ -342,6 +346,14 @@ class FoxConfig(PreTrainedConfig):
             self._require("pad_token_id", 0 <= self.pad_token_id < self.vocab_size, accepted)
         self._require("hidden_act", self.hidden_act in ACT2FN, f"one of {sorted(ACT2FN)}")
         self._require("attention_dropout", 0 <= self.attention_dropout < 1, "a number in [0, 1)")
+        self._require(
+            "forget_aux_loss_coef", 0 <= self.forget_aux_loss_coef < math.inf, "a number that is not negative"
+        )
+        learned = self.forget_gate in ("full", "bias_only")
+        if self.forget_aux_loss_coef and not learned:
+            raise ValueError(
+                f"forget_aux_loss_coef has no effect with forget_gate {self.forget_gate!r}: no gate learns"
+            )
         self._require("acp_eps", self.acp_eps is None or 0 < self.acp_eps < 1, "None or a number in (0, 1)")
         # An upper bound beyond any sequence, below which exp(1 / T) - 1 is exact enough in float32 arithmetic.
         self._require("decay_time_min", 0 < self.decay_time_min <= 1e9, "a number of tokens in (0, 1e9]")
