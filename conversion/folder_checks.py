@@ -153,11 +153,14 @@ def check_card(folder: Path) -> str:
     if card.data.get("license") == "other":
         wanted += ["license_name", "license_link"]
     _none("the first lines of README.md must give", [name for name in wanted if not card.data.get(name)])
+    license = str(card.data.license)
+    if not re.fullmatch(r"[a-z0-9][a-z0-9.+-]*", license):
+        raise ValueError(f"license must be written as on the Hub, apache-2.0 for example, or other, got {license!r}")
     lines = [f"line {number}" for number, line in enumerate(card.content.splitlines(), 1) if MISSING in line]
     _none(f"README.md still has {MISSING}", lines)
     if "trust_remote_code=True" not in card.text:
         raise ValueError("README.md must say how to load the model: trust_remote_code=True")
-    return f"license {card.data.license}"
+    return f"license {license}"
 
 
 def check_loading(folder: Path) -> str:

@@ -247,6 +247,7 @@ SPOILT: dict[str, tuple[str, Callable[[Path], None], str]] = {
     "other code": ("files", add("mine.py"), "none of a model's.*mine.py"),
     "no license": ("card", edit_card("license: apache-2.0\n", ""), "must give: license"),
     "other license": ("card", edit_card("apache-2.0", "other"), "must give: license_link, license_name"),
+    "license in words": ("card", edit_card("apache-2.0", "Apache 2.0"), "must be written as on the Hub.*'Apache 2.0'"),
     "no task": ("card", edit_card("pipeline_tag: text-generation\n", ""), "must give: pipeline_tag"),
     "no metadata": ("card", add("README.md", b"# A model\n"), "must give: library_name, license, pipeline_tag"),
     "bad metadata": ("card", add("README.md", b"---\na: [\n---\n"), "must be valid YAML"),
