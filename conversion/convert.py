@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 
 from foxlm.conversion.authors import AUTHORS
 from foxlm.conversion.fla import FLA
-from foxlm.conversion.layout import Layout, build_config
+from foxlm.conversion.layout import Layout, one_kind_of_error
 from foxlm.conversion.new_folder import check_new, copy_text_files, new_folder
 from foxlm.conversion.stored_weights import StoredWeights, read_fields
 from foxlm.conversion.weight_map import EMBEDDINGS, Plan, plan_to_ours, plan_to_theirs
@@ -96,7 +96,8 @@ def _read_theirs(fields: dict[str, Any]) -> tuple[FoxForCausalLM, Plan]:
     layout = layouts.get(str(fields.get("model_type")))
     if layout is None:
         raise ValueError(f"model_type must be one of {sorted(layouts)}, got {fields.get('model_type')!r}")
-    model = _without_weights(build_config(layout.to_config, fields))
+    with one_kind_of_error(), torch.device("meta"):
+        model = FoxForCausalLM(layout.to_config(fields))
     return model, plan_to_ours(layout.renames(model.config), model)
 
 
@@ -104,14 +105,10 @@ def _read_ours(fields: dict[str, Any], layout: Layout) -> tuple[dict[str, Any], 
     """Their ``config.json`` for one of ours, and how to make their weights of ours."""
     if fields.get("model_type") != FoxConfig.model_type:
         raise ValueError(f"model_type must be {FoxConfig.model_type!r}, got {fields.get('model_type')!r}")
-    config = build_config(FoxConfig.from_dict, fields)
-    their_fields = layout.exact_fields(config)
-    return their_fields, plan_to_theirs(layout.renames(config), _without_weights(config))
-
-
-def _without_weights(config: FoxConfig) -> FoxForCausalLM:
-    with torch.device("meta"):
-        return FoxForCausalLM(config)
+    with one_kind_of_error(), torch.device("meta"):
+        model = FoxForCausalLM(FoxConfig.from_dict(fields))
+        their_fields = layout.exact_fields(model.config)
+    return their_fields, plan_to_theirs(layout.renames(model.config), model)
 
 
 def _dtype(stored: StoredWeights) -> torch.dtype:
@@ -147,6 +144,8 @@ def _write_weights(folder: Path, plan: Plan, stored: StoredWeights, dtype: torch
             save_file(weights, folder / file, metadata={"format": "pt"})
         except SafetensorError as error:
             raise OSError(f"{folder / file} cannot be written: {error}") from error
+        # Before the next ones are made.
+        del weights
     if shards.is_sharded:
         total = {"total_parameters": sum(weight.numel() for weight in headers.values()), **shards.metadata}
         index = {"metadata": total, "weight_map": shards.tensor_to_filename}

@@ -1,6 +1,7 @@
 """What is said of somebody's checkpoints: fields of the configuration and names of the weights, in both directions."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -87,7 +88,7 @@ class Layout:
             ValueError: they cannot; the message names the field of ours.
         """
         fields = self.to_fields(config)
-        theirs = _what_is_computed(build_config(self.to_config, fields))
+        theirs = _what_is_computed(self.to_config(fields))
         for name, value in _what_is_computed(config).items():
             if theirs.get(name) != value:
                 raise ValueError(
@@ -97,15 +98,12 @@ class Layout:
         return fields
 
 
-def build_config(build: Callable[[Mapping[str, Any]], FoxConfig], fields: Mapping[str, Any]) -> FoxConfig:
-    """``build(fields)`` of a ``config.json`` that may hold anything.
-
-    Raises:
-        ValueError: a field is unknown, or has a value that FoX cannot represent.
-    """
+@contextmanager
+def one_kind_of_error() -> Iterator[None]:
+    """Whatever a ``config.json`` that holds anything leads to inside the block, as a `ValueError` of one line."""
     try:
-        return build(fields)
-    except (StrictDataclassError, TypeError, AttributeError, KeyError, ArithmeticError) as error:
+        yield
+    except (StrictDataclassError, TypeError, AttributeError, LookupError, ArithmeticError, RuntimeError) as error:
         raise ValueError(f"config.json does not describe a model: {' '.join(str(error).split())}") from error
 
 

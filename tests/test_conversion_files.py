@@ -9,6 +9,7 @@ import signal
 import struct
 import subprocess
 import sys
+import weakref
 from pathlib import Path
 
 import pytest
@@ -61,6 +62,25 @@ def test_shards(theirs, tmp_path, monkeypatch):
     assert torch.equal(ours(tokens).logits, convert_checkpoint(theirs)(tokens).logits)
     original, back = read(theirs), read(tmp_path / "back")
     assert all(torch.equal(back[name], weight) for name, weight in original.items())
+
+
+def test_one_shard_is_held_at_a_time(theirs, tmp_path, monkeypatch):
+    saved, written, load, save = [], [], convert.StoredWeights.load, convert.save_file
+
+    def watched_load(stored, name):
+        assert all(weight() is None for weight in saved)
+        return load(stored, name)
+
+    def watched_save(weights, file, **kwargs):
+        save(weights, file, **kwargs)
+        saved.extend(weakref.ref(weight) for weight in weights.values())
+        written.append(file)
+
+    monkeypatch.setattr(convert, "_SHARD_BYTES", 20_000)
+    monkeypatch.setattr(convert.StoredWeights, "load", watched_load)
+    monkeypatch.setattr(convert, "save_file", watched_save)
+    convert_to_folder(theirs, tmp_path / "ours")
+    assert len(written) > 2 and len(saved) == len(read(tmp_path / "ours"))
 
 
 def missing_shard(theirs):
@@ -346,7 +366,7 @@ def test_pickled_weights_may_share_memory_and_have_strides(theirs, tmp_path):
 
 
 @pytest.mark.parametrize("limit", [50, 30_000])
-def test_full_disk_leaves_nothing(limit, theirs, tmp_path, monkeypatch):
+def test_full_disk_leaves_nothing(limit, theirs, tmp_path):
     # A limit on the size of files fails as a full disk does, in Python and in safetensors.
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (limit, hard))
