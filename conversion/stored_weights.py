@@ -87,8 +87,9 @@ def _weight_files(folder: Path, allow_pickle: bool) -> tuple[list[Path], Path | 
         if single in found and single.name not in names:
             raise ValueError(f"{folder} holds both {single.name} and {index.name}, which does not list it: remove one")
         for name in names:
-            if Path(name).name != name or not (folder / name).is_file():
-                raise ValueError(f"{index} lists the file {name!r}, which is not in the folder")
+            # Its suffix too, or an index of safetensors could have a pickle read.
+            if folder / name not in found or not (folder / name).is_file():
+                raise ValueError(f"{index} lists {name!r}, which is not a file {pattern} of the folder")
         return [folder / name for name in names], index
     raise ValueError(f"{folder} must hold safetensors files, got none")
 

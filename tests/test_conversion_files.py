@@ -65,7 +65,9 @@ def test_shards(theirs, tmp_path, monkeypatch):
 
 
 def test_one_shard_is_held_at_a_time(theirs, tmp_path, monkeypatch):
-    saved, written, load, save = [], [], convert.StoredWeights.load, convert.save_file
+    saved: list[weakref.ref] = []
+    written: list[Path] = []
+    load, save = convert.StoredWeights.load, convert.save_file
 
     def watched_load(stored, name):
         assert all(weight() is None for weight in saved)
@@ -86,14 +88,21 @@ def test_one_shard_is_held_at_a_time(theirs, tmp_path, monkeypatch):
 def missing_shard(theirs):
     write_index(theirs)
     (theirs / "model-1.safetensors").unlink()
-    return "lists the file 'model-1.safetensors', which is not in the folder"
+    return "lists 'model-1.safetensors', which is not a file *.safetensors of the folder"
 
 
 def file_elsewhere(theirs):
     index = write_index(theirs)
     shutil.move(theirs / "model-1.safetensors", theirs.parent / "model-1.safetensors")
     index.write_text(index.read_text().replace("model-1", "../model-1"))
-    return "lists the file '../model-1.safetensors', which is not in the folder"
+    return "lists '../model-1.safetensors', which is not a file *.safetensors of the folder"
+
+
+def pickle_in_an_index_of_safetensors(theirs):
+    index = write_index(theirs)
+    torch.save(load_file(theirs / "model-1.safetensors"), theirs / "model-1.bin")
+    index.write_text(index.read_text().replace("model-1.safetensors", "model-1.bin"))
+    return "lists 'model-1.bin', which is not a file *.safetensors of the folder"
 
 
 def key_that_a_shard_lacks(theirs):
@@ -214,6 +223,7 @@ def list_as_type(theirs):
     [
         missing_shard,
         file_elsewhere,
+        pickle_in_an_index_of_safetensors,
         key_that_a_shard_lacks,
         key_that_the_index_lacks,
         key_in_two_shards,
