@@ -10,9 +10,10 @@ import torch
 from typer.testing import CliRunner
 
 import foxlm
+from checkpoints import write
 from foxlm.cli import app
-from foxlm.conversion.fla import convert_fla_checkpoint
-from test_conversion_fla import EVERYTHING, SIZES, checkpoint, write
+from foxlm.conversion.convert import convert_checkpoint
+from test_conversion_fla import EVERYTHING, SIZES, checkpoint
 
 
 def invoke(*arguments: str):
@@ -84,7 +85,7 @@ def test_convert_writes_a_folder_to_load(tmp_path: Path) -> None:
     result = invoke("convert", str(theirs), str(ours))
     assert result.exit_code == 0, result.output
     model = foxlm.FoxForCausalLM.from_pretrained(ours, dtype="auto")
-    expected = convert_fla_checkpoint(theirs)
+    expected = convert_checkpoint(theirs)
     for name, weight in expected.state_dict().items():
         assert torch.equal(model.state_dict()[name], weight), name
     assert (ours / "tokenizer.json").read_text() == "{}"
@@ -95,7 +96,7 @@ def test_convert_refuses_in_one_line_and_leaves_nothing(tmp_path: Path) -> None:
     theirs, out = tmp_path / "theirs", tmp_path / "ours"
     theirs.mkdir()
     for text, message in (
-        (None, "must hold a config.json"),
+        (None, "must be a folder with a config.json"),
         ('{"model_type": "llama"}', "model_type must be one of ['forgetting_transformer', 'forgetting_transformer-"),
         ('{"model_type": "forgetting_transformer"}', "must hold safetensors files"),
     ):
