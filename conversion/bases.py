@@ -7,7 +7,7 @@ from typing import Any
 from huggingface_hub.errors import StrictDataclassError
 from transformers import PreTrainedConfig
 
-from foxlm.conversion.checkpoint import Fields
+from foxlm.conversion.layout import Fields
 from foxlm.modeling.configuration_fox import FoxConfig
 
 
@@ -18,7 +18,7 @@ class Base:
     Attributes:
         fields: its configuration, each field accounted for.
         parts: what holds for every such model, as fields of ours.
-        zeros: weights that ours has with these parts and it has not; zero, they change nothing.
+        zeros: ends of the names of weights that ours has with these parts and it has not; zero, they change nothing.
     """
 
     fields: Fields
@@ -46,8 +46,8 @@ _SAME_NAMES = (
     "bos_token_id",
     "eos_token_id",
 )
-# In files of any of them. Where they are not what is required here, a model would compute something else.
-_REQUIRED = {"rope_interleaved": False, "use_mrope": False}
+# In files of any of them. With another value a model would compute something else.
+_ACCEPTED = {"rope_interleaved": (False,), "use_mrope": (False,)}
 # Nothing that transformers computes reads them; all are in files that people publish.
 _WITHOUT_EFFECT = frozenset(
     {
@@ -88,9 +88,9 @@ def _fields(
     return Fields(
         model_type=model_type,
         # A configuration of transformers is complete but for what its class does not have.
-        defaults=dict.fromkeys(names + translated) | _REQUIRED,
+        defaults=dict.fromkeys(names + translated) | dict.fromkeys(_ACCEPTED, False),
         ours={name: name for name in names},
-        required=_REQUIRED,
+        accepted=_ACCEPTED,
         without_effect=_WITHOUT_EFFECT | set(without_effect),
     )
 
@@ -107,7 +107,7 @@ BASES = {
             _fields("qwen2", translated=_WINDOWS, without_effect=_QWEN_WINDOWS),
             # Of q, k and v only; our `attention_bias` is of o too.
             {"attention_bias": True},
-            zeros=("model.layers.{layer}.self_attn.o_proj.bias",),
+            zeros=("o_proj.bias",),
         ),
         Base(
             _fields("qwen3", ("attention_bias",), translated=_WINDOWS, without_effect=_QWEN_WINDOWS),
@@ -153,7 +153,7 @@ def base_config(config: PreTrainedConfig, *, keep_rope: bool = True, **chosen: A
     _refuse_windows(theirs)
     rope = _rope(theirs) if keep_rope else {"rope_parameters": None}
     try:
-        return FoxConfig(**{**base.fields.translate(theirs), **_NO_PARTS, **base.parts, **rope, **chosen})
+        return FoxConfig(**{**base.fields.to_ours(theirs), **_NO_PARTS, **base.parts, **rope, **chosen})
     except StrictDataclassError as error:
         raise ValueError(str(error.__cause__ or error)) from error
 

@@ -26,18 +26,19 @@ from transformers import (
 )
 
 from foxlm.conversion.bases import base_config, base_of
-from foxlm.conversion.checkpoint import convert_weights, load_converted
 from foxlm.conversion.new_folder import TEXT_FILES, copy_text_files, new_folder
-from foxlm.conversion.weight_map import Rename
+from foxlm.conversion.weight_map import Plan, Rename, distinct_weights, make_model, plan_to_ours
 from foxlm.modeling.configuration_fox import FoxConfig
 from foxlm.modeling.gates_fox import bias_for_times, log_spaced_times
 from foxlm.modeling.modeling_fox import FoxForCausalLM
 
 DecayTimes = float | Sequence[float] | Sequence[Sequence[float]] | Tensor
 
-_GATES = ("full", "bias_only", "fixed")
+_GATES = ("full", "bias_only", "fixed", "none")
 _LOCAL = 64.0
 _BEYOND_CONTEXT = 16.0
+# Beside the biases of the gates, all that is new.
+_NEW_ZEROS = ("forget_gate.weight", "output_gate.weight")
 _FETCHED = ["config.json", "model*.safetensors*", *TEXT_FILES]
 
 
@@ -63,7 +64,8 @@ def graft(
             all; `(min, max)`, log-spaced over the heads of each layer; or a table `[layers, gates]`. None is
             `(64, 16 * max_position_embeddings)`, from local to longer than the context. Infinite ones, in a table or
             for all, leave a head as it was, and since their gradient is zero, it stays so.
-        forget_gate: as in `FoxConfig`: `"full"`, whose weights start from zero, `"bias_only"` or `"fixed"`.
+        forget_gate: as in `FoxConfig`: `"full"`, whose weights start from zero, `"bias_only"` or `"fixed"`; or
+            `"none"`, the base model as a FoX model, to compare finetuning with and without gates.
         forget_gate_heads: `"query"` or `"key_value"`, as in `FoxConfig`.
         output_gate: whether to add an output gate. It starts from 1/2 everywhere, which doubled weights make up for.
         keep_rope: whether to keep rotary embeddings. A model without them is another one, even where no gate forgets.
@@ -75,6 +77,8 @@ def graft(
     """
     if forget_gate not in _GATES:
         raise ValueError(f"forget_gate must be one of {_GATES}, got {forget_gate!r}")
+    if forget_gate == "none" and decay_times is not None:
+        raise ValueError("decay_times has no effect with forget_gate 'none'")
     if isinstance(model, str | Path):
         model = _folder_of(model)
     theirs = _config_of(model)
@@ -85,9 +89,7 @@ def graft(
         forget_gate_heads=forget_gate_heads,
         use_output_gate=output_gate,
     )
-    times = decay_time_table(decay_times, config)
-    # For gates made anew, and for whoever reads it.
-    config.decay_time_min, config.decay_time_max = (_recorded(time) for time in (times.min(), times.max()))
+    biases = {} if forget_gate == "none" else _set_decay_times(config, decay_times)
 
     if isinstance(model, PreTrainedModel):
         weights = {name: weight.clone() for name, weight in _plain_weights(model).items()}
@@ -98,11 +100,11 @@ def graft(
         for layer in range(config.num_hidden_layers):
             name = f"model.layers.{layer}.self_attn.o_proj.weight"
             weights[name] = 2 * weights[name]
-    weights |= _new_weights(config, times, model.dtype, model.device)
-    # Their names are ours; of tied embeddings we keep one.
-    names = [name for name in weights if name != "lm_head.weight" or not config.tie_word_embeddings]
-    weights = convert_weights(weights, config, [Rename(name, (name,)) for name in names], base_of(theirs).zeros)
-    grafted = load_converted(weights, config).to(model.device)
+    gate_dtype = torch.promote_types(model.dtype, torch.float32)
+    weights |= {name: bias.to(gate_dtype) for name, bias in biases.items()}
+    plan = _plan(config, base_of(theirs).zeros + _NEW_ZEROS)
+    plan.check(weights, weights.__getitem__)
+    grafted = make_model(plan, config, weights.__getitem__, model.dtype).to(model.device)
     grafted.generation_config = copy.deepcopy(model.generation_config)
     return grafted
 
@@ -146,6 +148,24 @@ def decay_time_table(decay_times: DecayTimes | None, config: FoxConfig) -> Tenso
             raise ValueError(f"decay_times must be min <= max, both finite, got min {low} and max {high}")
         times = log_spaced_times(low, high, shape[1])
     return times.expand(shape)
+
+
+def _set_decay_times(config: FoxConfig, decay_times: DecayTimes | None) -> dict[str, Tensor]:
+    """Record decay times in ``config``; the float64 biases of its gates that have them."""
+    times = decay_time_table(decay_times, config)
+    # For gates made anew, and for whoever reads it.
+    config.decay_time_min, config.decay_time_max = (_recorded(time) for time in (times.min(), times.max()))
+    return {
+        f"model.layers.{layer}.self_attn.forget_gate.bias": bias for layer, bias in enumerate(bias_for_times(times))
+    }
+
+
+def _plan(config: FoxConfig, zeros: tuple[str, ...]) -> Plan:
+    """Weights are those of the same name, but for names that end as one of ``zeros``."""
+    with torch.device("meta"):
+        model = FoxForCausalLM(config)
+    renames = [Rename(None if name.endswith(zeros) else name, (name,)) for name in distinct_weights(model)]
+    return plan_to_ours(renames, model)
 
 
 def _folder_of(source: str | Path) -> Path:
@@ -203,24 +223,5 @@ def _plain_weights(model: PreTrainedModel) -> dict[str, Tensor]:
             raise ValueError(
                 f"weights must be in memory, whole, and all {model.dtype}, got {name} as {type(weight).__name__} of "
                 f"{weight.dtype} on {weight.device}"
-            )
-    return weights
-
-
-def _new_weights(config: FoxConfig, times: Tensor, dtype: torch.dtype, device: torch.device) -> dict[str, Tensor]:
-    """Gates with these decay times ``[layers, gates]``, and output gates of 1/2."""
-    gate_dtype = torch.promote_types(dtype, torch.float32)
-    heads, _, head_dim = config.heads
-    weights = {}
-    for layer, bias in enumerate(bias_for_times(times)):
-        attention = f"model.layers.{layer}.self_attn."
-        weights[attention + "forget_gate.bias"] = bias.to(device, gate_dtype)
-        if config.forget_gate == "full":
-            weights[attention + "forget_gate.weight"] = torch.zeros(
-                config.num_forget_gates, config.hidden_size, dtype=gate_dtype, device=device
-            )
-        if config.use_output_gate:
-            weights[attention + "output_gate.weight"] = torch.zeros(
-                heads * head_dim, config.hidden_size, dtype=dtype, device=device
             )
     return weights

@@ -29,8 +29,7 @@ def new_folder(out: str | Path) -> Iterator[Path]:
         ValueError: ``out`` is there already.
     """
     out = Path(out)
-    if os.path.lexists(out):
-        raise ValueError(f"OUT must be a new folder, got {out}, which is there already")
+    check_new(out)
     out.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}-") as unfinished:
         folder = Path(unfinished) / out.name
@@ -39,8 +38,14 @@ def new_folder(out: str | Path) -> Iterator[Path]:
         folder.rename(out)
 
 
+def check_new(out: Path) -> None:
+    """Raise a `ValueError` if there is anything at ``out``, be it a link to nowhere."""
+    if os.path.lexists(out):
+        raise ValueError(f"OUT must be a new folder, got {out}, which is there already")
+
+
 def copy_text_files(source: str | Path, folder: Path) -> None:
     """Copy tokenizer, chat template and generation settings from a model's folder to another, over what is there."""
     for pattern in TEXT_FILES:
-        for file in Path(source).glob(pattern):
+        for file in filter(Path.is_file, Path(source).glob(pattern)):
             shutil.copy2(file, folder / file.name)

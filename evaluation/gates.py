@@ -83,3 +83,41 @@ def attention_weights(layer: AttentionInputs, head: int, sequence: int = 0) -> T
     c, first = accumulate(layer.log_f[sequence : sequence + 1, :, gate : gate + 1])
     decay = Decay(c, c, first, torch.arange(len(q), device=q.device))
     return (layer.scale * q @ k.T + decay.bias()[0, 0]).softmax(-1)
+
+
+def attention_reach(layers: Sequence[AttentionInputs], share: float = 0.9, rows: int = 128) -> Tensor:
+    """How far back each head looks: the distance in tokens within which ``share`` of its attention is, on average.
+
+    What a query gives to the first key is left out: many heads of models without forget gates rest there when they
+    have nothing to look for.
+
+    Args:
+        layers: recorded attention.
+        share: of the attention, in (0, 1).
+        rows: queries of each sequence that are looked at, evenly spread over its second half.
+
+    Returns:
+        ``[L, H]`` float64, at least 1.
+    """
+    if not 0 < share < 1:
+        raise ValueError(f"share must be in (0, 1), got {share}")
+    return torch.stack([_reach(layer, share, rows) for layer in layers])
+
+
+def _reach(layer: AttentionInputs, share: float, rows: int) -> Tensor:
+    length, heads = layer.q.shape[1:3]
+    query = torch.linspace(length // 2, length - 1, min(rows, length - length // 2), device=layer.q.device).long()
+    c, first = accumulate(layer.log_f)
+    bias = Decay(c[..., query], c, first[..., query], query).bias().float()
+    group, reach = heads // layer.k.shape[2], []
+    for head in range(heads):
+        weights = layer.scale * layer.q[:, query, head].float() @ layer.k[:, :, head // group].float().mT
+        weights = (weights + bias[:, head * bias.shape[1] // heads]).softmax(-1)
+        weights[..., 0] = 0.0
+        # What is within a distance, from the query backwards; keys after it weigh nothing.
+        nearest = query[:, None] - torch.arange(length, device=query.device)
+        within = torch.zeros_like(weights).scatter_(-1, nearest.clamp(min=0).expand_as(weights), weights)
+        within = within.cumsum(-1)
+        distance = (within < share * within[..., -1:]).sum(-1)
+        reach.append(distance.double().mean().clamp(min=1.0))
+    return torch.stack(reach)

@@ -65,12 +65,18 @@ def demo(
 def convert(
     source: Annotated[Path, typer.Argument(help="Folder with config.json and *.safetensors.")],
     out: Annotated[Path, typer.Argument(help="Folder to make.")],
+    to: Annotated[
+        str, typer.Option(help="fox, from a checkpoint of others; or back: authors or fla, from one of a FoX model.")
+    ] = "fox",
+    allow_pickle: Annotated[
+        bool, typer.Option("--allow-pickle", help="Where there are no *.safetensors, read pytorch_model*.bin.")
+    ] = False,
 ) -> None:
-    """Convert a checkpoint of the FoX authors' code, or of flash-linear-attention, for from_pretrained."""
+    """Convert a checkpoint of the FoX authors' code, or of flash-linear-attention, for from_pretrained; or back."""
     from foxlm.conversion.convert import convert_to_folder
 
     try:
-        convert_to_folder(source, out)
+        convert_to_folder(source, out, to=to, allow_pickle=allow_pickle)
     except (ValueError, OSError) as error:
         _fail(error)
     typer.echo(f"wrote {out}")
@@ -90,7 +96,7 @@ def graft(
             "changes nothing. Default: 64 to 16 times the model's context."
         ),
     ] = None,
-    forget_gate: Annotated[str, typer.Option(help="full, bias_only or fixed.")] = "full",
+    forget_gate: Annotated[str, typer.Option(help="full, bias_only, fixed or none: no gates.")] = "full",
     forget_gate_heads: Annotated[str, typer.Option(help="query or key_value: what has a gate of its own.")] = "query",
     output_gate: Annotated[
         bool, typer.Option("--output-gate", help="Add an output gate, which starts neutral.")
@@ -127,6 +133,108 @@ def _decay_times(text: str | None) -> float | list[float] | None:
     if len(times) not in (1, 2):
         raise ValueError(f"--decay-times must be a number or MIN:MAX, got {text!r}")
     return times if len(times) == 2 else times[0]
+
+
+_ModelFolder = Annotated[Path, typer.Argument(metavar="DIR", help="A model's folder, as save_pretrained makes it.")]
+
+
+@app.command()
+def card(
+    folder: _ModelFolder,
+    license: Annotated[
+        str | None, typer.Option(help="Of the weights, as the Hub writes it: apache-2.0, mit, ...")
+    ] = None,
+    training_data: Annotated[str | None, typer.Option(help="What the model was trained on, in words.")] = None,
+    evaluation: Annotated[
+        list[Path] | None,
+        typer.Option(
+            metavar="PATH",
+            help="Results: a file of lm-eval, a demo's report.json, JSON as {task: {metric: number}}, or a folder to "
+            "search for the first two. Repeatable.",
+        ),
+    ] = None,
+    language: Annotated[list[str] | None, typer.Option(help="Such as en, or code. Repeatable.")] = None,
+    dataset: Annotated[list[str] | None, typer.Option(help="On the Hub, that it was trained on. Repeatable.")] = None,
+    base_model: Annotated[str | None, typer.Option(help="On the Hub, if it was made from another model.")] = None,
+    name: Annotated[str | None, typer.Option(help="Of the model; the folder's by default.")] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a README.md that is there.")] = False,
+) -> None:
+    """Write a model card, README.md, into a model's folder, from its configuration and results at hand.
+
+    What only you know and did not give is marked in the text, to be filled in.
+    """
+    from foxlm.conversion.model_card import MISSING, write_model_card
+
+    try:
+        written = write_model_card(
+            folder,
+            name=name,
+            license=license,
+            languages=language or (),
+            base_model=base_model,
+            datasets=dataset or (),
+            training_data=training_data,
+            evaluations=evaluation or (),
+            overwrite=overwrite,
+        )
+    except (ValueError, OSError) as error:
+        _fail(error)
+    missing = written.read_text(encoding="utf-8").count(MISSING)
+    typer.echo(f"wrote {written}" + (f"; places to fill in: {missing}" if missing else ""))
+
+
+@app.command()
+def bundle(folder: _ModelFolder) -> None:
+    """Write the model's code into its folder anew, so that it loads where foxlm is not installed.
+
+    save_pretrained does so by itself; this is for folders saved by another version of foxlm.
+    """
+    from foxlm.modeling.bundle_fox import write_bundle
+
+    try:
+        write_bundle(folder)
+    except (ValueError, OSError) as error:
+        _fail(error)
+    typer.echo(f"wrote the code into {folder}")
+
+
+@app.command()
+def publish(
+    folder: _ModelFolder,
+    push: Annotated[
+        str | None,
+        typer.Option(
+            metavar="REPO_ID", help="Upload to this repository on the Hub (NAME or OWNER/NAME) if all is well."
+        ),
+    ] = None,
+    private: Annotated[bool, typer.Option("--private", help="Make that repository private.")] = False,
+) -> None:
+    """Check that a model's folder is ready for others: weights, tokenizer, code, card, and that it loads everywhere.
+
+    Uploads nothing without --push.
+    """
+    from huggingface_hub.utils import validate_repo_id
+
+    from foxlm.conversion.publish import check_folder, push_folder
+
+    try:
+        if private and push is None:
+            raise ValueError("--private needs --push REPO_ID")
+        if push is not None:
+            validate_repo_id(push)
+        failed = []
+        for check in check_folder(folder):
+            typer.echo(f"{'ok  ' if check.passed else 'FAIL'}  {check.name:13}  {check.found}")
+            if not check.passed:
+                failed.append(check.name)
+        if failed:
+            raise ValueError(f"{folder} is not ready ({', '.join(failed)}); nothing was uploaded")
+        if push is None:
+            typer.echo("ready; --push REPO_ID uploads it")
+        else:
+            typer.echo(f"uploaded to {push_folder(folder, push, private)}")
+    except (ValueError, RuntimeError, OSError) as error:
+        _fail(error)
 
 
 def _fail(error: Exception) -> NoReturn:

@@ -17,8 +17,8 @@ _INTERPRETED = HAS_TRITON and triton.knobs.runtime.interpret
 HAS_GLUON = HAS_TRITON and not _INTERPRETED and triton.__version__.startswith(("3.6.", "3.7."))
 
 # Two copies of this code can live in one process under different package names: each names its operators after its
-# own, because registering a name twice replaces the first silently.
-NAMESPACE = re.sub(r"\W", "_", __package__ or "foxlm_kernels")
+# own, because registering a name twice replaces the first silently. Such a name may hold ASCII only.
+NAMESPACE = re.sub(r"\W", "_", __package__ or "foxlm_kernels", flags=re.ASCII)
 
 ONLY_REVERSE_MODE = (
     "forgetting attention is differentiable once, in reverse mode; "

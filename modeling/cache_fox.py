@@ -3,7 +3,7 @@
 Decoding needs the running sum of log gates of every key, the first key that is still visible, with token shift the
 last unshifted key and value, and, where kernels run, what they need to find the keys worth reading
 (`..kernels.summary`). transformers' caches hold one layer object per model layer and build them by layer type; the two
-classes here are what they build for ``"forgetting_attention"``, so that ``DynamicCache(config=...)``,
+classes here are what they build for our `LAYER_TYPE`, so that ``DynamicCache(config=...)``,
 ``StaticCache(config=...)`` and ``generate`` work as for any model. Every operation moves the extra state too, except
 offloading: it is read before the layer's turn to be fetched back, and is a twentieth of the keys and values. Static
 layers have the operations of transformers' `StaticLayer`: no cropping, repeating or selecting. A third kind, which
@@ -21,6 +21,7 @@ from ..kernels.backend import runs_kernels
 from ..kernels.decay import CachedKeys, Decay, KeySummary, accumulate
 from ..kernels.summary import Running, empty_summary, extend_summary, running_before
 from ..kernels.tiles import PRUNED_KEYS
+from .configuration_fox import LAYER_TYPE
 from .paged_cache_fox import FoxPagedCache, PagedForgettingLayer
 
 _ACCEPTED = (
@@ -41,7 +42,7 @@ class DynamicForgettingLayer(DynamicLayer):
         summary: of the keys, and over all of them; None before any token and where no kernels run.
     """
 
-    _layer_type = "forgetting_attention"
+    _layer_type = LAYER_TYPE
 
     keys: Any
     values: Any
@@ -251,7 +252,7 @@ class StaticForgettingLayer(StaticLayer):
         summary: of the keys, and over all of them; None before any token and where no kernels run.
     """
 
-    _layer_type = "forgetting_attention"
+    _layer_type = LAYER_TYPE
 
     def __init__(self, max_cache_len: int, **kwargs) -> None:
         super().__init__(max_cache_len=max_cache_len)

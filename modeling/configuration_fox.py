@@ -2,6 +2,8 @@
 
 import difflib
 import math
+import os
+from pathlib import Path
 from typing import ClassVar, Literal
 
 from huggingface_hub.dataclasses import strict
@@ -9,6 +11,11 @@ from transformers.activations import ACT2FN
 from transformers.configuration_utils import PreTrainedConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS, RopeParameters
 
+from .bundle_fox import write_bundle
+
+# Caches of transformers know one class for each type of layer: a copy of this code under another package's name, loaded
+# from a model's folder, has a type of its own, so that neither gets the other's.
+LAYER_TYPE = f"{__package__}.forgetting_attention"
 _SIZES = {
     # name: hidden size, layers, heads, as trained in the Forgetting Transformer paper (arXiv 2503.02130)
     "125m": (768, 12, 12),
@@ -103,6 +110,9 @@ class FoxConfig(PreTrainedConfig):
             Used where the default `attn_implementation`, `"fox"`, runs on GPU kernels; all else leaves out nothing.
         acp_rule (`str`, defaults to `"tight"`): How it is proven that a key may be left out: `"tight"`, or `"paper"`,
             which takes the bound of the logits from the weights of QK-norm where it can.
+        forget_aux_loss_coef (`float`, defaults to 0.0): In training, a language model's loss has this many nats added
+            times the share of attention that its forget gates leave to be computed (a smooth stand-in, the mean over
+            heads of `30 / (30 + n)` where gates decay by `n` nats over the sequence): heads are paid for forgetting.
         free_dead_cache (`bool`, defaults to `False`): Let `generate` use a `FoxPagedCache`, which frees the memory of
             keys that no later query can give more than `acp_eps` of its weight, on any device. Assisted decoding,
             which takes tokens back, does not use it.
@@ -164,6 +174,7 @@ class FoxConfig(PreTrainedConfig):
     use_output_norm: bool = True
     acp_eps: float | None = math.exp(-10)
     acp_rule: Literal["paper", "tight"] = "tight"
+    forget_aux_loss_coef: float | int = 0.0
     free_dead_cache: bool = False
     pad_token_id: int | None = None
     bos_token_id: int | None = None
@@ -225,7 +236,7 @@ class FoxConfig(PreTrainedConfig):
     @property
     def layer_types(self) -> list[str]:
         """What each layer caches, for transformers' cache classes; all layers are alike and it is not saved."""
-        return ["forgetting_attention"] * self.num_hidden_layers
+        return [LAYER_TYPE] * self.num_hidden_layers
 
     @property
     def heads(self) -> tuple[int, int, int]:
@@ -274,6 +285,15 @@ class FoxConfig(PreTrainedConfig):
     def has_rope(self, layer_idx: int) -> bool:
         """Whether a layer rotates its queries and keys."""
         return self.rope_parameters is not None and layer_idx not in (self.nope_layers or ())
+
+    def save_pretrained(self, save_directory: str | os.PathLike, push_to_hub: bool = False, **kwargs) -> None:
+        """As in transformers, with the model's code beside ``config.json``. Saving a model comes by here."""
+        super().save_pretrained(save_directory, **kwargs)
+        # A class derived from this one has code that we do not know.
+        if type(self) is FoxConfig:
+            write_bundle(save_directory)
+        if push_to_hub:
+            self.push_to_hub(kwargs.pop("repo_id", Path(save_directory).name), **kwargs)
 
     @property
     def num_forget_gates(self) -> int:
@@ -347,6 +367,14 @@ class FoxConfig(PreTrainedConfig):
             self._require("pad_token_id", 0 <= self.pad_token_id < self.vocab_size, accepted)
         self._require("hidden_act", self.hidden_act in ACT2FN, f"one of {sorted(ACT2FN)}")
         self._require("attention_dropout", 0 <= self.attention_dropout < 1, "a number in [0, 1)")
+        self._require(
+            "forget_aux_loss_coef", 0 <= self.forget_aux_loss_coef < math.inf, "a number that is not negative"
+        )
+        learned = self.forget_gate in ("full", "bias_only")
+        if self.forget_aux_loss_coef and not learned:
+            raise ValueError(
+                f"forget_aux_loss_coef has no effect with forget_gate {self.forget_gate!r}: no gate learns"
+            )
         self._require("acp_eps", self.acp_eps is None or 0 < self.acp_eps < 1, "None or a number in (0, 1)")
         # An upper bound beyond any sequence, below which exp(1 / T) - 1 is exact enough in float32 arithmetic.
         self._require("decay_time_min", 0 < self.decay_time_min <= 1e9, "a number of tokens in (0, 1e9]")

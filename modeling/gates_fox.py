@@ -1,6 +1,7 @@
-"""Forget gates: `full`, `bias_only` and `fixed` (Forgetting Transformer, arXiv 2503.02130)."""
+"""Forget gates: `full`, `bias_only` and `fixed` (Forgetting Transformer, arXiv 2503.02130); what remembering costs."""
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
@@ -11,6 +12,8 @@ from .configuration_fox import FoxConfig
 _FEW_TOKENS = 16
 # A gate's bias for ever: its log sigmoid and the derivative of that are exactly 0 in float32, and every type holds it.
 _NEVER_FORGETS = 128.0
+# Nats of decay at which pruning leaves a key out: -log(eps) = 10, and what the logits of a head differ by.
+_FORGOTTEN = 30.0
 
 
 def log_spaced_times(low: float, high: float, gates: int) -> Tensor:
@@ -74,6 +77,28 @@ def make_forget_gate(config: FoxConfig) -> FoxForgetGate | FoxConstantGate:
     if config.forget_gate == "full":
         return FoxForgetGate(config.hidden_size, config.num_forget_gates)
     return FoxConstantGate(config)
+
+
+def share_remembered(gate_logits: Sequence[Tensor], real: Tensor | None) -> Tensor:
+    """A smooth stand-in for the share of attention that the gates leave to be computed, to be paid for in a loss.
+
+    A head whose gates decay by ``n`` nats over a sequence keeps about ``30 / n`` of it, if that is less than all; here
+    ``30 / (30 + n)``, whose gradient also reaches a head that keeps all.
+
+    Args:
+        gate_logits: of each layer, ``[B, T, Hf]``.
+        real: ``[B, T]`` bool, False for padding; None without.
+
+    Returns:
+        Mean over sequences, layers and gates, a scalar in ``(0, 1]``.
+    """
+    shares = []
+    for logits in gate_logits:
+        log_f = nn.functional.logsigmoid(logits)
+        if real is not None:
+            log_f = log_f.masked_fill(~real[..., None], 0.0)
+        shares.append((_FORGOTTEN / (_FORGOTTEN - log_f.sum(1))).mean().to(gate_logits[0].device))
+    return torch.stack(shares).mean()
 
 
 def local_part(weight: Tensor) -> Tensor:

@@ -9,6 +9,7 @@ from transformers.utils.import_utils import is_torchdynamo_compiling
 
 from ..kernels.attention import as_bool_mask, check_cu_seqlens
 from ..kernels.decay import sequence_starts
+from .configuration_fox import LAYER_TYPE
 
 
 class TokenLayout(NamedTuple):
@@ -144,12 +145,12 @@ def padding_mask(
         ValueError: ``attention_mask`` is not 2-D, or does not fit.
     """
     if isinstance(attention_mask, dict):
-        if attention_mask.keys() != {"forgetting_attention"}:
+        if attention_mask.keys() != {LAYER_TYPE}:
             raise ValueError(
                 "attention_mask must be 2-D, or what FoxForCausalLM.create_masks_for_generate returns; "
                 f"got a dictionary of {sorted(attention_mask)}"
             )
-        return attention_mask["forgetting_attention"]
+        return attention_mask[LAYER_TYPE]
     if attention_mask is None:
         return None
     if attention_mask.ndim != 2:

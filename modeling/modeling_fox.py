@@ -2,6 +2,7 @@
 
 from typing import cast
 
+import torch
 from torch import Tensor, nn
 from transformers import initialization as init
 from transformers.cache_utils import Cache, DynamicCache
@@ -18,12 +19,12 @@ from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs, can_return_tuple
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.import_utils import is_torchdynamo_compiling
-from transformers.utils.output_capturing import capture_outputs
+from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
 from .attention_fox import DEFAULT_IMPLEMENTATION, IMPLEMENTATIONS
 from .cache_fox import check_cache
-from .configuration_fox import FoxConfig
-from .gates_fox import FoxConstantGate, FoxForgetGate, decay_time_bias
+from .configuration_fox import LAYER_TYPE, FoxConfig
+from .gates_fox import FoxConstantGate, FoxForgetGate, decay_time_bias, share_remembered
 from .layers_fox import FoxAttention, FoxDecoderLayer, FoxRMSNorm, FoxRotaryEmbedding
 from .layout_fox import padding_mask, token_layout
 from .paged_cache_fox import FoxPagedCache
@@ -43,7 +44,11 @@ class FoxPreTrainedModel(PreTrainedModel):
     _supports_flex_attn = False
     _supports_attention_backend = True
     _can_compile_fullgraph = True
-    _can_record_outputs = {"hidden_states": FoxDecoderLayer, "attentions": FoxAttention}
+    _can_record_outputs = {
+        "hidden_states": FoxDecoderLayer,
+        "attentions": FoxAttention,
+        "forget_gate_logits": [OutputRecorder(FoxForgetGate), OutputRecorder(FoxConstantGate)],
+    }
     # A gate's bias sets its decay time, which bfloat16 would move by percents.
     _keep_in_fp32_modules_strict = ["forget_gate"]
 
@@ -195,7 +200,7 @@ class FoxForCausalLM(FoxPreTrainedModel, GenerationMixin):
             mask = None
         if isinstance(past_key_values, FoxPagedCache):
             past_key_values.reserve(length)
-        return {"forgetting_attention": mask}
+        return {LAYER_TYPE: mask}
 
     def _prepare_cache_for_generation(
         self, generation_config, model_kwargs, generation_mode, batch_size, max_cache_length
@@ -236,6 +241,9 @@ class FoxForCausalLM(FoxPreTrainedModel, GenerationMixin):
             >>> model(torch.tensor([[1, 2, 3]])).logits.shape
             torch.Size([1, 3, 50304])
         """
+        coefficient = self.config.forget_aux_loss_coef if self.training and labels is not None else 0.0
+        if coefficient:
+            kwargs["output_forget_gate_logits"] = True
         outputs: BaseModelOutputWithPast = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,
@@ -250,6 +258,20 @@ class FoxForCausalLM(FoxPreTrainedModel, GenerationMixin):
         loss = None
         if labels is not None:
             loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
+            if coefficient:
+                gate_logits = outputs["forget_gate_logits"]
+                lost = torch.is_grad_enabled() and not any(x.requires_grad for x in gate_logits)
+                if lost and self.model.gradient_checkpointing:
+                    raise ValueError(
+                        "forget_aux_loss_coef has no gradient through reentrant gradient checkpointing: set "
+                        'gradient_checkpointing_kwargs={"use_reentrant": False}, or forget_aux_loss_coef to 0'
+                    )
+                mask = attention_mask[LAYER_TYPE] if isinstance(attention_mask, dict) else attention_mask
+                real = None if mask is None else mask[:, -labels.shape[1] :].bool()
+                # With gradient accumulation the losses of the parts are added up: each counts by its tokens.
+                items = kwargs.get("num_items_in_batch")
+                part = 1.0 if items is None else (labels[:, 1:] != -100).sum() / items
+                loss = loss + coefficient * part * share_remembered(gate_logits, real)
         return CausalLMOutputWithPast(
             loss=loss,
             logits=logits,

@@ -11,9 +11,10 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from typer.testing import CliRunner
 
 import foxlm
+from checkpoints import write
 from foxlm.cli import app
-from foxlm.conversion.fla import convert_fla_checkpoint
-from test_conversion_fla import EVERYTHING, SIZES, checkpoint, write
+from foxlm.conversion.convert import convert_checkpoint
+from test_conversion_fla import EVERYTHING, SIZES, checkpoint
 
 
 def invoke(*arguments: str):
@@ -85,7 +86,7 @@ def test_convert_writes_a_folder_to_load(tmp_path: Path) -> None:
     result = invoke("convert", str(theirs), str(ours))
     assert result.exit_code == 0, result.output
     model = foxlm.FoxForCausalLM.from_pretrained(ours, dtype="auto")
-    expected = convert_fla_checkpoint(theirs)
+    expected = convert_checkpoint(theirs)
     for name, weight in expected.state_dict().items():
         assert torch.equal(model.state_dict()[name], weight), name
     assert (ours / "tokenizer.json").read_text() == "{}"
@@ -122,6 +123,10 @@ def test_graft_writes_a_folder_to_load(tmp_path: Path) -> None:
     config = foxlm.FoxConfig.from_pretrained(tmp_path / "other")
     assert (config.forget_gate, config.decay_time_min, config.decay_time_max) == ("fixed", 3.0, 70.0)
     assert config.use_output_gate and config.rope_parameters is None
+    assert invoke("graft", source, str(tmp_path / "none"), "--forget-gate", "none").exit_code == 0
+    model = foxlm.FoxForCausalLM.from_pretrained(tmp_path / "none")
+    assert model.config.forget_gate == "none"
+    torch.testing.assert_close(model(ids).logits, expected(ids).logits, rtol=0, atol=1e-5)
     assert invoke("graft", source, str(tmp_path / "default")).exit_code == 0
     config = foxlm.FoxConfig.from_pretrained(tmp_path / "default")
     assert (config.decay_time_min, config.decay_time_max) == (64.0, 16 * 2048)
@@ -135,7 +140,11 @@ def test_graft_writes_a_folder_to_load(tmp_path: Path) -> None:
         (("--decay-times", ""), "--decay-times must be a number or MIN:MAX, got ''"),
         (("--decay-times", "-1"), "decay_times must be positive, got -1.0"),
         (("--decay-times", "9:3"), "decay_times must be min <= max, both finite, got min 9.0 and max 3.0"),
-        (("--forget-gate", "half"), "forget_gate must be one of ('full', 'bias_only', 'fixed'), got 'half'"),
+        (("--forget-gate", "half"), "forget_gate must be one of ('full', 'bias_only', 'fixed', 'none'), got 'half'"),
+        (
+            ("--forget-gate", "none", "--decay-times", "inf"),
+            "decay_times has no effect with forget_gate 'none'",
+        ),
         (("--forget-gate-heads", "all"), "Field 'forget_gate_heads' expected one of ('query', 'key_value'), got all"),
     ],
 )
@@ -160,7 +169,7 @@ def test_convert_refuses_in_one_line_and_leaves_nothing(tmp_path: Path) -> None:
     theirs, out = tmp_path / "theirs", tmp_path / "ours"
     theirs.mkdir()
     for text, message in (
-        (None, "must hold a config.json"),
+        (None, "must be a folder with a config.json"),
         ('{"model_type": "llama"}', "model_type must be one of ['forgetting_transformer', 'forgetting_transformer-"),
         ('{"model_type": "forgetting_transformer"}', "must hold safetensors files"),
     ):

@@ -1,22 +1,19 @@
 """Checkpoints in the authors' layout: every key accounted for, the same model out."""
 
-import json
 from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors import safe_open
 
-from foxlm import FoxForCausalLM
-from foxlm.conversion.authors import (
-    AUTHORS_MODEL_TYPE,
-    authors_config,
-    convert_authors_checkpoint,
-    convert_authors_weights,
-)
+from checkpoints import read, write
+from foxlm import FoxConfig, FoxForCausalLM
+from foxlm.conversion.authors import AUTHORS
+from foxlm.conversion.convert import convert_checkpoint, convert_to_folder
+from foxlm.conversion.layout import one_kind_of_error
 
 SIZES: dict[str, Any] = {
-    "model_type": AUTHORS_MODEL_TYPE,
+    "model_type": AUTHORS.fields.model_type,
     "vocab_size": 61,
     "hidden_size": 32,
     "num_hidden_layers": 2,
@@ -45,6 +42,11 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "tied": {"tie_word_embeddings": True},
     "pruned": PRO | {"log_pruning_tolerance": -10.0},
 }
+
+
+def authors_config(fields):
+    with one_kind_of_error():
+        return AUTHORS.to_config(fields)
 
 
 def authors_layout(model, fields):
@@ -103,12 +105,8 @@ def test_folder_becomes_the_same_model(variant, tmp_path):
     fields, model, weights = checkpoint(variant)
     if fields.get("tie_word_embeddings"):
         del weights["lm_head.weight"]
-    (tmp_path / "config.json").write_text(json.dumps(fields))
-    names = sorted(weights)
-    for shard in (0, 1):
-        part = {name: weights[name].contiguous() for name in names[shard::2]}
-        save_file(part, tmp_path / f"model-{shard}.safetensors")
-    converted = convert_authors_checkpoint(tmp_path)
+    write(tmp_path, fields, weights)
+    converted = convert_checkpoint(tmp_path)
     tokens = torch.randint(61, (2, 19))
     assert torch.equal(converted(tokens).logits, model(tokens).logits)
     assert authors_layout(converted, fields).keys() >= weights.keys()
@@ -116,10 +114,18 @@ def test_folder_becomes_the_same_model(variant, tmp_path):
         assert name not in weights or torch.equal(weight, weights[name])
 
 
+@pytest.mark.parametrize("ratio", [{"hidden_ratio": None}, {}])
+def test_width_is_theirs_where_no_ratio_is_given(ratio):
+    fields = SIZES | PRO | {"intermediate_size": None, "hidden_size": 512}
+    del fields["hidden_ratio"]
+    assert authors_config(fields | ratio).intermediate_size == 1536
+    assert authors_config(fields | {"hidden_ratio": 3.5}).intermediate_size == 1280
+
+
 def test_constants_of_their_code_are_kept():
     config = authors_config(SIZES | PRO)
     assert config.qk_norm_eps == 1e-5 and config.rms_norm_eps == 1e-6
-    assert authors_config({"model_type": AUTHORS_MODEL_TYPE}).hidden_size == 2048
+    assert authors_config({"model_type": AUTHORS.fields.model_type}).hidden_size == 2048
 
 
 @pytest.mark.parametrize(
@@ -131,15 +137,18 @@ def test_constants_of_their_code_are_kept():
         ({"elementwise_affine": False}, "elementwise_affine"),
         ({"fgate_typ": "full"}, "fgate_typ"),
         ({"fgate_type": "sometimes"}, "forget_gate"),
+        ({"hidden_act": "gelu"}, "hidden_act"),
+        ({"use_rope": "false"}, "use_rope"),
+        (PRO | {"ogate_act": "silu"}, "ogate_act"),
     ],
 )
 def test_configuration_that_cannot_be_represented_is_refused(change, named):
-    with pytest.raises(Exception, match=named):
+    with pytest.raises(ValueError, match=named):
         authors_config(SIZES | change)
 
 
 @pytest.mark.parametrize("fault", ["missing", "unknown", "misshapen", "unsplittable"])
-def test_weights_that_do_not_fit_are_named(fault):
+def test_weights_that_do_not_fit_are_named(fault, tmp_path):
     fields, _, weights = checkpoint("pro")
     name = "model.layers.1.mlp.gate_proj.weight"
     if fault == "missing":
@@ -151,14 +160,72 @@ def test_weights_that_do_not_fit_are_named(fault):
         weights[name] = weights[name][:, :-1]
     else:
         weights[name] = weights[name][:1]
+    write(tmp_path, fields, weights)
     with pytest.raises(ValueError, match=name.replace(".", r"\.")):
-        convert_authors_weights(weights, authors_config(fields))
+        convert_checkpoint(tmp_path)
 
 
-def test_pickled_checkpoint_is_refused(tmp_path):
-    (tmp_path / "config.json").write_text(json.dumps(SIZES))
-    torch.save({}, tmp_path / "pytorch_model.bin")
-    with pytest.raises(ValueError, match="pickled"):
-        convert_authors_checkpoint(tmp_path)
-    with pytest.raises(ValueError, match=r"config\.json"):
-        convert_authors_checkpoint(tmp_path / "nowhere")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_round_trips_are_bitwise(variant, dtype, tmp_path):
+    fields, _, weights = checkpoint(variant)
+    weights = {name: weight.to(dtype) for name, weight in weights.items()}
+    if fields.get("tie_word_embeddings"):
+        del weights["lm_head.weight"]
+    write(tmp_path / "theirs", fields, weights)
+    convert_to_folder(tmp_path / "theirs", tmp_path / "ours")
+    convert_to_folder(tmp_path / "ours", tmp_path / "back", to="authors")
+    convert_to_folder(tmp_path / "back", tmp_path / "ours again")
+    back = read(tmp_path / "back")
+    assert back.keys() == weights.keys()
+    for name, weight in weights.items():
+        # Gates are widened once, and stay so.
+        assert back[name].dtype == (torch.float32 if "fgate" in name else dtype)
+        assert torch.equal(back[name], weight.to(back[name].dtype))
+    ours, again = read(tmp_path / "ours"), read(tmp_path / "ours again")
+    assert ours.keys() == again.keys()
+    assert all(ours[name].dtype == again[name].dtype and torch.equal(ours[name], again[name]) for name in ours)
+    for file in ("config.json", "generation_config.json"):
+        assert (tmp_path / "ours" / file).read_text() == (tmp_path / "ours again" / file).read_text()
+
+
+@pytest.mark.parametrize("variant", ["pro", "fixed", "tied"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_folder_is_what_save_pretrained_would_write(variant, dtype, tmp_path):
+    fields, _, weights = checkpoint(variant)
+    write(tmp_path / "theirs", fields, {name: weight.to(dtype) for name, weight in weights.items()})
+    convert_to_folder(tmp_path / "theirs", tmp_path / "ours")
+    convert_checkpoint(tmp_path / "theirs").save_pretrained(tmp_path / "expected")
+    written = {file.name for file in (tmp_path / "ours").iterdir()}
+    assert written == {file.name for file in (tmp_path / "expected").iterdir()}
+    assert written > {"config.json", "generation_config.json", "modeling_fox.py"}
+    for file in written - {"model.safetensors"}:
+        assert (tmp_path / "ours" / file).read_text() == (tmp_path / "expected" / file).read_text()
+    ours, expected = read(tmp_path / "ours"), read(tmp_path / "expected")
+    assert ours.keys() == expected.keys()
+    for name, weight in expected.items():
+        assert ours[name].dtype == weight.dtype and torch.equal(ours[name], weight)
+    with safe_open(tmp_path / "ours" / "model.safetensors", "pt") as file:
+        assert file.metadata() == {"format": "pt"}
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        ({"num_key_value_heads": 2}, "num_key_value_heads"),
+        ({"head_dim": 16}, "head_dim"),
+        ({"attention_bias": True}, "attention_bias"),
+        ({"mlp_bias": True}, "mlp_bias"),
+        ({"attention_dropout": 0.1}, "attention_dropout"),
+        ({"hidden_act": "gelu"}, "hidden_act"),
+        ({"qk_norm_eps": None}, "qk_norm_eps"),
+        ({"rope_parameters": {"rope_type": "linear", "rope_theta": 1e4, "factor": 2.0}}, "rope_parameters"),
+        ({"output_gate_act": "silu"}, "ogate_act"),
+    ],
+)
+def test_model_that_their_layout_cannot_express_is_refused(change, named, tmp_path):
+    fields = {"vocab_size": 61, "hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4}
+    FoxForCausalLM(FoxConfig(**({"qk_norm_eps": 1e-5} | fields | change))).save_pretrained(tmp_path / "ours")
+    with pytest.raises(ValueError, match=rf"^{named} must be "):
+        convert_to_folder(tmp_path / "ours", tmp_path / "theirs", to="authors")
+    assert not (tmp_path / "theirs").exists()

@@ -75,10 +75,13 @@ def worst(found: Tensor, expected: Tensor) -> float:
 def test_steps_equal_one_pass(variant: str, cache: str, dtype: torch.dtype, rule: str, decoded: list) -> None:
     ids = tokens(2, LENGTH)
     expected = forgetful_model(variant, torch.float64)(ids, use_cache=False).logits
-    model = forgetful_model(variant, dtype, rule).to(DEVICE)
-    found = feed(model, CACHES[cache](model.config), ids.to(DEVICE), None, STEPS).cpu()
-    limit = 10 * EPS if dtype == torch.float32 else 0.1
-    assert worst(found, expected[:, : sum(STEPS)]) < limit
+    model = forgetful_model(variant, dtype, rule)
+    # How far the type alone takes it: 4% of the largest logit in bfloat16, 18% in the model without QK-norm.
+    model.set_attn_implementation("eager")
+    rounded = model(ids, use_cache=False).logits
+    model.set_attn_implementation("fox")
+    found = feed(model.to(DEVICE), CACHES[cache](model.config), ids.to(DEVICE), None, STEPS).cpu()
+    assert worst(found, expected[:, : sum(STEPS)]) < 10 * EPS + 2 * worst(rounded, expected)
     assert [shape[1] for shape in decoded] == [1, 1, 3, 3, 1, 1]
 
 

@@ -1,5 +1,6 @@
 """The demo from end to end, in miniature."""
 
+import argparse
 import json
 import math
 import os
@@ -9,8 +10,11 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from safetensors import safe_open
 from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from foxlm import FoxPagedCache
 
 pytest.importorskip("lm_eval")
 pytest.importorskip("matplotlib")
@@ -116,3 +120,23 @@ def test_page_is_one_readable_file(out: Path, report: dict) -> None:
 def test_results_of_earlier_runs_are_gone(out: Path) -> None:
     assert not (out / "lm_eval" / "results_old.json").exists()
     assert len(list((out / "lm_eval").rglob("results_*.json"))) == 1
+
+
+@torch.no_grad()
+def test_freeing_dead_keys_changes_no_greedy_token(out: Path) -> None:
+    """Of a trained model: where a token differs, both candidates were as likely as the bound lets them be."""
+    model = AutoModelForCausalLM.from_pretrained(out / "model").eval()
+    text = Path(argparse.__file__).read_bytes()[:1500]
+    prompt = torch.tensor([list(text[:700]), list(text[700:1400])])
+    greedy = {"max_new_tokens": 300, "do_sample": False, "eos_token_id": None, "return_dict_in_generate": True}
+    expected = model.generate(prompt, output_logits=True, **greedy)
+    freeing = model.generate(prompt, past_key_values=FoxPagedCache(model.config, 1000), **greedy)
+    held = freeing.past_key_values.held_bytes() / sum(
+        layer.keys.nbytes + layer.values.nbytes for layer in expected.past_key_values.layers
+    )
+    assert held < 0.9, "nothing to speak of was freed"
+    for row in range(2):
+        differ = (freeing.sequences[row] != expected.sequences[row]).nonzero()
+        if len(differ):
+            best = expected.logits[differ[0].item() - prompt.shape[1]][row].topk(2).values
+            assert best[0] - best[1] < 1e-2

@@ -23,7 +23,14 @@ from foxlm.evaluation.demo.lm_eval_tasks import (
 )
 from foxlm.evaluation.demo.tokenizer import byte_tokenizer
 from foxlm.evaluation.demo.train import RandomWindows, bits_per_byte
-from foxlm.evaluation.gates import RULES, attention_weights, decay_time_table, decay_times, skipped_shares
+from foxlm.evaluation.gates import (
+    RULES,
+    attention_reach,
+    attention_weights,
+    decay_time_table,
+    decay_times,
+    skipped_shares,
+)
 from foxlm.evaluation.provenance import provenance
 from foxlm.evaluation.recording import AttentionInputs, record_attention
 from foxlm.modeling.attention_fox import ALL_ATTENTION_FUNCTIONS
@@ -307,3 +314,30 @@ def test_without_lm_eval_one_line_says_what_to_install(tmp_path) -> None:
     assert done.stderr.strip().splitlines()[-1] == (
         "error: lm-eval is not installed; it comes with: pip install 'foxlm[eval]'"
     )
+
+
+def attention_inputs(length: int, log_f: float = 0.0) -> AttentionInputs:
+    """Queries and keys that like all alike, of 4 heads over 2."""
+    q, k = torch.zeros(2, length, 4, 8), torch.zeros(2, length, 2, 8)
+    return AttentionInputs(0, q, k, k, torch.full((2, length, 4), log_f), 1.0)
+
+
+def test_reach_of_even_attention_is_a_share_of_what_is_before() -> None:
+    reach = attention_reach([attention_inputs(400)], share=0.8)
+    assert reach.shape == (1, 4)
+    torch.testing.assert_close(reach, torch.full((1, 4), 0.8 * 300, dtype=torch.float64), rtol=0.01, atol=1.0)
+
+
+def test_reach_of_geometric_attention_is_its_quantile() -> None:
+    layers = [attention_inputs(2000, -1 / time) for time in (20.0, 100.0)]
+    reach = attention_reach(layers, share=0.9)
+    torch.testing.assert_close(reach[:, 0], math.log(10) * torch.tensor([20.0, 100.0]).double(), rtol=0.03, atol=1.0)
+
+
+def test_reach_leaves_out_the_first_key() -> None:
+    layer = attention_inputs(400, -1 / 20)
+    layer.k[:, 0], layer.q[:] = 1.0, 10.0
+    assert attention_reach([layer]).max() < 60
+    # The negative control: a key that is looked for from afar counts.
+    layer.k[:, 0], layer.k[:, 1] = 0.0, 1.0
+    assert attention_reach([layer]).min() > 200

@@ -101,6 +101,32 @@ def test_gates_that_never_forget_change_nothing(name: str, output_gate: bool) ->
         assert_close(logits(grafted, length), expected, 1e-5)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", [*SIX, "llama, tied", "olmo2, biases, multi-head"])
+def test_without_gates_it_is_the_base_model(name: str, dtype: torch.dtype, tmp_path: Path) -> None:
+    model = base(name, dtype)
+    grafted = graft(model, forget_gate="none")
+    assert type(grafted) is FoxForCausalLM and grafted.config.forget_gate == "none"
+    # The bias of o_proj is a zero that Qwen2 does without.
+    added = grafted.state_dict().keys() ^ model.state_dict().keys()
+    assert all(key.endswith("o_proj.bias") for key in added) and bool(added) == (name == "qwen2")
+    assert {weight.dtype for weight in grafted.state_dict().values()} == {dtype}
+    grafted.save_pretrained(tmp_path)
+    assert torch.equal(logits(AutoModelForCausalLM.from_pretrained(tmp_path)), logits(grafted))
+    # The same weights in a base whose RoPE frequencies were not rounded with them.
+    exact = base(name)
+    exact.load_state_dict(model.state_dict())
+    loaded = FoxForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)
+    assert_close(logits(loaded), logits(exact), 1e-5)
+
+
+def test_without_gates_other_options_work() -> None:
+    model = base("smollm3")
+    assert_close(logits(graft(model, forget_gate="none", output_gate=True)), logits(model), 1e-5)
+    without = graft(model, forget_gate="none", keep_rope=False)
+    assert_close(logits(without), logits(base("smollm3", no_rope_layers=[0, 0, 0, 0])), 1e-5)
+
+
 @torch.no_grad()
 @pytest.mark.parametrize("name", SIX)
 def test_one_gate_that_forgets_shows(name: str) -> None:
@@ -253,8 +279,14 @@ def test_wrong_decay_times_are_refused(times: Any, message: str) -> None:
         graft(base(), decay_times=times)
 
 
+@pytest.mark.parametrize("times", [math.inf, 0, (64, 1024)])
+def test_decay_times_of_no_gates_are_refused(times: Any) -> None:
+    with pytest.raises(ValueError, match="decay_times has no effect with forget_gate 'none'"):
+        graft(base(), forget_gate="none", decay_times=times)
+
+
 @pytest.mark.parametrize(
-    ("option", "value"), [("forget_gate", "none"), ("forget_gate", None), ("forget_gate_heads", "all")]
+    ("option", "value"), [("forget_gate", "half"), ("forget_gate", None), ("forget_gate_heads", "all")]
 )
 def test_wrong_gates_are_refused(option: str, value: Any) -> None:
     with pytest.raises(ValueError, match=rf"{option}.* one of .*(full|query).* got .*{value}"):
@@ -304,7 +336,7 @@ def test_window_that_no_layer_has_is_none() -> None:
 @pytest.mark.parametrize(
     ("name", "fields", "message"),
     [
-        ("llama", {"sliding_window": 8}, "not known: sliding_window"),
+        ("llama", {"sliding_window": 8}, "not known: sliding_window; remove those that nothing depends on"),
         ("llama", {"rope_interleaved": True}, "rope_interleaved must be False, got True"),
         ("llama", {"is_causal": False}, "not known: is_causal"),
         ("olmo2", {"clip_qkv": 8.0}, "not known: clip_qkv"),
@@ -362,7 +394,7 @@ def offload_a_weight(model: Any) -> str:
 
 def untie(model: Any) -> str:
     model.config.tie_word_embeddings = True
-    return r"tie_word_embeddings"
+    return r"lm_head\.weight must be model\.embed_tokens\.weight with tie_word_embeddings"
 
 
 @pytest.mark.parametrize("spoil", [cast_a_norm, add_a_weight, lose_a_weight, reshape_a_weight, offload_a_weight, untie])

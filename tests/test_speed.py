@@ -531,8 +531,9 @@ def test_error_is_that_of_the_worst_token() -> None:
     assert math.isnan(decode.largest_error(torch.full_like(exact, math.nan), exact))
 
 
+@pytest.mark.parametrize("guess", [1, 30, 300])
 @pytest.mark.parametrize("most", [1, 2, 100, 256])
-def test_largest_batch_is_found(most: int) -> None:
+def test_largest_batch_is_found(most: int, guess: int) -> None:
     for limit in (0, 1, 2, 3, 31, 32, 37, 1000):
         tried: list[int] = []
 
@@ -540,8 +541,9 @@ def test_largest_batch_is_found(most: int) -> None:
             tried.append(batch)
             return batch <= limit
 
-        assert decode.largest(fits, most) == min(limit, most)
-        assert len(tried) == len(set(tried)) <= 15
+        right = min(limit, most)
+        assert right - right // 16 <= decode.largest(fits, most, guess) <= right
+        assert len(tried) == len(set(tried)) <= 13
 
 
 def test_largest_batches_are_compared(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -283,7 +283,7 @@ def _observed(model: PreTrainedModel) -> Iterator[dict[Rule | None, list[Tensor]
 
 
 def run_largest_batch(models: Models, recipe: DecodeRecipe) -> Record:
-    """The largest batches, up to 256, that fit the device with a static and with a paged cache.
+    """The largest batches, up to 256 and to within 1/16, that fit the device with a static and with a paged cache.
 
     Returns:
         ``most``, where the search stops; ``static`` and ``paged``, each with ``status`` and where it was measured
@@ -292,12 +292,22 @@ def run_largest_batch(models: Models, recipe: DecodeRecipe) -> Record:
     # Only pages that pruning frees can save memory: both prune alike.
     static, paged = (one for one in DECODERS if one.cache in ("static", "paged") and one.rule == "tight")
     record: Record = {"tokens": recipe.tokens, "most": _LARGEST_BATCH[recipe.device]}
+    guess = _static_batch(models["foxlm"].config, recipe)
     for decoder in (static, paged):
-        record[decoder.cache] = _largest_batch(decoder, models["foxlm"], recipe, record["most"])
+        record[decoder.cache] = _largest_batch(decoder, models["foxlm"], recipe, record["most"], guess)
+        guess = 2 * record[decoder.cache].get("batch", guess)
     return record | {"bars": largest_batch_bars(*(record[one.cache].get("batch", 0) for one in (paged, static)))}
 
 
-def _largest_batch(decoder: Decoder, model: PreTrainedModel, recipe: DecodeRecipe, most: int) -> Record:
+def _static_batch(config: Any, recipe: DecodeRecipe) -> int:
+    """How many sequences' keys and values would fill what is free of the device."""
+    if recipe.device == "cpu":
+        return 1
+    free, _ = torch.cuda.mem_get_info()
+    return max(1, free // _kv_bytes(config, recipe.tokens))
+
+
+def _largest_batch(decoder: Decoder, model: PreTrainedModel, recipe: DecodeRecipe, most: int, guess: int) -> Record:
     record: Record = {"name": decoder.name}
 
     def fits(batch: int) -> bool:
@@ -306,22 +316,22 @@ def _largest_batch(decoder: Decoder, model: PreTrainedModel, recipe: DecodeRecip
         return done
 
     try:
-        record |= {"status": "measured", "batch": largest(fits, most)}
+        record |= {"status": "measured", "batch": largest(fits, most, guess)}
     except Exception as error:
         record |= failure(error)
     release_memory(recipe.device)
     return record
 
 
-def largest(fits: Callable[[int], bool], most: int) -> int:
-    """The largest number up to ``most`` that ``fits``, by doubling and bisection; 0 for none."""
-    low, high = 0, 1
+def largest(fits: Callable[[int], bool], most: int, guess: int) -> int:
+    """The largest number up to ``most`` that ``fits``, to within 1/16, searched for from ``guess``; 0 for none."""
+    low, high = 0, min(guess, most)
     while fits(high):
         low = high
         if low == most:
             return low
         high = min(2 * low, most)
-    while high - low > 1:
+    while high - low > max(1, low // 16):
         middle = (low + high) // 2
         low, high = (middle, high) if fits(middle) else (low, middle)
     return low

@@ -1,0 +1,132 @@
+"""The files of a model's folder: its JSON, and its weights one at a time."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
+
+# The names that transformers gives to one file, to shards and to what lists them.
+_SAFETENSORS, _SAFETENSORS_INDEX = "*.safetensors", "model.safetensors.index.json"
+_PICKLES, _PICKLES_INDEX = "pytorch_model*.bin", "pytorch_model.bin.index.json"
+_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+
+
+def read_json(file: Path) -> dict[str, Any]:
+    """The object in a JSON file; raises a `ValueError` that names the file if there is none."""
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{file} is not valid JSON: {error}") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{file} must hold a JSON object, got a {type(content).__name__}")
+    return content
+
+
+def read_fields(folder: Path) -> dict[str, Any]:
+    """The ``config.json`` of a folder; raises a `ValueError` if there is none."""
+    if not (folder / "config.json").is_file():
+        raise ValueError(f"the source must be a folder with a config.json, got {folder}")
+    return read_json(folder / "config.json")
+
+
+class StoredWeights:
+    """The weights in a folder, whatever their size: only names, types and shapes are read until one is asked for.
+
+    Attributes:
+        headers: each weight on the meta device.
+
+    Args:
+        folder: holds ``*.safetensors``, all of it or what ``model.safetensors.index.json`` lists.
+        allow_pickle: whether ``pytorch_model*.bin`` will do where there is none of that, read as weights only.
+
+    Raises:
+        ValueError: there are no such files, one is missing, broken or not what the index says, or a weight is not of
+            floating-point numbers; the message names it.
+    """
+
+    def __init__(self, folder: Path, allow_pickle: bool = False) -> None:
+        files, index = _weight_files(folder, allow_pickle)
+        self.headers: dict[str, Tensor] = {}
+        self._files: dict[str, Path] = {}
+        for file in files:
+            for name, weight in _mapped(file).items():
+                if name in self._files:
+                    raise ValueError(f"{name} is in two files, {self._files[name]} and {file}")
+                if weight.dtype not in _DTYPES:
+                    accepted = ", ".join(str(dtype).removeprefix("torch.") for dtype in _DTYPES)
+                    raise ValueError(f"{name} must be one of {accepted}, got {weight.dtype} in {file}")
+                self._files[name] = file
+                self.headers[name] = torch.empty(weight.shape, dtype=weight.dtype, device="meta")
+        if index is not None:
+            _check_index(index, {name: file.name for name, file in self._files.items()})
+
+    def load(self, name: str) -> Tensor:
+        """One weight. Its file is opened anew each time, so that memory is given back with the weight."""
+        return _mapped(self._files[name])[name]
+
+
+def _weight_files(folder: Path, allow_pickle: bool) -> tuple[list[Path], Path | None]:
+    """The files with a folder's weights, and what lists them."""
+    for pattern, index in ((_SAFETENSORS, folder / _SAFETENSORS_INDEX), (_PICKLES, folder / _PICKLES_INDEX)):
+        found = sorted(folder.glob(pattern))
+        if not found and not index.exists():
+            continue
+        if pattern == _PICKLES and not allow_pickle:
+            raise ValueError(
+                f"{folder} has pickled weights only, which can be made to run code: make safetensors of them, or pass "
+                "--allow-pickle (in Python allow_pickle=True) to read them as weights and nothing else"
+            )
+        if not index.exists():
+            return found, None
+        names = sorted(set(_listed(index).values()))
+        single = folder / pattern.replace("*", "" if pattern == _PICKLES else "model")
+        if single in found and single.name not in names:
+            raise ValueError(f"{folder} holds both {single.name} and {index.name}, which does not list it: remove one")
+        for name in names:
+            # Its suffix too, or an index of safetensors could have a pickle read.
+            if folder / name not in found or not (folder / name).is_file():
+                raise ValueError(f"{index} lists {name!r}, which is not a file {pattern} of the folder")
+        return [folder / name for name in names], index
+    raise ValueError(f"{folder} must hold safetensors files, got none")
+
+
+def _listed(index: Path) -> dict[str, str]:
+    """The file of each weight, by an index."""
+    listed = read_json(index).get("weight_map")
+    if not isinstance(listed, dict) or not listed or not all(isinstance(name, str) for name in listed.values()):
+        raise ValueError(f"{index} must have a weight_map from weights to files")
+    return listed
+
+
+def _check_index(index: Path, files: dict[str, str]) -> None:
+    listed = _listed(index)
+    for name in sorted(listed.keys() | files.keys()):
+        if listed.get(name) != files.get(name):
+            there, said = files.get(name, "none of its files"), listed.get(name, "nothing")
+            raise ValueError(f"{name} is in {there}, but {index} says {said}")
+
+
+def _mapped(file: Path) -> dict[str, Tensor]:
+    """All weights of a file, mapped into memory: reading them is what takes time and space."""
+    try:
+        if file.suffix == ".safetensors":
+            return load_file(file)
+        weights = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+    except OSError:
+        raise
+    except SafetensorError as error:
+        raise ValueError(f"{file} is not a whole safetensors file: {error}") from error
+    except Exception as error:
+        # Unpickling garbage can raise anything; what torch advises after its first line is to run it.
+        reason = str(error).split("\n")[0] or type(error).__name__
+        raise ValueError(f"{file} is not a whole file of pickled weights and nothing else: {reason}") from error
+    if not isinstance(weights, dict):
+        raise ValueError(f"{file} must hold a dictionary of weights, got a {type(weights).__name__}")
+    for name, weight in weights.items():
+        if not isinstance(name, str) or not isinstance(weight, Tensor) or weight.layout != torch.strided:
+            raise ValueError(f"{file} must hold a dictionary of weights, got a {type(weight).__name__} as {name!r}")
+    return weights
