@@ -2,13 +2,14 @@
 
 import importlib.util
 import json
+import math
 import sys
 from pathlib import Path
 from types import ModuleType
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM, Trainer
 
 EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
 TINY = ["--hidden_size", "32", "--num_hidden_layers", "2", "--num_attention_heads", "2"]
@@ -152,3 +153,77 @@ def test_finetuning_names_a_bad_line(tmp_path: Path, pretrained: Path) -> None:
                     *("--output_dir", str(tmp_path / "out")),
                 ]
             )
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A Llama that knows nothing, with a byte tokenizer."""
+    folder = tmp_path_factory.mktemp("base")
+    sizes = {"vocab_size": 258, "hidden_size": 48, "intermediate_size": 64, "num_hidden_layers": 2}
+    torch.manual_seed(0)
+    LlamaForCausalLM(LlamaConfig(**sizes, num_attention_heads=3, num_key_value_heads=1)).save_pretrained(folder)
+    load_script("pretrain").byte_tokenizer().save_pretrained(folder)
+    return folder
+
+
+def run_graft(base: Path, text: Path, out: Path, *options: str) -> dict:
+    (out.parent / "all.txt").write_text("".join(file.read_text() for file in sorted(text.glob("*.txt"))))
+    data = [x for name in ("--data", "--held_out") for x in (name, str(out.parent / "all.txt"))]
+    arguments = [
+        "--base",
+        str(base),
+        *data,
+        "--output_dir",
+        str(out),
+        "--length",
+        "64",
+        "--save_strategy",
+        "no",
+        *QUIET,
+    ]
+    return load_script("graft").main([*arguments, "--max_steps", "8", "--learning_rate", "1e-2", *options])
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        ("--gate_steps", "2", "--forget_aux_loss_coef", "5"),
+        ("--lora_rank", "2", "--decay_times", "4:100"),
+        ("--decay_times", "none"),
+        ("--remove_rope", "True", "--output_gate", "True", "--decay_times", "20"),
+    ],
+    ids=["staged", "lora", "base", "nope"],
+)
+def test_grafting_finetunes_and_reports(base: Path, text: Path, tmp_path: Path, options: tuple[str, ...]) -> None:
+    report = run_graft(base, text, tmp_path / "out", *options)
+    assert report == json.loads((tmp_path / "out" / "report.json").read_text())
+    assert report["steps"] == 8 + 2 * ("--gate_steps" in options)
+    assert report["tokens"] == report["steps"] * 4 * 64
+    # Below what guessing among all bytes costs: it has learned, a LoRA on random embeddings less.
+    assert report["loss_inside"]["mean"] < (math.log(258) - 0.02 if "--lora_rank" in options else 4.5)
+    assert [one["tokens"] for one in report["lengths"]] == [64, 256]
+    assert "| 64 to 128 |" in (tmp_path / "out" / "report.md").read_text()
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "out" / "model")
+    assert (model.config.rope_parameters is None) == ("--remove_rope" in options)
+    assert (model.config.forget_gate == "none") == ("none" in options)
+    AutoTokenizer.from_pretrained(tmp_path / "out" / "model")
+    times = torch.tensor([[t or math.inf for t in row] for row in report["lengths"][0]["decay_times"]])
+    assert times.shape == (2, 3)
+    if "--gate_steps" in options:
+        assert times.max() < 1e6, "heads are paid for forgetting"
+
+
+@pytest.mark.parametrize(
+    ("options", "named"),
+    [
+        (("--decay_times", "soon"), "--decay_times"),
+        (("--decay_times", "-4"), "decay_times must be positive"),
+        (("--decay_times", "none", "--forget_aux_loss_coef", "1"), "--forget_aux_loss_coef"),
+        (("--length", "100000"), "--data must hold"),
+    ],
+)
+def test_grafting_names_what_it_cannot_use(
+    base: Path, text: Path, tmp_path: Path, options: tuple[str, ...], named: str
+) -> None:
+    with pytest.raises(ValueError, match=named):
+        run_graft(base, text, tmp_path / "out", *options)

@@ -1,0 +1,308 @@
+"""Graft forget gates onto a pretrained Transformer, finetune it, and measure what it cost and what it saves.
+
+    python examples/graft.py --base smollm2 --data train.txt --held_out held_out.txt --output_dir grafted \
+        --max_steps 300 --learning_rate 3e-4 --bf16
+
+The output folder holds the model, and report.json and report.md: held-out loss by position, inside and beyond the
+length it was trained at, the share of attention that pruning skips, and times. `--decay_times none` finetunes the base
+model without gates in the very same way: what to compare with.
+
+Texts are a text file, or `.npy` tokens (`[N]`, and `[rows, length]` for `--held_out`). Every other option is one of
+`TrainingArguments`.
+"""
+
+import json
+import math
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    HfArgumentParser,
+    PreTrainedModel,
+    Trainer,
+    TrainingArguments,
+    set_seed,
+)
+
+from foxlm import FoxForCausalLM
+from foxlm.conversion.graft import graft
+from foxlm.evaluation.gates import RULES, attention_reach, decay_time_table, skipped_shares
+from foxlm.evaluation.loss_by_position import by_interval, loss_by_position
+from foxlm.evaluation.recording import record_attention
+from foxlm.kernels.attention import forgetting_attention
+
+LOG_EPS = -10.0
+# The tiles of queries and keys that the kernels skip or keep.
+TILE = (128, 64)
+# Tokens until the weight of a key has fallen by e, where a head is to start global: longer than any context.
+GLOBAL = 1e6
+
+
+@dataclass
+class GraftingArguments:
+    base: str = field(metadata={"help": "folder or name of the pretrained model and its tokenizer"})
+    data: str = field(metadata={"help": "text or .npy tokens to finetune on"})
+    held_out: str = field(metadata={"help": "text or .npy tokens to evaluate on"})
+    decay_times: str = field(
+        default="measured",
+        metadata={
+            "help": "what gates start from, in tokens: `measured`, --local_time for the heads of the base model that "
+            "look back least and as good as for ever for the others; MIN:MAX, log-spaced over the heads of each "
+            "layer; one number; or `none` for no gates at all"
+        },
+    )
+    local_share: float = field(default=0.67, metadata={"help": "with `measured`: share of the heads that start local"})
+    local_time: float = field(default=16.0, metadata={"help": "with `measured`: their decay time"})
+    remove_rope: bool = field(default=False, metadata={"help": "remove the rotary embeddings"})
+    output_gate: bool = field(default=False, metadata={"help": "add an output gate, which starts as an identity"})
+    forget_aux_loss_coef: float = field(default=0.0, metadata={"help": "nats a head is paid for forgetting all"})
+    length: int = field(default=8192, metadata={"help": "tokens in a training example"})
+    gate_steps: int = field(default=0, metadata={"help": "steps at first that train nothing but the gates"})
+    bias_learning_rate: float = field(default=1e-2, metadata={"help": "of the gates' biases: they move by whole nats"})
+    lora_rank: int = field(default=0, metadata={"help": "train a LoRA of this rank and the gates; 0 trains all"})
+    compile_layers: bool = field(default=False, metadata={"help": "compile each layer and the loss"})
+
+
+class Rows(Dataset):
+    """Rows of ``length`` consecutive tokens."""
+
+    def __init__(self, tokens: np.ndarray, length: int) -> None:
+        if len(tokens) < length:
+            raise ValueError(f"--data must hold at least --length tokens ({length}), got {len(tokens)}")
+        self.tokens, self.length = tokens, length
+
+    def __len__(self) -> int:
+        return len(self.tokens) // self.length
+
+    def __getitem__(self, index: int) -> dict[str, Tensor]:
+        row = self.tokens[index * self.length : (index + 1) * self.length]
+        ids = torch.from_numpy(row.astype(np.int64))
+        return {"input_ids": ids, "labels": ids}
+
+    def some(self, count: int) -> Tensor:
+        """The first rows, ``[count, length]`` or fewer."""
+        return torch.stack([self[index]["input_ids"] for index in range(min(count, len(self)))])
+
+
+def read_tokens(path: str, tokenizer) -> np.ndarray:
+    """The tokens of a text file, ``[N]``, or what a ``.npy`` file holds."""
+    if path.endswith(".npy"):
+        return np.load(path, mmap_mode="r")
+    return np.array(tokenizer(Path(path).read_text(encoding="utf-8"), add_special_tokens=False)["input_ids"])
+
+
+def read_rows(path: str, tokenizer, length: int) -> Tensor:
+    """``[rows, T]`` held-out tokens: as a ``.npy`` file has them, else in rows of ``length``."""
+    tokens = read_tokens(path, tokenizer)
+    if tokens.ndim == 1:
+        if len(tokens) < length:
+            raise ValueError(f"--held_out must hold at least {length} tokens, got {len(tokens)}")
+        tokens = tokens[: len(tokens) // length * length].reshape(-1, length)
+    return torch.from_numpy(tokens.astype(np.int64))
+
+
+def measured_decay_times(base: PreTrainedModel, rows: Tensor, own: GraftingArguments, device: str) -> Tensor:
+    """``[layers, heads]``: ``--local_time`` for the ``--local_share`` of heads that look back least on ``rows``."""
+    model = graft(base, decay_times=math.inf).to(device).eval()
+    with torch.no_grad(), record_attention(model) as layers:
+        model.base_model(input_ids=rows.to(device), use_cache=False)
+    reach = attention_reach(layers)
+    return torch.where(reach <= reach.flatten().quantile(own.local_share), own.local_time, GLOBAL)
+
+
+def make_model(own: GraftingArguments, rows: Rows, device: str) -> FoxForCausalLM:
+    """The grafted model, its weights in float32."""
+    base = AutoModelForCausalLM.from_pretrained(own.base, dtype=torch.float32)
+    options: dict[str, Any] = {"keep_rope": not own.remove_rope, "output_gate": own.output_gate}
+    if own.decay_times == "none":
+        if own.forget_aux_loss_coef:
+            raise ValueError("--forget_aux_loss_coef needs gates, which --decay_times none leaves out")
+        return graft(base, forget_gate="none", **options)
+    times: Tensor | tuple[float, ...] | float
+    if own.decay_times == "measured":
+        times = measured_decay_times(base, rows.some(4), own, device)
+    else:
+        try:
+            times = tuple(float(x) for x in own.decay_times.split(":"))
+        except ValueError:
+            raise ValueError(
+                f"--decay_times must be measured, MIN:MAX, a number or none, got {own.decay_times!r}"
+            ) from None
+        times = times[0] if len(times) == 1 else times
+    model = graft(base, decay_times=times, **options)
+    model.config.forget_aux_loss_coef = own.forget_aux_loss_coef
+    return model
+
+
+def is_gate(name: str) -> bool:
+    return ".forget_gate." in name
+
+
+def new_optimizer(model, own: GraftingArguments, training: TrainingArguments) -> torch.optim.Optimizer:
+    """AdamW; the gates' biases learn faster, and only matrices decay."""
+    groups: dict[tuple[float, float], list] = {}
+    for name, weight in model.named_parameters():
+        if weight.requires_grad:
+            rate = own.bias_learning_rate if is_gate(name) and name.endswith("bias") else training.learning_rate
+            groups.setdefault((rate, training.weight_decay if weight.ndim > 1 else 0.0), []).append(weight)
+    return torch.optim.AdamW(
+        [{"params": weights, "lr": rate, "weight_decay": decay} for (rate, decay), weights in groups.items()],
+        betas=(training.adam_beta1, training.adam_beta2),
+        fused=torch.cuda.is_available(),
+    )
+
+
+def finetune(
+    model: FoxForCausalLM, rows: Rows, own: GraftingArguments, training: TrainingArguments
+) -> tuple[FoxForCausalLM, int]:
+    """Gates only for ``--gate_steps``, then a LoRA and the gates, or everything; the model, and how many steps."""
+    steps = 0
+    if own.gate_steps and own.decay_times != "none":
+        frozen = [weight for name, weight in model.named_parameters() if not is_gate(name)]
+        for weight in frozen:
+            weight.requires_grad_(False)
+        first = TrainingArguments(**{**training.to_dict(), "max_steps": own.gate_steps})
+        Trainer(model, first, train_dataset=rows, optimizers=(new_optimizer(model, own, first), None)).train()
+        steps = own.gate_steps
+        for weight in frozen:
+            weight.requires_grad_(True)
+    if own.lora_rank:
+        from peft import LoraConfig, get_peft_model
+
+        adapter = LoraConfig(
+            task_type="CAUSAL_LM", r=own.lora_rank, lora_alpha=2 * own.lora_rank, modules_to_save=["forget_gate"]
+        )
+        model = get_peft_model(model, adapter)
+    trainer = Trainer(model, training, train_dataset=rows, optimizers=(new_optimizer(model, own, training), None))
+    trainer.train()
+    steps += trainer.state.global_step
+    return (model.merge_and_unload() if own.lora_rank else model), steps
+
+
+def median_ms(call: Callable[[], object], device: str, rounds: int = 7) -> float:
+    """Median time of a call until the device has finished."""
+    times = []
+    for _ in range(rounds + 2):
+        if device == "cuda":
+            torch.cuda.synchronize()
+        start = time.perf_counter()
+        call()
+        if device == "cuda":
+            torch.cuda.synchronize()
+        times.append(1e3 * (time.perf_counter() - start))
+    return sorted(times[2:])[rounds // 2]
+
+
+def measure(model: FoxForCausalLM, rows: Tensor, own: GraftingArguments, device: str) -> dict:
+    """Held-out loss by position; at the trained length and at that of ``rows``, shares skipped and times."""
+    model.eval()
+    losses = loss_by_position(model, rows)
+    edges = [0, *(own.length // 2**n for n in (3, 2, 1, 0))]
+    edges += [own.length * 2**n for n in range(1, 8) if own.length * 2**n <= rows.shape[1]]
+    edges[-1] = min(edges[-1], losses.shape[1])
+    return {
+        "loss_inside": by_interval(losses, [0, min(own.length, losses.shape[1])])[0],
+        "loss_by_position": by_interval(losses, edges),
+        "row_losses": losses[:, : own.length].mean(1).tolist(),
+        # As many tokens in both, enough to keep a GPU busy.
+        "lengths": [
+            measure_attention(model, rows[: max(1, 8 * own.length // length), :length], device)
+            for length in (own.length, rows.shape[1])
+        ],
+    }
+
+
+def measure_attention(model: FoxForCausalLM, rows: Tensor, device: str) -> dict:
+    """Decay times, shares of tiles skipped, and times of attention and of prefill without and with pruning."""
+    rows = rows.to(device)
+    with torch.no_grad(), record_attention(model) as layers:
+        model.base_model(input_ids=rows[:2], use_cache=False)
+    shares = {rule: skipped_shares(layers, [LOG_EPS], rule, *TILE)[0] for rule in RULES}
+    # None: for ever, which JSON has no number for.
+    decay_times = [[time if time < math.inf else None for time in row] for row in decay_time_table(layers).tolist()]
+    ms = {}
+    for name, eps in (("dense", None), ("pruned", math.exp(LOG_EPS))):
+
+        def attend(eps: float | None = eps) -> None:
+            for one in layers:
+                leaves = [x.detach().requires_grad_() for x in (one.q, one.k, one.v, one.log_f)]
+                out = forgetting_attention(*leaves, scale=one.scale, eps=eps, rule="tight")
+                out.backward(one.q)
+
+        def prefill(eps: float | None = eps) -> None:
+            model.config.acp_eps = eps
+            with torch.no_grad():
+                model(input_ids=rows, use_cache=False, logits_to_keep=1)
+
+        ms[name] = {"attention forward + backward": median_ms(attend, device), "prefill": median_ms(prefill, device)}
+    return {
+        "tokens": rows.shape[1],
+        "decay_times": decay_times,
+        "skipped": {rule: share.mean().item() for rule, share in shares.items()},
+        "skipped_by_head": {rule: share.tolist() for rule, share in shares.items()},
+        "ms": ms,
+    }
+
+
+def as_markdown(report: dict) -> str:
+    lines = [f"# {report['own']['base']}, decay times {report['own']['decay_times']}", ""]
+    lines += [f"{report['tokens']:,} tokens in {report['seconds']:.0f} s.", ""]
+    lines += ["| positions | held-out loss | 95% interval |", "| --- | --- | --- |"]
+    for one in report["loss_by_position"]:
+        lines.append(f"| {one['start']} to {one['end']} | {one['mean']:.3f} | {one['low']:.3f} to {one['high']:.3f} |")
+    lines += ["", f"Attention skipped at eps = exp({LOG_EPS:.0f}), and times of a call without and with that:", ""]
+    lines += ["| tokens | skipped, paper | skipped, tight | attention ms | pruned | prefill ms | pruned |"]
+    lines += ["| --- " * 7 + "|"]
+    for one in report["lengths"]:
+        times = [one["ms"][how][part] for part in one["ms"]["dense"] for how in ("dense", "pruned")]
+        cells = [
+            f"{one['tokens']:,}",
+            *(f"{100 * x:.0f}%" for x in one["skipped"].values()),
+            *(f"{x:.1f}" for x in times),
+        ]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
+
+
+def main(arguments: list[str] | None = None) -> dict:
+    own, training = HfArgumentParser((GraftingArguments, TrainingArguments)).parse_args_into_dataclasses(arguments)
+    set_seed(training.seed)
+    device = training.device.type
+    tokenizer = AutoTokenizer.from_pretrained(own.base)
+    rows = Rows(read_tokens(own.data, tokenizer), own.length)
+    held_out = read_rows(own.held_out, tokenizer, 4 * own.length)
+    model = make_model(own, rows, device)
+    if own.compile_layers:
+        for layer in model.model.layers:
+            layer.compile(dynamic=False)
+    start = time.perf_counter()
+    model, steps = finetune(model, rows, own, training)
+    seconds = time.perf_counter() - start
+    folder = Path(training.output_dir)
+    model.to(torch.bfloat16 if training.bf16 else torch.float32).save_pretrained(folder / "model")
+    tokenizer.save_pretrained(folder / "model")
+    model = FoxForCausalLM.from_pretrained(folder / "model", dtype="auto").to(device)
+    report = {
+        "own": asdict(own),
+        "steps": steps,
+        "tokens": steps * training.train_batch_size * training.gradient_accumulation_steps * own.length,
+        "seconds": seconds,
+        **measure(model, held_out, own, device),
+    }
+    (folder / "report.json").write_text(json.dumps(report, indent=1))
+    (folder / "report.md").write_text(as_markdown(report))
+    print(as_markdown(report))
+    return report
+
+
+if __name__ == "__main__":
+    main()
