@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from foxlm.kernels.decay import Decay, accumulate
-from foxlm.kernels.pruning import Rule, first_kept, share_skipped
+from foxlm.kernels.pruning import Rule, centered, first_kept, share_skipped
 
 from .recording import AttentionInputs
 
@@ -62,10 +62,10 @@ def skipped_shares(
 
 
 def kept_from(layer: AttentionInputs, log_eps: float, rule: Rule, block_q: int = 1, block_k: int = 1) -> Tensor:
-    """`first_kept` of a recorded layer: ``[B, H, ceil(T / block_q)]`` int64."""
+    """`first_kept` of a recorded layer, as its model bounds the logits: ``[B, H, ceil(T / block_q)]`` int64."""
     return first_kept(
         layer.q,
-        layer.k,
+        centered(layer.k) if layer.centers else layer.k,
         layer.log_f,
         eps=math.exp(log_eps),
         rule=rule,

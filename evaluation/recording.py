@@ -20,6 +20,7 @@ class AttentionInputs(NamedTuple):
         v: ``[B, T, G, D]`` values, after token shift.
         log_f: ``[B, T, Hf]`` natural log of the forget gates.
         scale: factor of the logits.
+        centers: whether the model takes `centered` keys to find what may be left out.
     """
 
     layer: int
@@ -28,6 +29,7 @@ class AttentionInputs(NamedTuple):
     v: Tensor
     log_f: Tensor
     scale: float
+    centers: bool = False
 
 
 @contextmanager
@@ -76,7 +78,8 @@ def record_attention(model: nn.Module) -> Iterator[list[AttentionInputs]]:
                     f"got {query.shape[2]} queries for {key.shape[2]} keys"
                 )
             q, k, v = (x.detach().transpose(1, 2) for x in (query, key, value))
-            recorded.append(AttentionInputs(module.layer_idx, q, k, v, log_f, kwargs["scaling"]))
+            centers = module.config.qk_norm == "none"
+            recorded.append(AttentionInputs(module.layer_idx, q, k, v, log_f, kwargs["scaling"], centers))
         return attend(module, query, key, value, attention_mask, **kwargs)
 
     hooks = [module.register_forward_pre_hook(before_layer, with_kwargs=True) for module in attentions]

@@ -23,7 +23,7 @@ from transformers.utils.generic import maybe_autocast
 from ..kernels.attention import best_attention, without_padding
 from ..kernels.backend import HAS_TRITON
 from ..kernels.decay import CachedKeys, Decay
-from ..kernels.pruning import Rule, prune
+from ..kernels.pruning import Rule, centered, prune
 from ..kernels.reference import reference_attention
 from ..kernels.tiles import PRUNED_KEYS
 
@@ -61,7 +61,9 @@ def fox_attention_forward(
     attend = best_attention(q)
     # In PyTorch the search for what may be left out takes longer than leaving it out saves.
     if attend is not reference_attention and prunes:
-        decay = prune(decay, q, k, eps=config.acp_eps, rule=config.acp_rule, scale=scaling, logit_bound=bound)
+        # Normalized keys have little in common.
+        keys = centered(k) if config.qk_norm == "none" else k
+        decay = prune(decay, q, keys, eps=config.acp_eps, rule=config.acp_rule, scale=scaling, logit_bound=bound)
     out, _ = attend(q, k, v, decay, scale=scaling, dropout=dropout)
     return out, None
 

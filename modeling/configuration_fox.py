@@ -11,7 +11,7 @@ from transformers.activations import ACT2FN
 from transformers.configuration_utils import PreTrainedConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS, RopeParameters
 
-from .bundle_fox import write_bundle
+from .bundle_fox import AUTO_MAP, write_bundle
 
 # Caches of transformers know one class for each type of layer: a copy of this code under another package's name, loaded
 # from a model's folder, has a type of its own, so that neither gets the other's.
@@ -294,6 +294,12 @@ class FoxConfig(PreTrainedConfig):
             write_bundle(save_directory)
         if push_to_hub:
             self.push_to_hub(kwargs.pop("repo_id", Path(save_directory).name), **kwargs)
+
+    def to_dict(self) -> dict:
+        fields = super().to_dict()
+        # Where a folder has our code: not part of the configuration, and written anew with the code.
+        others = {name: where for name, where in fields.pop("auto_map", {}).items() if AUTO_MAP.get(name) != where}
+        return fields | {"auto_map": others} if others else fields
 
     @property
     def num_forget_gates(self) -> int:

@@ -37,6 +37,25 @@ def test_output_differs_by_no_more_than_allowed(variant, rule, calls):
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_common_part_of_the_keys_costs_nothing_without_qk_norm(dtype, calls):
+    """As biases of keys are: far larger than what the keys differ by."""
+    kept, exact = [], []
+    for size in (0.0, 30.0):
+        model = tiny_model("llama", dtype=dtype, attention_bias=True, decay_time_min=0.3, decay_time_max=0.5)
+        for layer in model.model.layers:
+            layer.self_attn.k_proj.bias.fill_(size)
+        model.config.acp_eps = None
+        exact.append(model(tokens(2, 300)).logits)
+        model.config.acp_eps = 1e-6
+        calls.clear()
+        assert (model(tokens(2, 300)).logits - exact[-1]).abs().max() < 1e-3
+        kept.append(sum(decay.first.sum().item() for _, _, decay, _ in calls))
+    assert torch.allclose(*exact, atol=1e-2), "attention does not see a common part"
+    assert kept[1] > 0.95 * kept[0] > 0
+
+
+@torch.no_grad()
 @pytest.mark.parametrize("variant", ["pro", "rope", "multi-query", "key-value-gates", "olmo"])
 @pytest.mark.parametrize("qk_norm", ["per_head", "shared", "all_heads"])
 def test_bound_of_logits_from_the_norms_weights_holds(variant, qk_norm, calls):

@@ -16,13 +16,13 @@ from attention_inputs import attention, draw_inputs, forgetting_attention, outpu
 from foxlm.kernels.attention import hide_padding
 from foxlm.kernels.backend import HAS_TRITON
 from foxlm.kernels.decay import Decay, accumulate, sequence_starts
-from foxlm.kernels.pruning import Rule, first_kept, prune
+from foxlm.kernels.pruning import Rule, centered, first_kept, prune
 from foxlm.kernels.tiles import PRUNED_KEYS, PRUNED_QUERIES
 from kernel_device import INTERPRETED
 
 RULES: list[Rule] = ["paper", "tight"]
 GPU = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")]
-KINDS = ["random", "far keys fit", "own key does not fit", "outlier", "one gate forgets", "long past"]
+KINDS = ["random", "far keys fit", "own key does not fit", "outlier", "one gate forgets", "long past", "common part"]
 
 
 @pytest.fixture(params=["cpu", pytest.param("cuda", marks=GPU)], scope="module")
@@ -56,6 +56,8 @@ def draw(
         log_f[:, keys // 2] = -20.0 * rate - 10.0
     elif kind == "long past":
         log_f[:, : keys // 4] -= 5000.0
+    elif kind == "common part":
+        k = k + 10.0 * torch.randn(2, 1, g, 16, generator=generator)
     return q * (size / 4.0), k, log_f
 
 
@@ -96,9 +98,12 @@ def pruned_first(q: Tensor, k: Tensor, decay: Decay, device: str, **options: Any
     eps=st.sampled_from([1e-6, math.exp(-10), 1e-2, 0.5]),
     hidden=st.sampled_from(["nothing", "left", "right", "holes", "empty", "packed"]),
     dtype=st.sampled_from([torch.float32, torch.float16]),
+    centers=st.booleans(),
     seed=st.integers(0, 2**20),
 )
-def test_no_row_loses_more_than_eps(device, kind, keys, fewer, heads, rate, size, scale, eps, hidden, dtype, seed):
+def test_no_row_loses_more_than_eps(
+    device, kind, keys, fewer, heads, rate, size, scale, eps, hidden, dtype, centers, seed
+):
     queries = max(1, keys - fewer)
     q, k, log_f = draw(kind, keys, queries, heads, rate, size, seed)
     q, k = q.to(dtype), k.to(dtype)
@@ -111,9 +116,10 @@ def test_no_row_loses_more_than_eps(device, kind, keys, fewer, heads, rate, size
     decay = decay_of(log_f, queries, mask, offsets)
     weights = exact_weights(q, k, decay, scale)
     visible = decay.first.repeat_interleave(heads[0] // heads[2], dim=1)
+    bounded = centered(k) if centers else k
     found = {}
     for rule in RULES:
-        first = found[rule] = pruned_first(q, k, decay, device, eps=eps, rule=rule, scale=scale)
+        first = found[rule] = pruned_first(q, bounded, decay, device, eps=eps, rule=rule, scale=scale)
         dropped = torch.arange(keys) < first[..., None]
         assert (weights * dropped).sum(-1).max() <= eps, rule
         assert (first >= visible).all(), rule
@@ -153,6 +159,18 @@ def test_constant_gates_drop_the_expected_blocks(device, rule):
     expected = (kept // PRUNED_KEYS * PRUNED_KEYS).repeat_interleave(PRUNED_QUERIES)[:keys]
     assert torch.equal(first, expected)
     assert first.max() >= 512
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_what_all_keys_have_in_common_does_not_keep_them_once_centered(device, rule):
+    q, k, log_f = draw("common part", 1000, 1000, (2, 2, 2), 0.2, 1.0, seed=0)
+    decay = decay_of(log_f, 1000)
+    as_they_are, better, without = (
+        pruned_first(q, keys, decay, device, eps=1e-4, rule=rule, scale=1.0).sum()
+        for keys in (k, centered(k), k - k.mean(1, keepdim=True))
+    )
+    assert as_they_are < 0.8 * better
+    assert better > 0.9 * without
 
 
 @pytest.mark.parametrize("rule", RULES)
