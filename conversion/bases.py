@@ -52,14 +52,21 @@ _ACCEPTED = {"rope_interleaved": (False,), "use_mrope": (False,)}
 _WITHOUT_EFFECT = frozenset(
     {
         "cls_token_id",
+        "finetuning_task",
+        "is_decoder",
         "is_llama_config",
         "mask_token_id",
+        "max_sequence_length",
         "pretraining_tp",
         "sep_token_id",
+        "tie_encoder_decoder",
+        "tokenizer_class",
+        "torchscript",
         "transformers.js_config",
         "unk_token_id",
         "unsloth_fixed",
         "unsloth_version",
+        "use_bfloat16",
     }
 )
 _NO_PARTS = {

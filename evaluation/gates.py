@@ -114,9 +114,9 @@ def _reach(layer: AttentionInputs, share: float, rows: int) -> Tensor:
         weights = layer.scale * layer.q[:, query, head].float() @ layer.k[:, :, head // group].float().mT
         weights = (weights + bias[:, head * bias.shape[1] // heads]).softmax(-1)
         weights[..., 0] = 0.0
-        # What is within a distance, from the query backwards; keys after it weigh nothing.
+        # What is within a distance, from the query backwards; keys after it add nothing to the query's own key.
         nearest = query[:, None] - torch.arange(length, device=query.device)
-        within = torch.zeros_like(weights).scatter_(-1, nearest.clamp(min=0).expand_as(weights), weights)
+        within = torch.zeros_like(weights).scatter_add_(-1, nearest.clamp(min=0).expand_as(weights), weights)
         within = within.cumsum(-1)
         distance = (within < share * within[..., -1:]).sum(-1)
         reach.append(distance.double().mean().clamp(min=1.0))

@@ -69,13 +69,23 @@ class GraftingArguments:
     gate_steps: int = field(default=0, metadata={"help": "steps at first that train nothing but the gates"})
     bias_learning_rate: float = field(default=1e-2, metadata={"help": "of the gates' biases: they move by whole nats"})
     lora_rank: int = field(default=0, metadata={"help": "train a LoRA of this rank and the gates; 0 trains all"})
-    compile_layers: bool = field(default=False, metadata={"help": "compile each layer and the loss"})
+    compile_layers: bool = field(default=False, metadata={"help": "compile each layer"})
+
+    def __post_init__(self) -> None:
+        # The shortest interval of the report is an eighth of the length.
+        for name, least in (("length", 8), ("gate_steps", 0), ("lora_rank", 0), ("forget_aux_loss_coef", 0)):
+            if not getattr(self, name) >= least:
+                raise ValueError(f"--{name} must be at least {least}, got {getattr(self, name)}")
+        if not 0 <= self.local_share <= 1:
+            raise ValueError(f"--local_share must be in [0, 1], got {self.local_share}")
 
 
 class Rows(Dataset):
     """Rows of ``length`` consecutive tokens."""
 
     def __init__(self, tokens: np.ndarray, length: int) -> None:
+        if tokens.ndim != 1:
+            raise ValueError(f"--data must be of shape [N], got {list(tokens.shape)}")
         if len(tokens) < length:
             raise ValueError(f"--data must hold at least --length tokens ({length}), got {len(tokens)}")
         self.tokens, self.length = tokens, length
@@ -100,13 +110,15 @@ def read_tokens(path: str, tokenizer) -> np.ndarray:
     return np.array(tokenizer(Path(path).read_text(encoding="utf-8"), add_special_tokens=False)["input_ids"])
 
 
-def read_rows(path: str, tokenizer, length: int) -> Tensor:
-    """``[rows, T]`` held-out tokens: as a ``.npy`` file has them, else in rows of ``length``."""
+def read_rows(path: str, tokenizer, length: int, least: int) -> Tensor:
+    """``[rows, T]`` held-out tokens: as a ``.npy`` file has them, of ``least`` or more, else in rows of ``length``."""
     tokens = read_tokens(path, tokenizer)
     if tokens.ndim == 1:
         if len(tokens) < length:
             raise ValueError(f"--held_out must hold at least {length} tokens, got {len(tokens)}")
         tokens = tokens[: len(tokens) // length * length].reshape(-1, length)
+    if tokens.ndim != 2 or not len(tokens) or tokens.shape[1] < least:
+        raise ValueError(f"--held_out must be rows of at least --length tokens ({least}), got {list(tokens.shape)}")
     return torch.from_numpy(tokens.astype(np.int64))
 
 
@@ -179,7 +191,10 @@ def finetune(
         from peft import LoraConfig, get_peft_model
 
         adapter = LoraConfig(
-            task_type="CAUSAL_LM", r=own.lora_rank, lora_alpha=2 * own.lora_rank, modules_to_save=["forget_gate"]
+            task_type="CAUSAL_LM",
+            r=own.lora_rank,
+            lora_alpha=2 * own.lora_rank,
+            modules_to_save=None if own.decay_times == "none" else ["forget_gate"],
         )
         model = get_peft_model(model, adapter)
     trainer = Trainer(model, training, train_dataset=rows, optimizers=(new_optimizer(model, own, training), None))
@@ -275,11 +290,13 @@ def as_markdown(report: dict) -> str:
 
 def main(arguments: list[str] | None = None) -> dict:
     own, training = HfArgumentParser((GraftingArguments, TrainingArguments)).parse_args_into_dataclasses(arguments)
+    if training.resume_from_checkpoint:
+        raise ValueError(f"--resume_from_checkpoint must be left out, got {training.resume_from_checkpoint}")
     set_seed(training.seed)
     device = training.device.type
     tokenizer = AutoTokenizer.from_pretrained(own.base)
     rows = Rows(read_tokens(own.data, tokenizer), own.length)
-    held_out = read_rows(own.held_out, tokenizer, 4 * own.length)
+    held_out = read_rows(own.held_out, tokenizer, 4 * own.length, own.length)
     model = make_model(own, rows, device)
     if own.compile_layers:
         for layer in model.model.layers:
@@ -288,7 +305,12 @@ def main(arguments: list[str] | None = None) -> dict:
     model, steps = finetune(model, rows, own, training)
     seconds = time.perf_counter() - start
     folder = Path(training.output_dir)
-    model.to(torch.bfloat16 if training.bf16 else torch.float32).save_pretrained(folder / "model")
+    if training.bf16:
+        for name, weight in model.named_parameters():
+            # Gates stay in float32, as when a model is loaded: bfloat16 would move decay times.
+            if not is_gate(name):
+                weight.data = weight.data.bfloat16()
+    model.save_pretrained(folder / "model")
     tokenizer.save_pretrained(folder / "model")
     model = FoxForCausalLM.from_pretrained(folder / "model", dtype="auto").to(device)
     report = {

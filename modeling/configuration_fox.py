@@ -112,7 +112,8 @@ class FoxConfig(PreTrainedConfig):
             which takes the bound of the logits from the weights of QK-norm where it can.
         forget_aux_loss_coef (`float`, defaults to 0.0): In training, a language model's loss has this many nats added
             times the share of attention that its forget gates leave to be computed (a smooth stand-in, the mean over
-            heads of `30 / (30 + n)` where gates decay by `n` nats over the sequence): heads are paid for forgetting.
+            heads of `30 / (30 + n)` where gates decay by `n` nats over the row, all of it where sequences are packed):
+            heads are paid for forgetting. Task heads other than a language model's ignore it.
         free_dead_cache (`bool`, defaults to `False`): Let `generate` use a `FoxPagedCache`, which frees the memory of
             keys that no later query can give more than `acp_eps` of its weight, on any device. Assisted decoding,
             which takes tokens back, does not use it.
@@ -309,6 +310,11 @@ class FoxConfig(PreTrainedConfig):
         query_heads, kv_heads, _ = self.heads
         return query_heads if self.forget_gate_heads == "query" else kv_heads
 
+    @property
+    def gates_learn(self) -> bool:
+        """Whether there are gates, and training changes them."""
+        return self.forget_gate in ("full", "bias_only")
+
     def _refuse_foreign(self, kwargs: dict) -> None:
         """transformers keeps any unknown argument as an attribute; one that means a field of ours would be ignored."""
         # Given as None they say nothing: other models' configurations carry them so.
@@ -376,8 +382,7 @@ class FoxConfig(PreTrainedConfig):
         self._require(
             "forget_aux_loss_coef", 0 <= self.forget_aux_loss_coef < math.inf, "a number that is not negative"
         )
-        learned = self.forget_gate in ("full", "bias_only")
-        if self.forget_aux_loss_coef and not learned:
+        if self.forget_aux_loss_coef and not self.gates_learn:
             raise ValueError(
                 f"forget_aux_loss_coef has no effect with forget_gate {self.forget_gate!r}: no gate learns"
             )

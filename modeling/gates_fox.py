@@ -83,14 +83,14 @@ def share_remembered(gate_logits: Sequence[Tensor], real: Tensor | None) -> Tens
     """A smooth stand-in for the share of attention that the gates leave to be computed, to be paid for in a loss.
 
     A head whose gates decay by ``n`` nats over a sequence keeps about ``30 / n`` of it, if that is less than all; here
-    ``30 / (30 + n)``, whose gradient also reaches a head that keeps all.
+    ``30 / (30 + n)``, whose gradient also reaches a head that keeps all. A row of packed sequences counts as one.
 
     Args:
         gate_logits: of each layer, ``[B, T, Hf]``.
         real: ``[B, T]`` bool, False for padding; None without.
 
     Returns:
-        Mean over sequences, layers and gates, a scalar in ``(0, 1]``.
+        Mean over rows, layers and gates, a scalar in ``(0, 1]``.
     """
     shares = []
     for logits in gate_logits:

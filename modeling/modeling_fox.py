@@ -259,6 +259,8 @@ class FoxForCausalLM(FoxPreTrainedModel, GenerationMixin):
         if labels is not None:
             loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
             if coefficient:
+                if not self.config.gates_learn:
+                    raise ValueError(f"forget_aux_loss_coef must be 0 with forget_gate {self.config.forget_gate!r}")
                 gate_logits = outputs["forget_gate_logits"]
                 lost = torch.is_grad_enabled() and not any(x.requires_grad for x in gate_logits)
                 if lost and self.model.gradient_checkpointing:
@@ -270,7 +272,8 @@ class FoxForCausalLM(FoxPreTrainedModel, GenerationMixin):
                 real = None if mask is None else mask[:, -labels.shape[1] :].bool()
                 # With gradient accumulation the losses of the parts are added up: each counts by its tokens.
                 items = kwargs.get("num_items_in_batch")
-                part = 1.0 if items is None else (labels[:, 1:] != -100).sum() / items
+                targets = labels[:, 1:] if (shifted := kwargs.get("shift_labels")) is None else shifted
+                part = 1.0 if items is None else (targets != -100).sum() / items
                 loss = loss + coefficient * part * share_remembered(gate_logits, real)
         return CausalLMOutputWithPast(
             loss=loss,

@@ -334,6 +334,21 @@ def test_reach_of_geometric_attention_is_its_quantile() -> None:
     torch.testing.assert_close(reach[:, 0], math.log(10) * torch.tensor([20.0, 100.0]).double(), rtol=0.03, atol=1.0)
 
 
+def test_reach_counts_what_a_token_gives_to_itself() -> None:
+    """Against the definition, where much of the attention is on the query's own key."""
+    layer = attention_inputs(40)
+    generator = torch.Generator().manual_seed(0)
+    keys = torch.randn(1, 40, 4, layer.k.shape[-1], generator=generator)
+    layer = layer._replace(q=keys + torch.randn(keys.shape, generator=generator), k=keys)
+    expected = []
+    for head in range(4):
+        weights = attention_weights(layer, head)
+        weights[:, 0] = 0.0
+        within = [weights[row, : row + 1].flip(0).cumsum(0) for row in range(20, 40)]
+        expected.append(sum((one < 0.9 * one[-1]).sum().item() for one in within) / 20)
+    torch.testing.assert_close(attention_reach([layer])[0], torch.tensor(expected, dtype=torch.float64))
+
+
 def test_reach_leaves_out_the_first_key() -> None:
     layer = attention_inputs(400, -1 / 20)
     layer.k[:, 0], layer.q[:] = 1.0, 10.0

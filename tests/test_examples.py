@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 from types import ModuleType
 
+import numpy as np
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM, Trainer
@@ -188,11 +189,12 @@ def run_graft(base: Path, text: Path, out: Path, *options: str) -> dict:
     "options",
     [
         ("--gate_steps", "2", "--forget_aux_loss_coef", "5"),
-        ("--lora_rank", "2", "--decay_times", "4:100"),
+        ("--lora_rank", "2", "--decay_times", "4:100", "--bf16", "True"),
         ("--decay_times", "none"),
+        ("--lora_rank", "2", "--decay_times", "none"),
         ("--remove_rope", "True", "--output_gate", "True", "--decay_times", "20"),
     ],
-    ids=["staged", "lora", "base", "nope"],
+    ids=["staged", "lora", "base", "lora of base", "nope"],
 )
 def test_grafting_finetunes_and_reports(base: Path, text: Path, tmp_path: Path, options: tuple[str, ...]) -> None:
     report = run_graft(base, text, tmp_path / "out", *options)
@@ -207,6 +209,11 @@ def test_grafting_finetunes_and_reports(base: Path, text: Path, tmp_path: Path, 
     assert (model.config.rope_parameters is None) == ("--remove_rope" in options)
     assert (model.config.forget_gate == "none") == ("none" in options)
     AutoTokenizer.from_pretrained(tmp_path / "out" / "model")
+    dtypes = {weight.dtype for name, weight in model.named_parameters() if ".forget_gate." not in name}
+    assert dtypes == {torch.bfloat16 if "--bf16" in options else torch.float32}
+    for layer in [] if "none" in options else model.model.layers:
+        bias = layer.self_attn.forget_gate.bias
+        assert bias.dtype == torch.float32 and not torch.equal(bias, bias.bfloat16().float())
     times = torch.tensor([[t or math.inf for t in row] for row in report["lengths"][0]["decay_times"]])
     assert times.shape == (2, 3)
     if "--gate_steps" in options:
@@ -220,6 +227,11 @@ def test_grafting_finetunes_and_reports(base: Path, text: Path, tmp_path: Path, 
         (("--decay_times", "-4"), "decay_times must be positive"),
         (("--decay_times", "none", "--forget_aux_loss_coef", "1"), "--forget_aux_loss_coef"),
         (("--length", "100000"), "--data must hold"),
+        (("--length", "4"), "--length must be at least 8, got 4"),
+        (("--resume_from_checkpoint", "out"), "--resume_from_checkpoint must be left out, got out"),
+        (("--local_share", "1.5"), "--local_share must be in .*got 1.5"),
+        (("--lora_rank", "-1"), "--lora_rank must be at least 0"),
+        (("--forget_aux_loss_coef", "-1"), "--forget_aux_loss_coef must be at least 0"),
     ],
 )
 def test_grafting_names_what_it_cannot_use(
@@ -227,3 +239,19 @@ def test_grafting_names_what_it_cannot_use(
 ) -> None:
     with pytest.raises(ValueError, match=named):
         run_graft(base, text, tmp_path / "out", *options)
+
+
+@pytest.mark.parametrize(
+    ("option", "shape", "named"),
+    [
+        ("--data", (4, 64), r"--data must be of shape \[N\], got \[4, 64\]"),
+        ("--held_out", (4, 32), r"--held_out must be rows of at least --length tokens \(64\), got \[4, 32\]"),
+        ("--held_out", (2, 3, 64), r"--held_out must be rows .*got \[2, 3, 64\]"),
+    ],
+)
+def test_grafting_names_tokens_of_a_wrong_shape(
+    base: Path, text: Path, tmp_path: Path, option: str, shape: tuple[int, ...], named: str
+) -> None:
+    np.save(tmp_path / "tokens.npy", np.ones(shape, dtype=np.int32))
+    with pytest.raises(ValueError, match=named):
+        run_graft(base, text, tmp_path / "out", option, str(tmp_path / "tokens.npy"))

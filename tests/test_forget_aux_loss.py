@@ -114,6 +114,28 @@ def test_gradient_accumulation_of_the_trainer(tmp_path) -> None:
         torch.testing.assert_close(whole, parts, rtol=1e-4, atol=1e-5)
 
 
+def test_shifted_labels_are_what_counts() -> None:
+    """As sequence parallelism gives them: a part of a row has the target of its last token too."""
+    ids = tokens(2, 40)
+    shifted = nn.functional.pad(ids[:, 1:], (0, 1), value=-100)
+    shifted[:, :30] = -100
+    more = [
+        loss_of(tiny_model("pro", forget_aux_loss_coef=x).train(), ids, shift_labels=shifted, **given)
+        for given in ({}, {"num_items_in_batch": 36})
+        for x in (1.0, 0.0)
+    ]
+    # All there is to predict are 18 tokens.
+    torch.testing.assert_close((more[0] - more[1]) / 2, more[2] - more[3], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("gate", ["fixed", "none"])
+def test_coefficient_set_later_for_gates_that_do_not_learn(gate: str) -> None:
+    model = tiny_model("pro", forget_gate=gate).train()
+    model.config.forget_aux_loss_coef = 1.0
+    with pytest.raises(ValueError, match=f"forget_aux_loss_coef must be 0 with forget_gate '{gate}'"):
+        loss_of(model, tokens(2, 40))
+
+
 @pytest.mark.parametrize("value", [-1.0, math.inf, math.nan, "much"])
 def test_wrong_coefficients(value: object) -> None:
     with pytest.raises(Exception, match="forget_aux_loss_coef"):

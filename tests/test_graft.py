@@ -37,6 +37,12 @@ BASES: dict[str, tuple[str, dict[str, Any]]] = {
     "llama, tied": ("Llama", {"tie_word_embeddings": True}),
     "llama, gelu": ("Llama", {"hidden_act": "gelu", "rms_norm_eps": 0.1}),
     "llama, partly published": ("Llama", {"rope_interleaved": False, "unk_token_id": 3, "is_llama_config": True}),
+    "llama, first release": ("Llama", {"max_sequence_length": 64, "tokenizer_class": "LlamaTokenizer"}),
+    "llama, written in full by transformers 4": (
+        "Llama",
+        {"is_decoder": False, "tie_encoder_decoder": False, "torchscript": False, "use_bfloat16": False}
+        | {"finetuning_task": None},
+    ),
     "mistral": ("Mistral", {"sliding_window": None}),
     "mistral, wide window and heads": ("Mistral", {"sliding_window": 64, "head_dim": 16}),
     "qwen2": ("Qwen2", {}),
