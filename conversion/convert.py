@@ -15,7 +15,7 @@ from foxlm.conversion.authors import AUTHORS
 from foxlm.conversion.fla import FLA
 from foxlm.conversion.layout import Layout, one_kind_of_error
 from foxlm.conversion.new_folder import check_new, copy_text_files, new_folder
-from foxlm.conversion.stored_weights import StoredWeights, read_fields
+from foxlm.conversion.stored_weights import WEIGHTS_INDEX, StoredWeights, read_fields
 from foxlm.conversion.weight_map import EMBEDDINGS, Plan, make_model, plan_to_ours, plan_to_theirs
 from foxlm.modeling.configuration_fox import FoxConfig
 from foxlm.modeling.modeling_fox import FoxForCausalLM
@@ -143,4 +143,4 @@ def _write_weights(folder: Path, plan: Plan, stored: StoredWeights, dtype: torch
     if shards.is_sharded:
         total = {"total_parameters": sum(weight.numel() for weight in headers.values()), **shards.metadata}
         index = {"metadata": total, "weight_map": shards.tensor_to_filename}
-        _write_json(folder / "model.safetensors.index.json", index)
+        _write_json(folder / WEIGHTS_INDEX, index)

@@ -1,6 +1,5 @@
 """What a model's folder must be before others get it. Each check returns what it found, or raises a `ValueError`."""
 
-import json
 import os
 import re
 import subprocess
@@ -12,20 +11,21 @@ from pathlib import Path
 import torch
 import yaml
 from huggingface_hub import ModelCard
-from safetensors import safe_open
 from safetensors.torch import load_file
 from transformers import AutoTokenizer
 
-from foxlm.conversion.model_card import MISSING, TASKS, architecture_of, read_config, weight_shapes
+from foxlm.conversion.fox_folder import TASKS, architecture_of, read_config
+from foxlm.conversion.model_card import MISSING
 from foxlm.conversion.new_folder import TEXT_FILES
+from foxlm.conversion.stored_weights import WEIGHTS_INDEX, StoredWeights, read_fields
+from foxlm.conversion.weight_map import Plan, distinct_weights, few
 from foxlm.modeling import modeling_fox
 from foxlm.modeling.bundle_fox import AUTO_MAP, bundle, stale_files
 
-_INDEX = "model.safetensors.index.json"
 _EXPECTED = (
     "config.json",
     "*.safetensors",
-    _INDEX,
+    WEIGHTS_INDEX,
     *TEXT_FILES,
     "README.md",
     "LICENSE*",
@@ -50,35 +50,23 @@ def check_configuration(folder: Path) -> str:
 
 def check_weights(folder: Path) -> str:
     """Every weight of the model, no others, of its shape, finite; in the files that the index names."""
-    config = read_config(folder)
-    held = weight_shapes(folder)
-    files = {path.name for path in folder.glob("*.safetensors")}
-    index = folder / _INDEX
-    named = {"model.safetensors"}
-    if index.is_file():
-        places = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-        named = set(places.values())
-        _none("weights that the index does not name, or in no file", held.keys() ^ places.keys())
-    _none("files of weights that are missing, or that nothing names", files ^ named)
+    config, stored = read_config(folder), StoredWeights(folder)
+    named = set(stored.files.values()) if (folder / WEIGHTS_INDEX).is_file() else {folder / "model.safetensors"}
+    others = named ^ set(folder.glob("*.safetensors"))
+    _none("files of weights that are missing, or that nothing names", [file.name for file in others])
     with torch.device("meta"):
         model = getattr(modeling_fox, architecture_of(config))(config)
-    shapes = {name: list(weight.shape) for name, weight in model.state_dict().items()}
-    if config.tie_word_embeddings:
-        shapes.pop("lm_head.weight", None)
-    _none("weights are missing", shapes.keys() - held.keys())
-    _none("weights that the model has no place for", held.keys() - shapes.keys())
-    _none("weights of a wrong shape", [name for name in held if held[name] != shapes[name]])
-    dtypes, wrong = set(), []
-    for file in sorted(files):
-        with safe_open(folder / file, framework="pt") as weights:
-            for name in weights.keys():  # noqa: SIM118
-                weight = weights.get_tensor(name)
-                dtypes.add(str(weight.dtype).removeprefix("torch."))
-                if not weight.is_floating_point() or not weight.isfinite().all():
-                    wrong.append(f"{name} in {file}")
-    _none("weights that are not all finite floating-point numbers", wrong)
-    count = sum(torch.Size(shape).numel() for shape in held.values())
-    return f"{len(held)} weights, {count:,} numbers, {' and '.join(sorted(dtypes))}, all finite"
+    Plan(reads={name: weight.shape for name, weight in distinct_weights(model).items()}).check(
+        stored.headers, stored.load
+    )
+    _none(
+        "weights that are not all finite numbers",
+        [f"{name} in {file.name}" for name, file in stored.files.items() if not stored.load(name).isfinite().all()],
+    )
+    headers = stored.headers.values()
+    dtypes = sorted({str(weight.dtype).removeprefix("torch.") for weight in headers})
+    count = sum(weight.numel() for weight in headers)
+    return f"{len(headers)} weights, {count:,} numbers, {' and '.join(dtypes)}, all finite"
 
 
 def check_tokenizer(folder: Path) -> str:
@@ -106,7 +94,7 @@ def check_code(folder: Path) -> str:
     ]
     _none(f"files are missing or are not those of this version ({renew})", wrong)
     _none(f"files are left over from another version ({renew})", stale_files(folder))
-    auto_map = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("auto_map") or {}
+    auto_map = read_fields(folder).get("auto_map") or {}
     _none(
         f"entries of auto_map in config.json are wrong ({renew})",
         [x for x in AUTO_MAP if auto_map.get(x) != AUTO_MAP[x]],
@@ -133,7 +121,7 @@ def check_files(folder: Path) -> str:
             secrets.append(name)
         elif not any(Path(name).match(pattern) for pattern in _EXPECTED) or "/" in name:
             unexpected.append(name)
-    _none("files may be pickles, which run code when they are loaded", pickles)
+    _none("files may be pickles, which run code when they are loaded (move them elsewhere)", pickles)
     _none("files hold what looks like a password or key", secrets)
     _none("files are none of a model's (move them elsewhere)", sorted(set(unexpected) - bundle().keys()))
     size = sum(path.stat().st_size for path in files if path.is_file())
@@ -185,9 +173,8 @@ def check_loading(folder: Path) -> str:
     return "with foxlm and with the folder's own code; the same logits, bit for bit"
 
 
-def _none(what: str, names: Iterable[str], most: int = 5) -> None:
+def _none(what: str, names: Iterable[str]) -> None:
     """Raise a `ValueError` that says what is wrong and names the first few, if there are any."""
     wrong = sorted(names)
     if wrong:
-        more = f" and {len(wrong) - most} more" if len(wrong) > most else ""
-        raise ValueError(f"{what}: {', '.join(wrong[:most])}{more}")
+        raise ValueError(f"{what}: {few(wrong)}")

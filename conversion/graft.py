@@ -26,7 +26,7 @@ from transformers import (
 )
 
 from foxlm.conversion.bases import base_config, base_of
-from foxlm.conversion.new_folder import TEXT_FILES, copy_text_files, new_folder
+from foxlm.conversion.new_folder import TEXT_FILES, check_new, copy_text_files, new_folder
 from foxlm.conversion.weight_map import Plan, Rename, distinct_weights, make_model, plan_to_ours
 from foxlm.modeling.configuration_fox import FoxConfig
 from foxlm.modeling.gates_fox import bias_for_times, log_spaced_times
@@ -89,6 +89,7 @@ def graft(
         forget_gate_heads=forget_gate_heads,
         use_output_gate=output_gate,
     )
+    config.grafted_from = theirs.model_type
     biases = {} if forget_gate == "none" else _set_decay_times(config, decay_times)
 
     if isinstance(model, PreTrainedModel):
@@ -121,9 +122,12 @@ def graft_to_folder(source: str | Path, out: str | Path, **options: Any) -> None
         ValueError: ``out`` is there already; or as `graft`.
         OSError: as `graft`.
     """
+    # Before anything is fetched or read, and again when the folder is made.
+    check_new(Path(out))
+    source = _folder_of(source)
+    model = graft(source, **options)
     with new_folder(out) as folder:
-        source = _folder_of(source)
-        graft(source, **options).save_pretrained(folder)
+        model.save_pretrained(folder)
         copy_text_files(source, folder)
 
 

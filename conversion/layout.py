@@ -110,8 +110,8 @@ def one_kind_of_error() -> Iterator[None]:
         raise ValueError(f"config.json does not describe a model: {' '.join(str(error).split())}") from error
 
 
-# How fast something is computed, where training starts from, and what is kept under another name.
-_NOT_COMPUTED = {"acp_eps", "acp_rule", "free_dead_cache", "mlp_ratio"}
+# How fast something is computed, what training pays for, where a model came from, and what is kept under another name.
+_NOT_COMPUTED = {"acp_eps", "acp_rule", "free_dead_cache", "forget_aux_loss_coef", "grafted_from", "mlp_ratio"}
 
 
 def _what_is_computed(config: FoxConfig) -> dict[str, Any]:

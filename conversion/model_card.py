@@ -1,31 +1,28 @@
 """The model card, ``README.md``, of a folder: from its configuration, its weights' header and results at hand."""
 
-import json
-import math
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
-from huggingface_hub.errors import StrictDataclassError
-from safetensors import SafetensorError, safe_open
 
 from foxlm.conversion.evaluation_results import Pruning, Results, read_results
+from foxlm.conversion.fox_folder import TASKS, architecture_of, read_config
+from foxlm.conversion.stored_weights import StoredWeights
 from foxlm.modeling.configuration_fox import FoxConfig
 
 # Stands where only the author knows what to write; `foxlm publish` refuses a card that still has it.
 MISSING = "[to be filled in]"
-TASKS = {
-    "FoxForCausalLM": ("AutoModelForCausalLM", "text-generation"),
-    "FoxForSequenceClassification": ("AutoModelForSequenceClassification", "text-classification"),
-    "FoxForTokenClassification": ("AutoModelForTokenClassification", "token-classification"),
-    "FoxForQuestionAnswering": ("AutoModelForQuestionAnswering", "question-answering"),
-    "FoxModel": ("AutoModel", "feature-extraction"),
-}
 _GATES = {
     "full": "`f_t = sigmoid(w·x_t + b)`, from the token",
     "bias_only": "`f = sigmoid(b)`, learned, the same for all tokens",
     "fixed": "`f = sigmoid(b)`, constant",
     "none": "none: nothing is forgotten",
+}
+_QK_NORMS = {
+    "per_head": "QK-norm",
+    "shared": "QK-norm shared by heads",
+    "all_heads": "QK-norm over all heads",
+    "none": "no QK-norm",
 }
 _CITATIONS = """```bibtex
 @inproceedings{lin2025forgetting,
@@ -78,7 +75,7 @@ def write_model_card(
     """
     folder = Path(folder)
     card = folder / "README.md"
-    config, shapes = read_config(folder), weight_shapes(folder)
+    config, stored = read_config(folder), StoredWeights(folder)
     if card.exists() and not overwrite:
         raise ValueError(f"{card} is there already; --overwrite replaces it, with what was written by hand")
     architecture = architecture_of(config)
@@ -97,9 +94,9 @@ def write_model_card(
         eval_results=_eval_results(results, task) or None,
     )
     sections = {
-        name: _introduction(config, license),
+        name: _introduction(config, license, base_model),
         "How to load": _loading(auto_class),
-        "Architecture": _architecture(config, shapes),
+        "Architecture": _architecture(config, sum(weight.numel() for weight in stored.headers.values())),
         "Training": training_data or f"{MISSING} what the model was trained on, and how (`--training-data`).",
         "Evaluation": _evaluation(results),
         "Pruning": _pruning(config, results.pruning),
@@ -109,41 +106,6 @@ def write_model_card(
     text = "\n\n".join(f"{'#' if title is name else '##'} {title}\n\n{body}" for title, body in sections.items())
     ModelCard(f"---\n{data.to_yaml()}\n---\n\n{text}\n").save(card)
     return card
-
-
-def read_config(folder: Path) -> FoxConfig:
-    """The configuration in ``folder``; raises a `ValueError` if that is none of a FoX model, or not valid."""
-    file = folder / "config.json"
-    fields = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
-    if not isinstance(fields, dict) or fields.get("model_type") != FoxConfig.model_type:
-        raise ValueError(f"folder must hold a config.json with model_type 'fox', got {folder}")
-    try:
-        return FoxConfig.from_dict(fields)
-    except StrictDataclassError as error:
-        raise ValueError(f"{file} is not valid: {error}") from error
-
-
-def architecture_of(config: FoxConfig) -> str:
-    """The class that a configuration is of; raises a `ValueError` if that is none of ours."""
-    named = config.architectures or []
-    if len(named) != 1 or named[0] not in TASKS:
-        raise ValueError(f"architectures of config.json must be one of {sorted(TASKS)}, got {named}")
-    return named[0]
-
-
-def weight_shapes(folder: Path) -> dict[str, list[int]]:
-    """Shapes of all weights by name, from the headers of the safetensors files; a `ValueError` if there are none."""
-    shapes: dict[str, list[int]] = {}
-    files = sorted(folder.glob("*.safetensors"))
-    if not files:
-        raise ValueError(f"folder must hold safetensors files, got {folder} with none")
-    try:
-        for file in files:
-            with safe_open(file, framework="pt") as weights:
-                shapes |= {name: weights.get_slice(name).get_shape() for name in weights.keys()}  # noqa: SIM118
-    except SafetensorError as error:
-        raise ValueError(f"{file} is not a safetensors file: {error}") from error
-    return shapes
 
 
 def _eval_results(results: Results, task: str) -> list[EvalResult]:
@@ -160,11 +122,22 @@ def _eval_results(results: Results, task: str) -> list[EvalResult]:
     ]
 
 
-def _introduction(config: FoxConfig, license: str | None) -> str:
+def _introduction(config: FoxConfig, license: str | None, base_model: str | None) -> str:
+    gated = config.forget_gate != "none"
+    paper = "Forgetting Transformer (FoX, [arXiv 2503.02130](https://arxiv.org/abs/2503.02130))"
     lines = [
-        "A Forgetting Transformer (FoX, [arXiv 2503.02130](https://arxiv.org/abs/2503.02130)): softmax attention in "
-        "which each head has a forget gate. Made with foxlm."
+        f"A {paper}: softmax attention in which each head has a forget gate. Made with foxlm."
+        if gated
+        else f"A Transformer, in the code of the {paper} but without its forget gates. Made with foxlm."
     ]
+    base = f"[{base_model}](https://huggingface.co/{base_model})" if base_model else "a pretrained model"
+    if config.grafted_from:
+        base += f" (`{config.grafted_from}`)"
+        lines.append(
+            f"Forget gates were grafted onto {base}." if gated else f"It has the weights of {base} to start from."
+        )
+    elif base_model:
+        lines.append(f"It was made from {base}.")
     if license is None:
         lines.append(f"License of the weights: {MISSING} (`--license`, or `license:` in this file's first lines).")
     return "\n\n".join(lines)
@@ -183,25 +156,33 @@ tokenizer = AutoTokenizer.from_pretrained(folder)
 ```"""
 
 
-def _architecture(config: FoxConfig, shapes: dict[str, list[int]]) -> str:
+def _architecture(config: FoxConfig, parameters: int) -> str:
     heads, kv_heads, head_dim = config.heads
     parts = {
-        "QK-norm": config.qk_norm != "none",
+        _QK_NORMS[config.qk_norm]: config.qk_norm != "none",
         "key shift": config.use_key_shift,
         "value shift": config.use_value_shift,
         "output gate": config.use_output_gate,
         "output norm": config.use_output_norm,
     }
+    is_pro = all(parts.values())
+    parts["norms after attention and MLP"] = config.norm_position == "post"
     on = ", ".join(part for part, used in parts.items() if used)
-    block = "Pro" if all(parts.values()) else "LLaMA" if not on else f"LLaMA with {on}"
-    rope = config.rope_parameters
+    gates = _GATES[config.forget_gate]
+    positions = "none: the gates carry position"
+    if config.forget_gate == "none":
+        positions = "none"
+    else:
+        gates += f"; one for each {config.forget_gate_heads.replace('_', '/')} head"
+    if config.rope_parameters is not None:
+        positions = f"RoPE ({config.rope_parameters.get('rope_type', 'default')})"
+    if config.nope_layers:
+        positions += f", but none in layers {', '.join(map(str, config.nope_layers))}, counted from 0"
     rows = {
-        "parameters": f"{sum(math.prod(shape) for shape in shapes.values()):,}",
-        "block": block + (f" ({on})" if block == "Pro" else ""),
-        "forget gates": f"{_GATES[config.forget_gate]}; one for each {config.forget_gate_heads.replace('_', '/')} head",
-        "position embeddings": f"RoPE ({rope.get('rope_type', 'default')})"
-        if rope
-        else "none: the gates carry position",
+        "parameters": f"{parameters:,}",
+        "block": f"Pro ({on})" if is_pro else f"LLaMA with {on}" if on else "LLaMA",
+        "forget gates": gates,
+        "position embeddings": positions,
         "layers, width": f"{config.num_hidden_layers}, {config.hidden_size}",
         "heads": f"{heads} of {head_dim}" + ("" if heads == kv_heads else f", {kv_heads} for keys and values"),
         "MLP": f"{config.intermediate_size}, gated {config.hidden_act}",

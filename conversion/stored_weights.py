@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 # The names that transformers gives to one file, to shards and to what lists them.
-_SAFETENSORS, _SAFETENSORS_INDEX = "*.safetensors", "model.safetensors.index.json"
+_SAFETENSORS, WEIGHTS_INDEX = "*.safetensors", "model.safetensors.index.json"
 _PICKLES, _PICKLES_INDEX = "pytorch_model*.bin", "pytorch_model.bin.index.json"
 _DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
@@ -38,6 +38,7 @@ class StoredWeights:
 
     Attributes:
         headers: each weight on the meta device.
+        files: the file of each.
 
     Args:
         folder: holds ``*.safetensors``, all of it or what ``model.safetensors.index.json`` lists.
@@ -51,34 +52,34 @@ class StoredWeights:
     def __init__(self, folder: Path, allow_pickle: bool = False) -> None:
         files, index = _weight_files(folder, allow_pickle)
         self.headers: dict[str, Tensor] = {}
-        self._files: dict[str, Path] = {}
+        self.files: dict[str, Path] = {}
         for file in files:
             for name, weight in _mapped(file).items():
-                if name in self._files:
-                    raise ValueError(f"{name} is in two files, {self._files[name]} and {file}")
+                if name in self.files:
+                    raise ValueError(f"{name} is in two files, {self.files[name]} and {file}")
                 if weight.dtype not in _DTYPES:
                     accepted = ", ".join(str(dtype).removeprefix("torch.") for dtype in _DTYPES)
                     raise ValueError(f"{name} must be one of {accepted}, got {weight.dtype} in {file}")
-                self._files[name] = file
+                self.files[name] = file
                 self.headers[name] = torch.empty(weight.shape, dtype=weight.dtype, device="meta")
         if index is not None:
-            _check_index(index, {name: file.name for name, file in self._files.items()})
+            _check_index(index, {name: file.name for name, file in self.files.items()})
 
     def load(self, name: str) -> Tensor:
         """One weight. Its file is opened anew each time, so that memory is given back with the weight."""
-        return _mapped(self._files[name])[name]
+        return _mapped(self.files[name])[name]
 
 
 def _weight_files(folder: Path, allow_pickle: bool) -> tuple[list[Path], Path | None]:
     """The files with a folder's weights, and what lists them."""
-    for pattern, index in ((_SAFETENSORS, folder / _SAFETENSORS_INDEX), (_PICKLES, folder / _PICKLES_INDEX)):
+    for pattern, index in ((_SAFETENSORS, folder / WEIGHTS_INDEX), (_PICKLES, folder / _PICKLES_INDEX)):
         found = sorted(folder.glob(pattern))
         if not found and not index.exists():
             continue
         if pattern == _PICKLES and not allow_pickle:
             raise ValueError(
-                f"{folder} has pickled weights only, which can be made to run code: make safetensors of them, or pass "
-                "--allow-pickle (in Python allow_pickle=True) to read them as weights and nothing else"
+                f"{folder} has pickled weights only, which can be made to run code: make safetensors of them; foxlm "
+                "convert --allow-pickle (in Python allow_pickle=True) reads them as weights and nothing else"
             )
         if not index.exists():
             return found, None

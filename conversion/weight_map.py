@@ -1,13 +1,13 @@
 """Declarative maps between the weights of FoX models and those of others, read in both directions."""
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
 from foxlm.modeling.configuration_fox import FoxConfig
-from foxlm.modeling.modeling_fox import FoxForCausalLM
+from foxlm.modeling.modeling_fox import FoxForCausalLM, FoxPreTrainedModel
 
 
 @dataclass(frozen=True)
@@ -97,9 +97,9 @@ class Plan:
             ValueError: one is missing, unknown, misshapen, or not what it must be; the message names it.
         """
         if missing := sorted(self.reads.keys() - stored.keys()):
-            raise ValueError(f"weights are missing from the checkpoint: {_few(missing)}")
+            raise ValueError(f"weights are missing from the checkpoint: {few(missing)}")
         if unknown := sorted(stored.keys() - self.reads.keys() - self.copies.keys()):
-            raise ValueError(f"the checkpoint holds weights that its configuration has no place for: {_few(unknown)}")
+            raise ValueError(f"the checkpoint holds weights that its configuration has no place for: {few(unknown)}")
         for name, shape in self.reads.items():
             if stored[name].shape != shape:
                 raise ValueError(f"{name} must have shape {list(shape)}, got {list(stored[name].shape)}")
@@ -149,11 +149,11 @@ def plan_to_theirs(renames: Iterable[Rename], model: FoxForCausalLM) -> Plan:
     return plan
 
 
-def distinct_weights(model: FoxForCausalLM) -> dict[str, Tensor]:
+def distinct_weights(model: FoxPreTrainedModel) -> dict[str, Tensor]:
     """The weights of ``model`` by name; of tied embeddings, which are one weight, the input's."""
     weights = dict(model.state_dict())
     if model.config.tie_word_embeddings:
-        del weights["lm_head.weight"]
+        weights.pop("lm_head.weight", None)
     return weights
 
 
@@ -175,6 +175,7 @@ def _same_values(weight: Tensor, other: Tensor) -> bool:
     return weight.shape == other.shape and bool((weight == other).all())
 
 
-def _few(names: list[str], most: int = 5) -> str:
+def few(names: Sequence[str], most: int = 5) -> str:
+    """The first few names, and how many more there are."""
     more = f" and {len(names) - most} more" if len(names) > most else ""
     return ", ".join(names[:most]) + more

@@ -117,6 +117,8 @@ class FoxConfig(PreTrainedConfig):
         free_dead_cache (`bool`, defaults to `False`): Let `generate` use a `FoxPagedCache`, which frees the memory of
             keys that no later query can give more than `acp_eps` of its weight, on any device. Assisted decoding,
             which takes tokens back, does not use it.
+        grafted_from (`str`, *optional*): The `model_type` of the Transformer whose weights the model started from, by
+            `foxlm graft`. Nothing computed depends on it; the model card says it.
 
     Raises:
         `ValueError`, or huggingface_hub's `StrictDataclassError` for a wrong type or value: the message names the
@@ -177,6 +179,7 @@ class FoxConfig(PreTrainedConfig):
     acp_rule: Literal["paper", "tight"] = "tight"
     forget_aux_loss_coef: float | int = 0.0
     free_dead_cache: bool = False
+    grafted_from: str | None = None
     pad_token_id: int | None = None
     bos_token_id: int | None = None
     eos_token_id: int | list[int] | None = None

@@ -28,6 +28,7 @@ from .gates_fox import FoxConstantGate, FoxForgetGate, decay_time_bias, share_re
 from .layers_fox import FoxAttention, FoxDecoderLayer, FoxRMSNorm, FoxRotaryEmbedding
 from .layout_fox import padding_mask, token_layout
 from .paged_cache_fox import FoxPagedCache
+from .peft_defaults import register_peft_defaults
 
 
 class FoxPreTrainedModel(PreTrainedModel):
@@ -304,3 +305,6 @@ __all__ = [
     "FoxModel",
     "FoxPreTrainedModel",
 ]
+
+# Here, so that it holds for a model's own code too, where foxlm is not imported.
+register_peft_defaults()

@@ -1,4 +1,4 @@
-"""Make FoX known to transformers' Auto classes and to PEFT."""
+"""Make FoX known to transformers' Auto classes."""
 
 from transformers import (
     AutoConfig,
@@ -17,7 +17,6 @@ from .modeling_fox import (
     FoxForTokenClassification,
     FoxModel,
 )
-from .peft_defaults import register_peft_defaults
 
 
 def register_fox() -> None:
@@ -31,4 +30,3 @@ def register_fox() -> None:
         (AutoModelForQuestionAnswering, FoxForQuestionAnswering),
     ):
         auto.register(FoxConfig, model, exist_ok=True)
-    register_peft_defaults()

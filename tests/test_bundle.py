@@ -12,7 +12,7 @@ from transformers.dynamic_module_utils import get_imports, get_relative_import_f
 import foxlm
 from foxlm import FoxConfig, FoxPagedCache
 from foxlm.modeling.bundle_fox import AUTO_MAP, bundle, flatten, stale_files, write_bundle
-from models import tiny_config, tiny_model, tokens
+from models import ROPE, tiny_config, tiny_model, tokens
 from without_foxlm import run_without
 
 GREEDY: dict[str, Any] = {"max_new_tokens": 12, "do_sample": False}
@@ -21,7 +21,9 @@ GREEDY: dict[str, Any] = {"max_new_tokens": 12, "do_sample": False}
 @torch.no_grad()
 def save_with_expectations(folder: Path) -> None:
     """A model in ``model/``, inputs in ``inputs.safetensors`` and what it makes of them in ``expected.safetensors``."""
-    model = tiny_model(dtype=torch.float32)
+    # With every part that a block can have but one of each kind.
+    fields: dict[str, Any] = ROPE | {"nope_layers": [1], "norm_position": "post", "qk_norm": "all_heads"}
+    model = tiny_model(dtype=torch.float32, **fields)
     model.save_pretrained(folder / "model")
     ids = tokens(2, 70)
     paged = FoxPagedCache(model.config, max_cache_len=128)
@@ -46,7 +48,7 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 # Shared by the processes below: they write what they find as a model's class makes it.
 OUTPUTS = """
-import sys, torch
+import importlib.util, sys, torch
 from safetensors.torch import load_file, save_file
 from transformers import (
     AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForTokenClassification, AutoTokenizer
@@ -88,6 +90,10 @@ for name in ("model", "again", "third"):
     if name == "model":
         model.save_pretrained("again")
         model.model.save_pretrained("decoder")
+        if importlib.util.find_spec("peft"):
+            from peft import LoraConfig, get_peft_model
+            whole = AutoModelForCausalLM.from_pretrained(name, trust_remote_code=True)
+            assert get_peft_model(whole, LoraConfig(r=2)).peft_config["default"].target_modules == {"q_proj", "v_proj"}
     if name == "again":
         model.config.save_pretrained("third")
         save_file(model.state_dict(), "third/model.safetensors", metadata={"format": "pt"})

@@ -1,5 +1,6 @@
 """Checkpoints in the authors' layout: every key accounted for, the same model out."""
 
+import json
 from typing import Any
 
 import pytest
@@ -221,6 +222,12 @@ def test_folder_is_what_save_pretrained_would_write(variant, dtype, tmp_path):
         ({"qk_norm_eps": None}, "qk_norm_eps"),
         ({"rope_parameters": {"rope_type": "linear", "rope_theta": 1e4, "factor": 2.0}}, "rope_parameters"),
         ({"output_gate_act": "silu"}, "ogate_act"),
+        ({"norm_position": "post"}, "norm_position"),
+        ({"qk_norm": "all_heads"}, "qk_norm"),
+        (
+            {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4}, "nope_layers": [0]},
+            "nope_layers",
+        ),
     ],
 )
 def test_model_that_their_layout_cannot_express_is_refused(change, named, tmp_path):
@@ -229,3 +236,11 @@ def test_model_that_their_layout_cannot_express_is_refused(change, named, tmp_pa
     with pytest.raises(ValueError, match=rf"^{named} must be "):
         convert_to_folder(tmp_path / "ours", tmp_path / "theirs", to="authors")
     assert not (tmp_path / "theirs").exists()
+
+
+def test_what_nothing_computed_depends_on_is_left_behind(tmp_path):
+    fields = {"vocab_size": 61, "hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4}
+    idle = {"forget_aux_loss_coef": 0.1, "grafted_from": "llama", "acp_eps": None, "free_dead_cache": True}
+    FoxForCausalLM(FoxConfig(**fields, qk_norm_eps=1e-5, **idle)).save_pretrained(tmp_path / "ours")
+    convert_to_folder(tmp_path / "ours", tmp_path / "theirs", to="authors")
+    assert not idle.keys() & json.loads((tmp_path / "theirs" / "config.json").read_text()).keys()

@@ -457,4 +457,8 @@ def test_folder_is_made_whole_or_not_at_all(tmp_path: Path) -> None:
         graft_to_folder(tmp_path / "base", tmp_path / "out", decay_times=0)
     with pytest.raises(ValueError, match="there already"):
         graft_to_folder(tmp_path / "base", tmp_path / "base")
+    # Nor folders above it.
+    with pytest.raises(ValueError, match="decay_times must be positive"):
+        graft_to_folder(tmp_path / "base", tmp_path / "new" / "out", decay_times=0)
+    assert not (tmp_path / "new").exists()
     assert [path.name for path in tmp_path.iterdir()] == ["base"]

@@ -14,7 +14,7 @@ from foxlm import FoxForTokenClassification
 from foxlm.cli import app
 from foxlm.conversion.evaluation_results import Score, read_results
 from foxlm.conversion.model_card import MISSING, write_model_card
-from models import tiny_model
+from models import LLAMA, ROPE, tiny_model
 
 LM_EVAL: dict[str, Any] = {
     "results": {
@@ -127,6 +127,24 @@ def test_snippet_runs(model: Path) -> None:
             {"forget_gate": "none", "rope_parameters": {"rope_type": "default", "rope_theta": 100.0}},
             ["| position embeddings | RoPE (default) |", "Without forget gates nothing can be pruned."],
         ),
+        (
+            {"forget_gate": "none"},
+            [
+                "A Transformer, in the code of the Forgetting Transformer",
+                "without its forget gates",
+                "| forget gates | none: nothing is forgotten |",
+                "| position embeddings | none |",
+            ],
+        ),
+        (
+            ROPE | LLAMA | {"qk_norm": "all_heads", "norm_position": "post", "nope_layers": [0, 1]},
+            [
+                "| block | LLaMA with QK-norm over all heads, norms after attention and MLP |",
+                "| RoPE (default), but none in layers 0, 1, counted from 0 |",
+            ],
+        ),
+        ({"qk_norm": "shared"}, ["| block | Pro (QK-norm shared by heads, key shift, "]),
+        ({"grafted_from": "llama"}, ["Forget gates were grafted onto a pretrained model (`llama`)."]),
         ({"tie_word_embeddings": True}, ["| vocabulary | 97, embeddings tied |"]),
         ({"acp_eps": None}, ["leave out nothing (`acp_eps` is null)"]),
         ({"use_key_shift": False}, ["LLaMA with QK-norm, value shift, output gate, output norm"]),
@@ -137,6 +155,22 @@ def test_card_follows_the_configuration(tmp_path: Path, fields: dict[str, Any], 
     text = write_model_card(tmp_path).read_text()
     for line in lines:
         assert line in text
+
+
+@pytest.mark.parametrize(
+    ("fields", "line"),
+    [
+        ({}, "It was made from [a/b](https://huggingface.co/a/b)."),
+        ({"grafted_from": "llama"}, "Forget gates were grafted onto [a/b](https://huggingface.co/a/b) (`llama`)."),
+        (
+            {"grafted_from": "llama", "forget_gate": "none"},
+            "It has the weights of [a/b](https://huggingface.co/a/b) (`llama`) to start from.",
+        ),
+    ],
+)
+def test_card_names_the_base_model(tmp_path: Path, fields: dict[str, Any], line: str) -> None:
+    tiny_model(dtype=torch.float32, **fields).save_pretrained(tmp_path)
+    assert line in write_model_card(tmp_path, base_model="a/b").read_text().splitlines()
 
 
 def test_task_follows_the_class(tmp_path: Path) -> None:
@@ -201,7 +235,7 @@ def test_missing_and_broken_files_are_refused(model: Path, tmp_path: Path) -> No
     with pytest.raises(ValueError, match="model_type 'fox'"):
         write_model_card(tmp_path)
     (model / "model.safetensors").write_bytes(b"not weights")
-    with pytest.raises(ValueError, match="is not a safetensors file"):
+    with pytest.raises(ValueError, match="is not a whole safetensors file"):
         write_model_card(model)
 
 

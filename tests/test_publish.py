@@ -205,27 +205,45 @@ def remove(name: str) -> Callable[[Path], None]:
 
 
 GATE = "model.layers.0.self_attn.forget_gate.weight"
-SPOILT: dict[str, tuple[str, Callable[[Path], None], str]] = {
+SPOILT: dict[str, tuple[str, Callable[[Path], object], str]] = {
     "no configuration": ("configuration", remove("config.json"), "must hold a config.json"),
     "another model": ("configuration", edit_json("config.json", model_type="llama"), "model_type 'fox'"),
     "bad field": ("configuration", edit_json("config.json", qk_norm="batch"), "qk_norm"),
-    "broken JSON": ("configuration", add("config.json", b"{"), "Expecting property name"),
-    "a list": ("configuration", add("config.json", b"[]"), "must hold a config.json"),
+    "broken JSON": ("configuration", add("config.json", b"{"), "config.json is not valid JSON"),
+    "a list": ("configuration", add("config.json", b"[]"), "must hold a JSON object"),
     "unknown class": ("configuration", edit_json("config.json", architectures=["Mine"]), "architectures of"),
     "no weights": ("weights", remove("model.safetensors"), "must hold safetensors files"),
-    "cut off": ("weights", add("model.safetensors", b"\0" * 64), "is not a safetensors file"),
-    "missing weight": ("weights", edit_weights(lambda x: x.pop(GATE)), f"weights are missing: {GATE}"),
+    "cut off": ("weights", add("model.safetensors", b"\0" * 64), "is not a whole safetensors file"),
+    "missing weight": (
+        "weights",
+        edit_weights(lambda x: x.pop(GATE)),
+        f"weights are missing from the checkpoint: {GATE}",
+    ),
     "extra weight": ("weights", edit_weights(lambda x: x.update(extra=torch.zeros(1))), "no place for: extra"),
-    "shape": ("weights", edit_weights(lambda x: x.update({GATE: x[GATE][:2].clone()})), f"wrong shape: {GATE}"),
+    "shape": ("weights", edit_weights(lambda x: x.update({GATE: x[GATE][:2].clone()})), f"{GATE} must have shape"),
     "NaN": ("weights", edit_weights(lambda x: x[GATE].view(-1)[3:4].fill_(torch.nan)), f"finite.*{GATE}"),
-    "integers": ("weights", edit_weights(lambda x: x.update({GATE: x[GATE].int()})), f"floating-point.*{GATE}"),
+    "integers": (
+        "weights",
+        edit_weights(lambda x: x.update({GATE: x[GATE].int()})),
+        f"{GATE} must be one of float64, .*int32",
+    ),
+    "8 bits": (
+        "weights",
+        edit_weights(lambda x: x.update({GATE: x[GATE].to(torch.float8_e4m3fn)})),
+        f"{GATE} must be one of float64, .*float8_e4m3fn",
+    ),
+    "an adapter": (
+        "configuration",
+        lambda x: shutil.move(x / "config.json", x / "adapter_config.json"),
+        "whole model, got the adapter .* merge it first",
+    ),
     "second file": ("weights", lambda x: save_file({"a": torch.ones(1)}, x / "b.safetensors"), r"b\.safetensors"),
     "index of nothing": (
         "weights",
         add("model.safetensors.index.json", b'{"weight_map": {"lm_head.weight": "model-00001.safetensors"}}'),
-        "the index does not name",
+        "holds both model.safetensors and",
     ),
-    "index of a list": ("weights", add("model.safetensors.index.json", b"[]"), "TypeError"),
+    "index of a list": ("weights", add("model.safetensors.index.json", b"[]"), "must hold a JSON object"),
     "index without map": ("weights", add("model.safetensors.index.json", b"{}"), "weight_map"),
     "no tokenizer": ("tokenizer", remove("tokenizer_config.json"), "there is none"),
     "half a tokenizer": ("tokenizer", remove("tokenizer.json"), "it cannot be loaded|its tokens must be"),
