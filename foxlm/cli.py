@@ -237,6 +237,18 @@ def publish(
         _fail(error)
 
 
+# Its own commands and their help; imported only when it is asked for.
+@app.command(
+    context_settings={"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []},
+    add_help_option=False,
+)
+def bench(context: typer.Context) -> None:
+    """Measure the speed of attention, training and decoding here, beside what else is installed: bench --help."""
+    from foxlm.evaluation.speed.__main__ import app as speed
+
+    speed(context.args, prog_name="foxlm bench")
+
+
 def _fail(error: Exception) -> NoReturn:
     typer.echo(f"error: {error}", err=True)
     raise typer.Exit(1)

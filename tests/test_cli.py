@@ -181,3 +181,12 @@ def test_convert_refuses_in_one_line_and_leaves_nothing(tmp_path: Path) -> None:
         assert [path.name for path in tmp_path.iterdir()] == ["theirs"]
     result = invoke("convert", str(theirs), str(theirs))
     assert result.exit_code == 1 and "which is there already" in result.stderr
+
+
+def test_bench_has_the_commands_and_exit_codes_of_the_speed_benchmarks(tmp_path: Path) -> None:
+    listed = invoke("bench", "--help")
+    assert listed.exit_code == 0
+    assert all(name in listed.stdout for name in ("attention", "train", "decode", "table"))
+    assert "--largest-batch" in invoke("bench", "decode", "--help").stdout
+    assert invoke("bench", "attention", "--device", "tpu").exit_code == 1
+    assert invoke("bench", "nothing").exit_code == 2
