@@ -65,7 +65,7 @@ def kept_from(layer: AttentionInputs, log_eps: float, rule: Rule, block_q: int =
     """`first_kept` of a recorded layer, as its model bounds the logits: ``[B, H, ceil(T / block_q)]`` int64."""
     return first_kept(
         layer.q,
-        centered(layer.k) if layer.centers else layer.k,
+        centered(layer.k) if layer.centers and rule == "tight" else layer.k,
         layer.log_f,
         eps=math.exp(log_eps),
         rule=rule,

@@ -20,7 +20,7 @@ class AttentionInputs(NamedTuple):
         v: ``[B, T, G, D]`` values, after token shift.
         log_f: ``[B, T, Hf]`` natural log of the forget gates.
         scale: factor of the logits.
-        centers: whether the model takes `centered` keys to find what may be left out.
+        centers: whether by the rule ``tight`` the model takes `centered` keys to find what may be left out.
     """
 
     layer: int

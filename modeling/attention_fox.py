@@ -61,8 +61,8 @@ def fox_attention_forward(
     attend = best_attention(q)
     # In PyTorch the search for what may be left out takes longer than leaving it out saves.
     if attend is not reference_attention and prunes:
-        # Normalized keys have little in common.
-        keys = centered(k) if config.qk_norm == "none" else k
+        # Normalized keys have little in common; `paper` gains nothing, for the first key is far from the others.
+        keys = centered(k) if config.qk_norm == "none" and config.acp_rule == "tight" else k
         decay = prune(decay, q, keys, eps=config.acp_eps, rule=config.acp_rule, scale=scaling, logit_bound=bound)
     out, _ = attend(q, k, v, decay, scale=scaling, dropout=dropout)
     return out, None
