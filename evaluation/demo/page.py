@@ -3,21 +3,12 @@
 from html import escape
 from typing import Any
 
-from .. import plots
+from ..page import facts, image, page
+from ..plots.figure import data_uri
+from ..plots.gates import plot_attention_maps, plot_decay_times, plot_skipped
+from ..plots.training import plot_losses
 from .analyze import LOG_EPS, MAP_LOG_EPS, MAP_RULE, TILE, Analysis
 from .train import Training
-
-_STYLE = """
-:root { color-scheme: light; }
-body { font: 16px/1.5 system-ui, sans-serif; color: #1b1f24; background: #fff; margin: 0 auto; padding: 16px;
-  max-width: 640px; overflow-wrap: anywhere; }
-h1 { font-size: 1.5rem; line-height: 1.2; } h2 { font-size: 1.15rem; margin: 2rem 0 .5rem; }
-img { width: 100%; height: auto; }
-table { border-collapse: collapse; width: 100%; } td, th { padding: 4px 8px 4px 0; text-align: left;
-  vertical-align: top; border-bottom: 1px solid #e4e7eb; } td:first-child { overflow-wrap: normal; }
-pre { background: #f6f8fa; padding: 10px; overflow-x: auto; font-size: 12px; line-height: 1.35; }
-pre b { color: #1f5fa8; } code { font-size: .9em; } .small { color: #57606a; font-size: .88rem; }
-"""
 
 
 def render(report: dict[str, Any], training: Training, analysis: Analysis) -> str:
@@ -30,10 +21,10 @@ def render(report: dict[str, Any], training: Training, analysis: Analysis) -> st
     """
     losses, run = report["held_out_bits_per_byte"], report["run"]
     figures = {
-        "loss": plots.plot_losses(training.train_losses, training.held_out_losses, losses["bigram"]),
-        "decay": plots.plot_decay_times(analysis.decay_times, analysis.tokens),
-        "skipped": plots.plot_skipped(LOG_EPS, analysis.pairs, analysis.length),
-        "maps": plots.plot_attention_maps(
+        "loss": plot_losses(training.train_losses, training.held_out_losses, losses["bigram"]),
+        "decay": plot_decay_times(analysis.decay_times, analysis.tokens),
+        "skipped": plot_skipped(LOG_EPS, analysis.pairs, analysis.length),
+        "maps": plot_attention_maps(
             [
                 (
                     f"layer {head.layer}, head {head.head}: decay time {head.decay_time:,.1f} tokens",
@@ -46,29 +37,29 @@ def render(report: dict[str, Any], training: Training, analysis: Analysis) -> st
             MAP_LOG_EPS,
         ),
     }
-    images = {name: plots.data_uri(figure) for name, figure in figures.items()}
+    images = {name: data_uri(figure) for name, figure in figures.items()}
     tile = f"{TILE[0]}x{TILE[1]}"
     sections = [
         f"<h1>foxlm demo: a {report['model']['parameters'] / 1e6:.1f}M-parameter Forgetting Transformer</h1>",
         f"<p>{_summary(report)}</p>",
-        _table(_headline(report)),
+        facts(_headline(report)),
         "<h2>Loss</h2>",
-        _image(images["loss"], "Loss by step"),
+        image(images["loss"], "Loss by step"),
         f"<p class=small>Trained on {report['corpus']['train_files']} files "
         f"({report['corpus']['train_bytes'] / 1e6:.1f} MB) of Python's standard library; measured on "
         f"{report['corpus']['held_out_files']} other files ({report['corpus']['held_out_bytes'] / 1e6:.2f} MB). "
         "The curve uses a few held-out windows, the table above "
         f"{losses['bytes']:,} bytes in windows of {losses['window']} bytes.</p>",
         "<h2>Forget gates</h2>",
-        _image(images["decay"], "Decay time of each layer and head"),
+        image(images["decay"], "Decay time of each layer and head"),
         "<p class=small>A head with a short decay time looks at the last few bytes; one with a long decay time sees "
         "the whole window.</p>",
         "<h2>What pruning skips</h2>",
-        _image(images["skipped"], "Share of attention skipped by eps"),
+        image(images["skipped"], "Share of attention skipped by eps"),
         "<p class=small>Adaptive Computation Pruning leaves out keys that together hold less than eps of a row's "
         f"attention weight, whatever their values. In tiles of {tile}, as a kernel skips them, at "
         f"eps = e<sup>{MAP_LOG_EPS:g}</sup>: {_tiles(report, analysis)}.</p>",
-        _image(images["maps"], "Attention maps of two heads with the skipped region"),
+        image(images["maps"], "Attention maps of two heads with the skipped region"),
         "<h2>Text it writes</h2>",
         "<p class=small>Sampled after loading the folder with <code>AutoModelForCausalLM.from_pretrained</code> in a "
         "new process. The prompt is in blue.</p>",
@@ -77,14 +68,9 @@ def render(report: dict[str, Any], training: Training, analysis: Analysis) -> st
             for item in report["reload"]["generated"]
         ),
         "<h2>The run</h2>",
-        _table([(key, escape(str(value))) for key, value in run.items()]),
+        facts([(key, escape(str(value))) for key, value in run.items()]),
     ]
-    body = "\n".join(sections)
-    return (
-        '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        f"<title>foxlm demo</title><style>{_STYLE}</style></head>\n<body>\n{body}\n</body></html>\n"
-    )
+    return page("foxlm demo", sections)
 
 
 def _summary(report: dict[str, Any]) -> str:
@@ -125,13 +111,3 @@ def _tiles(report: dict[str, Any], analysis: Analysis) -> str:
     index = report["pruning"]["log_eps"].index(MAP_LOG_EPS)
     shares = report["pruning"]["skipped_tiles"]
     return ", ".join(f"{100 * shares[rule][index]:.0f}% by rule {rule}" for rule in shares)
-
-
-def _table(rows: list[tuple[str, str]]) -> str:
-    """Rows of plain labels and values that are HTML already."""
-    cells = "".join(f"<tr><td>{escape(label)}</td><td>{value}</td></tr>" for label, value in rows)
-    return f"<table>{cells}</table>"
-
-
-def _image(address: str, text: str) -> str:
-    return f'<img src="{address}" alt="{escape(text)}">'

@@ -1,65 +1,14 @@
-"""Plots of training, forget gates and pruning, each an SVG image that a page can hold."""
+"""Decay times, what pruning skips, and attention maps."""
 
-import base64
-import io
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import matplotlib
 import numpy as np
-from matplotlib.axes import Axes
 from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
 
-# Narrow enough that the text stays readable when a phone scales the image to its width.
-_WIDTH = 5.2
-_STYLE: dict[Any, Any] = {
-    "font.size": 10,
-    "axes.titlesize": 10.5,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.grid": True,
-    "grid.alpha": 0.25,
-    "legend.frameon": False,
-    "svg.fonttype": "path",
-    "svg.hashsalt": "foxlm",
-}
-_RULE_STYLES = {"paper": ("#b5651d", "o", -14), "tight": ("#1f5fa8", "s", 7)}
-
-
-def _new(rows: int = 1, height: float = 3.4, **kwargs) -> tuple[Figure, list[Axes]]:
-    figure = Figure(figsize=(_WIDTH, height), layout="constrained")
-    return figure, list(figure.subplots(rows, 1, squeeze=False, **kwargs)[:, 0])
-
-
-def data_uri(figure: Figure) -> str:
-    """The figure as an SVG ``data:`` address, without a date, so that the same numbers give the same bytes."""
-    buffer = io.BytesIO()
-    with matplotlib.rc_context(_STYLE):
-        figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None})
-    return "data:image/svg+xml;base64," + base64.b64encode(buffer.getvalue()).decode()
-
-
-def plot_losses(train: Sequence[tuple[int, float]], held_out: Sequence[tuple[int, float]], bigram: float) -> Figure:
-    """Training and held-out loss by step, with the bigram model as a line.
-
-    Args:
-        train, held_out: pairs of step and bits per byte.
-        bigram: bits per byte on the held-out text.
-    """
-    with matplotlib.rc_context(_STYLE):
-        figure, (axes,) = _new()
-        axes.plot(*zip(*train, strict=True), color="#9db7d5", linewidth=1.3, label="FoX, training batches")
-        axes.plot(*zip(*held_out, strict=True), color="#1f5fa8", marker="o", markersize=4, label="FoX, held-out files")
-        axes.axhline(bigram, color="#b5651d", linestyle="--", label="byte bigrams, held-out files")
-        lowest = min(loss for _, loss in (*train, *held_out))
-        axes.set_ylim(math.floor(2 * min(lowest, bigram)) / 2, 8.2)
-        axes.set_xlabel("optimizer step")
-        axes.set_ylabel("loss (bits per byte)")
-        axes.set_title("Loss")
-        axes.legend()
-    return figure
+from .figure import RULE_STYLES, STYLE, new_figure
 
 
 def plot_decay_times(times: np.ndarray, tokens: int) -> Figure:
@@ -70,8 +19,8 @@ def plot_decay_times(times: np.ndarray, tokens: int) -> Figure:
         tokens: how many tokens they were measured on.
     """
     layers, heads = times.shape
-    with matplotlib.rc_context(_STYLE | {"axes.grid": False}):
-        figure, (axes,) = _new(height=1.4 + 0.42 * max(layers, 4))
+    with matplotlib.rc_context(STYLE | {"axes.grid": False}):
+        figure, (axes,) = new_figure(height=1.4 + 0.42 * max(layers, 4))
         finite = times[np.isfinite(times)]
         low, high = (finite.min(), finite.max()) if finite.size else (1.0, 10.0)
         high = max(high, 1.01 * low)
@@ -98,10 +47,10 @@ def plot_skipped(log_eps: Sequence[float], shares: Mapping[str, np.ndarray], len
         shares: by rule, ``[len(log_eps), L, H]`` shares in ``[0, 1]``.
         length: tokens per sequence.
     """
-    with matplotlib.rc_context(_STYLE):
-        figure, (axes,) = _new()
+    with matplotlib.rc_context(STYLE):
+        figure, (axes,) = new_figure()
         for rule, values in shares.items():
-            color, marker, below = _RULE_STYLES[rule]
+            color, marker, below = RULE_STYLES[rule]
             mean = 100 * values.mean((1, 2))
             axes.plot(log_eps, mean, color=color, marker=marker, label=f"rule {rule}")
             for x, y in zip(log_eps, mean, strict=True):
@@ -124,8 +73,8 @@ def plot_attention_maps(maps: Sequence[tuple[str, np.ndarray, np.ndarray]], rule
         rule: the rule that gave the first kept keys.
         log_eps: natural log of its ``eps``.
     """
-    with matplotlib.rc_context(_STYLE | {"axes.grid": False}):
-        figure, all_axes = _new(rows=len(maps), height=4.2 * len(maps))
+    with matplotlib.rc_context(STYLE | {"axes.grid": False}):
+        figure, all_axes = new_figure(rows=len(maps), height=4.2 * len(maps))
         faintest = 1e-6
         norm = LogNorm(faintest, 1.0)
         for axes, (title, weights, first) in zip(all_axes, maps, strict=True):

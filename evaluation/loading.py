@@ -1,0 +1,102 @@
+"""Load a model to be evaluated, of any kind that transformers knows, and set how a FoX prunes."""
+
+import math
+from typing import Any
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from foxlm.modeling.configuration_fox import FoxConfig
+
+DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+
+
+def load_model(
+    source: str,
+    *,
+    device: str = "auto",
+    dtype: str = "auto",
+    eps: float | str = "model",
+    rule: str = "model",
+) -> PreTrainedModel:
+    """A causal language model, ready for inference.
+
+    Args:
+        source: folder, or name on the Hugging Face Hub.
+        device: ``auto`` (a GPU if there is one), ``cpu`` or ``cuda``, with an index if wanted.
+        dtype: ``auto`` (as the weights were saved), or one of `DTYPES`.
+        eps: attention weight that pruning may leave out of each row; ``0`` prunes nothing, ``model`` is as the model's
+            own configuration says.
+        rule: ``paper`` or ``tight``, how that is proven; ``model`` as above.
+
+    Raises:
+        ValueError: an argument is none of these, or ``eps`` or ``rule`` is given for a model without forget gates.
+        OSError: ``source`` cannot be read.
+    """
+    device = resolve_device(device)
+    if dtype != "auto" and dtype not in DTYPES:
+        raise ValueError(f"dtype must be auto or one of {', '.join(DTYPES)}, got {dtype!r}")
+    config = AutoConfig.from_pretrained(source)
+    changes = pruning_changes(eps, rule)
+    if changes and not isinstance(config, FoxConfig):
+        raise ValueError(f"eps and rule are of FoX models, got them with a {config.model_type} model ({source})")
+    for name, value in changes.items():
+        setattr(config, name, value)
+    if isinstance(config, FoxConfig):
+        config.validate()
+    kind = dtype if dtype == "auto" else DTYPES[dtype]
+    return AutoModelForCausalLM.from_pretrained(source, config=config, dtype=kind).to(device).eval()
+
+
+def load_tokenizer(source: str) -> PreTrainedTokenizerBase:
+    """The tokenizer in a model's folder.
+
+    Raises:
+        OSError, ValueError: there is none.
+    """
+    return AutoTokenizer.from_pretrained(source)
+
+
+def resolve_device(device: str) -> str:
+    """``device`` with ``auto`` replaced.
+
+    Raises:
+        ValueError: it is unknown, or ``cuda`` where torch sees no GPU.
+    """
+    if device == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    if device == "cpu":
+        return device
+    if device != "cuda" and not (device.startswith("cuda:") and device[5:].isdecimal()):
+        raise ValueError(f"device must be auto, cpu, cuda or cuda:N, got {device!r}")
+    index = int(device[5:] or 0) if ":" in device else 0
+    if index >= torch.cuda.device_count():
+        raise ValueError(f"device is {device}, but torch sees {torch.cuda.device_count()} CUDA GPUs")
+    return device
+
+
+def pruning_changes(eps: float | str, rule: str) -> dict[str, Any]:
+    """Fields of `FoxConfig` that ``eps`` and ``rule`` of `load_model` change."""
+    changes: dict[str, Any] = {}
+    if eps != "model":
+        try:
+            value = float(eps)
+        except ValueError:
+            value = math.nan
+        if not 0 <= value < 1:
+            raise ValueError(f"eps must be 0 (nothing is pruned), a number below 1, or model, got {eps!r}")
+        changes["acp_eps"] = value or None
+    if rule != "model":
+        if rule not in ("paper", "tight"):
+            raise ValueError(f"rule must be paper, tight or model, got {rule!r}")
+        changes["acp_rule"] = rule
+    return changes
+
+
+def pruning_of(model: PreTrainedModel) -> dict[str, Any]:
+    """``eps`` and ``rule`` that a model prunes by, for the record; both None if it does not prune."""
+    config = model.config
+    eps = getattr(config, "acp_eps", None)
+    if eps is None or config.forget_gate == "none":
+        return {"eps": None, "rule": None}
+    return {"eps": eps, "rule": config.acp_rule}

@@ -1,0 +1,104 @@
+"""Real text as tokens: documents of a file, one at a time, and rows of a wanted length made of them."""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+from transformers import PreTrainedTokenizerBase
+
+
+def documents(path: Path, tokenizer: PreTrainedTokenizerBase | None) -> Iterator[np.ndarray]:
+    """Tokens of each document of a file, ``[N]`` int64, read one at a time.
+
+    Args:
+        path: ``.npy`` with token numbers (``[N]``, one document, or ``[rows, length]``, one each; read as they are
+            needed); ``.jsonl`` with a field ``text`` in each line, a document each; any other file is UTF-8 text, one
+            document. A folder holds such files, taken in the order of their names.
+        tokenizer: of the model. Not needed for ``.npy``.
+
+    Raises:
+        ValueError: a file holds something else; the message names it.
+        OSError: it cannot be read.
+    """
+    if path.is_dir():
+        files = sorted(one for one in path.iterdir() if one.is_file() and not one.name.startswith("."))
+        if not files:
+            raise ValueError(f"{path} holds no files")
+        for file in files:
+            yield from documents(file, tokenizer)
+    elif path.suffix == ".npy":
+        tokens = np.load(path, mmap_mode="r", allow_pickle=False)
+        if tokens.ndim not in (1, 2) or tokens.dtype.kind not in "iu":
+            raise ValueError(f"{path} must hold whole numbers [N] or [rows, length], got {tokens.dtype} {tokens.shape}")
+        for row in np.atleast_2d(tokens):
+            yield np.asarray(row, dtype=np.int64)
+    elif tokenizer is None:
+        raise ValueError(f"{path} is text, which needs a model with a tokenizer; without one give .npy tokens")
+    else:
+        for text in _texts(path):
+            # Longer than the model was trained at is what is wanted here, and no reason for a warning.
+            yield np.asarray(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"], dtype=np.int64)
+
+
+def _texts(path: Path) -> Iterator[str]:
+    try:
+        if path.suffix != ".jsonl":
+            yield path.read_text(encoding="utf-8")
+            return
+        with path.open(encoding="utf-8") as lines:
+            for number, line in enumerate(lines, 1):
+                if line.strip():
+                    yield _text_of(line, f"{path}, line {number}")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not UTF-8 text: {error}") from None
+
+
+def _text_of(line: str, where: str) -> str:
+    try:
+        found = json.loads(line)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{where}: not JSON: {error}") from None
+    text = found.get("text") if isinstance(found, dict) else None
+    if not isinstance(text, str):
+        raise ValueError(f'{where}: must be an object with a string "text"')
+    return text
+
+
+def rows(
+    path: Path, tokenizer: PreTrainedTokenizerBase | None, length: int, count: int, join: bool = False
+) -> Iterator[np.ndarray]:
+    """Up to ``count`` rows of ``length`` consecutive tokens, ``[length]`` int64.
+
+    A row lies within one document, so that what is far back really precedes it; a long document gives several.
+
+    Args:
+        path, tokenizer: as of `documents`.
+        length: tokens of a row, at least 2.
+        count: rows, at least 1.
+        join: put documents that are too short after each other, with the end-of-text token between them if the
+            tokenizer has one. Without it they are left out.
+
+    Raises:
+        ValueError: not one row is long enough; the message has the longest there is.
+    """
+    if length < 2 or count < 1:
+        raise ValueError(f"length must be at least 2 and count at least 1, got {length} and {count}")
+    end = getattr(tokenizer, "eos_token_id", None)
+    separator = np.array([] if end is None else [end], dtype=np.int64)
+    waiting = np.array([], dtype=np.int64)
+    found = longest = 0
+    for document in documents(path, tokenizer):
+        if join:
+            document = np.concatenate([waiting, document, separator])
+        longest = max(longest, len(document))
+        for start in range(0, len(document) - length + 1, length):
+            yield document[start : start + length]
+            found += 1
+            if found == count:
+                return
+        if join:
+            waiting = document[len(document) // length * length :]
+    if not found:
+        hint = "" if join else "; joining documents may give longer rows"
+        raise ValueError(f"{path} has no {length} tokens in a row, at most {longest}{hint}")
