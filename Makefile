@@ -4,7 +4,7 @@ WORKERS ?= 2
 SHELL := bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test test-gpu sanitize lint typecheck format clean
+.PHONY: help venv demo docs test test-gpu sanitize lint typecheck format clean
 
 bin := .venv/bin
 stamp := .venv/.installed
@@ -29,6 +29,9 @@ $(stamp): requirements.txt setup.cfg
 
 demo: $(stamp)  ## Train, save, reload and evaluate a small model
 	$(bin)/foxlm demo
+
+docs: $(stamp)  ## Write docs/api.md anew, from the docstrings
+	$(bin)/python docs/make_api.py
 
 test: $(stamp)  ## Run the tests on the CPU (WORKERS=2)
 	$(bin)/python -m pytest -m "not gpu" -n $(WORKERS) --dist worksteal
