@@ -50,7 +50,7 @@ def record_attention(model: nn.Module) -> Iterator[list[AttentionInputs]]:
 
     Example:
         >>> with torch.no_grad(), record_attention(model) as layers:
-        ...     model(input_ids, use_cache=False)
+        ...     output = model(input_ids, use_cache=False)
         >>> times = decay_times(layers[0].log_f)
     """
     attentions = [module for module in model.modules() if isinstance(module, FoxAttention)]
