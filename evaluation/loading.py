@@ -141,5 +141,6 @@ def position_limit(model: PreTrainedModel) -> int | None:
         learned = name.rsplit(".", 1)[-1] in ("wpe", "embed_positions", "position_embeddings")
         if learned and isinstance(module, torch.nn.Embedding):
             # Some tables begin with rows that stand for no position.
-            return min(module.num_embeddings, getattr(model.config, "max_position_embeddings", math.inf))
+            longest = getattr(model.config, "max_position_embeddings", None)
+            return min(module.num_embeddings, longest or module.num_embeddings)
     return None

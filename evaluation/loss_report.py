@@ -28,7 +28,7 @@ from .loading import (
 )
 from .loss_by_position import bootstrap_means, row_losses
 from .provenance import provenance
-from .results import fingerprint, read_json, require_same, write_json
+from .results import fingerprint, read_json, require_folder, require_same, write_json
 from .text import rows
 
 if TYPE_CHECKING:
@@ -70,6 +70,7 @@ def measure_losses(options: LossOptions) -> dict[str, Any]:
             settings.
         OSError: a model or the text cannot be read.
     """
+    require_folder(options.out)
     names = model_names(options.models, options.names)
     edges = bin_edges(options.edges, options.length)
     pruning_changes(options.eps, options.rule)
@@ -152,7 +153,7 @@ def _note_first_not_finite(model: dict[str, Any], row: int, losses: np.ndarray) 
         tqdm.write(f"{message}; its bins with such losses are left out", file=sys.stderr)
 
 
-def _open_losses(model: dict[str, Any], options: LossOptions, shape: tuple[int, int]) -> np.ndarray:
+def _open_losses(model: dict[str, Any], options: LossOptions, shape: tuple[int, int]) -> np.memmap:
     """``[rows, length - 1]`` float32 in a file, to be filled; measuring begins anew where rows are not in it."""
     options.out.mkdir(parents=True, exist_ok=True)
     path = options.out / f"losses-{re.sub(r'[^A-Za-z0-9._-]+', '_', model['name'])}.npy"

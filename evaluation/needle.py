@@ -20,7 +20,7 @@ from .loading import load_model, load_tokenizer, model_name, position_limit, pru
 from .loss_by_position import new_cache
 from .needle_prompts import MODES, STARTS, Prompt, PromptMaker, draw_needle, haystack_tokens
 from .provenance import provenance
-from .results import fingerprint, read_json, require_same, write_json
+from .results import fingerprint, read_json, require_folder, require_same, write_json
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -65,6 +65,7 @@ def measure_needle(options: NeedleOptions) -> dict[str, Any]:
         OSError: the model or the text cannot be read.
     """
     _check(options)
+    require_folder(options.out)
     trained = options.trained_length or trained_length(options.model)
     tokenizer = load_tokenizer(options.model)
     lengths = list(options.lengths) or [int(share * (trained or 8192)) for share in _DEFAULT_LENGTHS]
@@ -114,7 +115,7 @@ def _measure(
         for length, depth in missing:
             start = time.perf_counter()
             samples = _measure_cell(model, tokenizer, maker, options, length - room, depth, room, bar)
-            cell = {"length": length, "depth": depth, **_means(samples)}
+            cell: dict[str, Any] = {"length": length, "depth": depth, **_means(samples)}
             cell |= {"seconds": round(time.perf_counter() - start, 2), "samples": samples}
             report["cells"] = sorted([*report["cells"], cell], key=lambda x: (x["length"], x["depth"]))
             write_json(options.out / "needle.json", report)

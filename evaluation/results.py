@@ -24,6 +24,16 @@ def write_json(path: Path, content: Any) -> None:
     partial.replace(path)
 
 
+def require_folder(out: Path) -> None:
+    """Refuse a file where a folder of results is to be, before anything is measured.
+
+    Raises:
+        ValueError: ``out`` is a file.
+    """
+    if out.exists() and not out.is_dir():
+        raise ValueError(f"--out must be a folder, got the file {out}")
+
+
 def read_json(path: Path, kind: str, fields: Sequence[str]) -> dict[str, Any]:
     """Results that `write_json` wrote, with ``"kind": kind`` and ``fields`` in them.
 

@@ -35,7 +35,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def options(folder: Path, out: Path, *names: str, **fields: Any) -> LossOptions:
     models = [str(folder / name) for name in names]
-    return LossOptions(**({"models": models, "text": folder / "counted.npy", "length": 128, "out": out} | fields))
+    usual: dict[str, Any] = {"models": models, "text": folder / "counted.npy", "length": 128, "out": out}
+    return LossOptions(**(usual | fields))
 
 
 @pytest.mark.parametrize("chunk", [0, 50])
@@ -146,7 +147,7 @@ def test_different_tokenizers_are_refused(folder: Path, tmp_path: Path) -> None:
     tokens["a"], tokens["b"] = tokens["b"], tokens["a"]
     (tmp_path / "fast" / "tokenizer.json").write_text(json.dumps(tokenizer))
     models = [str(folder / "slow"), str(tmp_path / "fast")]
-    with pytest.raises(ValueError, match="must have the same tokenizer, .* slow and fast make"):
+    with pytest.raises(ValueError, match=r"must have the same tokenizer, .* slow and fast make"):
         measure_losses(options(folder, tmp_path / "out", models=models, text=folder / "text.txt"))
     assert not (tmp_path / "out").exists()
     # Token numbers are what they are.
@@ -232,3 +233,10 @@ def test_what_is_refused_in_one_line(folder: Path, tmp_path: Path, arguments: li
     assert result.exit_code == 1, result.output
     assert result.stderr.startswith("error: ") and message in result.stderr
     assert not (tmp_path / "out" / "loss.json").exists()
+
+
+def test_a_file_in_place_of_the_folder_is_refused(folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("mine")
+    result = invoke(folder / "slow", "--text", folder / "text.txt", "--length", 64, "--out", tmp_path / "file")
+    assert result.exit_code == 1 and "--out must be a folder, got the file" in result.stderr
+    assert (tmp_path / "file").read_text() == "mine"

@@ -39,7 +39,8 @@ def recalling(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 def options(model: str, out: Path, **fields: Any) -> NeedleOptions:
-    return NeedleOptions(**({"model": model, "out": out, "lengths": LENGTHS, "depths": DEPTHS, "samples": 2} | fields))
+    usual: dict[str, Any] = {"model": model, "out": out, "lengths": LENGTHS, "depths": DEPTHS, "samples": 2}
+    return NeedleOptions(**(usual | fields))
 
 
 def found(report: dict) -> dict:
@@ -84,10 +85,10 @@ def test_a_model_that_sees_600_tokens_finds_needles_that_near(tmp_path: Path, sc
 def test_a_model_of_random_weights_finds_none(tmp_path: Path) -> None:
     tiny_byte_model(max_position_embeddings=1024).save_pretrained(tmp_path / "random")
     byte_tokenizer().save_pretrained(tmp_path / "random")
-    fields: dict[str, Any] = {"lengths": (700,), "depths": (0.5,), "samples": 2, "answer_tokens": 4}
-    for name, chunk in (("whole", 0), ("parts", 100)):
+    fields: dict[str, Any] = {"lengths": (480,), "depths": (0.5,), "samples": 2, "answer_tokens": 3, "mode": "standard"}
+    for name, chunk in (("whole", 0), ("parts", 300)):
         report = measure_needle(options(str(tmp_path / "random"), tmp_path / name, chunk=chunk, **fields))
-        assert found(report) == {(700, 0.5): 0.0}
+        assert found(report) == {(480, 0.5): 0.0}
         assert all(sample["recall"] == 0 and sample["loss"] > 3 for sample in report["cells"][0]["samples"])
 
 
@@ -182,7 +183,7 @@ def test_what_is_written_is_what_generate_writes(tmp_path: Path) -> None:
 def test_an_interrupted_run_goes_on_with_the_next_cell(
     recalling: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    asked = []
+    asked: list[int | str] = []
     ask = module.ask
 
     def counted(model, tokenizer, prompts, *args):
@@ -268,3 +269,10 @@ def test_numbers() -> None:
     for bad in ("", "1,", "1.5"):
         with pytest.raises(ValueError, match="x must be numbers"):
             parse_numbers("x", bad, int)
+
+
+def test_a_file_in_place_of_the_folder_is_refused(recalling: str, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("mine")
+    result = invoke(recalling, "--out", tmp_path / "file")
+    assert result.exit_code == 1 and "--out must be a folder, got the file" in result.stderr
+    assert (tmp_path / "file").read_text() == "mine"
