@@ -1,10 +1,12 @@
 """Load a model to be evaluated, of any kind that transformers knows, and set how a FoX prunes."""
 
 import math
+from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.configuration_utils import PreTrainedConfig
 
 from foxlm.modeling.configuration_fox import FoxConfig
 
@@ -36,7 +38,7 @@ def load_model(
     device = resolve_device(device)
     if dtype != "auto" and dtype not in DTYPES:
         raise ValueError(f"dtype must be auto or one of {', '.join(DTYPES)}, got {dtype!r}")
-    config = AutoConfig.from_pretrained(source)
+    config = read_config(source)
     changes = pruning_changes(eps, rule)
     if changes and not isinstance(config, FoxConfig):
         raise ValueError(f"eps and rule are of FoX models, got them with a {config.model_type} model ({source})")
@@ -48,13 +50,30 @@ def load_model(
     return AutoModelForCausalLM.from_pretrained(source, config=config, dtype=kind).to(device).eval()
 
 
+def read_config(source: str) -> PreTrainedConfig:
+    """The configuration of a model.
+
+    Raises:
+        OSError, ValueError: there is none, or of no kind that transformers knows.
+    """
+    try:
+        return AutoConfig.from_pretrained(source)
+    except OSError as error:
+        reason = str(error).splitlines()[0]
+        raise OSError(f"{source} is no model's folder, and on the Hugging Face Hub none is found: {reason}") from None
+
+
 def load_tokenizer(source: str) -> PreTrainedTokenizerBase:
     """The tokenizer in a model's folder.
 
     Raises:
-        OSError, ValueError: there is none.
+        ValueError: there is none.
     """
-    return AutoTokenizer.from_pretrained(source)
+    try:
+        return AutoTokenizer.from_pretrained(source)
+    except (OSError, ValueError) as error:
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"{source} has no tokenizer that can be loaded: {reason}") from None
 
 
 def resolve_device(device: str) -> str:
@@ -100,3 +119,28 @@ def pruning_of(model: PreTrainedModel) -> dict[str, Any]:
     if eps is None or config.forget_gate == "none":
         return {"eps": None, "rule": None}
     return {"eps": eps, "rule": config.acp_rule}
+
+
+def model_name(source: str) -> str:
+    """What to call a model in tables: the name of its folder, with the one above where that says too little."""
+    folder = Path(source)
+    if not folder.is_dir():
+        return source
+    *_, above, last = ("", *folder.resolve().parts)
+    return f"{above}/{last}" if last == "model" or last.startswith("checkpoint-") else last
+
+
+def trained_length(source: str) -> int | None:
+    """``max_position_embeddings`` of a model's configuration, if it has one."""
+    return getattr(read_config(source), "max_position_embeddings", None)
+
+
+def position_limit(model: PreTrainedModel) -> int | None:
+    """How many tokens a model that learned an embedding of each position can take in; None for all others."""
+    for name, module in model.named_modules():
+        learned = name.rsplit(".", 1)[-1] in ("wpe", "embed_positions", "position_embeddings")
+        if learned and isinstance(module, torch.nn.Embedding):
+            # Some tables begin with rows that stand for no position.
+            longest = getattr(model.config, "max_position_embeddings", None)
+            return min(module.num_embeddings, longest or module.num_embeddings)
+    return None

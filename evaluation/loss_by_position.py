@@ -1,36 +1,122 @@
 """Loss of a language model by the position of the token that is predicted: how much a longer context helps it."""
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from foxlm.modeling.paged_cache_fox import FoxPagedCache
+
 _LOGITS_AT_ONCE = 4096
 
 
-@torch.no_grad()
-def loss_by_position(model: PreTrainedModel, rows: Tensor) -> Tensor:
+def loss_by_position(model: PreTrainedModel, rows: Tensor, chunk: int = 0) -> Tensor:
     """Negative log-likelihood of each token given all before it in its row, in nats.
-
-    One row is in memory at a time, in one pass, and the logits of some of its tokens.
 
     Args:
         model: a causal language model.
         rows: ``[N, T]`` int64 tokens, without padding.
+        chunk: as of `row_losses`.
 
     Returns:
         ``[N, T - 1]`` float32 on the CPU; entry ``t`` is of token ``t + 1``.
     """
+    return torch.stack(list(row_losses(model, rows, chunk)))
+
+
+def row_losses(model: PreTrainedModel, rows: Iterable[Tensor], chunk: int = 0) -> Iterator[Tensor]:
+    """`loss_by_position`, a row at a time: one row is in memory, and the logits of some of its tokens.
+
+    Args:
+        model: a causal language model.
+        rows: ``[T]`` int64 tokens each, T at least 2, without padding.
+        chunk: tokens that the model takes in at once, the earlier ones in a cache: one that frees what is forgotten
+            if the configuration says so (``free_dead_cache``). 0 is a row in one pass without a cache, which for most
+            models takes less memory: keys and values of all layers are larger than what one layer computes.
+
+    Yields:
+        ``[T - 1]`` float32 on the CPU.
+
+    Raises:
+        ValueError: ``chunk`` is negative, or a token is none of the model's.
+    """
+    if chunk < 0:
+        raise ValueError(f"chunk must be 0 (a row in one pass) or a number of tokens, got {chunk}")
+    vocabulary = model.get_input_embeddings().num_embeddings
+    for index, row in enumerate(rows):
+        if row.min() < 0 or row.max() >= vocabulary:
+            raise ValueError(
+                f"rows must hold tokens in [0, {vocabulary}), as the model has them, "
+                f"got {row.min().item()} to {row.max().item()}"
+            )
+        if index == 0 and not chunk and not _logits_are_the_heads(model, row):
+            # Scaled or capped behind the head: only the model itself knows.
+            chunk = _LOGITS_AT_ONCE
+        yield _chunked(model, row, chunk) if chunk else _in_one_pass(model, row)
+
+
+@torch.no_grad()
+def _in_one_pass(model: PreTrainedModel, row: Tensor) -> Tensor:
+    row = row.to(model.device)
     head = model.get_output_embeddings()
-    losses = []
-    for row in rows.to(model.device):
-        states = model.base_model(input_ids=row[None], use_cache=False).last_hidden_state[0, :-1]
-        parts = zip(states.split(_LOGITS_AT_ONCE), row[1:].split(_LOGITS_AT_ONCE), strict=True)
-        loss = [nn.functional.cross_entropy(head(state).float(), target, reduction="none") for state, target in parts]
-        losses.append(torch.cat(loss).cpu())
-    return torch.stack(losses)
+    states = model.base_model(input_ids=row[None], use_cache=False).last_hidden_state[0, :-1]
+    parts = zip(states.split(_LOGITS_AT_ONCE), row[1:].split(_LOGITS_AT_ONCE), strict=True)
+    return torch.cat([_cross_entropy(head(state), target) for state, target in parts]).cpu()
+
+
+@torch.no_grad()
+def _chunked(model: PreTrainedModel, row: Tensor, chunk: int) -> Tensor:
+    row = row.to(model.device)
+    cache, losses = new_cache(model, len(row)), []
+    # The last token predicts nothing.
+    for part, target in zip(row[:-1].split(chunk), row[1:].split(chunk), strict=True):
+        out = model(input_ids=part[None], past_key_values=cache, use_cache=True)
+        cache = out.past_key_values
+        pairs = zip(out.logits[0].split(_LOGITS_AT_ONCE), target.split(_LOGITS_AT_ONCE), strict=True)
+        losses += [_cross_entropy(*pair).cpu() for pair in pairs]
+    return torch.cat(losses)
+
+
+def new_cache(model: PreTrainedModel, length: int) -> Any:
+    """A cache for ``length`` tokens of the kind that `generate` would take; None where the model makes its own."""
+    if getattr(model.config, "free_dead_cache", False):
+        return FoxPagedCache(model.config, max_cache_len=length)
+    return None
+
+
+def _cross_entropy(logits: Tensor, target: Tensor) -> Tensor:
+    return nn.functional.cross_entropy(logits.float(), target, reduction="none")
+
+
+@torch.no_grad()
+def _logits_are_the_heads(model: PreTrainedModel, row: Tensor) -> bool:
+    few = row[None, :8].to(model.device)
+    states = model.base_model(input_ids=few, use_cache=False).last_hidden_state
+    expected = model(input_ids=few, use_cache=False).logits
+    # The same operations on the same numbers: a unit in the last place at most.
+    near = max(torch.finfo(expected.dtype).eps, 1e-5)
+    return torch.allclose(model.get_output_embeddings()(states), expected, rtol=near, atol=near, equal_nan=True)
+
+
+def bootstrap_means(values: Tensor, seed: int = 0, samples: int = 1000) -> tuple[list[float], list[float], list[float]]:
+    """Means over rows with the 95% interval of a bootstrap over rows.
+
+    Args:
+        values: ``[N, M]`` of N rows; the same rows are drawn for each of the M columns.
+        seed: of the bootstrap.
+        samples: its size.
+
+    Returns:
+        Means, lower and upper ends, M of each. With one row the ends are the mean.
+    """
+    values = values.double()
+    drawn = torch.randint(len(values), (samples, len(values)), generator=torch.Generator().manual_seed(seed))
+    ends = torch.tensor([0.025, 0.975], dtype=torch.float64)
+    low_high = [column[drawn].mean(1).quantile(ends).tolist() for column in values.unbind(1)]
+    return values.mean(0).tolist(), [low for low, _ in low_high], [high for _, high in low_high]
 
 
 def by_interval(losses: Tensor, edges: Sequence[int], seed: int = 0, samples: int = 1000) -> list[dict[str, float]]:
@@ -45,11 +131,9 @@ def by_interval(losses: Tensor, edges: Sequence[int], seed: int = 0, samples: in
     Returns:
         ``start``, ``end``, ``mean``, ``low`` and ``high`` of each.
     """
-    generator = torch.Generator().manual_seed(seed)
-    drawn = torch.randint(len(losses), (samples, len(losses)), generator=generator)
-    found = []
-    for start, end in itertools.pairwise(edges):
-        means = losses[:, start:end].double().mean(1)
-        low, high = means[drawn].mean(1).quantile(torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
-        found.append({"start": start, "end": end, "mean": means.mean().item(), "low": low, "high": high})
-    return found
+    pairs = list(itertools.pairwise(edges))
+    means = torch.stack([losses[:, start:end].double().mean(1) for start, end in pairs], dim=1)
+    found = zip(pairs, *bootstrap_means(means, seed, samples), strict=True)
+    return [
+        {"start": start, "end": end, "mean": mean, "low": low, "high": high} for (start, end), mean, low, high in found
+    ]

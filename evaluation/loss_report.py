@@ -1,0 +1,339 @@
+"""Loss by position of one or several models on the same text: measured into a folder, row by row, and drawn."""
+
+import hashlib
+import itertools
+import re
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from tqdm import tqdm
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from .loading import (
+    DTYPES,
+    load_model,
+    load_tokenizer,
+    model_name,
+    position_limit,
+    pruning_changes,
+    pruning_of,
+    resolve_device,
+    trained_length,
+)
+from .loss_by_position import bootstrap_means, row_losses
+from .provenance import provenance
+from .results import fingerprint, read_json, require_folder, require_same, write_json
+from .text import rows
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+_SAVE_EVERY_SECONDS = 10.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class LossOptions:
+    """What to measure; the command's options of the same names say more."""
+
+    models: Sequence[str]
+    text: Path
+    length: int
+    out: Path
+    names: Sequence[str] = ()
+    rows: int = 16
+    join: bool = False
+    edges: str = "log"
+    chunk: int = 0
+    trained_length: int | None = None
+    save_losses: bool = False
+    device: str = "auto"
+    dtype: str = "auto"
+    eps: str = "model"
+    rule: str = "model"
+    overwrite: bool = False
+
+
+def measure_losses(options: LossOptions) -> dict[str, Any]:
+    """Measure what ``out/loss.json`` does not hold yet, and write it there, also when it is interrupted.
+
+    Returns:
+        What the file holds; `summarize` has the numbers to show.
+
+    Raises:
+        ValueError: an option is not accepted, the models' tokenizers differ, or the folder holds results of other
+            settings.
+        OSError: a model or the text cannot be read.
+    """
+    require_folder(options.out)
+    names = model_names(options.models, options.names)
+    edges = bin_edges(options.edges, options.length)
+    pruning_changes(options.eps, options.rule)
+    resolve_device(options.device)
+    if options.trained_length is not None and options.trained_length < 1:
+        raise ValueError(f"trained_length must be at least 1, got {options.trained_length}")
+    if options.chunk < 0 or options.rows < 1:
+        raise ValueError(f"chunk must be at least 0 and rows at least 1, got {options.chunk} and {options.rows}")
+    if options.dtype != "auto" and options.dtype not in DTYPES:
+        raise ValueError(f"dtype must be auto or one of {', '.join(DTYPES)}, got {options.dtype!r}")
+    lengths = [options.trained_length or trained_length(source) for source in options.models]
+    digest, count = _same_rows(options, names)
+    settings = {"length": options.length, "rows": count, "tokens": digest, "edges": edges}
+    path = options.out / "loss.json"
+    report: dict[str, Any] = {"kind": "loss", "settings": settings, "text": str(options.text), "models": []}
+    if path.exists() and not options.overwrite:
+        report = read_losses(path)
+        require_same(report["settings"], settings, str(path))
+    report["rows_wanted"] = options.rows
+    measured = {model["name"]: model for model in report["models"]}
+    own = {name: _model_settings(source, options) for name, source in zip(names, options.models, strict=True)}
+    for name in names:
+        if name in measured:
+            require_same(measured[name]["settings"], own[name], f"{path}, model {name},")
+    for name, longest in zip(names, lengths, strict=True):
+        model = measured.setdefault(name, {"name": name, "settings": own[name], "row_means": [], "not_finite": None})
+        model["trained_length"] = longest
+        # Those of the command line first, in its order; earlier ones stay.
+        report["models"] = [measured[x] for x in names if x in measured] + [
+            other for other in measured.values() if other["name"] not in names
+        ]
+        if len(model["row_means"]) < count:
+            _measure(model, options, settings, lambda: write_json(path, report))
+    write_json(path, report)
+    return report
+
+
+def _measure(model: dict[str, Any], options: LossOptions, settings: dict[str, Any], save) -> None:
+    """Measure the rows that ``model`` lacks."""
+    source, length, count, edges = model["settings"]["source"], options.length, settings["rows"], settings["edges"]
+    loaded = load_model(source, device=options.device, dtype=options.dtype, eps=options.eps, rule=options.rule)
+    _require_room(loaded, length, source)
+    model |= {"pruning": pruning_of(loaded), "dtype": str(loaded.dtype).removeprefix("torch.")}
+    model["provenance"] = provenance(str(loaded.device), 0)
+    losses = _open_losses(model, options, (count, length - 1)) if options.save_losses else None
+    done = len(model["row_means"])
+    text = rows(options.text, _tokenizer(options, source), length, count, options.join)
+    tokens = (torch.from_numpy(row) for row in itertools.islice(text, done, count))
+    saved = time.monotonic()
+    try:
+        # Rows can be long: the bar counts tokens.
+        with tqdm(desc=model["name"], total=count * length, initial=done * length, unit="tok", unit_scale=True) as bar:
+            for index, row in enumerate(row_losses(loaded, tokens, options.chunk), done):
+                found = row.numpy()
+                if losses is not None:
+                    losses[index] = found
+                _note_first_not_finite(model, index, found)
+                model["row_means"].append(_bin_means(found, edges))
+                bar.update(length)
+                if time.monotonic() - saved > _SAVE_EVERY_SECONDS:
+                    save()
+                    saved = time.monotonic()
+    finally:
+        if losses is not None:
+            losses.flush()
+        save()
+
+
+def _bin_means(losses: np.ndarray, edges: Sequence[int]) -> list[float | None]:
+    # Entry t is of the token with t + 1 before it, and edges count those.
+    means = [losses[start - 1 : end - 1].mean(dtype=np.float64) for start, end in itertools.pairwise(edges)]
+    return [float(mean) if np.isfinite(mean) else None for mean in means]
+
+
+def _note_first_not_finite(model: dict[str, Any], row: int, losses: np.ndarray) -> None:
+    bad = np.flatnonzero(~np.isfinite(losses))
+    if len(bad) and model["not_finite"] is None:
+        model["not_finite"] = {"row": row, "position": int(bad[0]) + 1, "loss": str(losses[bad[0]])}
+        message = f"warning: the loss of {model['name']} is {losses[bad[0]]} in row {row} at position {bad[0] + 1}"
+        tqdm.write(f"{message}; its bins with such losses are left out", file=sys.stderr)
+
+
+def _open_losses(model: dict[str, Any], options: LossOptions, shape: tuple[int, int]) -> np.memmap:
+    """``[rows, length - 1]`` float32 in a file, to be filled; measuring begins anew where rows are not in it."""
+    options.out.mkdir(parents=True, exist_ok=True)
+    path = options.out / f"losses-{re.sub(r'[^A-Za-z0-9._-]+', '_', model['name'])}.npy"
+    if model["row_means"] and model.get("losses") == path.name and path.exists():
+        return np.lib.format.open_memmap(path, mode="r+")
+    model |= {"row_means": [], "not_finite": None, "losses": path.name}
+    return np.lib.format.open_memmap(path, mode="w+", dtype=np.float32, shape=shape)
+
+
+def read_losses(path: Path) -> dict[str, Any]:
+    """What `measure_losses` wrote.
+
+    Raises:
+        ValueError, OSError: there is no such file, or it holds something else.
+    """
+    return read_json(path, "loss", ("settings", "text", "rows_wanted", "models"))
+
+
+def summarize(report: dict[str, Any]) -> list[dict[str, Any]]:
+    """Of each model its mean losses by bin with 95% intervals, and the paired difference to the first model.
+
+    Returns:
+        For each ``name``, ``trained_length``, ``not_finite`` and ``rows``; ``loss`` and, but for the first,
+        ``difference``, each with ``mean``, ``low`` and ``high`` of every bin, None where a loss was not finite (and
+        ``low`` and ``high`` with a single row).
+    """
+    found: list[dict[str, Any]] = []
+    first = None
+    for model in report["models"]:
+        means = torch.tensor(
+            [[float("nan") if x is None else x for x in row] for row in model["row_means"]], dtype=torch.float64
+        )
+        if not len(means):
+            continue
+        one = {name: model[name] for name in ("name", "trained_length", "not_finite")}
+        one |= {"rows": len(means), "loss": _interval(means)}
+        if first is not None:
+            shared = min(len(first), len(means))
+            one["difference"] = _interval(means[:shared] - first[:shared])
+        first = means if first is None else first
+        found.append(one)
+    return found
+
+
+def _interval(means: torch.Tensor) -> dict[str, list[float | None]]:
+    ends = bootstrap_means(means)
+    found = {
+        name: [x if np.isfinite(x) else None for x in values]
+        for name, values in zip(("mean", "low", "high"), ends, strict=True)
+    }
+    if len(means) < 2:
+        found |= {name: [None] * means.shape[1] for name in ("low", "high")}
+    return found
+
+
+def loss_table(report: dict[str, Any]) -> str:
+    """The losses of `summarize` as text, a line for each bin."""
+    models, edges = summarize(report), report["settings"]["edges"]
+    lines = [f"{'tokens before':>19}" + "".join(f"  {model['name'][-24:]:>24}" for model in models)]
+    for index, (start, end) in enumerate(itertools.pairwise(edges)):
+        cells = [_cell(model["loss"], index) for model in models]
+        lines.append(f"{start:>8,} to {end - 1:>7,}" + "".join(f"  {cell:>24}" for cell in cells))
+    counts = ", ".join(sorted({str(model["rows"]) for model in models}))
+    fewer = report["settings"]["rows"] < report["rows_wanted"]
+    missing = f" ({report['rows_wanted']} were wanted, {report['text']} has no more)" if fewer else ""
+    lines.append(f"mean loss in nats per token with its 95% interval over {counts} rows{missing}")
+    lines += [
+        f"{model['name']}: loss is {bad['loss']} in row {bad['row']} at position {bad['position']}, the first such"
+        for model in models
+        if (bad := model["not_finite"])
+    ]
+    return "\n".join(lines)
+
+
+def _cell(interval: dict[str, list[float | None]], index: int) -> str:
+    mean, low, high = (interval[name][index] for name in ("mean", "low", "high"))
+    if mean is None:
+        return "not finite"
+    return f"{mean:.3f}" if low is None else f"{mean:.3f} ({low:.3f} to {high:.3f})"
+
+
+def draw_losses(report: dict[str, Any]) -> "Figure":
+    """The plot of what `measure_losses` wrote. Needs matplotlib."""
+    from .plots.position import plot_loss_by_position
+
+    return plot_loss_by_position(report["settings"]["edges"], summarize(report))
+
+
+def bin_edges(spec: str, length: int) -> list[int]:
+    """Edges of bins over the number of tokens before the predicted one, from 1 to ``length``.
+
+    Args:
+        spec: ``log`` (two bins for each doubling, with edges at powers of two), a width, or edges with commas.
+        length: tokens of a row.
+
+    Raises:
+        ValueError: it is none of these, or the edges do not ascend within 1 to ``length``.
+    """
+    if length < 2:
+        raise ValueError(f"length must be at least 2, got {length}")
+    if spec == "log":
+        edges = sorted({x for power in range(length.bit_length()) for x in (2**power, 3 * 2**power // 2)})
+        edges = [x for x in edges if x < length]
+        # No sliver at the end.
+        if len(edges) > 2 and length - edges[-1] < (edges[-1] - edges[-2]) // 2:
+            edges.pop()
+        return [*edges, length]
+    try:
+        numbers = [int(part) for part in spec.split(",")]
+    except ValueError:
+        numbers = []
+    if len(numbers) == 1 and 1 <= numbers[0] < length:
+        return [1, *range(numbers[0] + 1, length, numbers[0]), length]
+    if (
+        len(numbers) < 2
+        or numbers[0] < 1
+        or numbers[-1] > length
+        or any(a >= b for a, b in itertools.pairwise(numbers))
+    ):
+        raise ValueError(
+            f"edges must be log, a width below length, or numbers ascending from at least 1 to at most length "
+            f"({length}), got {spec!r}"
+        )
+    return numbers
+
+
+def model_names(sources: Sequence[str], names: Sequence[str]) -> list[str]:
+    """``names``, or without them `model_name` of ``sources``, all different.
+
+    Raises:
+        ValueError: there are no models, not as many names as models, or two are the same.
+    """
+    if not sources:
+        raise ValueError("MODEL... must name at least one model")
+    if names and len(names) != len(sources):
+        raise ValueError(f"name must be given once for each of the {len(sources)} models, got {len(names)}")
+    found = list(names) or [model_name(source) for source in sources]
+    if len(set(found)) < len(found):
+        raise ValueError(f"models must have different names, got {', '.join(found)}; give a --name for each")
+    return found
+
+
+def _model_settings(source: str, options: LossOptions) -> dict[str, Any]:
+    return {
+        "source": source,
+        "fingerprint": fingerprint(source),
+        "dtype": options.dtype,
+        "eps": options.eps,
+        "rule": options.rule,
+    }
+
+
+def _tokenizer(options: LossOptions, source: str) -> PreTrainedTokenizerBase | None:
+    return None if options.text.suffix == ".npy" else load_tokenizer(source)
+
+
+def _same_rows(options: LossOptions, names: Sequence[str]) -> tuple[str, int]:
+    """Hash of all tokens to be measured, and the number of rows: the same for each model, or refused."""
+    found: list[tuple[str, int]] = []
+    for name, source in zip(names, options.models, strict=True):
+        hashed, count = hashlib.sha256(), 0
+        for row in _all_rows(options, source):
+            hashed.update(row.tobytes())
+            count += 1
+        found.append((hashed.hexdigest()[:16], count))
+        if found[-1] != found[0]:
+            raise ValueError(
+                f"models must have the same tokenizer, since a loss per token is of its tokens; "
+                f"{names[0]} and {name} make different ones of {options.text}"
+            )
+        if options.text.suffix == ".npy":
+            break
+    return found[0]
+
+
+def _all_rows(options: LossOptions, source: str) -> Iterator[np.ndarray]:
+    return rows(options.text, _tokenizer(options, source), options.length, options.rows, options.join)
+
+
+def _require_room(model: PreTrainedModel, length: int, source: str) -> None:
+    room = position_limit(model)
+    if room is not None and length > room:
+        raise ValueError(f"length must be at most {room}, the number of learned positions of {source}, got {length}")

@@ -1,0 +1,88 @@
+"""Results in a JSON file: written whole or not at all, gone on with only where model and settings are the same."""
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from .loading import read_config
+
+_WEIGHTS = ("*.safetensors", "*.bin", "*.pt")
+_SAMPLES, _SAMPLE_BYTES = 64, 4096
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Write ``content`` to ``path``, making its folder; a reader sees the old file or the new one, never a part.
+
+    Raises:
+        ValueError: ``content`` holds a NaN or an infinity, which JSON has no number for.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(path.name + ".partial")
+    partial.write_text(json.dumps(content, indent=1, ensure_ascii=False, allow_nan=False) + "\n", encoding="utf-8")
+    partial.replace(path)
+
+
+def require_folder(out: Path) -> None:
+    """Refuse a file where a folder of results is to be, before anything is measured.
+
+    Raises:
+        ValueError: ``out`` is a file.
+    """
+    if out.exists() and not out.is_dir():
+        raise ValueError(f"--out must be a folder, got the file {out}")
+
+
+def read_json(path: Path, kind: str, fields: Sequence[str]) -> dict[str, Any]:
+    """Results that `write_json` wrote, with ``"kind": kind`` and ``fields`` in them.
+
+    Raises:
+        ValueError: the file holds something else.
+        OSError: it cannot be read.
+    """
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is not JSON: {error}") from None
+    if not isinstance(content, dict) or content.get("kind") != kind or not all(field in content for field in fields):
+        raise ValueError(f"{path} holds no results of foxlm {kind}")
+    return content
+
+
+def fingerprint(source: str) -> str | None:
+    """A short hash by which weights trained further are told from those measured before.
+
+    Of a folder: its configuration and tokenizer, and of its files of weights the size and 64 samples of 4 KiB each.
+    Of a name on the Hub: its commit. None if there is neither.
+    """
+    folder = Path(source)
+    if not folder.is_dir():
+        commit = getattr(read_config(source), "_commit_hash", None)
+        return commit[:16] if commit else None
+    found = hashlib.sha256()
+    for name in ("config.json", "tokenizer.json"):
+        if (folder / name).is_file():
+            found.update((folder / name).read_bytes())
+    for file in sorted({file for pattern in _WEIGHTS for file in folder.glob(pattern)}):
+        size = file.stat().st_size
+        found.update(f"{file.name} {size}".encode())
+        with file.open("rb") as weights:
+            for sample in range(_SAMPLES):
+                weights.seek(sample * max(0, size - _SAMPLE_BYTES) // (_SAMPLES - 1))
+                found.update(weights.read(_SAMPLE_BYTES))
+    return found.hexdigest()[:16]
+
+
+def require_same(old: Mapping[str, Any], new: Mapping[str, Any], where: str) -> None:
+    """Refuse to mix results of different settings.
+
+    Raises:
+        ValueError: a value of ``new`` is another one in ``old``; the message names the first.
+    """
+    for name, value in new.items():
+        if old.get(name) != value:
+            raise ValueError(
+                f"{where} has results with {name} {old.get(name)!r}, now it is {value!r}; "
+                "give another --out, or --overwrite"
+            )
