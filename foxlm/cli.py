@@ -6,6 +6,8 @@ from typing import Annotated, NoReturn
 
 import typer
 
+from foxlm.evaluation.commands import app as evaluation
+
 app = typer.Typer(
     help="Forgetting Transformers (FoX) for the Hugging Face ecosystem.",
     no_args_is_help=True,
@@ -235,6 +237,9 @@ def publish(
             typer.echo(f"uploaded to {push_folder(folder, push, private)}")
     except (ValueError, RuntimeError, OSError) as error:
         _fail(error)
+
+
+app.add_typer(evaluation)
 
 
 # Its own commands and their help; imported only when it is asked for.
