@@ -263,9 +263,9 @@ def _cache(report: Report) -> list[str]:
     return [
         "<h2>Memory of a cache that frees what is dead</h2>",
         *figures,
-        f"<p class=small><code>FoxPagedCache</code> at this eps and rule: pages of {cache['page']} tokens of a head "
-        "are freed once no query to come, whatever it is, can give them more than eps. Of later queries it knows only what "
-        "the weights allow, so that it frees less than pruning skips; without QK-norm that is little. "
+        f"<p class=small><code>FoxPagedCache</code> at this eps and rule: pages of {cache['page']} tokens of a "
+        "head are freed once no query to come, whatever it is, can give them more than eps. Of later queries it knows "
+        "only what the weights allow, so that it frees less than pruning skips; without QK-norm that is little. "
         f"A sequence of {settings['length']:,} tokens: {held[-1] / 1e6:,.2f} of {full[-1] / 1e6:,.2f} MB.</p>",
     ]
 

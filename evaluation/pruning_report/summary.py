@@ -35,7 +35,7 @@ def summarize(findings: Sequence[Sequence[Findings]], plan: Plan, pieces: Sequen
     """
     means = np.array([[layer.log_f_mean for layer in text] for text in findings]).mean(0)
     with np.errstate(divide="ignore"):
-        times = -1.0 / np.minimum(means, 0.0)
+        times = 1.0 / np.abs(means)
     heads = choose_heads(times)
     return {
         "gates": _gates(findings, times),
@@ -71,7 +71,7 @@ def _gates(findings: Sequence[Sequence[Findings]], times: np.ndarray) -> dict[st
     for layer in range(len(findings[0])):
         log_f = np.concatenate([text[layer].log_f for text in findings])
         with np.errstate(divide="ignore"):
-            quantiles.append(np.quantile(-1.0 / np.minimum(log_f, 0.0), QUANTILES, axis=0, method="nearest"))
+            quantiles.append(np.quantile(1.0 / np.abs(log_f), QUANTILES, axis=0, method="nearest"))
     return {"decay_times": times, "quantiles_at": QUANTILES, "quantiles": np.stack(quantiles, axis=1)}
 
 
