@@ -27,7 +27,9 @@ from foxlm.evaluation.pruning_report.run import Options, read_report, run_report
 from foxlm.evaluation.pruning_report.summary import jsonable
 from foxlm.evaluation.pruning_report.views import choose_heads, pieces_of
 from foxlm.evaluation.recording import AttentionInputs, record_attention
+from foxlm.kernels.pruning import Rule
 from foxlm.kernels.tiles import PRUNED_KEYS
+from foxlm.modeling.layers_fox import FoxDecoderLayer
 from foxlm.modeling.paged_cache_fox import PagedForgettingLayer
 from models import tiny_model, tokens
 
@@ -39,10 +41,14 @@ def spread_model(variant: str = "pro", **overrides: Any) -> FoxForCausalLM:
     """Heads that forget within a token, and others that hardly do; large weights, so that logits count."""
     model = tiny_model(variant, acp_eps=EPS, acp_rule="tight", **overrides)
     with torch.no_grad():
-        for layer in model.model.layers:
-            bias = layer.self_attn.forget_gate.bias
+        for attention in attention_layers(model):
+            bias = attention.forget_gate.bias
             bias.copy_(torch.linspace(-1.0, 4.0, len(bias)))
     return model
+
+
+def attention_layers(model: Any) -> list[Any]:
+    return [layer.self_attn for layer in model.model.layers]
 
 
 def saved(folder: Path, model: Any, tokenizer: bool = False) -> str:
@@ -84,7 +90,7 @@ def recorded(model: Any, ids: Tensor) -> list[AttentionInputs]:
     return layers
 
 
-def plan(rule: str = "tight", length: int = LENGTH, **overrides: Any) -> measuring.Plan:
+def plan(rule: Rule = "tight", length: int = LENGTH, **overrides: Any) -> measuring.Plan:
     fields: dict[str, Any] = {
         "log_eps": (-5.0, -10.0, -15.0),
         "own": 1,
@@ -118,7 +124,7 @@ def test_streamed_layers_are_the_recorded_ones() -> None:
 
 @pytest.mark.parametrize("rule", RULES)
 @pytest.mark.parametrize("variant", ["pro", "llama", "rope", "key-value-gates", "bias-only", "fixed", "olmo"])
-def test_no_row_loses_more_than_is_proven(variant: str, rule: str) -> None:
+def test_no_row_loses_more_than_is_proven(variant: str, rule: Rule) -> None:
     """Every row of every head, against weights from the model's own eager attention; something is dropped."""
     model = spread_model(variant)
     ids = tokens(1, 300)
@@ -145,8 +151,8 @@ def test_no_row_loses_more_than_is_proven(variant: str, rule: str) -> None:
 def test_weights_below_any_number_are_told_apart() -> None:
     model = spread_model()
     with torch.no_grad():
-        for block in model.model.layers:
-            block.self_attn.forget_gate.bias.fill_(-8.0)
+        for attention in attention_layers(model):
+            attention.forget_gate.bias.fill_(-8.0)
     layer = recorded(model, tokens(1, 300))[0]
     first = (torch.arange(300) - 200).clamp(min=0).expand(4, -1)
     (lost,) = log_dropped(layer, ProvenBounds(layer), torch.full((4, 1), 299), [first])
@@ -177,8 +183,8 @@ def test_check_finds_a_bound_that_is_broken(
 ) -> None:
     """Negative control: a search that takes all logits for zero. The command says so and exits with 1."""
 
-    def without_logits(layer: AttentionInputs, log_eps: float, rule: Any) -> Tensor:
-        return kept_from(layer._replace(q=layer.q * 0.0), log_eps, rule, logit_bound=0.0)[0]
+    def without_logits(layer: AttentionInputs, log_eps: float, rule: Rule) -> Tensor:
+        return kept_from(layer._replace(q=layer.q * 0.0), log_eps, rule, logit_bound=torch.zeros(1))[0]
 
     monkeypatch.setattr(measuring, "first_kept_by_model", without_logits)
     done = invoke("report", byte_model, "--text", text, "--length", 300, "--out", tmp_path)
@@ -225,22 +231,22 @@ def test_shares_are_those_counted_by_hand() -> None:
 
 @pytest.mark.parametrize("rule", RULES)
 @pytest.mark.parametrize("variant", ["pro", "multi-query", "key-value-gates", "llama", "olmo"])
-def test_held_pages_are_those_of_the_cache(variant: str, rule: str) -> None:
+def test_held_pages_are_those_of_the_cache(variant: str, rule: Rule) -> None:
     model = spread_model(variant)
     model.config.acp_rule = rule
     with torch.no_grad():
-        for layer in model.model.layers:
-            layer.self_attn.forget_gate.bias.sub_(3.0)
+        for attention in attention_layers(model):
+            attention.forget_gate.bias.sub_(3.0)
     ids, freed = tokens(1, LENGTH), 0
     for length in (200, LENGTH):
         cache = FoxPagedCache(model.config, LENGTH)
         with torch.no_grad():
             model(ids[:, :length], past_key_values=cache)
         layers = recorded(model, ids)
-        for layer, block, held in zip(layers, model.model.layers, cache.layers, strict=True):
-            bounds = cast(Any, block).logit_bounds()
-            found = held_pages(layer, bounds, (length,), EPS, cast(Any, rule), LENGTH)
-            held = cast(PagedForgettingLayer, held)
+        for layer, block, cached in zip(layers, model.model.layers, cache.layers, strict=True):
+            bounds = cast(FoxDecoderLayer, block).logit_bounds()
+            found = held_pages(layer, bounds, (length,), EPS, rule, LENGTH)
+            held = cast(PagedForgettingLayer, cached)
             assert found.pages.tolist() == (held.pages[0] >= 0).sum(-1)[None].tolist()
             page = held.keys[0].nbytes + held.values[0].nbytes + held.c[0].nbytes
             assert found.page_bytes == page
@@ -261,10 +267,6 @@ def test_operations_are_counted_and_ratios_follow() -> None:
     shares = shares_of_flops({"linear": 3.0, "attention": 1.0}, kept=0.25)
     assert shares["forward"] == {"attention_share": 0.25, "left": 3.25 / 4.0, "speedup": 4.0 / 3.25}
     assert shares["forward_backward"]["left"] == pytest.approx((9.0 + 0.25 * 3.5) / 12.5)
-
-
-def attention_layers(model: Any) -> list[Any]:
-    return [layer.self_attn for layer in model.model.layers]
 
 
 def bench_file(path: Path, **changes: Any) -> Path:
@@ -421,8 +423,8 @@ def test_grafted_models_are_reported(tmp_path: Path) -> None:
     )  # fmt: skip
     fox: Any = graft(LlamaForCausalLM(config), decay_times=(0.5, 100.0))
     with torch.no_grad():
-        for layer in fox.model.layers:
-            layer.self_attn.forget_gate.bias[-1] = 1e4
+        for attention in attention_layers(fox):
+            attention.forget_gate.bias[-1] = 1e4
     np.save(tmp_path / "tokens.npy", tokens(1, 256).numpy())
     source = saved(tmp_path / "model", fox)
     found = run_report(

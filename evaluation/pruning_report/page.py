@@ -322,6 +322,8 @@ def _figure(figure: Figure, text: str) -> str:
 
 
 def _percent(share: float) -> str:
+    if 0 < share < 0.0005:
+        return "under 0.1%"
     return f"{100 * share:.0f}%" if not 0 < share < 0.095 else f"{100 * share:.1f}%"
 
 
