@@ -455,6 +455,7 @@ def test_wrong_input_is_refused_in_one_line(byte_model: str, text: Path, report:
         ((byte_model, "--text", tmp_path / "large.npy", *new), "0 to 257, got 258 to 258"),
         ((byte_model, "--text", text, "--length", 10**6, *new), "has no 1000000 tokens in a row"),
         ((byte_model, "--text", text, "--length", 100, *new), "--length must be at least 128"),
+        ((byte_model, "--text", text, "--seed", -1, *new), "--seed must be in"),
         ((byte_model, "--text", text, "--rows", 0, *new), "--rows must be a positive integer, got 0"),
         ((byte_model, "--text", text, "--eps", "0", *new), "--eps must be positive for this report, got 0"),
         ((byte_model, "--text", text, "--eps", "2", *new), "eps must be"),

@@ -79,6 +79,8 @@ class Options:
         for name, value in (("--rows", self.count), ("--sampled", self.sampled)):
             if value < 1:
                 raise ValueError(f"{name} must be a positive integer, got {value}")
+        if not 0 <= self.seed < 2**32:
+            raise ValueError(f"--seed must be in [0, 2**32), got {self.seed}")
         if not self.text.exists():
             raise ValueError(f"--text must be a file or a folder, {self.text} does not exist")
         if self.bench is not None and not self.bench.is_file():
