@@ -134,7 +134,7 @@ def plot_dropped(points: Mapping[str, tuple[np.ndarray, np.ndarray]], log_eps: f
         axes.set_xlabel("proven: a row loses at most this weight")
         axes.set_ylabel("weight that it loses")
         axes.set_title("Attention weight dropped, exact, for sampled rows")
-        axes.legend(loc="lower right", fontsize=9, frameon=True, framealpha=0.85)
+        figure.legend(ncols=2, fontsize=9, loc="outside lower center")
     return figure
 
 

@@ -193,8 +193,8 @@ def _check_tokens(texts: list[np.ndarray], model: PreTrainedModel) -> None:
 
 def _plan(options: Options, eps: float, rule: Rule, length: int, pieces: list[str] | None) -> Plan:
     own = math.log(eps)
-    # The model's own may be one of the curve's up to rounding.
-    others = [value for value in CURVE if abs(value - own) > 1e-6]
+    # Instead of the curve's nearest, which it often is: neighbors would hide each other.
+    others = [value for value in CURVE if abs(value - own) > 1.5]
     log_eps = tuple(sorted([*others, own], reverse=True))
     return Plan(
         log_eps=log_eps,
