@@ -7,7 +7,8 @@ import torch
 from torch import Tensor
 
 from foxlm.kernels.decay import Decay, accumulate
-from foxlm.kernels.pruning import Rule, centered, first_kept, share_skipped
+from foxlm.kernels.pruning import Rule, centered, first_kept, prune, share_skipped
+from foxlm.kernels.tiles import PRUNED_KEYS, PRUNED_QUERIES
 
 from .recording import AttentionInputs
 
@@ -61,18 +62,79 @@ def skipped_shares(
     return shares.unflatten(0, (len(log_eps), len(layers)))
 
 
-def kept_from(layer: AttentionInputs, log_eps: float, rule: Rule, block_q: int = 1, block_k: int = 1) -> Tensor:
-    """`first_kept` of a recorded layer, as its model bounds the logits: ``[B, H, ceil(T / block_q)]`` int64."""
+def kept_from(
+    layer: AttentionInputs,
+    log_eps: float,
+    rule: Rule,
+    block_q: int = 1,
+    block_k: int = 1,
+    logit_bound: Tensor | None = None,
+) -> Tensor:
+    """`first_kept` of a recorded layer: ``[B, H, ceil(T / block_q)]`` int64.
+
+    Args:
+        layer, log_eps, rule, block_q, block_k: as of `skipped_shares`.
+        logit_bound: ``U`` of the rule ``paper``: ``layer.logit_bound`` is what the model takes; by default that of the
+            recorded queries and keys.
+    """
     return first_kept(
         layer.q,
-        centered(layer.k) if layer.centers and rule == "tight" else layer.k,
+        bounded_keys(layer, rule),
         layer.log_f,
         eps=math.exp(log_eps),
         rule=rule,
         scale=layer.scale,
+        logit_bound=logit_bound,
         block_q=block_q,
         block_k=block_k,
     )
+
+
+def bounded_keys(layer: AttentionInputs, rule: Rule) -> Tensor:
+    """The keys that the model gives to ``rule``."""
+    return centered(layer.k) if layer.centers and rule == "tight" else layer.k
+
+
+def first_read(layer: AttentionInputs, log_eps: float, rule: Rule) -> Tensor:
+    """First key that attention reads for each query, in the kernels' blocks and by their own search where they run.
+
+    Args:
+        layer, log_eps, rule: as of `skipped_shares`.
+
+    Returns:
+        ``[B, H, T]`` int64.
+    """
+    c, first = accumulate(layer.log_f)
+    decay = Decay(c, c, first, torch.arange(layer.q.shape[1], device=c.device))
+    first = prune(
+        decay,
+        layer.q,
+        bounded_keys(layer, rule),
+        eps=math.exp(log_eps),
+        rule=rule,
+        scale=layer.scale,
+        logit_bound=layer.logit_bound if rule == "paper" else None,
+    ).first
+    return first.repeat_interleave(layer.q.shape[2] // first.shape[1], dim=1)
+
+
+def in_tiles(first: Tensor) -> Tensor:
+    """First key that each query reads in the kernels' blocks, ``[..., T]``, of the first that the rule keeps.
+
+    What `first_read` finds where no gate is a hard reset and no kernel searches, without searching again.
+    """
+    blocks = _blocks_minimum(first) // PRUNED_KEYS * PRUNED_KEYS
+    return blocks.repeat_interleave(PRUNED_QUERIES, dim=-1)[..., : first.shape[-1]]
+
+
+def share_of_tiles_skipped(first: Tensor) -> Tensor:
+    """Share of the kernels' tiles that attention skips, ``[B, H]`` float64, of what `first_read` gave."""
+    return share_skipped(_blocks_minimum(first), first.shape[-1], PRUNED_QUERIES, PRUNED_KEYS)
+
+
+def _blocks_minimum(first: Tensor) -> Tensor:
+    padding = first[..., -1:].expand(*first.shape[:-1], -first.shape[-1] % PRUNED_QUERIES)
+    return torch.cat([first, padding], dim=-1).unflatten(-1, (-1, PRUNED_QUERIES)).amin(-1)
 
 
 def attention_weights(layer: AttentionInputs, head: int, sequence: int = 0) -> Tensor:

@@ -1,6 +1,6 @@
 """Record what enters forgetting attention in every layer of a model: queries, keys, values and log gates."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import NamedTuple
 
@@ -21,6 +21,8 @@ class AttentionInputs(NamedTuple):
         log_f: ``[B, T, Hf]`` natural log of the forget gates.
         scale: factor of the logits.
         centers: whether by the rule ``tight`` the model takes `centered` keys to find what may be left out.
+        logit_bound: ``U`` that the model gives the rule ``paper``, ``[H]`` or ``[1]`` from the weights of QK-norm; None
+            where it is ``scale * max |q| * max |k|`` of what is there.
     """
 
     layer: int
@@ -30,20 +32,25 @@ class AttentionInputs(NamedTuple):
     log_f: Tensor
     scale: float
     centers: bool = False
+    logit_bound: Tensor | None = None
 
 
 @contextmanager
-def record_attention(model: nn.Module) -> Iterator[list[AttentionInputs]]:
+def record_attention(
+    model: nn.Module, take: Callable[[AttentionInputs], None] | None = None
+) -> Iterator[list[AttentionInputs]]:
     """Record the attention of every FoX layer in ``model`` while the context is open.
 
-    Meant for analysis: every recorded tensor is kept, and the gates are computed once more.
+    Meant for analysis: every recorded tensor is kept, unless ``take`` is given, and the gates are computed once more.
 
     Args:
         model: a FoX model, with any `attn_implementation`. Its forward passes must take whole sequences, without
             padding, packing or a cache of earlier tokens.
+        take: called with each layer's attention, in order, before that layer attends. What it does not keep is freed
+            before the next layer, so that memory is that of one layer, whatever the depth.
 
     Yields:
-        A list that each forward pass extends by one entry per layer, in order.
+        A list that each forward pass extends by one entry per layer, in order; empty with ``take``.
 
     Raises:
         ValueError: ``model`` has no FoX layers, or a forward pass has padding, packing or earlier tokens.
@@ -57,6 +64,7 @@ def record_attention(model: nn.Module) -> Iterator[list[AttentionInputs]]:
     if not attentions:
         raise ValueError(f"model must have FoX attention layers, got {type(model).__name__} with none")
     recorded: list[AttentionInputs] = []
+    keep = recorded.append if take is None else take
     gates: dict[int, Tensor] = {}
     name = attentions[0].config._attn_implementation
     attend = ALL_ATTENTION_FUNCTIONS.get_interface(name, eager_attention_forward)
@@ -78,8 +86,8 @@ def record_attention(model: nn.Module) -> Iterator[list[AttentionInputs]]:
                     f"got {query.shape[2]} queries for {key.shape[2]} keys"
                 )
             q, k, v = (x.detach().transpose(1, 2) for x in (query, key, value))
-            centers = module.config.qk_norm == "none"
-            recorded.append(AttentionInputs(module.layer_idx, q, k, v, log_f, kwargs["scaling"], centers))
+            centers, bound = module.config.qk_norm == "none", module.logit_bound()
+            keep(AttentionInputs(module.layer_idx, q, k, v, log_f, kwargs["scaling"], centers, bound))
         return attend(module, query, key, value, attention_mask, **kwargs)
 
     hooks = [module.register_forward_pre_hook(before_layer, with_kwargs=True) for module in attentions]

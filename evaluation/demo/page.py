@@ -22,7 +22,7 @@ def render(report: dict[str, Any], training: Training, analysis: Analysis) -> st
     losses, run = report["held_out_bits_per_byte"], report["run"]
     figures = {
         "loss": plot_losses(training.train_losses, training.held_out_losses, losses["bigram"]),
-        "decay": plot_decay_times(analysis.decay_times, analysis.tokens),
+        "decay": plot_decay_times(analysis.decay_times, analysis.tokens, "held-out bytes"),
         "skipped": plot_skipped(LOG_EPS, analysis.pairs, analysis.length),
         "maps": plot_attention_maps(
             [
