@@ -6,12 +6,15 @@ from typing import Annotated, NoReturn
 
 import typer
 
+from foxlm.evaluation.commands import app as evaluation
+
 app = typer.Typer(
     help="Forgetting Transformers (FoX) for the Hugging Face ecosystem.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
 )
+app.add_typer(evaluation)
 
 
 def _print_version(wanted: bool) -> None:
