@@ -128,8 +128,8 @@ def evaluate(
         raise typer.Exit(130)
     if outcome.failed:
         typer.echo(
-            f"error: {outcome.failed} of the tasks failed, as named above (more in {folder / 'lm_eval.log'}); the others "
-            "are kept, and the same command tries these again",
+            f"error: {outcome.failed} of the tasks failed, as named above (more in {folder / 'lm_eval.log'}); "
+            "the others are kept, and the same command tries these again",
             err=True,
         )
         raise typer.Exit(1)

@@ -3,7 +3,7 @@
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from ..loading import pruning_changes, resolve_device
+from ..loading import DTYPES, pruning_changes, resolve_device
 from .suites import RULER, SUITES
 
 
@@ -73,6 +73,8 @@ class Options:
             raise ValueError(f"--include-path must be a folder, got {self.include_path}")
         if self.text is not None and not self.text.exists():
             raise ValueError(f"--text: there is no {self.text}")
+        if self.dtype != "auto" and self.dtype not in DTYPES:
+            raise ValueError(f"--dtype must be auto or one of {', '.join(DTYPES)}, got {self.dtype!r}")
         resolve_device(self.device)
         pruning_changes(self.eps, self.rule)
         suite = SUITES.get(self.suite or "")

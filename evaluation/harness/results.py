@@ -57,7 +57,8 @@ def earlier_results(folder: Path, overwrite: bool) -> dict[str, dict[str, Any]]:
             ) from None
         found[path.name] = content
     if overwrite:
-        for name in [*found, SUMMARY, LOG]:
+        samples = [name.replace("results_", "samples_", 1) + "l" for name in found]
+        for name in [*found, *samples, SUMMARY, LOG]:
             (folder / name).unlink(missing_ok=True)
         return {}
     return found

@@ -120,14 +120,14 @@ class _Run:
         self.limit = options.limit or (suite.limit if suite else None)
         self.shots = options.shots if options.shots is not None or suite is None else suite.shots
         self.unreachable: dict[str, str] = {}
-        if not {unit.task for unit in tasks} <= set(MADE_HERE) and (why := go_offline_if_unreachable()):
-            say(f"note: {why}; only data sets on this machine are used")
-        self.tokenizer = load_tokenizer(options.model)
         # lm-eval hands this to what makes the data of RULER's tasks.
         self.metadata: dict[str, Any] = {"tokenizer": options.model}
         include = None if options.include_path is None else str(options.include_path)
         self.manager = TaskManager(include_path=include, metadata=self.metadata)
         check_names(options.tasks, self.manager.all_tasks)
+        if not {unit.task for unit in tasks} <= set(MADE_HERE) and (why := go_offline_if_unreachable()):
+            say(f"note: {why}; only data sets on this machine are used")
+        self.tokenizer = load_tokenizer(options.model)
         self.model = load_model(
             options.model, device=options.device, dtype=options.dtype, eps=options.eps, rule=options.rule
         )
