@@ -360,7 +360,7 @@ def test_without_network_the_process_goes_offline_at_once(monkeypatch: pytest.Mo
 
 def test_every_task_of_the_suites_is_one_of_lm_evals() -> None:
     known = {path.stem for path in TASKS.rglob("*.yaml")}
-    names = set()
+    names: set[str] = set()
     for path in TASKS.rglob("*.yaml"):
         found = re.search(r"^task: *['\"]?([\w.-]+)", path.read_text(encoding="utf-8"), re.MULTILINE)
         names |= {found.group(1)} if found else known & {path.stem}

@@ -35,7 +35,7 @@ class _CutPrompts(logging.Handler):
 
     def emit(self, record: logging.LogRecord) -> None:
         # "Left truncation applied" of a batch to be continued, "Truncating 7 tokens from the left" of a likelihood.
-        self.count += "truncat" in record.getMessage().lower()
+        self.count += any(word in record.getMessage().lower() for word in ("truncation", "truncating"))
 
 
 @contextmanager
