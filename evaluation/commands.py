@@ -53,7 +53,7 @@ def evaluate(
     ] = None,
     lengths: Annotated[
         str | None,
-        typer.Option(help="Tokens of RULER's prompts, as 4096,8192. Default: 2048 in quick, 4096,8192,16384 in long."),
+        typer.Option(help="Tokens of RULER's prompts, as 4096,8192. Default: 1024 in quick, 4096,8192,16384 in long."),
     ] = None,
     batch_size: Annotated[int, typer.Option(help="Prompts per forward pass.")] = 8,
     max_length: Annotated[

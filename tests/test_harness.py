@@ -16,7 +16,7 @@ from foxlm.conversion.evaluation_results import read_results
 from foxlm.evaluation.demo.tokenizer import byte_tokenizer
 from foxlm.evaluation.harness.model import check_tokenizer, fingerprint, positions
 from foxlm.evaluation.harness.results import Row, table
-from foxlm.evaluation.harness.suites import RULER, SUITES, check_names, parse_lengths, units_of
+from foxlm.evaluation.harness.suites import MADE_HERE, RULER, SUITES, check_names, parse_lengths, units_of
 from foxlm.evaluation.loading import load_model
 from harness import BYTES, STOCK, save_fox, save_llama, write_data_sets
 from models import tiny_model
@@ -310,6 +310,13 @@ def test_bad_options_are_refused_in_one_line(fox: Path, away: Path, arguments: t
     assert not (away / "out").exists()
 
 
+def test_models_without_tokenizer_are_refused(away: Path) -> None:
+    tiny_model().save_pretrained(away / "model")
+    done = evaluate("model", "--tasks", "piqa")
+    assert done.exit_code == 1 and "error: model has no tokenizer, which lm-eval needs: " in done.stderr
+    assert not (away / "out").exists()
+
+
 def test_tokenizers_that_do_not_fit_are_refused() -> None:
     tokenizer = byte_tokenizer()
     check_tokenizer(tiny_model(**BYTES), tokenizer)
@@ -366,6 +373,7 @@ def test_every_task_of_the_suites_is_one_of_lm_evals() -> None:
         names |= {found.group(1)} if found else known & {path.stem}
     for suite in SUITES.values():
         assert set(suite.tasks) <= names
+    assert set(MADE_HERE) < set(RULER) and set(SUITES["quick"].tasks) < set(MADE_HERE)
     check_names(["piqa"], sorted(names))
 
 

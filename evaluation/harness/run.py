@@ -127,10 +127,13 @@ class _Run:
         check_names(options.tasks, self.manager.all_tasks)
         if not {unit.task for unit in tasks} <= set(MADE_HERE) and (why := go_offline_if_unreachable()):
             say(f"note: {why}; only data sets on this machine are used")
-        self.tokenizer = load_tokenizer(options.model)
         self.model = load_model(
             options.model, device=options.device, dtype=options.dtype, eps=options.eps, rule=options.rule
         )
+        try:
+            self.tokenizer = load_tokenizer(options.model)
+        except (OSError, ValueError) as error:
+            raise ValueError(f"{options.model} has no tokenizer, which lm-eval needs: {in_a_line(error)}") from error
         check_tokenizer(self.model, self.tokenizer)
         self.own_length = options.max_length or own_max_length(self.model, self.tokenizer)
         self.positions = positions(self.model)
