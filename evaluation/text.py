@@ -22,10 +22,7 @@ def documents(path: Path, tokenizer: PreTrainedTokenizerBase | None) -> Iterator
         OSError: it cannot be read.
     """
     if path.is_dir():
-        files = sorted(one for one in path.iterdir() if one.is_file() and not one.name.startswith("."))
-        if not files:
-            raise ValueError(f"{path} holds no files")
-        for file in files:
+        for file in _files(path):
             yield from documents(file, tokenizer)
     elif path.suffix == ".npy":
         tokens = np.load(path, mmap_mode="r", allow_pickle=False)
@@ -39,6 +36,29 @@ def documents(path: Path, tokenizer: PreTrainedTokenizerBase | None) -> Iterator
         for text in _texts(path):
             # Longer than the model was trained at is what is wanted here, and no reason for a warning.
             yield np.asarray(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"], dtype=np.int64)
+
+
+def texts(path: Path) -> Iterator[str]:
+    """Each document of a file or folder as text, as `documents` has them; ``.npy`` holds none.
+
+    Raises:
+        ValueError: a file holds something else; the message names it.
+        OSError: it cannot be read.
+    """
+    if path.is_dir():
+        for file in _files(path):
+            yield from texts(file)
+    elif path.suffix == ".npy":
+        raise ValueError(f"{path} holds token numbers; text is needed here")
+    else:
+        yield from _texts(path)
+
+
+def _files(folder: Path) -> list[Path]:
+    files = sorted(one for one in folder.iterdir() if one.is_file() and not one.name.startswith("."))
+    if not files:
+        raise ValueError(f"{folder} holds no files")
+    return files
 
 
 def _texts(path: Path) -> Iterator[str]:

@@ -9,8 +9,8 @@ does these, each of which can be called alone, and skips what it finds done:
     python examples/compare.py evaluate --out runs                        # loss by position, needle, pruning report
 
 The arms are the four models of the Forgetting Transformer's paper: its two blocks, `pro` and `llama`, each with forget
-gates (`fox-`) and with rotary embeddings in their place (`transformer-`), all else the same: code, sizes, text, order of
-the text, steps and learning rates.
+gates (`fox-`) and with rotary embeddings in their place (`transformer-`). All else is the same: code, sizes, text, its
+order, steps and learning rates.
 """
 
 import json
@@ -68,17 +68,15 @@ def prepare(
     if (out / "tokens.npy").exists():
         return
     out.mkdir(parents=True, exist_ok=True)
-    trained, kept = [], []
+    trained: list[str] = []
+    kept: list[str] = []
     for document in (document for file in text for document in read_documents(file)):
         # By what the document says, so that it stays held out whatever else is added.
         (kept if zlib.crc32(document.encode()) < held_out * 2**32 else trained).append(document)
     if not trained or not kept:
         raise typer.BadParameter(f"--text has {len(trained)} documents to train on and {len(kept)} held out")
     random.Random(seed).shuffle(trained)
-    if tokenizer is None:
-        made = train_tokenizer(trained, vocabulary)
-    else:
-        made = AutoTokenizer.from_pretrained(tokenizer)
+    made = train_tokenizer(trained, vocabulary) if tokenizer is None else AutoTokenizer.from_pretrained(tokenizer)
     made.save_pretrained(out / "tokenizer")
     with (out / "held_out.jsonl").open("w", encoding="utf-8") as file:
         file.writelines(json.dumps({"text": document}) + "\n" for document in kept)

@@ -6,7 +6,10 @@ from typing import Annotated, NoReturn
 
 import typer
 
-from foxlm.evaluation.commands import app as evaluation
+from foxlm.evaluation.commands.eval import evaluate
+from foxlm.evaluation.commands.loss import loss
+from foxlm.evaluation.commands.needle import needle
+from foxlm.evaluation.commands.report import report
 
 app = typer.Typer(
     help="Forgetting Transformers (FoX) for the Hugging Face ecosystem.",
@@ -239,7 +242,10 @@ def publish(
         _fail(error)
 
 
-app.add_typer(evaluation)
+app.command("eval")(evaluate)
+app.command()(loss)
+app.command()(needle)
+app.command()(report)
 
 
 # Its own commands and their help; imported only when it is asked for.

@@ -19,7 +19,7 @@ CHOICES = 4
 PREFIX_BYTES, CONTINUATION_BYTES = 192, 64
 NEXT_LINES, BITS = "foxlm_next_lines", "foxlm_bits"
 
-_NEXT_LINES_TASK = {
+NEXT_LINES_TASK: dict[str, Any] = {
     "task": NEXT_LINES,
     "output_type": "multiple_choice",
     "doc_to_text": "prefix",
@@ -32,7 +32,7 @@ _NEXT_LINES_TASK = {
         {"metric": metric, "aggregation": "mean", "higher_is_better": True} for metric in ("acc", "acc_mutual_info")
     ],
 }
-_BITS_TASK = {
+BITS_TASK: dict[str, Any] = {
     "task": BITS,
     "output_type": "loglikelihood_rolling",
     "doc_to_text": "",
@@ -100,7 +100,7 @@ def write_tasks(folder: Path, files: list[SourceFile], questions: int, bits_byte
         BITS: [{"text": text} for text in texts if text],
     }
     folder.mkdir(parents=True, exist_ok=True)
-    for task in (_NEXT_LINES_TASK, _BITS_TASK):
+    for task in (NEXT_LINES_TASK, BITS_TASK):
         name = str(task["task"])
         lines = folder / f"{name}.jsonl"
         lines.write_text("".join(json.dumps(row) + "\n" for row in data[name]), encoding="utf-8")

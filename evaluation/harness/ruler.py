@@ -1,0 +1,115 @@
+"""RULER's tasks (arXiv 2404.06654) as lm-eval makes them: what they need to end, and what of their results is real.
+
+lm-eval makes prompts longer until one has the wanted tokens. Where the shortest possible prompt is too long already,
+some of its tasks search forever, and others ask about nothing.
+"""
+
+import math
+import random
+import statistics
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, redirect_stderr
+from importlib import import_module
+from typing import Any
+
+from transformers import PreTrainedTokenizerBase
+
+# The most that any of the tasks generates; `ruler_fwe` counts its prompt alone.
+GENERATED = 128
+# Words are drawn, and so the shortest prompt is not always the same.
+_DRAWS = 5
+
+
+def check_length(task: str, length: int, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Raise `ValueError` if the shortest prompt of a task has more than ``length`` tokens, answer included.
+
+    Args:
+        task: of `foxlm.evaluation.harness.suites.RULER`.
+        length: tokens wanted.
+        tokenizer: of the model.
+    """
+    with _own_random_state():
+        if task == "ruler_vt":
+            shortest = _shortest_variable_tracking(tokenizer)
+        elif task == "ruler_cwe":
+            shortest = _shortest_common_words(length, tokenizer)
+        elif task == "ruler_fwe":
+            from lm_eval.tasks.ruler import fwe_utils
+
+            shortest = _count(tokenizer, fwe_utils.TEMPLATE.format(context="")) + 50
+        else:
+            return  # The others say so themselves.
+    if shortest > length:
+        raise ValueError(f"{task} needs about {shortest} tokens at least with this tokenizer, got --lengths {length}")
+
+
+def _shortest_variable_tracking(tokenizer: PreTrainedTokenizerBase) -> int:
+    from lm_eval.tasks.ruler import vt_utils
+
+    # Numbers of lines to begin with, tokens that are generated, and the length of the example: as they are there.
+    example = (
+        max(_count(tokenizer, vt_utils.generate_input_output(5, 1, 4, is_icl=True)[0]) for _ in range(_DRAWS)) + 30
+    )
+    if example > 500:
+        raise ValueError(
+            f"ruler_vt begins with an example of at most 500 tokens; with this tokenizer the shortest has {example}"
+        )
+    return max(_count(tokenizer, vt_utils.generate_input_output(10, 1, 4)[0]) for _ in range(_DRAWS)) + 530
+
+
+def _shortest_common_words(length: int, tokenizer: PreTrainedTokenizerBase) -> int:
+    from lm_eval.tasks.ruler import cwe_utils
+
+    drawn = [cwe_utils.generate_input_output(10, length) for _ in range(_DRAWS)]
+    return max(_count(tokenizer, f"{example}\n{text} {' '.join(answer)}") for example, text, answer in drawn) + 160
+
+
+def _count(tokenizer: PreTrainedTokenizerBase, text: str) -> int:
+    return len(tokenizer(text, verbose=False)["input_ids"])
+
+
+@contextmanager
+def _own_random_state() -> Iterator[None]:
+    """What is drawn inside changes nothing of what is drawn after."""
+    state = random.getstate()
+    try:
+        yield
+    finally:
+        random.setstate(state)
+
+
+def check_questions(task: str, length: int, questions: Any) -> None:
+    """Raise `ValueError` unless a task's questions are of this length and have answers."""
+    if any(question["max_length"] != length or not question["outputs"] for question in questions):
+        raise ValueError(f"{task}: lm-eval made questions without answers, or not of the {length} tokens asked for")
+
+
+def keep_real(results: dict[str, Any], task: str, length: int) -> None:
+    """Leave only the score of ``length`` in lm-eval's results, which have -1 for other lengths, and its standard error.
+
+    lm-eval gives no standard error for the lengths that it knows; here it is that of a mean.
+    """
+    values = results["results"][task]
+    for key in [key for key in values if "," in key]:
+        if key.split(",")[0].removesuffix("_stderr") != str(length):
+            del values[key]
+    for key in [key for key in values if key.startswith(f"{length}_stderr,")]:
+        scores = [sample[str(length)] for sample in results["samples"][task]]
+        if len(scores) > 1:
+            values[key] = statistics.stdev(scores) / math.sqrt(len(scores))
+
+
+def prepare(task: str, seed: int) -> None:
+    """Start anew what a task draws from besides the generators that everything shares.
+
+    A task's module may want a download when it is imported, though the task does not need it: what that prints goes
+    where standard output goes.
+    """
+    if task == "ruler_cwe":
+        from lm_eval.tasks.ruler import cwe_utils
+
+        cwe_utils.RNG.seed(seed)
+    elif task.startswith("niah"):
+        with redirect_stderr(sys.stdout):
+            import_module("lm_eval.tasks.ruler.prepare_niah")
