@@ -21,6 +21,8 @@ class AttentionInputs(NamedTuple):
         log_f: ``[B, T, Hf]`` natural log of the forget gates.
         scale: factor of the logits.
         centers: whether by the rule ``tight`` the model takes `centered` keys to find what may be left out.
+        logit_bound: ``[H]`` or ``[1]`` bound of ``|scale * q . k|`` by the model's weights, which is what it prunes by
+            with the rule ``paper``; None without QK-norm.
     """
 
     layer: int
@@ -30,6 +32,7 @@ class AttentionInputs(NamedTuple):
     log_f: Tensor
     scale: float
     centers: bool = False
+    logit_bound: Tensor | None = None
 
 
 @contextmanager
@@ -79,7 +82,8 @@ def record_attention(model: nn.Module) -> Iterator[list[AttentionInputs]]:
                 )
             q, k, v = (x.detach().transpose(1, 2) for x in (query, key, value))
             centers = module.config.qk_norm == "none"
-            recorded.append(AttentionInputs(module.layer_idx, q, k, v, log_f, kwargs["scaling"], centers))
+            scale, bound = kwargs["scaling"], module.logit_bound()
+            recorded.append(AttentionInputs(module.layer_idx, q, k, v, log_f, scale, centers, bound))
         return attend(module, query, key, value, attention_mask, **kwargs)
 
     hooks = [module.register_forward_pre_hook(before_layer, with_kwargs=True) for module in attentions]
