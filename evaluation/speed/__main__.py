@@ -29,14 +29,13 @@ from .train import CPU_TOKENS, TOKENS, Recipe, run_training
 from .workload import Workload
 
 app = typer.Typer(
-    help="""How fast forgetting attention is on this machine, and training, prompts and decoding with it.
-
-    Each command first checks that what it is about to time computes the right thing, and prints no time of what does
-    not. It writes its results as JSON and prints them as a table. What is compared takes turns, so that heat and clocks
-    fall on all alike; times are medians. Needs an NVIDIA GPU; with --device cpu it only shows that all parts work.
-
-    A model of your own: foxlm bench prefill --model my-fox --text book.txt
-    """,
+    # Each paragraph one line: the terminal wraps them.
+    help="How fast forgetting attention is on this machine, and training, prompts and decoding with it.\n\n"
+    "Each command first checks that what it is about to time computes the right thing, and prints no time of what does "
+    "not. It writes its results as JSON and prints them as a table. What is compared takes turns, so that heat and "
+    "clocks fall on all alike; times are medians. Needs an NVIDIA GPU; with --device cpu it only shows that all parts "
+    "work.\n\n"
+    "A model of your own: foxlm bench prefill --model my-fox --text book.txt",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -68,8 +67,9 @@ def attention(
 ) -> None:
     """One attention layer, forward and backward, beside cuDNN, FlashAttention, FlexAttention and what else is there.
 
-    The inputs are synthetic, with gates as those of trained models; or, with --model and --text, what enters attention
-    in every layer of a model of yours. Exits with 1 if foxlm's own attention is wrong or fails.
+    The inputs are synthetic, with gates as those of trained models.
+    With --model and --text they are what enters attention in every layer of a model of yours.
+    Exits with 1 if foxlm's own attention is wrong or fails.
     """
     try:
         options.require_device(device)
@@ -146,7 +146,8 @@ def train(
 ) -> None:
     """A training step of a whole model, with pruning and without; the weights stay as they are.
 
-    The model is a preset with synthetic gates, or yours. Exits with 1 if a step is wrong or fails.
+    The model is a preset with synthetic gates, or yours.
+    Exits with 1 if a step is wrong or fails.
     """
     try:
         options.require_device(device)
@@ -192,8 +193,9 @@ def prefill_command(
 ) -> None:
     """The time until the first token is there, and prompt tokens per second, of a whole model beside a plain Llama.
 
-    By length and number of prompts, by pruning, whole or in parts. The model is a preset with synthetic gates, or
-    yours; the Llama has its sizes. Exits with 1 if one is wrong or fails.
+    By length and number of prompts, by pruning, whole or in parts.
+    The model is a preset with synthetic gates, or yours; the Llama has its sizes.
+    Exits with 1 if one is wrong or fails.
     """
     on_cpu = device == "cpu"
     try:
@@ -252,8 +254,8 @@ def decode(
 ) -> None:
     """The time of one more token after a long context, by cache and pruning, beside a plain Llama.
 
-    The model is a preset with synthetic gates, or yours; the Llama has its sizes. Exits with 1 if one is wrong or
-    fails.
+    The model is a preset with synthetic gates, or yours; the Llama has its sizes.
+    Exits with 1 if one is wrong or fails.
     """
     try:
         options.require_device(device)
@@ -337,6 +339,7 @@ def plot(
 ) -> None:
     """Draw how near results come to what the GPU can do: attention as a roofline, decoding as rates of memory.
 
+    The rates of a large product and of a large copy, measured in the same runs, are the roofs.
     Needs matplotlib, but no GPU.
     """
     try:
