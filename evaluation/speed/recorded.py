@@ -60,7 +60,8 @@ def record_inputs(workload: Workload, rows: int, length: int, dtype: torch.dtype
 
 
 def _moved(layer: AttentionInputs, device: str) -> AttentionInputs:
-    return layer._replace(**{name: x.to(device) for name, x in layer._asdict().items() if isinstance(x, Tensor)})
+    moved: dict[str, Any] = {name: x.to(device) for name, x in layer._asdict().items() if isinstance(x, Tensor)}
+    return layer._replace(**moved)
 
 
 def _stacked(layers: list[AttentionInputs], workload: Workload) -> Inputs:
