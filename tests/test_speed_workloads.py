@@ -305,7 +305,7 @@ def test_what_is_no_fox_or_too_short_is_refused_in_one_line(tmp_path: Path) -> N
         ),
         (model, wide, (), "must hold tokens below 97, the model's, got 97"),
         (model, tmp_path / "none.npy", (), "No such file"),
-        (model, words, (), "tokenizer"),
+        (model, words, (), "words.txt is text, which needs a model with a tokenizer; without one give .npy"),
         (tmp_path / "nothing", text, (), "nothing"),
     ):
         out = ("--out", str(tmp_path / "results.json"))

@@ -1,5 +1,6 @@
 """What whole models are measured on: a preset with drawn gates and tokens, or a trained model and real text."""
 
+import contextlib
 import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -91,7 +92,12 @@ class Workload:
 
     def _rows(self, tokens: int, count: int) -> list[np.ndarray]:
         assert self.model is not None and self.text is not None
-        tokenizer = None if self.text.suffix == ".npy" else load_tokenizer(self.model)
+        tokenizer = None
+        if self.text.suffix != ".npy" and self.text.exists():
+            # What transformers says of a folder without one has many lines. A folder of .npy files needs none, and of
+            # anything else `documents` says what is wrong.
+            with contextlib.suppress(OSError, ValueError):
+                tokenizer = load_tokenizer(self.model)
         try:
             return list(rows_of_text(self.text, tokenizer, tokens, count, self.join))
         except ValueError as error:
