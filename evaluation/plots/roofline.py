@@ -125,6 +125,7 @@ def _draw_rates(axes: Axes, rates: Sequence["Rate"], copy: float | None) -> None
         axes.axvline(copy / 1e12, color="#1b1f24", linewidth=1.2)
     axes.set_yticks([])
     axes.set_ylim(len(rates) - 0.5, -0.9)
+    axes.locator_params(axis="x", nbins=5)
     axes.set_xlabel("bytes read of weights and kept keys and values (TB/s)")
     axes.set_title("decoding" + ("" if copy is None else f"; line: a large copy, {_rate(copy)}"))
 

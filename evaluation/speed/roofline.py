@@ -50,7 +50,7 @@ class Roofline:
     """Rates reached, and those that nothing exceeds.
 
     Attributes:
-        device: what was measured.
+        device: what was measured; of a CPU with the words that it says nothing of a GPU.
         points: of attention.
         rates: of decoding.
         tflops: of a large matrix product, the fastest of the runs; None where no attention was measured.
@@ -81,7 +81,8 @@ def points_of(several: Sequence[dict[str, Any]]) -> Roofline:
         raise ValueError("the files must hold results of attention, or of decoding with the rate of a copy, got none")
     products = [case["ceiling_tflops"] for case, _ in cases if case["ceiling_tflops"]]
     copies = [one["copy_rate"] for one in (*(case for case, _ in cases), *batches) if one.get("copy_rate")]
-    return Roofline(devices[0], points, rates, max(products, default=None), max(copies, default=None))
+    device = devices[0] + ("" if several[0]["run"].get("on_gpu", True) else ": figures of no use")
+    return Roofline(device, points, rates, max(products, default=None), max(copies, default=None))
 
 
 def _points(record: dict[str, Any], dtype: str) -> Iterator[Point]:
