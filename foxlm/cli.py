@@ -254,7 +254,7 @@ app.command()(report)
     add_help_option=False,
 )
 def bench(context: typer.Context) -> None:
-    """Measure the speed of attention, training and decoding here, beside what else is installed: bench --help."""
+    """Measure the speed of attention, prompts, decoding and training here, of your model too: bench --help."""
     from foxlm.evaluation.speed.__main__ import app as speed
 
     speed(context.args, prog_name="foxlm bench")

@@ -1,228 +1,363 @@
-"""Speed benchmarks: ``python -m foxlm.evaluation.speed attention``, ``train``, ``decode``; ``table`` shows them."""
+"""``foxlm bench``: the speed of ``attention``, ``train``, ``prefill`` and ``decode``; ``table`` and ``plot`` show it.
 
-from collections.abc import Sequence
+Also ``python -m foxlm.evaluation.speed``.
+"""
+
+import itertools
+from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated, NoReturn
+from typing import Annotated, Any
 
-import torch
 import typer
 
+from foxlm.evaluation.loading import DTYPES
+from foxlm.evaluation.requirements import require_matplotlib
+
 from . import decode as decoding
-from . import report
-from .attention import CASES, CPU_CASE, LONG_CASE, Settings, chosen, run_case
+from . import options, prefill, report, tables
+from .attention import CASES, CPU_CASE, LONG_CASE, Settings, chosen, run_case, run_recorded
+from .decode import Models
 from .implementations import EPS, TILE, with_names
 from .inputs import Case
-from .models import CPU_SIZES, Sizes
+from .largest_batch import run_largest_batch
+from .options import AsJson, Commit, Device, Join, Layers, Model, Only, Preset, Rounds, Seed, Text
 from .own import OWN
-from .runner import Record
+from .recorded import Recorded, record_inputs
+from .roofline import points_of
 from .sessions import DECODERS
 from .train import CPU_TOKENS, TOKENS, Recipe, run_training
+from .workload import Workload
 
 app = typer.Typer(
-    help="Speed of forgetting attention, and of training and decoding with it. What a check finds wrong is not timed.",
+    # Each paragraph one line: the terminal wraps them.
+    help="How fast forgetting attention is on this machine, and training, prompts and decoding with it.\n\n"
+    "Each command first checks that what it is about to time computes the right thing, and prints no time of what does "
+    "not. It writes its results as JSON and prints them as a table. What is compared takes turns, so that heat and "
+    "clocks fall on all alike; times are medians. Needs an NVIDIA GPU; with --device cpu it only shows that all parts "
+    "work.\n\n"
+    "A model of your own: foxlm bench prefill --model my-fox --text book.txt",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
 )
 
-_DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
-
-Preset = Annotated[str, typer.Option(help="A FoxConfig.preset.")]
-Layers = Annotated[int | None, typer.Option(help="Layers, if not the preset's.")]
-Device = Annotated[str, typer.Option(help="cuda, or cpu to see that all parts work: tiny sizes, figures of no use.")]
-Seed = Annotated[int, typer.Option(help="Of inputs, weights and what is checked.")]
-Commit = Annotated[str | None, typer.Option(help="What is measured, where foxlm is in no checkout that could tell.")]
+_ERRORS = (ValueError, RuntimeError, OSError)
 
 
 @app.command()
 def attention(
     out: Annotated[Path, typer.Option(help="JSON file for the results.")] = Path("speed-attention.json"),
-    case: Annotated[list[str] | None, typer.Option(help="BxHxDxT to measure; may be repeated.")] = None,
-    only: Annotated[list[str] | None, typer.Option(help="Part of an implementation's name; may be repeated.")] = None,
+    case: Annotated[
+        list[str] | None,
+        typer.Option(help="BxHxDxT to measure: sequences, heads, their size, tokens; may be repeated."),
+    ] = None,
+    only: Only = None,
     long: Annotated[bool, typer.Option("--long", help="A million tokens too, with pruning.")] = False,
+    model: Model = None,
+    text: Text = None,
+    length: Annotated[int | None, typer.Option(help="Tokens in a row of --text; 16384, or 256 on a CPU.")] = None,
+    rows: Annotated[int | None, typer.Option(help="Rows of --text, 1 by default; all layers are one batch.")] = None,
+    join: Join = False,
     dtype: Annotated[str, typer.Option(help="bfloat16, float16 or float32.")] = "bfloat16",
-    rounds: Annotated[int, typer.Option(help="Timed calls in each of two passes.")] = 15,
+    rounds: Rounds = 15,
     device: Device = "cuda",
     seed: Seed = 0,
     commit: Commit = None,
+    as_json: AsJson = False,
 ) -> None:
-    """One attention layer, forward and backward, beside others. Exits with 1 if foxlm's own is wrong or fails."""
+    """One attention layer, forward and backward, beside cuDNN, FlashAttention, FlexAttention and what else is there.
+
+    The inputs are synthetic, with gates as those of trained models.
+    With --model and --text they are what enters attention in every layer of a model of yours.
+    Exits with 1 if foxlm's own attention is wrong or fails.
+    """
     try:
-        _require_device(device)
-        _require_positive("--rounds", rounds)
-        if dtype not in _DTYPES:
-            raise ValueError(f"--dtype must be one of {', '.join(_DTYPES)}, got {dtype!r}")
+        options.require_device(device)
+        options.require_positive("--rounds", rounds)
+        options.require_writable(out)
+        if dtype not in DTYPES:
+            raise ValueError(f"--dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
         implementations = chosen(only or [])
-        shapes = [Case.parse(text) for text in case or []] or ([CPU_CASE] if device == "cpu" else CASES)
-        plan = [(shape, implementations) for shape in shapes]
-        if long:
-            plan.append((LONG_CASE, [one for one in implementations if one in OWN and one.rule is not None]))
+        settings = Settings(device, DTYPES[dtype], rounds, seed)
         facts = {"dtype": dtype, "rounds": rounds, "eps": EPS, "tile": TILE}
         results = report.new_results("attention", device, seed, commit, facts) | {"cases": []}
-    except ValueError as error:
-        _fail(error)
-    for shape, those in plan:
+        recorded = _recorded(settings, model, text, join, rows, length, synthetic=bool(case or long))
+        shapes = [Case.parse(one) for one in case or []] or ([CPU_CASE] if device == "cpu" else CASES)
+    except _ERRORS as error:
+        options.fail(error)
+    plan = [(shape, implementations) for shape in shapes]
+    if long:
+        plan.append((LONG_CASE, [one for one in implementations if one in OWN and one.rule is not None]))
+    for shape, those in plan if recorded is None else [(recorded.case, implementations)]:
         typer.echo(f"measuring {shape}", err=True)
-        results["cases"].append(run_case(shape, those, Settings(device, _DTYPES[dtype], rounds, seed)))
+        found = run_case(shape, those, settings) if recorded is None else run_recorded(recorded, those, settings)
+        results["cases"].append(found)
         # After each: what stops a long run leaves what was measured before.
         report.write(results, out)
-    typer.echo(report.render(results))
+    options.show(results, as_json)
     own = {one.name for one in OWN}
     records = [one for shape in results["cases"] for one in (*shape["implementations"], *shape["open_gates"])]
-    _exit([one for one in records if one["name"] in own], complete=all("error" not in one for one in results["cases"]))
+    complete = all("error" not in one for one in results["cases"])
+    options.finish([one for one in records if one["name"] in own], complete)
+
+
+def _recorded(
+    settings: Settings,
+    model: str | None,
+    text: Path | None,
+    join: bool,
+    rows: int | None,
+    length: int | None,
+    synthetic: bool,
+) -> Recorded | None:
+    """The inputs of a model that reads text; None where neither is given."""
+    if model is None and text is None:
+        if join or rows is not None or length is not None:
+            raise ValueError("--length, --rows and --join are of --model and --text, got them without")
+        return None
+    if synthetic:
+        raise ValueError("--case and --long are of synthetic inputs, got them with --model or --text")
+    rows = 1 if rows is None else rows
+    length = (CPU_TOKENS if settings.device == "cpu" else TOKENS) if length is None else length
+    options.require_positive("--rows", rows)
+    options.require_positive("--length", length)
+    workload = options.workload(settings.device, settings.seed, None, None, model, text, join)
+    typer.echo("reading the text", err=True)
+    return record_inputs(workload, rows, length, settings.dtype)
 
 
 @app.command()
 def train(
     out: Annotated[Path, typer.Option(help="JSON file for the results.")] = Path("speed-train.json"),
-    preset: Preset = "pro-760m",
+    preset: Preset = None,
     layers: Layers = None,
+    model: Model = None,
+    text: Text = None,
+    join: Join = False,
     tokens: Annotated[
         int | None, typer.Option(help=f"Tokens of the one sequence in a step; {TOKENS}, or {CPU_TOKENS} on a CPU.")
     ] = None,
     compiled: Annotated[bool, typer.Option("--compile", help="Steps with compiled layers and loss too.")] = False,
-    rounds: Annotated[int, typer.Option(help="Timed steps in each of two passes.")] = 5,
+    rounds: Rounds = 5,
     device: Device = "cuda",
     seed: Seed = 0,
     commit: Commit = None,
+    as_json: AsJson = False,
 ) -> None:
-    """A training step of a whole model, with pruning and without. Exits with 1 if a step is wrong or fails."""
+    """A training step of a whole model, with pruning and without; the weights stay as they are.
+
+    The model is a preset with synthetic gates, or yours.
+    Exits with 1 if a step is wrong or fails.
+    """
     try:
-        _require_device(device)
-        _require_positive("--rounds", rounds)
+        options.require_device(device)
+        options.require_positive("--rounds", rounds)
+        options.require_writable(out)
         if tokens is None:
             tokens = CPU_TOKENS if device == "cpu" else TOKENS
-        _require_positive("--tokens", tokens)
-        recipe = Recipe(
-            device=device,
-            preset=preset,
-            sizes=_sizes(device, layers),
-            tokens=tokens,
-            compiled=compiled,
-            rounds=rounds,
-            seed=seed,
-        )
+        options.require_positive("--tokens", tokens)
+        workload = options.workload(device, seed, preset, layers, model, text, join)
         facts = {"dtype": "float32 weights, bfloat16 autocast", "rounds": rounds, "eps": EPS, "tile": TILE}
-        results = report.new_results("train", device, seed, commit, facts) | run_training(recipe)
-    except (ValueError, RuntimeError) as error:
-        _fail(error)
+        results = report.new_results("train", device, seed, commit, facts)
+        results |= run_training(Recipe(workload, tokens, compiled, rounds))
+    except _ERRORS as error:
+        options.fail(error)
     report.write(results, out)
-    typer.echo(report.render(results))
-    _exit(results["steps"], complete=True)
+    options.show(results, as_json)
+    options.finish(results["steps"], complete=True)
+
+
+@app.command("prefill")
+def prefill_command(
+    out: Annotated[Path, typer.Option(help="JSON file for the results.")] = Path("speed-prefill.json"),
+    preset: Preset = None,
+    layers: Layers = None,
+    model: Model = None,
+    text: Text = None,
+    join: Join = False,
+    tokens: Annotated[
+        list[int] | None, typer.Option(help="Tokens of each prompt; may be repeated; 4096 and 16384, or 256 on a CPU.")
+    ] = None,
+    batch: Annotated[list[int] | None, typer.Option(help="Prompts; may be repeated; 1 and 8, or 1 on a CPU.")] = None,
+    chunk: Annotated[
+        int | None,
+        typer.Option(help="Tokens of a part, where a prompt is taken in by parts; 4096, or 64 on a CPU."),
+    ] = None,
+    compiled: Annotated[bool, typer.Option("--compile", help="Compiled models too, which takes minutes.")] = False,
+    rounds: Rounds = 3,
+    only: Only = None,
+    device: Device = "cuda",
+    seed: Seed = 0,
+    commit: Commit = None,
+    as_json: AsJson = False,
+) -> None:
+    """The time until the first token is there, and prompt tokens per second, of a whole model beside a plain Llama.
+
+    By length and number of prompts, by pruning, whole or in parts.
+    The model is a preset with synthetic gates, or yours; the Llama has its sizes.
+    Exits with 1 if one is wrong or fails.
+    """
+    on_cpu = device == "cpu"
+    try:
+        options.require_device(device)
+        options.require_writable(out)
+        lengths = tokens or (prefill.CPU_TOKENS if on_cpu else prefill.TOKENS)
+        batches = batch or (prefill.CPU_BATCHES if on_cpu else prefill.BATCHES)
+        chunk = (prefill.CPU_CHUNK if on_cpu else prefill.CHUNK) if chunk is None else chunk
+        for name, values in (("--tokens", lengths), ("--batch", batches), ("--chunk", [chunk]), ("--rounds", [rounds])):
+            options.require_positive(name, *values)
+        known = (*prefill.PREFILLERS, *(prefill.COMPILED if compiled else ()))
+        ways = with_names(known, only or [])
+        workload = options.workload(device, seed, preset, layers, model, text, join)
+        models = decoding.build_models(workload, [one.decoder.family for one in ways])
+        ways = prefill.prefillers_for(models["foxlm"], ways)
+        facts = _model_facts(workload, models) | {"chunk": chunk, "rounds": rounds}
+        results = report.new_results("prefill", device, seed, commit, facts) | {"prompts": []}
+        recipe = prefill.PrefillRecipe(workload, chunk, rounds)
+        for length in lengths:
+            # Found out now, not after the others.
+            workload.ids(models["foxlm"].config.vocab_size, 1, length)
+    except _ERRORS as error:
+        options.fail(error)
+    for length, size in itertools.product(lengths, batches):
+        typer.echo(f"measuring {size} x {length}", err=True)
+        results["prompts"].append(prefill.run_prompts(size, length, models, ways, recipe))
+        report.write(results, out)
+    options.show(results, as_json)
+    records = [one for prompts in results["prompts"] for one in prompts["ways"] if one["family"] == "foxlm"]
+    options.finish(records, complete=all("error" not in one for one in results["prompts"]))
 
 
 @app.command()
 def decode(
     out: Annotated[Path, typer.Option(help="JSON file for the results.")] = Path("speed-decode.json"),
-    preset: Preset = "pro-760m",
+    preset: Preset = None,
     layers: Layers = None,
+    model: Model = None,
+    text: Text = None,
+    join: Join = False,
     tokens: Annotated[
         int | None,
         typer.Option(help=f"Tokens before the first step; {decoding.TOKENS}, or {decoding.CPU_TOKENS} on a CPU."),
     ] = None,
     batch: Annotated[list[int] | None, typer.Option(help="Sequences; may be repeated; 1 and 8 by default.")] = None,
     new: Annotated[int, typer.Option(help="Steps in a timed round.")] = 32,
-    rounds: Annotated[int, typer.Option(help="Timed rounds in each of two passes.")] = 3,
-    only: Annotated[list[str] | None, typer.Option(help="Part of a name, as in the table; may be repeated.")] = None,
+    rounds: Rounds = 3,
+    only: Only = None,
     largest_batch: Annotated[
         bool, typer.Option("--largest-batch", help="Find it, static and paged; nothing else unless --batch is given.")
     ] = False,
     device: Device = "cuda",
     seed: Seed = 0,
     commit: Commit = None,
+    as_json: AsJson = False,
 ) -> None:
-    """A decoding step of a whole model, by cache and pruning, beside a Llama. Exits with 1 if one is wrong or fails."""
+    """The time of one more token after a long context, by cache and pruning, beside a plain Llama.
+
+    The model is a preset with synthetic gates, or yours; the Llama has its sizes.
+    Exits with 1 if one is wrong or fails.
+    """
     try:
-        _require_device(device)
+        options.require_device(device)
+        options.require_writable(out)
         if tokens is None:
             tokens = decoding.CPU_TOKENS if device == "cpu" else decoding.TOKENS
-        for name, value in (("--tokens", tokens), ("--new", new), ("--rounds", rounds)):
-            _require_positive(name, value)
         batches = batch or (() if largest_batch else decoding.BATCHES)
-        for size in batches:
-            _require_positive("--batch", size)
+        for name, values in (("--tokens", [tokens]), ("--new", [new]), ("--rounds", [rounds]), ("--batch", batches)):
+            options.require_positive(name, *values)
         decoders = with_names(DECODERS, only or [])
-        recipe = decoding.DecodeRecipe(
-            device=device,
-            preset=preset,
-            sizes=_sizes(device, layers),
-            tokens=tokens,
-            new=new,
-            rounds=rounds,
-            seed=seed,
-        )
-        models = decoding.build_models(recipe, decoders if batches else [])
+        workload = options.workload(device, seed, preset, layers, model, text, join)
+        models = decoding.build_models(workload, [one.family for one in decoders] if batches else [])
         fox = models["foxlm"]
-        facts = {"dtype": "bfloat16", "rounds": rounds, "eps": EPS, "preset": preset, "tokens": tokens, "new": new}
-        facts |= {"layers": fox.config.num_hidden_layers, "parameters": sum(x.numel() for x in fox.parameters())}
+        decoders = decoding.decoders_for(fox, decoders)
+        if largest_batch and fox.config.forget_gate == "none":
+            raise ValueError("--largest-batch compares what pruning frees, got a model without forget gates")
+        recipe = decoding.DecodeRecipe(workload, tokens, new, rounds)
+        workload.ids(fox.config.vocab_size, 1, recipe.read)
+        facts = _model_facts(workload, models) | {"tokens": tokens, "new": new, "rounds": rounds}
         results = report.new_results("decode", device, seed, commit, facts) | {"batches": [], "largest_batch": []}
-    except (ValueError, RuntimeError) as error:
-        _fail(error)
+    except _ERRORS as error:
+        options.fail(error)
     for size in batches:
         typer.echo(f"measuring batch {size}", err=True)
         results["batches"].append(decoding.run_batch(size, models, decoders, recipe))
-        # After each: what stops a long run leaves what was measured before.
         report.write(results, out)
     if largest_batch:
-        results["largest_batch"].append(decoding.run_largest_batch(models, recipe))
+        results["largest_batch"].append(run_largest_batch(models, recipe))
         report.write(results, out)
-    typer.echo(report.render(results))
+    options.show(results, as_json)
     records = [one for of_batch in results["batches"] for one in of_batch["decoders"] if one["family"] == "foxlm"]
     records += [one[cache] for one in results["largest_batch"] for cache in ("static", "paged")]
-    present = [one for one in records if one["status"] != "missing"]
-    _exit(present, complete=all("error" not in one for one in results["batches"]))
+    options.finish(records, complete=all("error" not in one for one in results["batches"]))
+
+
+def _model_facts(workload: Workload, models: Models) -> dict[str, Any]:
+    """What results say of the model."""
+    fox = models["foxlm"]
+    facts = {"dtype": "bfloat16", "eps": EPS} | workload.facts()
+    return facts | {
+        "layers": fox.config.num_hidden_layers,
+        "parameters": sum(parameter.numel() for parameter in fox.parameters()),
+    }
+
+
+_Files = Annotated[list[Path], typer.Argument(help="JSON files that the others wrote, of any kind.")]
 
 
 @app.command()
 def table(
-    files: Annotated[list[Path], typer.Argument(help="JSON files that the others wrote, cases in any number.")],
+    files: _Files,
     case: Annotated[list[str] | None, typer.Option(help="BxHxDxT to show; may be repeated; all by default.")] = None,
     readme: Annotated[
         Path | None, typer.Option(help="File to put the tables into, between <!-- speed:KIND --> markers.")
     ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print a JSON list of the results, put together.")] = False,
 ) -> None:
     """Print the tables of results as Markdown, or put them into a file."""
     try:
-        for results in report.merged([report.read(path) for path in files]):
-            tables = report.render(report.only_cases(results, case or []))
+        together = report.merged([report.read(path) for path in files])
+        together = [report.only_cases(results, case or []) for results in together]
+        if as_json:
+            typer.echo(report.to_json(together))
+        for results in () if as_json else together:
+            drawn = tables.render(results)
             if readme is None:
-                typer.echo(tables)
+                typer.echo(drawn)
             else:
-                text = readme.read_text(encoding="utf-8")
-                readme.write_text(report.insert(text, results["kind"], tables), encoding="utf-8")
-    except (ValueError, OSError) as error:
-        _fail(error)
+                content = readme.read_text(encoding="utf-8")
+                readme.write_text(report.insert(content, results["kind"], drawn), encoding="utf-8")
+    except _ERRORS as error:
+        options.fail(error)
 
 
-def _require_device(device: str) -> None:
-    if device not in ("cuda", "cpu"):
-        raise ValueError(f"--device must be cuda or cpu, got {device!r}")
-    if device == "cuda" and not torch.cuda.is_available():
-        raise ValueError("--device is cuda, but torch sees no CUDA GPU; --device cpu shows that all parts work")
+@app.command()
+def plot(
+    files: _Files,
+    out: Annotated[Path, typer.Option(help="Image to write, .svg or .png.")] = Path("roofline.svg"),
+    case: Annotated[list[str] | None, typer.Option(help="BxHxDxT to show; may be repeated; all by default.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the points and roofs as JSON too.")] = False,
+) -> None:
+    """Draw how near results come to what the GPU can do: attention as a roofline, decoding as rates of memory.
 
+    The rates of a large product and of a large copy, measured in the same runs, are the roofs.
+    Needs matplotlib, but no GPU.
+    """
+    try:
+        together = report.merged([report.read(path) for path in files])
+        found = points_of([report.only_cases(results, case or []) for results in together])
+        require_matplotlib()
+        from foxlm.evaluation.plots.figure import save_plot
+        from foxlm.evaluation.plots.roofline import plot_roofline
 
-def _require_positive(name: str, value: int) -> None:
-    if value < 1:
-        raise ValueError(f"{name} must be a positive integer, got {value}")
-
-
-def _sizes(device: str, layers: int | None) -> Sizes:
-    """What differs from a preset: all of it on a CPU."""
-    sizes = dict(CPU_SIZES) if device == "cpu" else {}
-    if layers is not None:
-        _require_positive("--layers", layers)
-        sizes["num_hidden_layers"] = layers
-    return tuple(sizes.items())
-
-
-def _exit(records: Sequence[Record], complete: bool) -> None:
-    if not complete or any(one["status"] != "measured" for one in records):
-        raise typer.Exit(1)
-
-
-def _fail(error: Exception) -> NoReturn:
-    typer.echo(f"error: {error}", err=True)
-    raise typer.Exit(1)
+        if out.suffix not in (".svg", ".png"):
+            raise ValueError(f"--out must end in .svg or .png, got {out}")
+        options.require_writable(out)
+        save_plot(plot_roofline(found), out)
+    except (*_ERRORS, ImportError) as error:
+        options.fail(error)
+    if as_json:
+        typer.echo(report.to_json(asdict(found)))
+    typer.echo(f"wrote {out}", err=as_json)
 
 
 if __name__ == "__main__":

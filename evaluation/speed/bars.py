@@ -73,6 +73,33 @@ def train_bars(steps: Sequence[Record]) -> dict[str, dict]:
     return {name: values for name, values in bars.items() if values}
 
 
+def prefill_kind(way: Record) -> str:
+    """What a way to take in a prompt is compared with: ``whole``, ``in_parts`` or ``compiled``."""
+    return "in_parts" if way["chunked"] else "compiled" if way["compiled"] else "whole"
+
+
+def prefill_bars(ways: Sequence[Record]) -> dict[str, dict]:
+    """Ratios of prompt tokens per second, with the dynamic cache.
+
+    Returns:
+        By `prefill_kind`, ``acp_speedup`` (with pruning over without, by rule) and ``over_llama`` (over the plain
+        Llama's, by rule, ``"none"`` without pruning).
+    """
+    bars: dict[str, dict] = {}
+    timed = [one for one in ways if "first_token" in one and one["cache"] == "dynamic"]
+    for kind in dict.fromkeys(prefill_kind(one) for one in timed):
+        alike = [one for one in timed if prefill_kind(one) == kind]
+        rates = {one["rule"]: one["tokens_per_second"] for one in alike if one["family"] == "foxlm"}
+        llama = [one["tokens_per_second"] for one in alike if one["family"] == "Llama"]
+        found = {
+            "acp_speedup": {rule: rates[rule] / rates[None] for rule in RULES if rule in rates and None in rates},
+            "over_llama": {rule or "none": rate / llama[0] for rule, rate in rates.items() if llama},
+        }
+        if any(found.values()):
+            bars[kind] = {name: values for name, values in found.items() if values}
+    return bars
+
+
 # What is wanted of decoding with the 760M Pro after 14,336 tokens on an H100: "at_most" or "at_least", how much, and of
 # which batch (None for any).
 _DECODE_TARGETS: dict[str, tuple[str, float, int | None]] = {

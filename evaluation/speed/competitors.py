@@ -1,6 +1,7 @@
 """What else one could run: attention without gates, as a ceiling, and other implementations with them."""
 
 from importlib.util import find_spec
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,9 +18,13 @@ CUDNN = "cuDNN, no gate"
 
 def _sdpa(name: str, backend: SDPBackend) -> Implementation:
     def prepare(inputs: Inputs) -> Attend:
+        options: dict[str, Any] = {"is_causal": True, "scale": inputs.scale}
+        if inputs.k.shape[2] != inputs.q.shape[2]:
+            options["enable_gqa"] = True
+
         def attend(q: Tensor, k: Tensor, v: Tensor, log_f: Tensor) -> Tensor:
             with sdpa_kernel(backend):
-                return torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True, scale=inputs.scale)
+                return torch.nn.functional.scaled_dot_product_attention(q, k, v, **options)
 
         return attend
 
@@ -56,7 +61,11 @@ def _fla() -> Implementation:
     def prepare(inputs: Inputs) -> Attend:
         from fla.ops.forgetting_attn import parallel_forgetting_attn
 
-        return lambda q, k, v, log_f: parallel_forgetting_attn(q, k, v, log_f, scale=inputs.scale)
+        # It wants a gate for each query head.
+        shared = inputs.q.shape[2] // inputs.log_f.shape[2]
+        return lambda q, k, v, log_f: parallel_forgetting_attn(
+            q, k, v, log_f.repeat_interleave(shared, dim=2) if shared > 1 else log_f, scale=inputs.scale
+        )
 
     def missing(device: str) -> str | None:
         if find_spec("fla") is None:

@@ -18,7 +18,8 @@ _FACTOR = 4.0
 _FLOAT32_SUMS = 1e-6
 
 Gradients = dict[str, Tensor]
-"""``out`` and the gradients ``q``, ``k``, ``v``, ``log_f`` of one head, the first two for the sampled rows only."""
+"""``out`` and the gradients ``q``, ``k``, ``v``, ``log_f`` of one query head and of the heads of keys, values and gates
+that serve it; the first two for the sampled rows only."""
 
 
 @dataclass(frozen=True)
@@ -27,7 +28,7 @@ class Sample:
 
     Attributes:
         batch: index of the sequence.
-        heads: indices of heads.
+        heads: indices of query heads.
         rows: ``[R]`` int64 indices of queries, ascending.
     """
 
@@ -38,11 +39,13 @@ class Sample:
     @classmethod
     def of(cls, inputs: Inputs, seed: int) -> "Sample":
         """The last queries and some others, in the last sequence, of the heads that forget fastest and slowest."""
-        batch, tokens, heads, _ = inputs.q.shape
+        batch, tokens = inputs.q.shape[:2]
         generator = torch.Generator().manual_seed(seed)
         earlier = torch.randperm(max(tokens - _LAST, 0), generator=generator)[:_SCATTERED]
         rows = torch.cat([earlier.sort().values, torch.arange(max(tokens - _LAST, 0), tokens)])
-        return cls(batch - 1, tuple(sorted({0, heads - 1})), rows.to(inputs.q.device))
+        pace = inputs.gates_of_queries()[-1].double().mean(0)
+        heads = tuple(sorted({int(pace.argmin()), int(pace.argmax())}))
+        return cls(batch - 1, heads, rows.to(inputs.q.device))
 
     def only(self, dout: Tensor) -> Tensor:
         """``dout``, ``[B, T, H, D]``, with zeros in all but the sampled rows."""
@@ -75,15 +78,37 @@ def reference(inputs: Inputs, sample: Sample, gated: bool) -> Reference:
 
 
 def attend_densely(inputs: Inputs, sample: Sample, head: int, dtype: torch.dtype) -> Gradients:
-    """Attention of the sampled rows and its gradients; what kernels hold in ``dtype`` is rounded to it on the way."""
+    """Attention of the sampled rows and its gradients; what kernels hold in ``dtype`` is rounded to it on the way.
+
+    Args:
+        inputs: of all heads.
+        sample: which rows.
+        head: of the queries. Where others share its keys or gates, their part of those gradients is added.
+        dtype: to round to.
+    """
+    results = _one_head(inputs, sample, head, dtype)
+    heads = inputs.q.shape[2]
+    for names, count in ((("k", "v"), inputs.k.shape[2]), (("log_f",), inputs.log_f.shape[2])):
+        size = heads // count
+        for other in range(head // size * size, head // size * size + size):
+            if other != head:
+                part = _one_head(inputs, sample, other, dtype)
+                results |= {name: results[name] + part[name] for name in names}
+    return results
+
+
+def _one_head(inputs: Inputs, sample: Sample, head: int, dtype: torch.dtype) -> Gradients:
     wide = torch.float64 if dtype == torch.float64 else torch.float32
 
     def rounded(x: Tensor) -> Tensor:
         return x.to(dtype).to(wide)
 
-    q, k, v, dout = (x[sample.batch, :, head].to(wide) for x in (inputs.q, inputs.k, inputs.v, inputs.dout))
+    def of_head(x: Tensor) -> Tensor:
+        return x[sample.batch, :, head * x.shape[2] // inputs.q.shape[2]]
+
+    q, k, v, dout = (of_head(x).to(wide) for x in (inputs.q, inputs.k, inputs.v, inputs.dout))
     q, dout = q[sample.rows], dout[sample.rows]
-    c = inputs.log_f[sample.batch, :, head].double().cumsum(0)
+    c = of_head(inputs.log_f).double().cumsum(0)
     bias = (c[sample.rows, None] - c).to(wide)
     bias.masked_fill_(torch.arange(len(c), device=c.device) > sample.rows[:, None], float("-inf"))
     weights = (inputs.scale * (q @ k.T)).add_(bias).softmax(-1)
@@ -126,7 +151,7 @@ def check(out: Tensor, grads: Gradients, sample: Sample, right: Reference, eps: 
 
     Args:
         out: ``[B, T, H, D]``.
-        grads: ``[B, T, H, D]`` gradients of q, k, v, and ``[B, T, H]`` of log_f unless it has none.
+        grads: gradients of q, k, v, and of log_f unless it has none, each of the shape of what it is of.
         sample: rows to compare; the output gradient was zero in all others.
         right: their reference.
         eps: attention weight that pruning may take from a row.
@@ -136,7 +161,7 @@ def check(out: Tensor, grads: Gradients, sample: Sample, right: Reference, eps: 
     fault = None
     for head, exact, rounding in zip(sample.heads, right.exact, right.error, strict=True):
         for name, x in {"out": out, **grads}.items():
-            found = x[sample.batch, :, head]
+            found = x[sample.batch, :, head * x.shape[2] // out.shape[2]]
             error = relative_error(found[sample.rows] if name in ("out", "q") else found, exact[name])
             limit = _FACTOR * (rounding[name] + eps) + _FLOAT32_SUMS
             # Not the other way round: a NaN is within no limit.

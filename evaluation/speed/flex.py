@@ -20,15 +20,18 @@ def compiled_attention(inputs: Inputs, first: Tensor | None) -> Callable[[Tensor
         inputs: whose gates become the bias.
         first: ``[B, H, T / BLOCK]`` first block of keys that each block of queries keeps; all of them by default.
     """
-    c = accumulate(inputs.log_f)[0].float()
+    c = accumulate(inputs.gates_of_queries())[0].float()
     mask = causal_block_mask(c, first)
     # torch has no annotations for compiled functions.
     attend: Callable = torch.compile(flex_attention, dynamic=False)
+    grouped = inputs.k.shape[2] != inputs.q.shape[2]
 
     def decay(score: Tensor, b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
         return score + (c[b, h, i] - c[b, h, j])
 
-    return lambda q, k, v, log_f: attend(q, k, v, score_mod=decay, block_mask=mask, scale=inputs.scale)
+    return lambda q, k, v, log_f: attend(
+        q, k, v, score_mod=decay, block_mask=mask, scale=inputs.scale, enable_gqa=grouped
+    )
 
 
 def causal_block_mask(c: Tensor, first: Tensor | None) -> BlockMask:

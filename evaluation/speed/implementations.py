@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, TypeVar
 
+import torch
 from torch import Tensor
 
 from foxlm.kernels.pruning import Rule, first_kept, share_skipped
@@ -105,8 +106,21 @@ def share_kept(first: Tensor, tokens: int, tile: tuple[int, int] = TILE) -> floa
     return 1.0 - share_skipped(first, tokens, *tile).mean().item()
 
 
+def share_of_tiles(first: Tensor) -> float:
+    """Share of the tiles that are kept where each query of a whole sequence keeps the keys from ``first`` on.
+
+    Args:
+        first: ``[B, H, T]``, alike within each block of queries.
+    """
+    tokens, block_q = first.shape[-1], TILE[0]
+    # A last block that is not full repeats its last query.
+    padded = torch.cat([first, first[..., -1:].expand(*first.shape[:-1], -tokens % block_q)], dim=-1)
+    return share_kept(padded.unflatten(-1, (-1, block_q)).amin(-1), tokens)
+
+
 def first_by_definition(inputs: Inputs, rule: Rule, tile: tuple[int, int] = TILE) -> Tensor:
     """First key that each block of queries keeps by the definition of ``rule``, ``[B, H, ceil(T / tile[0])]``."""
     block_q, block_k = tile
     options = pruning_options(inputs, rule)
-    return first_kept(inputs.q, inputs.k, inputs.log_f, scale=inputs.scale, block_q=block_q, block_k=block_k, **options)
+    keys = inputs.searched_keys(rule)
+    return first_kept(inputs.q, keys, inputs.log_f, scale=inputs.scale, block_q=block_q, block_k=block_k, **options)

@@ -3,12 +3,22 @@
 from collections.abc import Callable
 
 import torch
+from torch import Tensor
 
-from foxlm.kernels.attention import forgetting_attention
+from foxlm.kernels.attention import best_attention, forgetting_attention
 from foxlm.kernels.decay import Decay, accumulate
 from foxlm.kernels.pruning import Rule, prune
 
-from .implementations import EPS, RULES, TILE, Attend, Implementation, first_by_definition, pruning_options, share_kept
+from .implementations import (
+    EPS,
+    RULES,
+    Attend,
+    Implementation,
+    first_by_definition,
+    pruning_options,
+    share_kept,
+    share_of_tiles,
+)
 from .inputs import Inputs
 
 
@@ -21,6 +31,8 @@ def own(rule: Rule | None) -> Implementation:
     """This library's attention, without pruning or by ``rule``."""
 
     def prepare(inputs: Inputs) -> Attend:
+        if rule is not None and inputs.centers:
+            return lambda q, k, v, log_f: _attend_as_model(q, k, v, log_f, inputs, rule)
         return lambda q, k, v, log_f: forgetting_attention(
             q, k, v, log_f, scale=inputs.scale, **pruning_options(inputs, rule)
         )
@@ -32,28 +44,40 @@ def own(rule: Rule | None) -> Implementation:
         prepare,
         eps=EPS,
         rule=rule,
-        tiles_kept=lambda inputs: _tiles_kept(inputs, rule),
+        tiles_kept=lambda inputs: share_of_tiles(_first_kept(inputs, rule)),
         tiles_expected=lambda inputs: share_kept(first_by_definition(inputs, rule), inputs.q.shape[1]),
         boundaries=lambda inputs: _boundary_search(inputs, rule),
     )
 
 
-def _tiles_kept(inputs: Inputs, rule: Rule) -> float:
-    """Share of the tiles that the kernels keep, from the first key that they keep for each query."""
+def _attend_as_model(q: Tensor, k: Tensor, v: Tensor, log_f: Tensor, inputs: Inputs, rule: Rule) -> Tensor:
+    """As a model without QK-norm does it, whose centered keys the public function does not know."""
+    decay = _search(_decay(log_f), inputs._replace(q=q, k=k), rule)
+    return best_attention(q)(q, k, v, decay, scale=inputs.scale, dropout=0.0)[0]
+
+
+@torch.no_grad()
+def _first_kept(inputs: Inputs, rule: Rule) -> Tensor:
+    """The first key that the kernels keep for each query, ``[B, H, T]``."""
+    if inputs.centers:
+        return _boundary_search(inputs, rule)().first
     options = pruning_options(inputs, rule)
-    with torch.no_grad():
-        _, first = forgetting_attention(*inputs[:4], scale=inputs.scale, return_first=True, **options)
-    tokens, block_q = first.shape[-1], TILE[0]
-    # A last block that is not full repeats its last query.
-    padded = torch.cat([first, first[..., -1:].expand(*first.shape[:-1], -tokens % block_q)], dim=-1)
-    return share_kept(padded.unflatten(-1, (-1, block_q)).amin(-1), tokens)
+    return forgetting_attention(*inputs[:4], scale=inputs.scale, return_first=True, **options)[1]
 
 
-def _boundary_search(inputs: Inputs, rule: Rule) -> Callable[[], object]:
-    c, first = accumulate(inputs.log_f)
-    decay = Decay(c, c, first, torch.arange(c.shape[-1], device=c.device))
+def _boundary_search(inputs: Inputs, rule: Rule) -> Callable[[], Decay]:
+    decay = _decay(inputs.log_f)
+    return lambda: _search(decay, inputs, rule)
+
+
+def _search(decay: Decay, inputs: Inputs, rule: Rule) -> Decay:
     options = {"logit_bound": None, **pruning_options(inputs, rule)}
-    return lambda: prune(decay, inputs.q, inputs.k, scale=inputs.scale, **options)
+    return prune(decay, inputs.q, inputs.searched_keys(rule), scale=inputs.scale, **options)
+
+
+def _decay(log_f: Tensor) -> Decay:
+    c, first = accumulate(log_f)
+    return Decay(c, c, first, torch.arange(c.shape[-1], device=c.device))
 
 
 OWN = tuple(own(rule) for rule in (None, *RULES))

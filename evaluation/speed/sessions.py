@@ -39,8 +39,12 @@ class Decoder:
     @property
     def name(self) -> str:
         """As it appears in tables."""
-        who = own_name(self.rule) if self.family == "foxlm" else self.family
-        return f"{who}, {self.cache} cache"
+        return f"{self.who}, {self.cache} cache"
+
+    @property
+    def who(self) -> str:
+        """Model and rule, as they appear in tables."""
+        return own_name(self.rule) if self.family == "foxlm" else self.family
 
     def new_cache(self, config: Any, length: int) -> Cache:
         """An empty cache for a model of ``config`` and sequences of up to ``length`` tokens."""
@@ -90,10 +94,18 @@ class Session:
         self._model, self._step = model, step
 
     @torch.no_grad()
-    def fill(self, ids: Tensor) -> Tensor:
-        """Take in the context ``ids``, ``[B, T]``, part by part; returns the last logits, ``[B, V]``."""
-        for chunk in ids.split(max(1, min(_LONGEST_CHUNK, _TOKENS_AT_ONCE // len(ids))), dim=1):
-            logits = self._model(input_ids=chunk, past_key_values=self.cache, use_cache=True, logits_to_keep=1).logits
+    def fill(self, ids: Tensor, chunk: int | None = None, forward: Callable | None = None) -> Tensor:
+        """Take in the context ``ids``, ``[B, T]``, part by part; returns the last logits, ``[B, V]``.
+
+        Args:
+            ids: the tokens.
+            chunk: how many of each sequence at a time; by default what is fast and bounds the memory.
+            forward: the model itself by default, or compiled.
+        """
+        forward = self._model if forward is None else forward
+        chunk = max(1, min(_LONGEST_CHUNK, _TOKENS_AT_ONCE // len(ids))) if chunk is None else chunk
+        for part in ids.split(chunk, dim=1):
+            logits = forward(input_ids=part, past_key_values=self.cache, use_cache=True, logits_to_keep=1).logits
         self.ids.copy_(logits.argmax(-1))
         return logits[:, -1]
 

@@ -2,21 +2,26 @@
 
 import gc
 import time
-from collections.abc import Callable, Hashable, Mapping
+from collections.abc import Callable, Hashable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import TypeVar
 
 import numpy as np
 import torch
+from tqdm import tqdm
 
 _WARM_UP_ROUNDS = 2
 PASSES = 2
 # Clock cycles for which the device waits, about 50 ms, so that it never waits later.
 _HEAD_START = 100_000_000
-# Side of the square product that stands for what the matrix units can do; small where it only shows that it runs.
+# Side of the square product that stands for what the matrix units can do, and bytes of the copy that does so for the
+# memory; small where it only shows that it runs.
 _MATMUL_SIDE = {"cuda": 8192, "cpu": 256}
+_COPIED_BYTES = {"cuda": 1 << 30, "cpu": 1 << 24}
+_COPY_ROUNDS = 10
 
 Name = TypeVar("Name", bound=Hashable)
+Item = TypeVar("Item")
 
 
 @dataclass(frozen=True)
@@ -34,7 +39,9 @@ class Timing:
     spread: float
 
 
-def interleaved(calls: Mapping[Name, Callable[[], object]], rounds: int, device: str) -> dict[Name, Timing]:
+def interleaved(
+    calls: Mapping[Name, Callable[[], object]], rounds: int, device: str, wall: bool = False
+) -> dict[Name, Timing]:
     """Time each call once per round, all of them in turn, so that clocks and heat fall on all alike.
 
     Times are those of the device: calls are queued without waiting in between. The inputs of one call should not fit
@@ -44,7 +51,9 @@ def interleaved(calls: Mapping[Name, Callable[[], object]], rounds: int, device:
         calls: what to time, by name.
         rounds: rounds in each of two passes.
         device: ``"cpu"`` or ``"cuda"``.
+        wall: time each from calling it until the device has finished instead, as who calls it waits.
     """
+    timed = _waited if wall else _timed
     for _ in range(_WARM_UP_ROUNDS):
         for call in calls.values():
             call()
@@ -54,7 +63,7 @@ def interleaved(calls: Mapping[Name, Callable[[], object]], rounds: int, device:
         marks: dict[Name, list[Callable[[], float]]] = {name: [] for name in calls}
         for _ in range(rounds):
             for name, call in calls.items():
-                marks[name].append(_timed(call, device))
+                marks[name].append(timed(call, device))
         synchronize(device)
         passes.append({name: [read() for read in reads] for name, reads in marks.items()})
     return {name: timing_of([one[name] for one in passes]) for name in calls}
@@ -72,6 +81,11 @@ def _timed(call: Callable[[], object], device: str) -> Callable[[], float]:
     call()
     end.record()
     return lambda: start.elapsed_time(end)
+
+
+def _waited(call: Callable[[], object], device: str) -> Callable[[], float]:
+    took = wall_ms(call, device)
+    return lambda: took
 
 
 def wall_ms(call: Callable[[], object], device: str) -> float:
@@ -101,6 +115,11 @@ def timing_of(passes: list[list[float]]) -> Timing:
     p20, median, p80 = np.percentile(np.concatenate(passes), [20, 50, 80]).tolist()
     medians = [float(np.median(one)) for one in passes]
     return Timing(median, p20, p80, (max(medians) - min(medians)) / median)
+
+
+def progress(items: Iterable[Item], label: str) -> Iterable[Item]:
+    """``items``, with a bar on a terminal's stderr."""
+    return tqdm(items, desc=label, leave=False, disable=None)
 
 
 def synchronize(device: str) -> None:
@@ -146,3 +165,24 @@ class Matmul:
 
     def __call__(self) -> None:
         self._a @ self._b
+
+
+class Copy:
+    """A copy of a large tensor, whose rate is the ceiling of what the memory delivers.
+
+    Attributes:
+        bytes: that are read and written.
+    """
+
+    def __init__(self, device: str) -> None:
+        self._from, self._to = (torch.zeros(_COPIED_BYTES[device], dtype=torch.uint8, device=device) for _ in range(2))
+        self.bytes = 2 * self._from.nbytes
+
+    def __call__(self) -> None:
+        self._to.copy_(self._from)
+
+
+def copy_rate(device: str) -> float:
+    """Bytes per second, read and written, of a large copy."""
+    copy = Copy(device)
+    return 1e3 * copy.bytes / interleaved({"copy": copy}, _COPY_ROUNDS, device)["copy"].ms

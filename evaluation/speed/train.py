@@ -1,7 +1,8 @@
-"""`python -m foxlm.evaluation.speed train`: a whole training step of a FoX (Pro), with pruning and without.
+"""`foxlm bench train`: a whole training step of a FoX, with pruning and without.
 
-Every step sees the same weights (the learning rate is zero), so that pruning skips the same at each. The gates forget
-as fast as those of the attention benchmark, by their biases; what they read from the hidden states makes them noisy.
+Every step sees the same weights (the learning rate is zero), so that pruning skips the same at each. The gates of a new
+model forget as fast as those of the attention benchmark, by their biases; what they read from the hidden states makes
+them noisy.
 """
 
 import math
@@ -12,16 +13,16 @@ import torch
 from torch import Tensor
 
 from foxlm import FoxForCausalLM
-from foxlm.evaluation.gates import skipped_shares
-from foxlm.evaluation.recording import record_attention
 from foxlm.kernels.pruning import Rule
 
 from .bars import train_bars
-from .implementations import EPS, RULES, TILE
-from .models import Sizes, build_fox, set_pruning
+from .implementations import EPS
+from .models import set_pruning
+from .observed import tiles_kept
 from .own import own_name
 from .runner import Record, failure
-from .timing import interleaved, peak_bytes, release_memory
+from .timing import interleaved, peak_bytes, progress, release_memory
+from .workload import Workload, rules_of
 
 TOKENS, CPU_TOKENS = 16384, 256
 
@@ -37,47 +38,51 @@ class Recipe:
     """What is trained and how it is measured.
 
     Attributes:
-        device: ``"cuda"`` or ``"cpu"``.
-        preset: of `FoxConfig.preset`.
-        sizes: fields of the configuration that differ from the preset.
+        workload: model and tokens.
         tokens: tokens of the one sequence in a step.
         compiled: whether steps with compiled layers and loss are measured too.
         rounds: timed steps in each of two passes.
-        seed: of weights and tokens.
     """
 
-    device: str
-    preset: str = "pro-760m"
-    sizes: Sizes = ()
+    workload: Workload
     tokens: int = TOKENS
     compiled: bool = False
     rounds: int = 5
-    seed: int = 0
+
+    @property
+    def device(self) -> str:
+        """Where it runs."""
+        return self.workload.device
 
 
 def run_training(recipe: Recipe) -> Record:
     """Check and time training steps.
 
     Returns:
-        ``preset``, ``parameters``, ``tokens``; ``steps``, a record for each combination of rule and compilation, with
-        ``step`` (milliseconds), ``tokens_per_second`` and ``peak_bytes`` where it was measured; ``bars``.
+        What `Workload.facts` has, ``parameters``, ``tokens``; ``steps``, a record for each combination of rule and
+        compilation, with ``tiles_kept``, and ``step`` (milliseconds), ``tokens_per_second`` and ``peak_bytes`` where it
+        was measured; ``bars``.
+
+    Raises:
+        ValueError, OSError: model or text cannot be read, or the model has dropout, by which no two steps are alike.
     """
-    torch.manual_seed(recipe.seed)
-    model = build_fox(recipe.preset, recipe.sizes, recipe.device).train()
-    ids = torch.randint(model.config.vocab_size, (1, recipe.tokens), device=recipe.device)
+    model = recipe.workload.build(torch.float32).train()
+    if model.config.attention_dropout:
+        raise ValueError(f"--model must have no attention_dropout to be checked, got {model.config.attention_dropout}")
+    ids = recipe.workload.ids(model.config.vocab_size, 1, recipe.tokens)
     bench = _Bench(model, ids, recipe)
     forwards: list[tuple[bool, Callable]] = [(False, _uncompiled(model))]
     if recipe.compiled:
         compile_regions(model)
         forwards.append((True, model))
-    for compiled, forward in forwards:
-        for rule in (None, *RULES):
-            bench.admit(rule, compiled, forward)
+    steps = [(rule, *forward) for forward in forwards for rule in rules_of(model)]
+    for rule, compiled, forward in progress(steps, "checking"):
+        bench.admit(rule, compiled, forward)
     for name, timing in interleaved(bench.steps, recipe.rounds, recipe.device).items():
         record = next(one for one in bench.records if one["name"] == name)
         record |= {"step": asdict(timing), "tokens_per_second": 1e3 * recipe.tokens / timing.ms}
     parameters = sum(parameter.numel() for parameter in model.parameters())
-    facts = {"preset": recipe.preset, "parameters": parameters, "tokens": recipe.tokens}
+    facts = recipe.workload.facts() | {"parameters": parameters, "tokens": recipe.tokens}
     return facts | {"steps": bench.records, "bars": train_bars(bench.records)}
 
 
@@ -110,7 +115,8 @@ class _Bench:
         self._exact = self._gradients(model, autocast=False)
         self._rounding = _errors(self._gradients(model, autocast=True), self._exact)
         model.set_attn_implementation(chosen)
-        self._kept = {None: 1.0} | self._tiles_kept()
+        with torch.autocast(recipe.device, torch.bfloat16):
+            self._kept = tiles_kept(model, ids)
         self._optimizer = torch.optim.AdamW(model.parameters(), lr=0.0, fused=True)
 
     def admit(self, rule: Rule | None, compiled: bool, forward: Callable) -> None:
@@ -170,21 +176,12 @@ class _Bench:
         self._model.zero_grad(set_to_none=True)
         return grads
 
-    @torch.no_grad()
-    def _tiles_kept(self) -> dict[Rule | None, float]:
-        with (
-            torch.autocast(self._recipe.device, torch.bfloat16),
-            record_attention(self._model) as layers,
-        ):
-            self._model.model(self._ids, use_cache=False)
-        return {rule: 1.0 - skipped_shares(layers, [math.log(EPS)], rule, *TILE).mean().item() for rule in RULES}
-
 
 def _errors(found: Gradients, exact: Gradients) -> dict[str, float]:
     """Relative distance of gradients, of the forget gates and of everything else; NaN where one is missing."""
-    parts: dict[str, list[str]] = {"forget gates": [], "projections": []}
+    parts: dict[str, list[str]] = {}
     for name in exact:
-        parts["forget gates" if ".forget_gate." in name else "projections"].append(name)
+        parts.setdefault("forget gates" if ".forget_gate." in name else "projections", []).append(name)
     return {part: _distance(found, exact, names) for part, names in parts.items()}
 
 

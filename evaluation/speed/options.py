@@ -1,0 +1,120 @@
+"""What the speed commands share: their options, what these must be, and how results are shown."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, NoReturn
+
+import torch
+import typer
+
+from . import report, tables
+from .models import CPU_SIZES, Sizes
+from .runner import Record
+from .workload import Workload
+
+PRESET = "pro-760m"
+
+Preset = Annotated[
+    str | None,
+    typer.Option(help=f"Sizes of a FoxConfig.preset, for a new model on random tokens; {PRESET} if nothing is given."),
+]
+Layers = Annotated[int | None, typer.Option(help="Layers, if not the preset's.")]
+Model = Annotated[
+    str | None,
+    typer.Option(
+        metavar="FOLDER",
+        help="A FoX model of yours, a folder or a name on the Hugging Face Hub, measured with the gates that it has "
+        "learned, instead of a preset; needs --text.",
+    ),
+]
+Text = Annotated[
+    Path | None,
+    typer.Option(
+        metavar="FILE",
+        help='What that model reads: a UTF-8 file, .jsonl with a "text" in each line, .npy token numbers, or a folder '
+        "of such files.",
+    ),
+]
+Join = Annotated[bool, typer.Option("--join", help="Put documents that are too short one after the other.")]
+Rounds = Annotated[int, typer.Option(help="How often each is timed, in each of two passes.")]
+Only = Annotated[
+    list[str] | None, typer.Option(metavar="NAME", help="Part of a name in the table; may be repeated; all by default.")
+]
+Device = Annotated[str, typer.Option(help="cuda, or cpu to see that all parts work: tiny sizes, figures of no use.")]
+Seed = Annotated[int, typer.Option(help="Of all that is drawn at random.")]
+Commit = Annotated[
+    str | None, typer.Option(help="The commit that is measured, where foxlm lies in no checkout that could tell.")
+]
+AsJson = Annotated[bool, typer.Option("--json", help="Print the results as JSON instead of a table.")]
+
+
+def workload(
+    device: str,
+    seed: int,
+    preset: str | None,
+    layers: int | None,
+    model: str | None,
+    text: Path | None,
+    join: bool,
+) -> Workload:
+    """What a command was told to measure.
+
+    Raises:
+        ValueError: options that contradict each other, or are not as they must be.
+    """
+    if model is not None and (preset is not None or layers is not None):
+        raise ValueError(
+            f"{'--layers' if preset is None else '--preset'} is of new models, got it with --model {model}"
+        )
+    if join and text is None:
+        raise ValueError("--join is of --text, got it without")
+    if layers is not None:
+        require_positive("--layers", layers)
+    if model is not None or text is not None:
+        return Workload(device, model=model, text=text, join=join, seed=seed)
+    return Workload(device, preset or PRESET, _sizes(device, layers), seed=seed)
+
+
+def _sizes(device: str, layers: int | None) -> Sizes:
+    """What differs from a preset: all of it on a CPU."""
+    sizes = dict(CPU_SIZES) if device == "cpu" else {}
+    return tuple((sizes | ({} if layers is None else {"num_hidden_layers": layers})).items())
+
+
+def require_device(device: str) -> None:
+    """Raise a `ValueError` unless ``device`` is there."""
+    if device not in ("cuda", "cpu"):
+        raise ValueError(f"--device must be cuda or cpu, got {device!r}")
+    if device == "cuda" and not torch.cuda.is_available():
+        raise ValueError("--device is cuda, but torch sees no CUDA GPU; --device cpu shows that all parts work")
+
+
+def require_positive(name: str, *values: int) -> None:
+    """Raise a `ValueError` unless all ``values`` of the option ``name`` are positive."""
+    for value in values:
+        if value < 1:
+            raise ValueError(f"{name} must be a positive integer, got {value}")
+
+
+def require_writable(out: Path) -> None:
+    """Raise an error now rather than after the measurement, if the results could not be written to ``out``."""
+    if out.is_dir():
+        raise ValueError(f"--out must be a file, got the folder {out}")
+    out.parent.mkdir(parents=True, exist_ok=True)
+
+
+def show(results: report.Results, as_json: bool) -> None:
+    """Print the results, and nothing else, on stdout."""
+    typer.echo(report.to_json(results) if as_json else tables.render(results))
+
+
+def finish(records: Sequence[Record], complete: bool) -> None:
+    """Exit with 1 unless all ``records`` were measured."""
+    if not complete or any(one["status"] != "measured" for one in records):
+        raise typer.Exit(1)
+
+
+def fail(error: Exception) -> NoReturn:
+    """Say what is wrong, and exit with 1."""
+    typer.echo(f"error: {error}", err=True)
+    raise typer.Exit(1)
