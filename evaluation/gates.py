@@ -41,7 +41,8 @@ def skipped_shares(
 ) -> Tensor:
     """Share of causal attention that pruning skips on recorded text, averaged over its sequences.
 
-    The rule ``paper`` bounds the logits by ``scale * max |q| * max |k|`` of each sequence and head.
+    The rule ``paper`` bounds the logits as the model does: by the weights of QK-norm where they tell, else by ``scale *
+    max |q| * max |k|`` of each sequence and head.
 
     Args:
         layers: recorded attention.
@@ -62,21 +63,8 @@ def skipped_shares(
     return shares.unflatten(0, (len(log_eps), len(layers)))
 
 
-def kept_from(
-    layer: AttentionInputs,
-    log_eps: float,
-    rule: Rule,
-    block_q: int = 1,
-    block_k: int = 1,
-    logit_bound: Tensor | None = None,
-) -> Tensor:
-    """`first_kept` of a recorded layer: ``[B, H, ceil(T / block_q)]`` int64.
-
-    Args:
-        layer, log_eps, rule, block_q, block_k: as of `skipped_shares`.
-        logit_bound: ``U`` of the rule ``paper``: ``layer.logit_bound`` is what the model takes; by default that of the
-            recorded queries and keys.
-    """
+def kept_from(layer: AttentionInputs, log_eps: float, rule: Rule, block_q: int = 1, block_k: int = 1) -> Tensor:
+    """`first_kept` of a recorded layer, as its model bounds the logits: ``[B, H, ceil(T / block_q)]`` int64."""
     return first_kept(
         layer.q,
         bounded_keys(layer, rule),
@@ -84,7 +72,7 @@ def kept_from(
         eps=math.exp(log_eps),
         rule=rule,
         scale=layer.scale,
-        logit_bound=logit_bound,
+        logit_bound=layer.logit_bound,
         block_q=block_q,
         block_k=block_k,
     )

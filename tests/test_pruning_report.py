@@ -134,7 +134,7 @@ def test_no_row_loses_more_than_is_proven(variant: str, rule: Rule) -> None:
         attentions = model(ids, output_attentions=True, use_cache=False).attentions
     dropping = 0
     for layer, weights in zip(layers, attentions, strict=True):
-        firsts = [kept_from(layer, -10.0, rule, logit_bound=layer.logit_bound)[0], first_read(layer, -10.0, rule)[0]]
+        firsts = [kept_from(layer, -10.0, rule)[0], first_read(layer, -10.0, rule)[0]]
         bounds = ProvenBounds(layer)
         rows = torch.arange(300).expand(4, -1)
         for first, lost in zip(firsts, log_dropped(layer, bounds, rows, firsts), strict=True):
@@ -163,7 +163,7 @@ def test_weights_below_any_number_are_told_apart() -> None:
 def test_what_tiles_read_is_what_attention_searches(variant: str) -> None:
     for layer in recorded(spread_model(variant), tokens(1, 333)):
         for rule in RULES:
-            kept = kept_from(layer, -5.0, rule, logit_bound=layer.logit_bound)
+            kept = kept_from(layer, -5.0, rule)
             assert torch.equal(in_tiles(kept), first_read(layer, -5.0, rule))
             assert kept.max() > PRUNED_KEYS
 
@@ -184,7 +184,7 @@ def test_check_finds_a_bound_that_is_broken(
     """Negative control: a search that takes all logits for zero. The command says so and exits with 1."""
 
     def without_logits(layer: AttentionInputs, log_eps: float, rule: Rule) -> Tensor:
-        return kept_from(layer._replace(q=layer.q * 0.0), log_eps, rule, logit_bound=torch.zeros(1))[0]
+        return kept_from(layer._replace(q=layer.q * 0.0, logit_bound=torch.zeros(1)), log_eps, rule)[0]
 
     monkeypatch.setattr(measuring, "first_kept_by_model", without_logits)
     done = invoke("report", byte_model, "--text", text, "--length", 300, "--out", tmp_path)
@@ -217,14 +217,14 @@ def test_shares_are_those_counted_by_hand() -> None:
     layer = recorded(spread_model(), tokens(1, 256))[0]
     found = measuring.measure(layer, None, plan(length=256), details=False)
     for rule in RULES:
-        kept = kept_from(layer, -10.0, rule, logit_bound=layer.logit_bound)[0]
+        kept = kept_from(layer, -10.0, rule)[0]
         pairs = kept.double().sum(-1) / (256 * 257 / 2)
         np.testing.assert_allclose(found.skipped["pairs", rule][1], pairs, rtol=1e-12)
         np.testing.assert_allclose(found.by_length["pairs", rule][1], pairs, rtol=1e-12)
         read = first_read(layer, -10.0, rule)[0, :, ::128] // 64
         np.testing.assert_allclose(found.skipped["tiles", rule][1], read.double().sum(-1) / (2 + 4), rtol=1e-12)
         prefix = layer._replace(q=layer.q[:, :64], k=layer.k[:, :64], log_f=layer.log_f[:, :64])
-        kept = kept_from(prefix, -10.0, rule, logit_bound=layer.logit_bound)[0]
+        kept = kept_from(prefix, -10.0, rule)[0]
         np.testing.assert_allclose(found.by_length["pairs", rule][0], kept.double().sum(-1) / (64 * 65 / 2), rtol=1e-12)
     assert found.skipped["pairs", "tight"].max() > 0.5
 

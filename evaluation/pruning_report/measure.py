@@ -162,7 +162,7 @@ def measure(layer: AttentionInputs, bounds: LogitBounds | None, plan: Plan, deta
 
 def first_kept_by_model(layer: AttentionInputs, log_eps: float, rule: Rule) -> Tensor:
     """First key that each query keeps by ``rule`` as the model bounds its logits, ``[H, T]``."""
-    return kept_from(layer, log_eps, rule, logit_bound=layer.logit_bound)[0]
+    return kept_from(layer, log_eps, rule)[0]
 
 
 def _first_in_tiles(layer: AttentionInputs, kept: Tensor, log_eps: float, rule: Rule, proven: ProvenBounds) -> Tensor:
