@@ -236,7 +236,7 @@ def save(model: FoxForCausalLM, tokenizer: PreTrainedTokenizerBase, folder: Path
 def evaluate(
     out: Out = Path("runs"),
     longest: Annotated[int | None, typer.Option(help="Tokens to look at; four times the trained length.")] = None,
-    rows: Annotated[int, typer.Option(help="Held-out rows for the loss by position.")] = 32,
+    rows: Annotated[int, typer.Option(help="Held-out rows for the loss by position.")] = 24,
     samples: Annotated[int, typer.Option(help="Needles at each length and depth.")] = 20,
 ) -> None:
     """Loss by position of all arms that were trained, needles, and the pruning report of those with gates."""
@@ -246,22 +246,25 @@ def evaluate(
     length = json.loads((out / arms[0] / "training.json").read_text())["recipe"]["length"]
     longest = longest or 4 * length
     held_out = str(out / "held_out.jsonl")
-    models = [str(out / arm / "model") for arm in arms]
+    models = {arm: str(out / arm / "model") for arm in arms}
     names = [part for arm in arms for part in ("--name", arm)]
-    foxlm("loss", *models, *names, "--text", held_out, "--length", str(longest), "--rows", str(rows), "--join",
+    foxlm("loss", *models.values(), *names, "--text", held_out, "--length", str(longest), "--rows", str(rows),
           "--out", str(out / "loss"))  # fmt: skip
-    lengths = ",".join(str(length * 2**power // 16) for power in range(2, 7) if length * 2**power // 16 <= longest)
-    for arm, model in zip(arms, models, strict=True):
-        foxlm("needle", model, "--text", held_out, "--lengths", lengths, "--samples", str(samples),
-              "--out", str(out / arm / "needle"))  # fmt: skip
-        if arm.startswith("fox"):
+    # Shorter ones have no room for the question and its answer.
+    lengths = [str(longest // 2**power) for power in range(4, -1, -1) if longest // 2**power >= 256]
+    for arm, model in models.items():
+        foxlm("needle", model, "--text", held_out, "--lengths", ",".join(lengths), "--samples", str(samples),
+              "--score-only", "--out", str(out / arm / "needle"))  # fmt: skip
+        if arm.startswith("fox") and not (out / arm / "report" / "report.json").exists():
             foxlm("report", model, "--text", held_out, "--length", str(length), "--out", str(out / arm / "report"))
 
 
 def foxlm(*arguments: str) -> None:
     """A command of foxlm, in a process of its own."""
     print("foxlm", *arguments, flush=True)
-    subprocess.run([sys.executable, "-m", "foxlm", *arguments], check=True)
+    if subprocess.run([sys.executable, "-m", "foxlm", *arguments], check=False).returncode:
+        # It has said why.
+        raise typer.Exit(1)
 
 
 @app.command(name="all")
