@@ -93,7 +93,7 @@ def _draw(axes: Axes, edges: Sequence[int], values: _Interval, index: int, label
     low, high = values["low"], values["high"]
     axes.stairs(values["mean"], edges, baseline=None, color=color, linestyle=line, linewidth=1.7, label=label)
     if np.isfinite(low).any():
-        axes.fill_between(edges, [*low, low[-1]], [*high, high[-1]], step="post", color=color, alpha=0.2, linewidth=0)
+        axes.fill_between(edges, [*low, low[-1]], [*high, high[-1]], step="post", color=color, alpha=0.12, linewidth=0)
 
 
 def _label(model: Mapping[str, Any]) -> str:
