@@ -145,8 +145,6 @@ class Rows(Dataset):
 
 def build_model(arm: str, size: str, length: int, tokenizer: PreTrainedTokenizerBase, **sizes: Any) -> FoxForCausalLM:
     """A new model of one of `ARMS`."""
-    if arm not in ARMS:
-        raise typer.BadParameter(f"--arm must be one of {', '.join(ARMS)}, got {arm!r}")
     kind, block = arm.split("-")
     position = {} if kind == "fox" else {"forget_gate": "none", "rope_parameters": ROTARY}
     tokens = {
@@ -174,6 +172,8 @@ def train(
     seed: Seed = 0,
 ) -> None:
     """Train one model; its folder gets the model and training.json."""
+    if arm not in ARMS:
+        raise typer.BadParameter(f"--arm must be one of {', '.join(ARMS)}, got {arm!r}")
     folder = out / arm
     if (folder / "training.json").exists():
         return
@@ -251,7 +251,7 @@ def evaluate(
     foxlm("loss", *models.values(), *names, "--text", held_out, "--length", str(longest), "--rows", str(rows),
           "--out", str(out / "loss"))  # fmt: skip
     # Shorter ones have no room for the question and its answer.
-    lengths = [str(longest // 2**power) for power in range(4, -1, -1) if longest // 2**power >= 256]
+    lengths = [str(longest // 2**power) for power in range(4, -1, -1) if longest // 2**power >= 512]
     for arm, model in models.items():
         foxlm("needle", model, "--text", held_out, "--lengths", ",".join(lengths), "--samples", str(samples),
               "--score-only", "--out", str(out / arm / "needle"))  # fmt: skip

@@ -255,3 +255,70 @@ def test_grafting_names_tokens_of_a_wrong_shape(
     np.save(tmp_path / "tokens.npy", np.ones(shape, dtype=np.int32))
     with pytest.raises(ValueError, match=named):
         run_graft(base, text, tmp_path / "out", option, str(tmp_path / "tokens.npy"))
+
+
+@pytest.fixture(scope="module")
+def compared(tmp_path_factory: pytest.TempPathFactory) -> tuple[ModuleType, Path]:
+    """A comparison of two tiny arms, trained for three steps."""
+    script, out = load_script("compare"), tmp_path_factory.mktemp("compared")
+    corpus = out / "corpus.jsonl"
+    documents = [f"{index} foxes forget what the {index} hounds recall. " * (20 + index) for index in range(40)]
+    corpus.write_text("".join(json.dumps({"text": text}) + "\n" for text in documents))
+    script.prepare([corpus], out / "runs", vocabulary=300, held_out=0.2)
+    for arm in ("fox-pro", "transformer-llama"):
+        script.train(arm, out / "runs", layers=1, length=64, batch=2, steps=3)
+    return script, out / "runs"
+
+
+def test_comparison_holds_documents_out_and_trains_both_arms_alike(compared: tuple[ModuleType, Path]) -> None:
+    _, out = compared
+    tokenizer = AutoTokenizer.from_pretrained(out / "tokenizer")
+    tokens = np.load(out / "tokens.npy")
+    trained = tokenizer.decode(tokens).split(tokenizer.eos_token)
+    held_out = [json.loads(line)["text"] for line in (out / "held_out.jsonl").read_text().splitlines()]
+    assert len(held_out) + len(trained) - 1 == 40
+    assert held_out
+    assert not set(held_out) & set(trained)
+    records = [json.loads((out / arm / "training.json").read_text()) for arm in ("fox-pro", "transformer-llama")]
+    assert [one["tokens"] for one in records] == [3 * 2 * 64] * 2
+    assert records[0]["recipe"] == records[1]["recipe"]
+    kinds = [AutoModelForCausalLM.from_pretrained(out / one["arm"] / "model").config for one in records]
+    assert [(one.forget_gate, one.rope_parameters is None, one.use_output_gate) for one in kinds] == [
+        ("full", True, True),
+        ("none", False, False),
+    ]
+
+
+def test_comparison_is_not_done_twice(compared: tuple[ModuleType, Path]) -> None:
+    script, out = compared
+    before = (out / "fox-pro" / "training.json").stat().st_mtime_ns
+    script.train("fox-pro", out, layers=1, length=64, batch=2, steps=3)
+    assert (out / "fox-pro" / "training.json").stat().st_mtime_ns == before
+
+
+def test_comparison_evaluates_every_arm_by_foxlm(
+    compared: tuple[ModuleType, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from typer.testing import CliRunner
+
+    from foxlm.cli import app
+
+    script, out = compared
+
+    def in_this_process(*arguments: str) -> None:
+        done = CliRunner().invoke(app, arguments)
+        assert done.exit_code == 0, (arguments, done.output[-2000:])
+
+    monkeypatch.setattr(script, "foxlm", in_this_process)
+    script.evaluate(out, longest=512, rows=2, samples=1)
+    losses = json.loads((out / "loss" / "loss.json").read_text())
+    assert [model["name"] for model in losses["models"]] == ["fox-pro", "transformer-llama"]
+    assert (out / "transformer-llama" / "needle" / "needle.json").exists()
+    assert json.loads((out / "fox-pro" / "report" / "report.json").read_text())["check"]["passed"]
+    assert not (out / "transformer-llama" / "report").exists()
+
+
+def test_comparison_names_a_wrong_arm(compared: tuple[ModuleType, Path]) -> None:
+    script, out = compared
+    with pytest.raises(Exception, match="--arm must be one of fox-pro"):
+        script.train("fox", out)
