@@ -266,7 +266,7 @@ def compared(tmp_path_factory: pytest.TempPathFactory) -> tuple[ModuleType, Path
     corpus.write_text("".join(json.dumps({"text": text}) + "\n" for text in documents))
     script.prepare([corpus], out / "runs", vocabulary=300, held_out=0.2)
     for arm in ("fox-pro", "transformer-llama"):
-        script.train(arm, out / "runs", layers=1, length=64, batch=2, steps=3)
+        script.train(arm, out / "runs", layers=1, length=128, batch=2, steps=3)
     return script, out / "runs"
 
 
@@ -280,7 +280,7 @@ def test_comparison_holds_documents_out_and_trains_both_arms_alike(compared: tup
     assert held_out
     assert not set(held_out) & set(trained)
     records = [json.loads((out / arm / "training.json").read_text()) for arm in ("fox-pro", "transformer-llama")]
-    assert [one["tokens"] for one in records] == [3 * 2 * 64] * 2
+    assert [one["tokens"] for one in records] == [3 * 2 * 128] * 2
     assert records[0]["recipe"] == records[1]["recipe"]
     kinds = [AutoModelForCausalLM.from_pretrained(out / one["arm"] / "model").config for one in records]
     assert [(one.forget_gate, one.rope_parameters is None, one.use_output_gate) for one in kinds] == [
@@ -292,7 +292,7 @@ def test_comparison_holds_documents_out_and_trains_both_arms_alike(compared: tup
 def test_comparison_is_not_done_twice(compared: tuple[ModuleType, Path]) -> None:
     script, out = compared
     before = (out / "fox-pro" / "training.json").stat().st_mtime_ns
-    script.train("fox-pro", out, layers=1, length=64, batch=2, steps=3)
+    script.train("fox-pro", out, layers=1, length=128, batch=2, steps=3)
     assert (out / "fox-pro" / "training.json").stat().st_mtime_ns == before
 
 
