@@ -13,15 +13,20 @@ _SAMPLES, _SAMPLE_BYTES = 64, 4096
 
 
 def write_json(path: Path, content: Any) -> None:
-    """Write ``content`` to ``path``, making its folder; a reader sees the old file or the new one, never a part.
+    """Write ``content`` to ``path`` as `write_whole` does.
 
     Raises:
         ValueError: ``content`` holds a NaN or an infinity, which JSON has no number for.
     """
+    write_whole(path, json.dumps(content, indent=1, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Write ``text`` to ``path``, making its folder; a reader sees the old file or the new one, never a part."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(json.dumps(content, indent=1, ensure_ascii=False, allow_nan=False) + "\n", encoding="utf-8")
-    partial.replace(path)
+    unfinished = path.with_name(f"{path.name}.unfinished")
+    unfinished.write_text(text, encoding="utf-8")
+    unfinished.replace(path)
 
 
 def require_folder(out: Path) -> None:

@@ -1,6 +1,5 @@
 """The whole demo, from text to report."""
 
-import json
 import shutil
 import sys
 import time
@@ -14,6 +13,7 @@ from transformers.utils import logging
 
 from ..provenance import provenance
 from ..requirements import require_lm_eval, require_matplotlib
+from ..results import write_json
 from .analyze import LOG_EPS, TILE, Analysis, analyze
 from .bigram import BigramModel
 from .corpus import load_corpus, to_tokens, windows
@@ -109,7 +109,7 @@ def run_demo(options: Options) -> dict[str, Any]:
     steps = 12 if options.quick and options.steps is None else options.steps
     options.out.mkdir(parents=True, exist_ok=True)
     # Marks the folder as the demo's own, also if this run is interrupted.
-    _write_json(options.out / REPORT, {"complete": False})
+    write_json(options.out / REPORT, {"complete": False})
 
     # Now, not when the report is written: a checkout can move on meanwhile.
     run = provenance(device, options.seed, ("lm_eval", "matplotlib", "safetensors"))
@@ -178,7 +178,7 @@ def run_demo(options: Options) -> dict[str, Any]:
             "lm_eval": _lm_eval(lm_eval),
             "run": run,
         }
-        _write_json(options.out / REPORT, report)
+        write_json(options.out / REPORT, report)
         page = options.out / "report.html"
         page.write_text(render(report, training, analysis), encoding="utf-8")
         bar.update()
@@ -238,10 +238,3 @@ def _bar(description: str, unit: str):
 
 def _say(line: str) -> None:
     tqdm.write(line, file=sys.stdout)
-
-
-def _write_json(path: Path, content: dict[str, Any]) -> None:
-    """Whole or not at all: a reader never sees half a report."""
-    partial = path.with_suffix(".partial")
-    partial.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-    partial.replace(path)

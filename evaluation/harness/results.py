@@ -8,6 +8,7 @@ from numbers import Real
 from pathlib import Path
 from typing import Any
 
+from ..results import write_whole
 from .suites import Unit
 
 SUMMARY = "evaluation.json"
@@ -130,17 +131,12 @@ def _has_nan(value: Any) -> bool:
 
 def write_json(path: Path, content: dict[str, Any]) -> None:
     """Write a file whole or not at all."""
-    unfinished = path.with_name(f"{path.name}.unfinished")
-    unfinished.write_text(json.dumps(content, indent=2, default=_plain) + "\n", encoding="utf-8")
-    unfinished.replace(path)
+    write_whole(path, json.dumps(content, indent=2, default=_plain) + "\n")
 
 
 def write_samples(path: Path, samples: Iterable[dict[str, Any]]) -> None:
     """Questions with the model's answers, an object in each line, whole or not at all."""
-    unfinished = path.with_name(f"{path.name}.unfinished")
-    with unfinished.open("w", encoding="utf-8") as file:
-        file.writelines(json.dumps(sample, default=_plain) + "\n" for sample in samples)
-    unfinished.replace(path)
+    write_whole(path, "".join(json.dumps(sample, default=_plain) + "\n" for sample in samples))
 
 
 def _plain(value: Any) -> Any:

@@ -124,4 +124,6 @@ def _short(time: float) -> str:
         return "∞"
     if time < 10:
         return f"{time:.1f}"
-    return f"{time:.0f}" if time < 10_000 else f"{time / 1000:.0f}k"
+    if time < 10_000:
+        return f"{time:.0f}"
+    return f"{time / 1e3:.0f}k" if time < 1e6 else f"{time / 1e6:.0f}M"

@@ -197,4 +197,6 @@ def plot_cache(lengths: Sequence[int], held: np.ndarray, full: np.ndarray) -> Fi
 
 
 def _tokens(value: float) -> str:
-    return f"{value:g}" if value < 10_000 else f"{value / 1000:,.0f}k"
+    if value < 10_000:
+        return f"{value:g}"
+    return f"{value / 1e3:.0f}k" if value < 1e6 else f"{value / 1e6:.0f}M"

@@ -17,9 +17,10 @@ from foxlm.kernels.tiles import PRUNED_QUERIES
 from foxlm.modeling.configuration_fox import FoxConfig
 from foxlm.modeling.layers_fox import FoxDecoderLayer
 
-from ..loading import load_model, load_tokenizer, pruning_changes
+from ..loading import load_model, load_tokenizer, model_name, pruning_changes
 from ..provenance import provenance
 from ..recording import AttentionInputs, record_attention
+from ..results import write_whole
 from ..text import documents, rows
 from .measure import Findings, Plan, measure
 from .predict import count_flops, predict_times, shares_of_flops
@@ -234,7 +235,7 @@ def _model_facts(source: str, model: PreTrainedModel) -> dict[str, Any]:
     config: Any = model.config
     heads, kv_heads, head_dim = config.heads
     return {
-        "source": Path(source).name if Path(source).is_dir() else source,
+        "source": model_name(source),
         "parameters": sum(parameter.numel() for parameter in model.parameters()),
         "layers": config.num_hidden_layers,
         "heads": heads,
@@ -265,13 +266,6 @@ def _cost(model: PreTrainedModel, report: dict[str, Any], bench: Path | None) ->
         config: Any = model.config
         found["predicted"] = predict_times(flops, kept, rule, config.heads[2], length, bench)
     return found
-
-
-def write_whole(path: Path, content: str) -> None:
-    """Whole or not at all: a reader never sees half a report."""
-    partial = path.with_name(f"{path.name}.partial")
-    partial.write_text(content, encoding="utf-8")
-    partial.replace(path)
 
 
 def read_report(path: Path) -> dict[str, Any]:

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from ..provenance import provenance
+from ..results import write_whole
 
 SCHEMA = 1
 KINDS = ("attention", "train", "prefill", "decode")
@@ -77,10 +78,7 @@ def _finite(x: Any) -> Any:
 
 def write(results: Results, path: Path) -> None:
     """Write JSON, whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_name(f"{path.name}.part")
-    unfinished.write_text(to_json(results) + "\n", encoding="utf-8")
-    unfinished.replace(path)
+    write_whole(path, to_json(results) + "\n")
 
 
 def read(path: Path) -> Results:

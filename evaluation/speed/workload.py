@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from foxlm import FoxForCausalLM
-from foxlm.evaluation.loading import DTYPES, load_model, load_tokenizer
+from foxlm.evaluation.loading import DTYPES, load_model, load_tokenizer, model_name
 from foxlm.evaluation.text import rows as rows_of_text
 from foxlm.kernels.pruning import Rule
 
@@ -105,16 +105,10 @@ class Workload:
             raise ValueError(f"{error}{hint}" if "in a row" in str(error) else str(error)) from None
 
     def facts(self) -> dict[str, Any]:
-        """``preset``; or ``model`` and ``text`` by name, without the folders they are in."""
-        if self.model is None:
+        """``preset``; or ``model`` and ``text`` by name."""
+        if self.model is None or self.text is None:
             return {"preset": self.preset}
-        return {"preset": None, "model": short_name(self.model), "text": short_name(str(self.text))}
-
-
-def short_name(source: str) -> str:
-    """A name on the Hub as it is; of a path only its last part."""
-    path = Path(source)
-    return path.resolve().name if path.exists() else source
+        return {"preset": None, "model": model_name(self.model), "text": self.text.name}
 
 
 def distinct_rows(ids: Tensor) -> int:
