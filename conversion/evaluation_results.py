@@ -1,4 +1,4 @@
-"""Evaluation results at hand, for a model card: lm-eval's files, the demo's report, or scores written down."""
+"""Evaluation results at hand, for a model card: lm-eval's files, a report on pruning or of the demo, or scores."""
 
 import json
 import math
@@ -6,6 +6,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeGuard
+
+from foxlm.kernels.tiles import PRUNED_KEYS, PRUNED_QUERIES
 
 
 @dataclass(frozen=True)
@@ -49,7 +51,7 @@ class Results:
 
     Attributes:
         scores: by task and metric; of the same task the latest.
-        pruning: of the demo's report, or None.
+        pruning: of ``foxlm report`` or the demo, or None.
         sources: what measured, for the card.
     """
 
@@ -62,8 +64,8 @@ def read_results(paths: Iterable[str | Path]) -> Results:
     """Collect results.
 
     Args:
-        paths: files, or folders to be searched for lm-eval's ``results_*.json`` and the demo's ``report.json``. A file
-            may also hold scores as ``{"task": {"metric": number}}``.
+        paths: files, or folders to be searched for lm-eval's ``results_*.json`` and the ``report.json`` of ``foxlm
+            report`` or the demo. A file may also hold scores as ``{"task": {"metric": number}}``.
 
     Raises:
         ValueError: a path is missing, holds nothing of this kind, or a score is not a finite number.
@@ -76,14 +78,14 @@ def read_results(paths: Iterable[str | Path]) -> Results:
             if "lm_eval_version" in content:
                 new = _lm_eval_scores(content)
                 sources.append(f"lm-evaluation-harness {content['lm_eval_version']}")
-            elif "pruning" in content:
-                pruning = _pruning(content["pruning"])
+            elif content.get("kind") == "pruning-report" or "pruning" in content:
+                pruning = _reported_pruning(content) if "kind" in content else _pruning(content["pruning"])
                 sources.append(f"foxlm {content['run']['foxlm']}, `{content['run']['command']}`")
             else:
                 new = _written_scores(content)
         except (KeyError, TypeError, AttributeError, ValueError) as error:
             raise ValueError(
-                f"{file} must be of lm-eval, a demo's report or {{task: {{metric: number}}}}: {error!r}"
+                f"{file} must be of lm-eval, a report or {{task: {{metric: number}}}}: {error!r}"
             ) from error
         for score in new:
             if not math.isfinite(score.value):
@@ -135,7 +137,7 @@ def _lm_eval_scores(content: dict[str, Any]) -> list[Score]:
             scores.append(
                 Score(
                     task=task,
-                    metric=metric if kept == "none" else f"{metric} ({kept})",
+                    metric=_metric_name(metric, kept),
                     value=value,
                     stderr=stderr if _is_number(stderr) else None,
                     shots=content.get("n-shot", {}).get(task),
@@ -145,6 +147,12 @@ def _lm_eval_scores(content: dict[str, Any]) -> list[Score]:
     if not scores:
         raise ValueError("no results")
     return scores
+
+
+def _metric_name(metric: str, kept: str) -> str:
+    """RULER's metrics are lengths."""
+    name = f"score at {int(metric):,} tokens" if metric.isdecimal() else metric
+    return name if kept == "none" else f"{name} ({kept})"
 
 
 def _written_scores(content: dict[str, Any]) -> list[Score]:
@@ -163,6 +171,22 @@ def _pruning(measured: dict[str, Any]) -> Pruning:
     }
     block_q, block_k = measured["tile"]
     return Pruning(measured["tokens"], measured["length"], (block_q, block_k), shares)
+
+
+def _reported_pruning(report: dict[str, Any]) -> Pruning:
+    """From ``foxlm report``, which holds the shares of each layer and head."""
+    settings, skipped = report["settings"], report["skipped"]
+    shares = {
+        (log_eps, rule): (_mean(skipped["pairs"][rule][index]), _mean(skipped["tiles"][rule][index]))
+        for rule in skipped["pairs"]
+        for index, log_eps in enumerate(settings["log_eps"])
+    }
+    return Pruning(settings["tokens"], settings["length"], (PRUNED_QUERIES, PRUNED_KEYS), shares)
+
+
+def _mean(shares: list[list[float]]) -> float:
+    heads = [share for layer in shares for share in layer]
+    return sum(heads) / len(heads)
 
 
 def _is_number(value: Any) -> TypeGuard[float]:

@@ -41,7 +41,12 @@ SECTIONS = {
             "attention_weights",
             "attention_reach",
         ],
-        "foxlm.evaluation.loss_by_position": ["loss_by_position", "by_interval"],
+        "foxlm.evaluation.loss_by_position": ["loss_by_position", "row_losses", "by_interval"],
+        "foxlm.evaluation.loss_report": ["LossOptions", "measure_losses"],
+        "foxlm.evaluation.needle": ["NeedleOptions", "measure_needle"],
+        "foxlm.evaluation.pruning_report.run": ["Options", "run_report"],
+        "foxlm.evaluation.harness.options": ["Options"],
+        "foxlm.evaluation.harness.run": ["evaluate"],
     },
 }
 _INTRODUCTION = (

@@ -154,8 +154,8 @@ def card(
         list[Path] | None,
         typer.Option(
             metavar="PATH",
-            help="Results: a file of lm-eval, a demo's report.json, JSON as {task: {metric: number}}, or a folder to "
-            "search for the first two. Repeatable.",
+            help="Results: of foxlm eval or lm-eval, of foxlm report or the demo, JSON as {task: {metric: number}}, or "
+            "a folder to search for all but the last. Repeatable.",
         ),
     ] = None,
     language: Annotated[list[str] | None, typer.Option(help="Such as en, or code. Repeatable.")] = None,

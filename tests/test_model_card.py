@@ -48,6 +48,17 @@ REPORT: dict[str, Any] = {
 }
 
 
+PRUNING_REPORT: dict[str, Any] = {
+    "kind": "pruning-report",
+    "run": {"foxlm": "0.1.0", "command": "foxlm report tiny-fox --text book.txt"},
+    "settings": {"log_eps": [-10.0], "length": 256, "tokens": 512},
+    "skipped": {
+        "pairs": {"paper": [[[0.1, 0.3]]], "tight": [[[0.2, 0.6]]]},
+        "tiles": {"paper": [[[0.0, 0.2]]], "tight": [[[0.1, 0.5]]]},
+    },
+}
+
+
 def write(path: Path, content: Any) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(content))
@@ -100,6 +111,19 @@ def test_card_holds_what_is_known(model: Path, tmp_path: Path) -> None:
     assert "eps = 4.5e-05 and rule `tight`" in card.text
     assert "arXiv:2504.06949" in card.text and "2503.02130" in card.text
     assert MISSING not in card.content
+
+
+def test_card_takes_what_foxlm_report_measured(model: Path, tmp_path: Path) -> None:
+    ruler = {"results": {"niah_single_1": {"4096,none": 0.5}}, "lm_eval_version": "0.4.13"}
+    write(tmp_path / "results/eval/results_niah_single_1_4096.json", ruler)
+    write(tmp_path / "results/report/report.json", PRUNING_REPORT)
+    text = write_model_card(model, evaluations=[tmp_path / "results"]).read_text()
+    assert "| e^-10 | `paper` | 20% | 10% |" in text
+    assert "| e^-10 | `tight` | 40% | 30% |" in text
+    assert "Measured on 512 held-out tokens in windows of 256:" in text
+    assert "tiles of 128 x 64 left out" in text
+    # RULER names its metrics after the length alone.
+    assert "| score at 4,096 tokens | 0.5 |" in text
 
 
 def test_what_is_not_known_is_marked(model: Path) -> None:
@@ -207,10 +231,10 @@ def test_latest_result_of_a_task_counts(tmp_path: Path) -> None:
     ("content", "message"),
     [
         ([1], "must hold a JSON object"),
-        ({}, "must be of lm-eval, a demo's report or .*no numbers"),
-        ({"task": 1.0}, "must be of lm-eval, a demo's report or .*'float' object"),
-        ({"task": {"acc": "0.5"}}, "must be of lm-eval, a demo's report or .*not all are numbers"),
-        ({"task": {"acc": True}}, "must be of lm-eval, a demo's report or .*not all are numbers"),
+        ({}, "must be of lm-eval, a report or .*no numbers"),
+        ({"task": 1.0}, "must be of lm-eval, a report or .*'float' object"),
+        ({"task": {"acc": "0.5"}}, "must be of lm-eval, a report or .*not all are numbers"),
+        ({"task": {"acc": True}}, "must be of lm-eval, a report or .*not all are numbers"),
         ({"task": {"acc": float("nan")}}, "must hold finite numbers, got nan for task, acc"),
         ({"complete": False}, "this one was interrupted"),
         (LM_EVAL | {"results": {}}, "must be of lm-eval, .*no results"),
