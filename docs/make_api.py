@@ -1,5 +1,6 @@
 """Write docs/api.md, the reference of foxlm's public names, from their docstrings: ``python docs/make_api.py``."""
 
+import dataclasses
 import importlib
 import inspect
 import re
@@ -69,7 +70,7 @@ def render() -> str:
 
 def _entry(module: str, name: str, described: Any) -> str:
     lines = [f"### `{module}.{name}`\n"]
-    if inspect.isfunction(described):
+    if inspect.isfunction(described) or (dataclasses.is_dataclass(described) and name.endswith("Options")):
         lines.append(f"```text\n{_signature(name, described)}\n```\n")
     lines.append(as_markdown(inspect.getdoc(described) or ""))
     if inspect.isclass(described):
