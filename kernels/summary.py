@@ -64,8 +64,9 @@ def extend_summary(summary: KeySummary, running: Running, c: Tensor, k: Tensor, 
     log_decays = torch.cat([log_decays[..., None], of_block], dim=-1).logcumsumexp(-1)[..., 1:]
     of_block = norms[..., index].masked_fill(~is_new, 0.0).amax(-1)
     largest = torch.cat([largest[..., None], of_block], dim=-1).cummax(-1).values[..., 1:]
-    last = torch.as_tensor(last, device=c.device)
-    _write(summary, torch.minimum(blocks, last), (c[..., index[:, -1]], log_decays, largest))
+    # A number is not made a tensor: to copy it to the device would wait for all that is queued there.
+    blocks = blocks.clamp(max=last) if isinstance(last, int) else torch.minimum(blocks, last)
+    _write(summary, blocks, (c[..., index[:, -1]], log_decays, largest))
     return log_decays[..., -1], largest[..., -1]
 
 
