@@ -138,6 +138,7 @@ class DynamicForgettingLayer(DynamicLayer):
 
     def _summarize(self, length: int) -> KeySummary:
         """The summary of the first ``length`` keys at least."""
+        assert self.gates is not None
         c, keys, start = self.gates[0].detach(), self.keys.detach(), self.summarized
         summary, running = self.summary or empty_summary(c, keys, 0)
         if length > start:

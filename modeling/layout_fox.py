@@ -21,7 +21,7 @@ class TokenLayout(NamedTuple):
         real: ``[B, T]`` bool, False for padding; None without padding.
         real_keys: ``[B, Tk]`` the same over all keys, those in the cache included.
         starts: ``[B, T]`` bool, True where a packed sequence begins; None without packing.
-        slots: ``[1 + T]`` int64 index modulo 64 of the token before, and of each: where a paged cache keeps the last 64.
+        slots: ``[1 + T]`` int64 index modulo 64 of the token before and of each: places in a paged cache.
     """
 
     positions: Tensor

@@ -170,7 +170,7 @@ class PagedForgettingLayer(CacheLayerMixin):
             return gathered
         return decay._replace(key=self.c, cached=CachedKeys(self.c, self.summary, self.pages, self.start))
 
-    def _summarize(self, c: Tensor, key_states: Tensor, position: Tensor) -> None:
+    def _summarize(self, c: Tensor, key_states: Tensor, position: int | Tensor) -> None:
         for held, new in zip(
             self.running, extend_summary(self.summary, self.running, c, key_states, position), strict=True
         ):
@@ -224,7 +224,7 @@ class PagedForgettingLayer(CacheLayerMixin):
         flat = self._by_gate(c)
         self._gathered = Decay(new.query, flat, first, new.last)
 
-        self._summarize(new.query, key_states, new.last[0])
+        self._summarize(new.query, key_states, past)
         self.sweep(length, c=flat)
         blocks = -(-length // PAGE)
         self._cover(blocks)
@@ -372,7 +372,7 @@ class PagedForgettingLayer(CacheLayerMixin):
             page = self.pages[..., start // PAGE].long()
             keys = self.keys[page][:, :, : length - start]
             c = self._by_gate(self.c[page][..., : length - start])
-            self._summarize(c, keys, torch.tensor(start, device=self.device))
+            self._summarize(c, keys, start)
 
     def _select(self, rows: Tensor) -> None:
         """Make the sequences those at ``rows``, each with pages of its own."""
