@@ -39,7 +39,7 @@ class Counter(TorchDispatchMode):
         is_view = name == "_unsafe_view" or any(
             x.alias_info and not x.alias_info.is_write for x in function._schema.returns
         )
-        if not is_view and "empty" not in name:
+        if not is_view and "empty" not in name and name != "promote_types":
             self.operators += 1
             self.written += result.nbytes if isinstance(result, Tensor) else 0
         return result
@@ -81,17 +81,17 @@ def for_each_layer(kind: str, parts: list[int]) -> tuple[int, int]:
     return two.operators - one.operators, two.waits - one.waits
 
 
-# Limits just above what was found: a new operator is to be seen. transformers' Llama has 32 to 34, counted alike.
+# Limits just above what was found: a new operator is to be seen.
 @pytest.mark.parametrize(
     ("kind", "parts", "operators", "waits"),
     [
-        ("dynamic", [300], 70, 0),
-        ("dynamic", [300, 300, 300], 80, 0),
-        ("dynamic", [300, 1, 1], 70, 0),
-        ("static", [300, 300, 300], 80, 0),
+        ("dynamic", [300], 64, 0),
+        ("dynamic", [300, 300, 300], 73, 0),
+        ("dynamic", [300, 1, 1], 64, 0),
+        ("static", [300, 300, 300], 74, 0),
         # How many pages are freed and wanted is to be known on the host.
-        ("paged", [300], 175, 2),
-        ("paged", [300, 300, 300], 170, 2),
+        ("paged", [300], 167, 2),
+        ("paged", [300, 300, 300], 159, 2),
     ],
 )
 def test_operators_of_a_layer(kind: str, parts: list[int], operators: int, waits: int) -> None:
