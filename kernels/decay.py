@@ -104,25 +104,24 @@ def accumulate(
     Args:
         log_f: ``[B, T, Hf]`` log forget gates, ``<= 0``, below -1e4 for a hard reset; summed in float64.
         offset: index of the first of these tokens in its sequence (tokens seen before this block).
-        carry: ``(c, first)`` of the token before the block, ``[B, Hf]`` float64 and int64.
+        carry: ``(c, first)`` of the token before the block, ``[B, Hf]`` float64 and integer.
         starts: ``[B, T]`` bool, True where a new packed sequence begins.
 
     Returns:
         ``c`` as ``[B, Hf, T]`` float64 (differentiable in ``log_f``) and ``first`` as ``[B, Hf, T]`` int64.
     """
     unbroken = carry is None and isinstance(offset, int) and offset == 0
-    no_reset = 0 if unbroken else -1
+    # Far enough below zero that no offset makes it an index.
+    no_reset = 0 if unbroken else -(1 << 31)
     if runs_kernels(log_f) and log_f.shape[1] > _FEW:
         c, first = sum_gates(log_f, starts, LOG_ZERO_GATE, no_reset)
     else:
         c, first = _sum_gates_in_pytorch(log_f, starts, no_reset)
     if unbroken:
         return c, first
-    first = torch.where(first >= 0, first + offset, 0)
-    if carry is not None:
-        c = c + carry[0][..., None]
-        first = torch.maximum(first, carry[1][..., None])
-    return c, first
+    if carry is None:
+        return c, (first + offset).clamp(min=0)
+    return c + carry[0][..., None], torch.maximum(first + offset, carry[1][..., None])
 
 
 def _sum_gates_in_pytorch(log_f: Tensor, starts: Tensor | None, no_reset: int) -> tuple[Tensor, Tensor]:

@@ -194,7 +194,7 @@ def share_skipped(first: Tensor, length: int, block_q: int = 1, block_k: int = 1
 
 def _per_query_head(x: Tensor, heads: int) -> Tensor:
     """``[B, Hf, T] -> [B, H, T]``."""
-    return x.repeat_interleave(heads // x.shape[1], dim=1)
+    return x if x.shape[1] == heads else x.repeat_interleave(heads // x.shape[1], dim=1)
 
 
 def _kept(

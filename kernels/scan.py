@@ -61,14 +61,14 @@ def _gate_scan_kernel(
 ):
     row, chunk = tl.program_id(0), tl.program_id(1)
     log_f, resets, tokens = _gates(LOG_F, STARTS, chunk, row, f_b, f_t, f_h, s_b, s_t, T, HF, LOG_ZERO, PACKED, CHUNK)
-    before, reset = _sum_before(TOTALS + row * NC, chunk, CHUNK), NO_RESET
+    before, reset = _sum_before(TOTALS + row * NC, chunk, CHUNK), -1
     for start in range(0, chunk, CHUNK):
         chunks = start + tl.arange(0, CHUNK)
         reset = tl.maximum(reset, tl.max(tl.load(RESETS + row * NC + chunks, mask=chunks < chunk, other=-1), 0))
     p = row.to(tl.int64) * T + tokens
     tl.store(C + p, tl.cumsum(log_f, 0) + before, mask=tokens < T)
     first = tl.maximum(tl.associative_scan(resets, 0, _larger), reset)
-    tl.store(FIRST + p, first.to(tl.int64), mask=tokens < T)
+    tl.store(FIRST + p, tl.where(first < 0, NO_RESET, first).to(tl.int64), mask=tokens < T)
 
 
 @triton.jit
@@ -136,7 +136,7 @@ def sum_gates(log_f: Tensor, starts: Tensor | None, log_zero: float, no_reset: i
         log_f: ``[B, T, Hf]`` float32 or float64.
         starts: ``[B, T]`` bool, more resets; None for none.
         log_zero: gates below are resets, and not summed.
-        no_reset: what a token without a reset gets: 0 or -1.
+        no_reset: what a token without a reset gets, at most 0; 32 bits.
 
     Returns:
         ``[B, Hf, T]`` float64 and int64.

@@ -4,7 +4,7 @@ They are what the rules of `pruning` take of the keys before a boundary; a new t
 """
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from .decay import KeySummary
 from .tiles import PRUNED_KEYS
@@ -53,6 +53,8 @@ def extend_summary(summary: KeySummary, running: Running, c: Tensor, k: Tensor, 
         _write(summary, position // PRUNED_KEYS, (c, log_decays[..., None], largest[..., None]))
         return log_decays, largest
 
+    if isinstance(position, int):
+        return _extend_by_blocks(summary, running, c, norms, position)
     first, last = position // PRUNED_KEYS, (position + tokens - 1) // PRUNED_KEYS
     # As many as they may touch. Those too many repeat the last one, and write the same numbers there.
     count = (tokens + PRUNED_KEYS - 2) // PRUNED_KEYS + 1
@@ -64,8 +66,25 @@ def extend_summary(summary: KeySummary, running: Running, c: Tensor, k: Tensor, 
     log_decays = torch.cat([log_decays[..., None], of_block], dim=-1).logcumsumexp(-1)[..., 1:]
     of_block = norms[..., index].masked_fill(~is_new, 0.0).amax(-1)
     largest = torch.cat([largest[..., None], of_block], dim=-1).cummax(-1).values[..., 1:]
-    last = torch.as_tensor(last, device=c.device)
     _write(summary, torch.minimum(blocks, last), (c[..., index[:, -1]], log_decays, largest))
+    return log_decays[..., -1], largest[..., -1]
+
+
+def _extend_by_blocks(summary: KeySummary, running: Running, c: Tensor, norms: Tensor, position: int) -> Running:
+    """As `extend_summary` where the host knows the position: half as many operators."""
+    before, after = position % PRUNED_KEYS, -(position + c.shape[-1]) % PRUNED_KEYS
+
+    def in_blocks(x: Tensor, fill: float) -> Tensor:
+        return nn.functional.pad(x, (before, after), value=fill).unflatten(-1, (-1, PRUNED_KEYS))
+
+    log_decays, largest = (x[..., None] for x in running)
+    log_decays = torch.cat([log_decays, in_blocks(-c, float("-inf")).logsumexp(-1)], dim=-1).logcumsumexp(-1)[..., 1:]
+    largest = torch.cat([largest, in_blocks(norms, 0.0).amax(-1)], dim=-1).cummax(-1).values[..., 1:]
+    ends = c[..., PRUNED_KEYS - 1 - before :: PRUNED_KEYS]
+    if after:
+        ends = torch.cat([ends, c[..., -1:]], dim=-1)
+    for held, new in zip(summary, (ends, log_decays, largest), strict=True):
+        held.narrow(-1, position // PRUNED_KEYS, new.shape[-1]).copy_(new)
     return log_decays[..., -1], largest[..., -1]
 
 

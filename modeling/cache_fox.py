@@ -22,6 +22,7 @@ from ..kernels.decay import CachedKeys, Decay, KeySummary, accumulate
 from ..kernels.summary import Running, empty_summary, extend_summary, running_before
 from ..kernels.tiles import PRUNED_KEYS
 from .configuration_fox import LAYER_TYPE
+from .layout_fox import TokenLayout
 from .paged_cache_fox import FoxPagedCache, PagedForgettingLayer
 
 _ACCEPTED = (
@@ -39,7 +40,7 @@ class DynamicForgettingLayer(DynamicLayer):
             visible from each token, ``[B, Hf, T]`` int32; None before any token.
         unshifted: by name, ``[B, W, G, D]`` keys and values of the latest tokens before token shift; ``W`` is up to
             twice `rollback_window`.
-        summary: of the keys, and over all of them; None before any token and where no kernels run.
+        summary: of the first `summarized` keys, and over them; None before the kernels of decoding need it.
     """
 
     _layer_type = LAYER_TYPE
@@ -62,29 +63,29 @@ class DynamicForgettingLayer(DynamicLayer):
         self.unshifted: dict[str, Tensor] = {}
         self.record_past = False
         self.summary: tuple[KeySummary, Running] | None = None
+        self.summarized = 0
         # Larger tensors that begin with what is held, and how much of them is taken.
         self._rooms: dict[str, tuple[Tensor, int]] = {}
         self._reordered = False
         self._new: Decay | None = None
 
-    def append_gates(self, log_f: Tensor, starts: Tensor | None = None) -> None:
+    def append_gates(self, log_f: Tensor, layout: TokenLayout) -> None:
         """Take in the gates of new tokens, before their keys and values.
 
         Args:
             log_f: ``[B, T, Hf]`` log gates of the new tokens.
-            starts: ``[B, T]`` bool, True where a packed sequence begins.
+            layout: where they stand.
         """
         past, carry = 0, None
         if self.gates is not None:
             old_c, old_first = self.gates
-            past, carry = old_c.shape[-1], (old_c[..., -1], old_first[..., -1].long())
-        c, first = accumulate(log_f, past, carry, starts)
+            past, carry = old_c.shape[-1], (old_c[..., -1], old_first[..., -1])
+        c, first = accumulate(log_f, past, carry, layout.starts)
         if self.gates is None:
             self.gates = c, first.int()
         else:
             self.gates = self._join("c", old_c, c, -1), self._join("first", old_first, first.int(), -1)
-        last = torch.arange(past, past + c.shape[-1], device=c.device)
-        self._new = Decay(c, self.gates[0], first, last)
+        self._new = Decay(c, self.gates[0], first, layout.positions)
 
     def update(self, key_states: Tensor, value_states: Tensor, *args, **kwargs) -> tuple[Tensor, Tensor]:
         past = self.get_seq_length()
@@ -95,24 +96,26 @@ class DynamicForgettingLayer(DynamicLayer):
             self.keys = self._join("keys", self.keys, key_states, -2)
             self.values = self._join("values", self.values, value_states, -2)
         self._reordered = False
-        # A summary is of all keys, or there is none.
-        if self._new is None or not runs_kernels(key_states) or is_torchdynamo_compiling():
-            self.summary = None
-        elif self.summary is not None or past == 0:
-            self._summarize(self._new.query, key_states, past)
         return self.keys, self.values
 
-    def decay(self, few: bool) -> Decay:
+    def decay(self, few: bool, own_block: bool = False) -> Decay:
         """What the queries of the tokens taken in last need to know.
 
         Args:
             few: whether they are few enough for the kernels of decoding, which then get what they need.
+            own_block: whether what they need includes the block of 64 keys of the last of them.
         """
         decay, self._new = self._new, None
         assert decay is not None, "called once after append_gates and update"
-        if not few or self.summary is None:
+        if not few or is_torchdynamo_compiling():
             return decay
-        return decay._replace(cached=CachedKeys(decay.key, self.summary[0]))
+        length = decay.key.shape[-1]
+        # No query drops its own block. So a step seldom has to summarize, and a prompt, which reads its keys, never.
+        return decay._replace(
+            cached=CachedKeys(
+                decay.key, self._summarize(length if own_block else (length - 1) // PRUNED_KEYS * PRUNED_KEYS)
+            )
+        )
 
     def _join(self, name: str, held: Tensor, new: Tensor, dim: int) -> Tensor:
         """``held`` followed by ``new``: written behind it where it is the beginning of a larger tensor of our own."""
@@ -133,26 +136,29 @@ class DynamicForgettingLayer(DynamicLayer):
         self._rooms[name] = room, total
         return room.narrow(dim, 0, total)
 
-    def _summarize(self, c: Tensor, keys: Tensor, past: int) -> None:
-        if self.summary is None:
-            self.summary = empty_summary(c, keys, 0)
-        summary, running = self.summary
-        blocks = -(-(past + c.shape[-1]) // PRUNED_KEYS)
-        if (missing := blocks - summary.c.shape[-1]) > 0:
-            more = max(missing, summary.c.shape[-1] // 8, self.least_room // PRUNED_KEYS)
-            summary = KeySummary(*(nn.functional.pad(x, (0, more)) for x in summary))
-        self.summary = summary, extend_summary(summary, running, c, keys.detach(), past)
+    def _summarize(self, length: int) -> KeySummary:
+        """The summary of the first ``length`` keys at least."""
+        assert self.gates is not None
+        c, keys, start = self.gates[0].detach(), self.keys.detach(), self.summarized
+        summary, running = self.summary or empty_summary(c, keys, 0)
+        if length > start:
+            missing = -(-length // PRUNED_KEYS) - summary.c.shape[-1]
+            if missing > 0:
+                more = max(missing, summary.c.shape[-1] // 8, self.least_room // PRUNED_KEYS)
+                summary = KeySummary(*(nn.functional.pad(x, (0, more)) for x in summary))
+            running = extend_summary(summary, running, c[..., start:length], keys[..., start:length, :], start)
+            self.summarized = length
+        self.summary = summary, running
+        return summary
 
-    def before(self, name: str) -> Tensor | None:
-        """``[B, 1, G, D]`` unshifted ``name`` of the last token, or None at the start."""
+    def before(self, name: str, layout: TokenLayout) -> Tensor | None:
+        """``[B, W, G, D]`` unshifted ``name`` of the last token and some before it, or None at the start."""
         states = self.unshifted.get(name)
-        return None if states is None or states.shape[1] == 0 else states[:, -1:]
+        return None if states is None or states.shape[1] == 0 else states
 
-    def remember(self, name: str, states: Tensor) -> None:
-        """Take in the unshifted ``name`` of new tokens, ``[B, T, G, D]``."""
-        if (old := self.unshifted.get(name)) is not None:
-            states = torch.cat([old, states], dim=1)
-        # Trimmed at twice the window, so that a step of decoding seldom copies it.
+    def remember(self, name: str, states: Tensor, layout: TokenLayout) -> None:
+        """Take in the unshifted ``name`` of new tokens, ``[B, W + T, G, D]``: behind what `before` gave."""
+        # Trimmed at twice the window, so that a step of decoding seldom copies it once more.
         if not self.record_past and states.shape[1] > 2 * self.rollback_window:
             states = states[:, -self.rollback_window :].clone()
         # Not in place: a shallow copy of this layer may have the same dictionary.
@@ -196,15 +202,12 @@ class DynamicForgettingLayer(DynamicLayer):
             self.unshifted = {name: states[:, -window:].clone() for name, states in self.unshifted.items()}
 
     def _rewind_summary(self, length: int) -> None:
-        """Make the summary that of the first ``length`` keys: blocks before the last one stand, that is taken again."""
-        if self.summary is None or self.gates is None:
+        """Make the summary one of no more than the first ``length`` keys: those of their whole blocks."""
+        if self.summary is None or length >= self.summarized:
             return
         summary, _ = self.summary
-        start = length // PRUNED_KEYS * PRUNED_KEYS
-        running = running_before(summary, start // PRUNED_KEYS)
-        if length > start:
-            running = extend_summary(summary, running, self.gates[0][..., start:], self.keys[..., start:, :], start)
-        self.summary = summary, running
+        blocks = length // PRUNED_KEYS
+        self.summary, self.summarized = (summary, running_before(summary, blocks)), blocks * PRUNED_KEYS
 
     def reset(self) -> None:
         self.keys = self.values = None
@@ -261,7 +264,7 @@ class StaticForgettingLayer(StaticLayer):
         self.summary: tuple[KeySummary, Running] | None = None
         self._new: Decay | None = None
 
-    def append_gates(self, log_f: Tensor, starts: Tensor | None = None) -> None:
+    def append_gates(self, log_f: Tensor, layout: TokenLayout) -> None:
         """As `DynamicForgettingLayer.append_gates`: before `update`, which moves the length that is read here."""
         if self.gates is None:
             batch, _, gates = log_f.shape
@@ -272,13 +275,12 @@ class StaticForgettingLayer(StaticLayer):
             )
         past = self.cumulative_length.to(log_f.device)
         all_c, last_c, last_first = self.gates
-        c, first = accumulate(log_f, past, (last_c, last_first), starts)
-        last = torch.arange(c.shape[-1], device=c.device) + past
+        c, first = accumulate(log_f, past, (last_c, last_first), layout.starts)
         # transformers' exporters hand the cache over in the type of the model.
-        all_c.index_copy_(2, last, c.to(all_c.dtype))
+        all_c.index_copy_(2, layout.positions, c.to(all_c.dtype))
         last_c.copy_(c[..., -1])
         last_first.copy_(first[..., -1])
-        self._new = Decay(c, all_c, first, last)
+        self._new = Decay(c, all_c, first, layout.positions)
 
     def update(self, key_states: Tensor, value_states: Tensor, *args, **kwargs) -> tuple[Tensor, Tensor]:
         keys, values = super().update(key_states, value_states)
@@ -286,7 +288,7 @@ class StaticForgettingLayer(StaticLayer):
             self._summarize(self._new.query, key_states.detach(), self._new.last[0])
         return keys, values
 
-    def decay(self, few: bool) -> Decay:
+    def decay(self, few: bool, own_block: bool = False) -> Decay:
         """As `DynamicForgettingLayer.decay`; the keys are the whole buffer."""
         decay, self._new = self._new, None
         assert decay is not None, "called once after append_gates and update"
@@ -304,14 +306,14 @@ class StaticForgettingLayer(StaticLayer):
         for held, new in zip(running, extend_summary(summary, running, c, keys, position), strict=True):
             held.copy_(new)
 
-    def before(self, name: str) -> Tensor | None:
+    def before(self, name: str, layout: TokenLayout) -> Tensor | None:
         """``[B, 1, G, D]`` unshifted ``name`` of the last token (zeros at the start), or None before any token."""
         states = self.unshifted.get(name)
         # The buffer is written in place below, while the caller still reads what was there.
         return None if states is None else states.clone()
 
-    def remember(self, name: str, states: Tensor) -> None:
-        """Take in the unshifted ``name`` of new tokens, ``[B, T, G, D]``."""
+    def remember(self, name: str, states: Tensor, layout: TokenLayout) -> None:
+        """Take in the unshifted ``name`` of new tokens, ``[B, 1 + T, G, D]``: behind what `before` gave, or zero."""
         if name not in self.unshifted:
             self.unshifted[name] = self._buffer(states, (states.shape[0], 1, *states.shape[2:]), states.dtype)
         self.unshifted[name].copy_(states[:, -1:])

@@ -59,8 +59,16 @@ class FoxRMSNorm(nn.Module):
         return keeping_inputs_only(self._normalize, x, local_part(self.weight))
 
     def _normalize(self, x: Tensor, weight: Tensor) -> Tensor:
-        wide = x.to(torch.promote_types(x.dtype, torch.float32))
-        wide = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps)
+        size = x.shape[-1:]
+        if not torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            # torch's kernel does the same in one launch instead of eight, and it is launches that eager inference waits
+            # for. With a weight for each head it cannot round once at the end; autocast would have it return float32.
+            if weight.shape == size and weight.dtype == x.dtype:
+                return nn.functional.rms_norm(x, size, weight, self.eps).to(x.dtype)
+            wide = nn.functional.rms_norm(x.to(torch.promote_types(x.dtype, torch.float32)), size, None, self.eps)
+        else:
+            wide = x.to(torch.promote_types(x.dtype, torch.float32))
+            wide = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps)
         return (weight.view(-1, x.shape[-1]).squeeze(0) * wide).to(x.dtype)
 
     def extra_repr(self) -> str:
@@ -109,19 +117,20 @@ class FoxTokenShift(nn.Module):
             cache_layer: the layer's cache, or None.
             name: what `cache_layer` keeps the unshifted states as.
         """
-        before = None if cache_layer is None else cache_layer.before(name)
-        if before is None:
-            before = states.new_zeros(states.shape[0], 1, *states.shape[2:])
-        extended = torch.cat([before, states], dim=1)
+        past = None if cache_layer is None else cache_layer.before(name, layout)
+        if past is None:
+            past = states.new_zeros(states.shape[0], 1, *states.shape[2:])
+        extended = torch.cat([past, states], dim=1)
         if layout.real is not None:
             # Each padding token repeats the last real one, which is then what the next real token is mixed with.
-            index = torch.arange(1, extended.shape[1], device=states.device)
-            source = torch.where(layout.real, index, 0).cummax(-1).values
-            source = nn.functional.pad(source, (1, 0))[..., None, None]
+            index = torch.arange(extended.shape[1], device=states.device)
+            before, new = index.split([past.shape[1], states.shape[1]])
+            source = torch.where(layout.real, new, before[-1]).cummax(-1).values
+            source = torch.cat([before.expand(len(source), -1), source], dim=1)[..., None, None]
             extended = extended.gather(1, source.expand_as(extended))
         if cache_layer is not None:
-            cache_layer.remember(name, extended[:, 1:])
-        previous = extended[:, :-1]
+            cache_layer.remember(name, extended, layout)
+        previous = extended[:, -states.shape[1] - 1 : -1]
         if layout.starts is not None:
             previous = previous.masked_fill(layout.starts[..., None, None], 0.0)
         return keeping_inputs_only(_mix, states, previous, self.proj(hidden_states))
@@ -215,9 +224,9 @@ class FoxAttention(nn.Module):
         else:
             # The first tokens have nothing to search, and no pages yet.
             few = cache_layer.is_initialized and self._few_queries(q, k)
-            cache_layer.append_gates(log_f, layout.starts)
+            cache_layer.append_gates(log_f, layout)
             k, v = past_key_values.update(k, v, self.layer_idx, few=few)
-            decay = cache_layer.decay(few)
+            decay = cache_layer.decay(few, own_block=self._bound_needs_keys())
         if (real := layout.real_keys) is not None:
             # A mask may be as long as a cache of fixed size, where the keys are those so far.
             decay = hide_padding(decay, real if decay.cached is not None else real[:, : decay.key.shape[-1]])
@@ -239,6 +248,10 @@ class FoxAttention(nn.Module):
             dtype = torch.promote_types(hidden_states.dtype, torch.float32)
             return hidden_states.new_zeros(*hidden_states.shape[:-1], 1, dtype=dtype)
         return nn.functional.logsigmoid(self.forget_gate(hidden_states))
+
+    def _bound_needs_keys(self) -> bool:
+        """Whether the rule of pruning needs a bound of the logits that the weights do not give."""
+        return self.config.acp_rule == "paper" and (self.config.qk_norm == "none" or self.rope_stretches)
 
     def logit_bound(self) -> Tensor | None:
         """Bound of ``|scale * q . k|`` by the weights of QK-norm: ``[H]``, or ``[1]``; None as `norm_bounds`."""

@@ -9,6 +9,7 @@ from transformers.utils.import_utils import is_torchdynamo_compiling
 
 from ..kernels.attention import as_bool_mask, check_cu_seqlens
 from ..kernels.decay import sequence_starts
+from ..kernels.tiles import PRUNED_KEYS
 from .configuration_fox import LAYER_TYPE
 
 
@@ -20,12 +21,14 @@ class TokenLayout(NamedTuple):
         real: ``[B, T]`` bool, False for padding; None without padding.
         real_keys: ``[B, Tk]`` the same over all keys, those in the cache included.
         starts: ``[B, T]`` bool, True where a packed sequence begins; None without packing.
+        slots: ``[1 + T]`` int64 index modulo 64 of the token before and of each: places in a paged cache.
     """
 
     positions: Tensor
     real: Tensor | None
     real_keys: Tensor | None
     starts: Tensor | None
+    slots: Tensor
 
 
 def token_layout(
@@ -64,7 +67,8 @@ def token_layout(
     prepared = isinstance(attention_mask, dict)
     if real_keys is not None and not prepared and not is_torchdynamo_compiling() and real_keys.all():
         real_keys = None
-    positions = torch.arange(length, device=device) + past
+    indices = torch.arange(-1, length, device=device) + past
+    positions = indices[1:]
     real = None if real_keys is None else real_keys.index_select(1, positions)
     # A static cache that holds tokens reports a tensor: packing cannot begin there.
     fresh = isinstance(past, int) and past == 0
@@ -85,7 +89,7 @@ def token_layout(
         starts = sequence_starts(queries, length).to(device)
     elif position_ids is not None and fresh:
         starts = _restarts(position_ids.to(device).expand(batch, -1), real, jumps=attention_mask is None)
-    return TokenLayout(positions, real, real_keys, starts)
+    return TokenLayout(positions, real, real_keys, starts, indices.remainder(PRUNED_KEYS))
 
 
 def _restarts(position_ids: Tensor, real: Tensor | None, jumps: bool) -> Tensor | None:

@@ -23,6 +23,7 @@ from ..kernels.pruning import Rule, first_dead_block
 from ..kernels.summary import Running, empty_summary, extend_summary, running_before
 from ..kernels.tiles import PRUNED_KEYS as PAGE
 from .configuration_fox import FoxConfig
+from .layout_fox import TokenLayout
 
 # How many of each head are handed out in advance: looking for dead ones takes as long as several steps.
 _PAGES_AHEAD = 4
@@ -76,47 +77,44 @@ class PagedForgettingLayer(CacheLayerMixin):
         self.recent: dict[str, Tensor] = {}
         self.cumulative_length = torch.tensor(0, dtype=torch.int64)
         self._gathered: Decay | None = None
+        # Tokens before this pass, if `FoxPagedCache.reserve` has read their number.
+        self.known_length: int | None = None
         # No crop may go below either of these lengths: what is freed counts on the one, `recent` on the other.
         self._swept_length = self._furthest = 0
 
     # ---- What a forward pass does
 
-    def append_gates(self, log_f: Tensor, starts: Tensor | None = None) -> None:
+    def append_gates(self, log_f: Tensor, layout: TokenLayout) -> None:
         """As `StaticForgettingLayer.append_gates`."""
-        batch, tokens, gates = log_f.shape
+        batch, _, gates = log_f.shape
         if "c" not in self.recent:
             self.cumulative_length = _fixed(self.cumulative_length.to(log_f.device))
             self.recent["c"] = _fixed(torch.zeros(batch, gates, PAGE, dtype=torch.float64, device=log_f.device))
             self.recent["first"] = _fixed(torch.zeros(batch, gates, PAGE, dtype=torch.int64, device=log_f.device))
-        past = self.cumulative_length
-        before = (past - 1).remainder(PAGE).reshape(1)
-        last_c, last_first = (self.recent[name].index_select(-1, before)[..., 0] for name in ("c", "first"))
-        c, first = accumulate(log_f, past, (last_c, last_first), starts)
-        last = torch.arange(tokens, device=c.device) + past
-        self._write_recent("c", c, -1, last)
-        self._write_recent("first", first, -1, last)
-        self._new = Decay(c, c, first, last)
+        last_c, last_first = (self.recent[name].index_select(-1, layout.slots[:1])[..., 0] for name in ("c", "first"))
+        c, first = accumulate(log_f, self.cumulative_length, (last_c, last_first), layout.starts)
+        self._write_recent("c", c, -1, layout)
+        self._write_recent("first", first, -1, layout)
+        self._new = Decay(c, c, first, layout.positions)
 
-    def before(self, name: str) -> Tensor | None:
+    def before(self, name: str, layout: TokenLayout) -> Tensor | None:
         """As `StaticForgettingLayer.before`."""
         if name not in self.recent:
             return None
-        return self.recent[name].index_select(1, (self.cumulative_length - 1).remainder(PAGE).reshape(1))
+        return self.recent[name].index_select(1, layout.slots[:1])
 
-    def remember(self, name: str, states: Tensor) -> None:
+    def remember(self, name: str, states: Tensor, layout: TokenLayout) -> None:
         """As `StaticForgettingLayer.remember`."""
-        batch, tokens, heads, size = states.shape
+        batch, _, heads, size = states.shape
         if name not in self.recent:
             self.cumulative_length = _fixed(self.cumulative_length.to(states.device))
             self.recent[name] = _fixed(states.new_zeros(batch, PAGE, heads, size))
-        last = torch.arange(tokens, device=states.device) + self.cumulative_length
-        self._write_recent(name, states, 1, last)
+        self._write_recent(name, states[:, 1:], 1, layout)
 
-    def _write_recent(self, name: str, new: Tensor, dim: int, positions: Tensor) -> None:
-        count = min(PAGE, len(positions))
-        dim = dim % new.ndim
-        new = new.narrow(dim, len(positions) - count, count)
-        self.recent[name].index_copy_(dim, positions[-count:].remainder(PAGE), new)
+    def _write_recent(self, name: str, new: Tensor, dim: int, layout: TokenLayout) -> None:
+        count, dim = min(PAGE, len(layout.positions)), dim % new.ndim
+        new = new.narrow(dim, new.shape[dim] - count, count)
+        self.recent[name].index_copy_(dim, layout.slots[-count:], new)
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         batch, heads = key_states.shape[:2]
@@ -163,7 +161,7 @@ class PagedForgettingLayer(CacheLayerMixin):
         self.cumulative_length.add_(key_states.shape[2])
         return result
 
-    def decay(self, few: bool) -> Decay:
+    def decay(self, few: bool, own_block: bool = False) -> Decay:
         """As `DynamicForgettingLayer.decay`."""
         decay, self._new = self._new, None
         gathered, self._gathered = self._gathered, None
@@ -172,7 +170,7 @@ class PagedForgettingLayer(CacheLayerMixin):
             return gathered
         return decay._replace(key=self.c, cached=CachedKeys(self.c, self.summary, self.pages, self.start))
 
-    def _summarize(self, c: Tensor, key_states: Tensor, position: Tensor) -> None:
+    def _summarize(self, c: Tensor, key_states: Tensor, position: int | Tensor) -> None:
         for held, new in zip(
             self.running, extend_summary(self.summary, self.running, c, key_states, position), strict=True
         ):
@@ -201,7 +199,10 @@ class PagedForgettingLayer(CacheLayerMixin):
     def _take_in(self, key_states: Tensor, value_states: Tensor) -> tuple[Tensor, Tensor]:
         """Join what is held with many tokens, and hold of both what is not dead."""
         new = self._new
-        past, tokens = int(self.cumulative_length), key_states.shape[2]
+        # To read it here would wait for the device once for each layer.
+        past = int(self.cumulative_length) if self.known_length is None else self.known_length
+        self.known_length = None
+        tokens = key_states.shape[2]
         length = past + tokens
         if length > self.max_cache_len:
             raise ValueError(
@@ -209,10 +210,11 @@ class PagedForgettingLayer(CacheLayerMixin):
                 f"{tokens} more do not fit (max_cache_len)"
             )
         heads = self.pages.shape[1]
-        keys, values, c = self._read(past)
-        keys = torch.cat([keys, key_states], dim=2)
-        values = torch.cat([values, value_states], dim=2)
-        c = torch.cat([c, self._by_head(new.query)], dim=-1)
+        keys, values, c = key_states, value_states, self._by_head(new.query)
+        if past > 0:
+            held_keys, held_values, held_c = self._read(past)
+            keys, values = torch.cat([held_keys, keys], dim=2), torch.cat([held_values, values], dim=2)
+            c = torch.cat([held_c, c], dim=-1)
         # Rows that may not see what is freed; those of the new tokens see all of the new tokens.
         first = new.first
         freed = self.start.long() * PAGE
@@ -222,16 +224,16 @@ class PagedForgettingLayer(CacheLayerMixin):
         flat = self._by_gate(c)
         self._gathered = Decay(new.query, flat, first, new.last)
 
-        self._summarize(new.query, key_states, new.last[0])
+        self._summarize(new.query, key_states, past)
         self.sweep(length, c=flat)
         blocks = -(-length // PAGE)
-        index = torch.arange(blocks, device=c.device)
         self._cover(blocks)
-        written = (index >= past // PAGE) & (index >= self.start[..., None])
-        pages = self.pages[..., :blocks][written].long()
-        self.keys[pages] = _in_blocks(keys, blocks)[written]
-        self.values[pages] = _in_blocks(values, blocks)[written]
-        self.c[pages] = _in_blocks(c.mT, blocks)[written].mT
+        # From the block of the first new token on; what is dead already goes to page 0. Not by a mask of what is
+        # written: to find out how many that are would wait for the device.
+        begin = past // PAGE
+        pages = self.pages[..., begin:blocks].clamp(min=0).long()
+        for held, x in ((self.keys, keys), (self.values, values), (self.c.mT, c.mT)):
+            held[pages] = _in_blocks(x[:, :, begin * PAGE :], blocks - begin)
         return keys, values
 
     def _read(self, length: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -270,7 +272,7 @@ class PagedForgettingLayer(CacheLayerMixin):
         if (missing := count - len(self._free)) > 0:
             self._grow(missing)
         # Of the ranges held, all of them beginning somewhere: in the order of the table.
-        self.pages[..., :blocks][wanted] = self._free[:count].int()
+        self.pages[..., :blocks].masked_scatter_(wanted, self._free[:count].int())
         self._free = self._free[count:]
 
     def _grow(self, missing: int) -> None:
@@ -370,7 +372,7 @@ class PagedForgettingLayer(CacheLayerMixin):
             page = self.pages[..., start // PAGE].long()
             keys = self.keys[page][:, :, : length - start]
             c = self._by_gate(self.c[page][..., : length - start])
-            self._summarize(c, keys, torch.tensor(start, device=self.device))
+            self._summarize(c, keys, start)
 
     def _select(self, rows: Tensor) -> None:
         """Make the sequences those at ``rows``, each with pages of its own."""
@@ -461,9 +463,12 @@ class FoxPagedCache(Cache):
             ValueError: they do not fit into ``max_cache_len``.
         """
         self._ahead -= tokens
-        if self._ahead >= 0:
+        length = None if self._ahead >= 0 else int(self.get_seq_length())
+        for layer in self.layers:
+            layer.known_length = length
+        if length is None:
             return
-        length, room = int(self.get_seq_length()), self.get_max_length()
+        room = self.get_max_length()
         if length + tokens > room:
             raise ValueError(
                 f"past_key_values holds {length} tokens and has room for {room}: "

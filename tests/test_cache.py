@@ -23,6 +23,7 @@ from transformers import (
 from transformers.cache_utils import DynamicLayer, StaticLayer
 
 from foxlm.modeling.cache_fox import DynamicForgettingLayer, FoxPagedCache, StaticForgettingLayer
+from foxlm.modeling.layout_fox import TokenLayout
 from models import DECODING_VARIANTS, SIZES, VARIANTS, assert_close, tiny_model, tokens
 
 
@@ -424,10 +425,10 @@ def test_static_cache_that_is_full_is_refused() -> None:
 APPEND_GATES = DynamicForgettingLayer.append_gates
 
 
-def restart_sum(layer: DynamicForgettingLayer, log_f: Tensor, starts: Tensor | None = None) -> Any:
+def restart_sum(layer: DynamicForgettingLayer, log_f: Tensor, layout: TokenLayout) -> Any:
     """`append_gates` whose running sum begins anew at every step."""
     before = layer.gates
-    APPEND_GATES(layer, log_f, starts)
+    APPEND_GATES(layer, log_f, layout)
     decay = layer._new
     assert decay is not None
     if before is None:
