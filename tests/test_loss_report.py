@@ -244,7 +244,7 @@ def test_a_file_in_place_of_the_folder_is_refused(folder: Path, tmp_path: Path) 
 
 
 def test_names_that_would_share_a_file_of_losses_are_refused(folder: Path, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="losses-a_b.npy"):
+    with pytest.raises(ValueError, match=r"losses-a_b\.npy"):
         measure_losses(options(folder, tmp_path, "slow", "fast", names=("a/b", "a_b"), save_losses=True))
     assert not list(tmp_path.iterdir())
     with pytest.raises(ValueError, match="name must not be empty"):
