@@ -19,7 +19,7 @@ ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 NAMES = [page.name for page in PAGES]
 # Not run here: what installs, takes checkpoints that are not there, or minutes.
-NOT_RUN = ("make ", "pip install", "python examples/")
+NOT_RUN: tuple[str, ...] = ("make ", "pip install", "python examples/")
 NOT_RUN += tuple(f"foxlm {name}" for name in ("publish", "convert", "graft", "card", "bench", "eval"))
 
 

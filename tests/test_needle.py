@@ -289,7 +289,12 @@ def test_a_haystack_of_tokens_that_the_model_has_not_is_refused(recalling: str, 
 def test_damaged_results_are_named_and_not_drawn(recalling: str, tmp_path: Path) -> None:
     results = tmp_path / "needle.json"
     content = {"kind": "needle", "name": "x", "trained_length": 3}
-    for damaged in ({"settings": {}, "cells": []}, {"settings": {}, "cells": [{}]}, {"settings": 5, "cells": 7}):
+    damages: list[dict[str, object]] = [
+        {"settings": {}, "cells": []},
+        {"settings": {}, "cells": [{}]},
+        {"settings": 5, "cells": 7},
+    ]
+    for damaged in damages:
         results.write_text(json.dumps(content | damaged))
         done = invoke("--redraw", results)
         assert done.exit_code == 1 and isinstance(done.exception, SystemExit), done.exception
