@@ -91,6 +91,8 @@ def measure_losses(options: LossOptions) -> dict[str, Any]:
         require_same(report["settings"], settings, str(path))
     report["rows_wanted"] = options.rows
     measured = {model["name"]: model for model in report["models"]}
+    if options.save_losses:
+        _require_own_files([*names, *(name for name in measured if name not in names)])
     own = {name: _model_settings(source, options) for name, source in zip(names, options.models, strict=True)}
     for name in names:
         if name in measured:
@@ -156,11 +158,22 @@ def _note_first_not_finite(model: dict[str, Any], row: int, losses: np.ndarray) 
 def _open_losses(model: dict[str, Any], options: LossOptions, shape: tuple[int, int]) -> np.memmap:
     """``[rows, length - 1]`` float32 in a file, to be filled; measuring begins anew where rows are not in it."""
     options.out.mkdir(parents=True, exist_ok=True)
-    path = options.out / f"losses-{re.sub(r'[^A-Za-z0-9._-]+', '_', model['name'])}.npy"
+    path = options.out / _losses_file(model["name"])
     if model["row_means"] and model.get("losses") == path.name and path.exists():
         return np.lib.format.open_memmap(path, mode="r+")
     model |= {"row_means": [], "not_finite": None, "losses": path.name}
     return np.lib.format.open_memmap(path, mode="w+", dtype=np.float32, shape=shape)
+
+
+def _require_own_files(names: Sequence[str]) -> None:
+    files = [_losses_file(name) for name in names]
+    twice = next((file for file in files if files.count(file) > 1), None)
+    if twice is not None:
+        raise ValueError(f"names must differ in letters or digits, or two models' losses would be {twice}")
+
+
+def _losses_file(name: str) -> str:
+    return f"losses-{re.sub(r'[^A-Za-z0-9._-]+', '_', name)}.npy"
 
 
 def read_losses(path: Path) -> dict[str, Any]:
@@ -291,6 +304,8 @@ def model_names(sources: Sequence[str], names: Sequence[str]) -> list[str]:
     if names and len(names) != len(sources):
         raise ValueError(f"name must be given once for each of the {len(sources)} models, got {len(names)}")
     found = list(names) or [model_name(source) for source in sources]
+    if not all(found):
+        raise ValueError("name must not be empty")
     if len(set(found)) < len(found):
         raise ValueError(f"models must have different names, got {', '.join(found)}; give a --name for each")
     return found

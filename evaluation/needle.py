@@ -70,6 +70,7 @@ def measure_needle(options: NeedleOptions) -> dict[str, Any]:
     tokenizer = load_tokenizer(options.model)
     lengths = list(options.lengths) or [int(share * (trained or 8192)) for share in _DEFAULT_LENGTHS]
     haystack, repeats = haystack_tokens(options.text, tokenizer, max(lengths) + STARTS, options.seed)
+    _require_tokens(haystack, len(tokenizer), options.text)
     maker = PromptMaker(tokenizer, options.mode, haystack, options.seed)
     # A chat model may say more than the answer.
     room = options.answer_tokens or maker.answer_tokens(options.samples) * (2 if options.mode == "chat" else 1)
@@ -134,6 +135,14 @@ def _check(options: NeedleOptions) -> None:
         raise ValueError(f"depths must be shares from 0 (the beginning) to 1 (the end), got {list(options.depths)}")
     if any(length < 1 for length in options.lengths):
         raise ValueError(f"lengths must be positive, got {list(options.lengths)}")
+
+
+def _require_tokens(haystack: np.ndarray, vocabulary: int, text: Path | None) -> None:
+    least, most = int(haystack.min()), int(haystack.max())
+    if least < 0 or most >= vocabulary:
+        raise ValueError(
+            f"{text} must hold tokens in [0, {vocabulary}), as the tokenizer has them, got {least} to {most}"
+        )
 
 
 def _settings(options: NeedleOptions, haystack: np.ndarray | None, room: int) -> dict[str, Any]:
@@ -329,6 +338,8 @@ def needle_table(report: dict[str, Any]) -> str:
         lines.append(
             f"{depth:>6.0%}" + "".join(f"{'-' if cell is None else f'''{cell['found']:.0%}''':>9}" for cell in row)
         )
+    if not cells:
+        raise LookupError("no cells")
     settings, means = report["settings"], _means(list(cells.values()))
     words = "" if means["recall"] is None else f"; {means['recall']:.1%} of the answers' words written"
     loss = "not finite" if means["loss"] is None else f"{means['loss']:.3f} nats per token"

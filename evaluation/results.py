@@ -2,7 +2,8 @@
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -52,7 +53,22 @@ def read_json(path: Path, kind: str, fields: Sequence[str]) -> dict[str, Any]:
         raise ValueError(f"{path} is not JSON: {error}") from None
     if not isinstance(content, dict) or content.get("kind") != kind or not all(field in content for field in fields):
         raise ValueError(f"{path} holds no results of foxlm {kind}")
+    if not isinstance(content.get("settings", {}), dict):
+        raise ValueError(f"{path} is damaged: settings are no object")
     return content
+
+
+@contextmanager
+def reading(path: Path) -> Iterator[None]:
+    """Where old results are read: what they lack is said of the file, and is no error of the program.
+
+    Raises:
+        ValueError: something is missing in ``path`` or of another kind.
+    """
+    try:
+        yield
+    except (LookupError, TypeError, AttributeError) as error:
+        raise ValueError(f"{path} is damaged ({type(error).__name__}: {error})") from error
 
 
 def fingerprint(source: str) -> str | None:

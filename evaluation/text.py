@@ -25,9 +25,14 @@ def documents(path: Path, tokenizer: PreTrainedTokenizerBase | None) -> Iterator
         for file in _files(path):
             yield from documents(file, tokenizer)
     elif path.suffix == ".npy":
-        tokens = np.load(path, mmap_mode="r", allow_pickle=False)
+        try:
+            tokens = np.load(path, mmap_mode="r", allow_pickle=False)
+        except (ValueError, EOFError) as error:
+            raise ValueError(f"{path} holds no array of numbers: {error}") from None
         if tokens.ndim not in (1, 2) or tokens.dtype.kind not in "iu":
             raise ValueError(f"{path} must hold whole numbers [N] or [rows, length], got {tokens.dtype} {tokens.shape}")
+        if tokens.dtype == np.uint64 and tokens.size and tokens.max() > np.iinfo(np.int64).max:
+            raise ValueError(f"{path} must hold token numbers, got {tokens.max()}")
         for row in np.atleast_2d(tokens):
             yield np.asarray(row, dtype=np.int64)
     elif tokenizer is None:
@@ -64,9 +69,10 @@ def _files(folder: Path) -> list[Path]:
 def _texts(path: Path) -> Iterator[str]:
     try:
         if path.suffix != ".jsonl":
-            yield path.read_text(encoding="utf-8")
+            # Some editors begin a file with a byte order mark.
+            yield path.read_text(encoding="utf-8-sig")
             return
-        with path.open(encoding="utf-8") as lines:
+        with path.open(encoding="utf-8-sig") as lines:
             for number, line in enumerate(lines, 1):
                 if line.strip():
                     yield _text_of(line, f"{path}, line {number}")
@@ -77,11 +83,16 @@ def _texts(path: Path) -> Iterator[str]:
 def _text_of(line: str, where: str) -> str:
     try:
         found = json.loads(line)
-    except json.JSONDecodeError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{where}: not JSON: {error}") from None
     text = found.get("text") if isinstance(found, dict) else None
     if not isinstance(text, str):
         raise ValueError(f'{where}: must be an object with a string "text"')
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        # Half of a surrogate pair, which JSON can write and no tokenizer reads.
+        raise ValueError(f"{where}: {error}") from None
     return text
 
 

@@ -175,7 +175,9 @@ def train(
     if arm not in ARMS:
         raise typer.BadParameter(f"--arm must be one of {', '.join(ARMS)}, got {arm!r}")
     folder = out / arm
+    recipe = {"size": size, "length": length, "batch": batch, "muon_rate": muon_rate, "adamw_rate": adamw_rate}
     if (folder / "training.json").exists():
+        _require_same_training(folder / "training.json", recipe, steps)
         return
     tokenizer = AutoTokenizer.from_pretrained(out / "tokenizer")
     rows = Rows(np.load(out / "tokens.npy", mmap_mode="r"), length)
@@ -216,11 +218,20 @@ def train(
         "seconds": seconds,
         "tokens_per_second": steps * batch * length / seconds,
         "losses": losses,
-        "recipe": {"size": size, "length": length, "batch": batch, "muon_rate": muon_rate, "adamw_rate": adamw_rate},
+        "recipe": recipe,
         "run": provenance("cuda" if on_gpu else "cpu", seed, ("triton",)),
     }
     (folder / "training.json").write_text(json.dumps(record, indent=1))
     print(f"{arm}: {record['tokens']:,} tokens in {seconds:.0f} s, loss {losses[-1][1]:.3f} at the end")
+
+
+def _require_same_training(record: Path, recipe: dict[str, Any], steps: int | None) -> None:
+    """Refuse to take a model for one that was asked for with other settings."""
+    found = json.loads(record.read_text())
+    for name, wanted in (recipe | ({} if steps is None else {"steps": steps})).items():
+        trained = found["recipe"].get(name, found.get(name))
+        if trained != wanted:
+            raise typer.BadParameter(f"{record} is of a model trained with {name} {trained}, now it is {wanted}")
 
 
 def save(model: FoxForCausalLM, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:

@@ -14,6 +14,7 @@ from typer.testing import CliRunner
 from foxlm.cli import app
 from foxlm.evaluation import loss_report as module
 from foxlm.evaluation.loss_report import LossOptions, bin_edges, measure_losses, summarize
+from foxlm.evaluation.text import texts
 from oracles import counting_losses, save_counting
 from test_evaluation import tiny_model
 
@@ -240,3 +241,46 @@ def test_a_file_in_place_of_the_folder_is_refused(folder: Path, tmp_path: Path) 
     result = invoke(folder / "slow", "--text", folder / "text.txt", "--length", 64, "--out", tmp_path / "file")
     assert result.exit_code == 1 and "--out must be a folder, got the file" in result.stderr
     assert (tmp_path / "file").read_text() == "mine"
+
+
+def test_names_that_would_share_a_file_of_losses_are_refused(folder: Path, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"losses-a_b\.npy"):
+        measure_losses(options(folder, tmp_path, "slow", "fast", names=("a/b", "a_b"), save_losses=True))
+    assert not list(tmp_path.iterdir())
+    with pytest.raises(ValueError, match="name must not be empty"):
+        measure_losses(options(folder, tmp_path, "slow", names=("",)))
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        {"settings": {}, "models": []},
+        {"settings": {"edges": [1, 2]}, "models": [{}]},
+        {"settings": 5, "models": []},
+    ],
+)
+def test_damaged_results_are_named_and_not_drawn(folder: Path, tmp_path: Path, content: dict[str, Any]) -> None:
+    results = tmp_path / "loss.json"
+    results.write_text(json.dumps({"kind": "loss", "text": "x", "rows_wanted": 1} | content))
+    done = invoke("--redraw", results)
+    assert done.exit_code == 1 and isinstance(done.exception, SystemExit), done.exception
+    assert done.stderr.startswith(f"error: {results} is damaged"), done.stderr
+
+
+def test_files_that_are_no_text_are_named(folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "empty.npy").touch()
+    (tmp_path / "broken.npy").write_text("hello")
+    (tmp_path / "half.jsonl").write_text('{"text": "\\ud800 abc"}\n')
+    (tmp_path / "many.jsonl").write_text('{"text": ' + "9" * 5000 + "}\n")
+    np.save(tmp_path / "objects.npy", np.array([{}], dtype=object), allow_pickle=True)
+    np.save(tmp_path / "large.npy", np.full(300, 2**64 - 1, dtype=np.uint64))
+    for name in ("empty.npy", "broken.npy", "half.jsonl", "many.jsonl", "objects.npy", "large.npy"):
+        done = invoke(folder / "slow", "--text", tmp_path / name, "--length", 128, "--out", tmp_path / "out")
+        assert done.exit_code == 1 and isinstance(done.exception, SystemExit), done.exception
+        assert done.stderr.startswith(f"error: {tmp_path / name}"), done.stderr
+
+
+def test_a_byte_order_mark_is_no_part_of_the_text(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_bytes(b'\xef\xbb\xbf{"text": "one"}\n{"text": "two"}\n')
+    (tmp_path / "b.txt").write_bytes(b"\xef\xbb\xbfthree")
+    assert list(texts(tmp_path)) == ["one", "two", "three"]

@@ -276,3 +276,26 @@ def test_a_file_in_place_of_the_folder_is_refused(recalling: str, tmp_path: Path
     result = invoke(recalling, "--out", tmp_path / "file")
     assert result.exit_code == 1 and "--out must be a folder, got the file" in result.stderr
     assert (tmp_path / "file").read_text() == "mine"
+
+
+def test_a_haystack_of_tokens_that_the_model_has_not_is_refused(recalling: str, tmp_path: Path) -> None:
+    for token in (-1, 99_999):
+        np.save(tmp_path / "tokens.npy", np.full(3000, token))
+        done = invoke(recalling, "--text", tmp_path / "tokens.npy", "--lengths", 800, "--out", tmp_path / "out")
+        assert done.exit_code == 1 and isinstance(done.exception, SystemExit), done.exception
+        assert "must hold tokens in [0, " in done.stderr and f"got {token} to {token}" in done.stderr
+
+
+def test_damaged_results_are_named_and_not_drawn(recalling: str, tmp_path: Path) -> None:
+    results = tmp_path / "needle.json"
+    content = {"kind": "needle", "name": "x", "trained_length": 3}
+    damages: list[dict[str, object]] = [
+        {"settings": {}, "cells": []},
+        {"settings": {}, "cells": [{}]},
+        {"settings": 5, "cells": 7},
+    ]
+    for damaged in damages:
+        results.write_text(json.dumps(content | damaged))
+        done = invoke("--redraw", results)
+        assert done.exit_code == 1 and isinstance(done.exception, SystemExit), done.exception
+        assert done.stderr.startswith(f"error: {results} is damaged"), done.stderr

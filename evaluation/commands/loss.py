@@ -55,6 +55,7 @@ def loss(
     foxlm loss my-fox my-llama --text books.jsonl --length 65536
     """
     from ..loss_report import LossOptions, draw_losses, loss_table, measure_losses, read_losses
+    from ..results import reading
 
     try:
         if redraw is not None:
@@ -62,6 +63,8 @@ def loss(
                 raise ValueError("--redraw measures nothing: give it no models, --text or --length")
             results = redraw / "loss.json" if redraw.is_dir() else redraw
             report = read_losses(results)
+            with reading(results):
+                loss_table(report)
         else:
             if not models or text is None or length is None:
                 raise ValueError("models to measure, --text and --length must be given, or --redraw")

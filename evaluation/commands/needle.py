@@ -70,6 +70,7 @@ def needle(
     """
     from ..needle import NeedleOptions, draw_needle_map, measure_needle, needle_table, read_needle
     from ..needle_prompts import parse_numbers
+    from ..results import reading
 
     try:
         if redraw is not None:
@@ -77,6 +78,8 @@ def needle(
                 raise ValueError("--redraw measures nothing: give it no model")
             results = redraw / "needle.json" if redraw.is_dir() else redraw
             report = read_needle(results)
+            with reading(results):
+                needle_table(report)
         else:
             if model is None:
                 raise ValueError("a model to measure must be given, or --redraw")
