@@ -8,6 +8,9 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.configuration_utils import PreTrainedConfig
 
+from foxlm.kernels.attention import best_attention
+from foxlm.kernels.reference import reference_attention
+from foxlm.modeling.attention_fox import DEFAULT_IMPLEMENTATION
 from foxlm.modeling.configuration_fox import FoxConfig
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
@@ -42,6 +45,8 @@ def load_model(
     changes = pruning_changes(eps, rule)
     if changes and not isinstance(config, FoxConfig):
         raise ValueError(f"eps and rule are of FoX models, got them with a {config.model_type} model ({source})")
+    if changes and config.forget_gate == "none":
+        raise ValueError(f"eps and rule are of models with forget gates, got them with one without ({source})")
     for name, value in changes.items():
         setattr(config, name, value)
     if isinstance(config, FoxConfig):
@@ -112,13 +117,24 @@ def pruning_changes(eps: float | str, rule: str) -> dict[str, Any]:
     return changes
 
 
-def pruning_of(model: PreTrainedModel) -> dict[str, Any]:
-    """``eps`` and ``rule`` that a model prunes by, for the record; both None if it does not prune."""
+@torch.no_grad()
+def pruning_used(model: PreTrainedModel) -> dict[str, Any]:
+    """For the record: ``eps`` and ``rule`` of the configuration, and what prunes by them here.
+
+    ``attention`` leaves nothing out where it runs in PyTorch; ``generation`` may free cached keys there all the same.
+    ``eps`` and ``rule`` of a model that does not prune are None.
+    """
     config = model.config
-    eps = getattr(config, "acp_eps", None)
-    if eps is None or config.forget_gate == "none":
-        return {"eps": None, "rule": None}
-    return {"eps": eps, "rule": config.acp_rule}
+    if getattr(config, "acp_eps", None) is None or config.forget_gate == "none":
+        return {"eps": None, "rule": None, "attention": False, "generation": False}
+    q = torch.empty(1, 1, config.num_attention_heads, config.head_dim, dtype=model.dtype, device=model.device)
+    attention = config._attn_implementation == DEFAULT_IMPLEMENTATION and best_attention(q) is not reference_attention
+    return {
+        "eps": config.acp_eps,
+        "rule": config.acp_rule,
+        "attention": attention,
+        "generation": attention or config.free_dead_cache,
+    }
 
 
 def model_name(source: str) -> str:

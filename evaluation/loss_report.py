@@ -22,7 +22,7 @@ from .loading import (
     model_name,
     position_limit,
     pruning_changes,
-    pruning_of,
+    pruning_used,
     resolve_device,
     trained_length,
 )
@@ -115,7 +115,7 @@ def _measure(model: dict[str, Any], options: LossOptions, settings: dict[str, An
     source, length, count, edges = model["settings"]["source"], options.length, settings["rows"], settings["edges"]
     loaded = load_model(source, device=options.device, dtype=options.dtype, eps=options.eps, rule=options.rule)
     _require_room(loaded, length, source)
-    model |= {"pruning": pruning_of(loaded), "dtype": str(loaded.dtype).removeprefix("torch.")}
+    model |= {"pruning": pruning_used(loaded), "dtype": str(loaded.dtype).removeprefix("torch.")}
     model["provenance"] = provenance(str(loaded.device), 0)
     losses = _open_losses(model, options, (count, length - 1)) if options.save_losses else None
     done = len(model["row_means"])

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from .loading import load_model, load_tokenizer, model_name, position_limit, pruning_of, trained_length
+from .loading import load_model, load_tokenizer, model_name, position_limit, pruning_used, trained_length
 from .loss_by_position import new_cache
 from .needle_prompts import MODES, STARTS, Prompt, PromptMaker, draw_needle, haystack_tokens
 from .provenance import provenance
@@ -109,7 +109,7 @@ def _measure(
     limit, longest = position_limit(model), max(length for length, _ in missing)
     if limit is not None and longest > limit:
         raise ValueError(f"lengths must be at most {limit}, the learned positions of the model, got {longest}")
-    report |= {"pruning": pruning_of(model), "dtype": str(model.dtype).removeprefix("torch.")}
+    report |= {"pruning": pruning_used(model), "dtype": str(model.dtype).removeprefix("torch.")}
     report["provenance"] = provenance(str(model.device), options.seed)
     room = report["settings"]["answer_tokens"]
     with tqdm(total=len(missing) * options.samples, desc="needles", unit="prompt") as bar:

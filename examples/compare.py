@@ -82,7 +82,9 @@ def prepare(
         file.writelines(json.dumps({"text": document}) + "\n" for document in kept)
     tokens = tokenize(trained, made)
     print(f"{len(trained):,} documents, {len(tokens):,} tokens to train on; {len(kept):,} documents held out")
-    np.save(out / "tokens.npy", tokens)
+    # Under another name until it is whole: what has its name is taken as done.
+    np.save(out / "unfinished.npy", tokens)
+    (out / "unfinished.npy").replace(out / "tokens.npy")
 
 
 def read_documents(file: Path) -> Iterator[str]:

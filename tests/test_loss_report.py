@@ -200,7 +200,12 @@ def test_a_fox_model_of_real_text(tmp_path: Path, folder: Path) -> None:
     model.config.acp_eps = None
     expected = [model(row[None], labels=row[None]).loss.item() for row in rows]
     assert [row[0] for row in content["models"][0]["row_means"]] == pytest.approx(expected, rel=1e-5)
-    assert content["models"][0]["pruning"] == {"eps": None, "rule": None}
+    assert content["models"][0]["pruning"] == {
+        "eps": None,
+        "rule": None,
+        "attention": False,
+        "generation": False,
+    }
 
 
 @pytest.mark.parametrize(

@@ -24,7 +24,7 @@ from foxlm.evaluation.pruning_report.cache import held_pages
 from foxlm.evaluation.pruning_report.dropped import ProvenBounds, choose_rows, log_dropped
 from foxlm.evaluation.pruning_report.predict import count_flops, predict_times, shares_of_flops
 from foxlm.evaluation.pruning_report.run import Options, read_report, run_report
-from foxlm.evaluation.pruning_report.summary import jsonable
+from foxlm.evaluation.pruning_report.summary import KIND, SCHEMA, jsonable
 from foxlm.evaluation.pruning_report.views import choose_heads, pieces_of
 from foxlm.evaluation.recording import AttentionInputs, record_attention
 from foxlm.kernels.pruning import Rule
@@ -498,3 +498,10 @@ def test_heads_of_each_kind_are_chosen() -> None:
 def test_json_has_no_numbers_that_json_has_not() -> None:
     found = jsonable({"a": np.array([1.0, -math.inf]), "b": (math.nan, 3), "c": np.float64(1.23456789)})
     assert json.loads(json.dumps(found, allow_nan=False)) == {"a": [1.0, "-inf"], "b": ["nan", 3], "c": 1.2346}
+
+
+def test_damaged_report_is_named(tmp_path: Path) -> None:
+    (tmp_path / "report.json").write_text(json.dumps({"kind": KIND, "schema": SCHEMA}))
+    done = CliRunner().invoke(app, ["report", "--redraw", str(tmp_path)])
+    assert done.exit_code == 1
+    assert "it is damaged: KeyError" in done.output

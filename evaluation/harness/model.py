@@ -9,12 +9,6 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from foxlm.kernels.attention import best_attention
-from foxlm.kernels.reference import reference_attention
-from foxlm.modeling.attention_fox import DEFAULT_IMPLEMENTATION
-
-from ..loading import pruning_of
-
 _INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 # Fields that say nothing about what is computed, or that stand in results by themselves.
 _NOT_COMPUTED = ("_name_or_path", "name_or_path", "transformers_version", "architectures", "acp_eps", "acp_rule")
@@ -93,18 +87,3 @@ def fingerprint(model: PreTrainedModel) -> str:
         bits = tensor.detach().reshape(-1).view(_INTEGERS[tensor.element_size()]).sum(dtype=torch.int64).item()
         digest.update(f"{name} {list(tensor.shape)} {tensor.dtype} {bits}".encode())
     return digest.hexdigest()[:16]
-
-
-@torch.no_grad()
-def pruning_used(model: PreTrainedModel) -> dict[str, Any]:
-    """``eps`` and ``rule`` of the configuration, and whether ``attention`` and ``generation`` prune by them here.
-
-    Attention leaves nothing out where it runs in PyTorch; generation may free cached keys there all the same.
-    """
-    found = pruning_of(model)
-    if found["eps"] is None:
-        return found | {"attention": False, "generation": False}
-    config = model.config
-    q = torch.empty(1, 1, config.num_attention_heads, config.head_dim, dtype=model.dtype, device=model.device)
-    attention = config._attn_implementation == DEFAULT_IMPLEMENTATION and best_attention(q) is not reference_attention
-    return found | {"attention": attention, "generation": attention or config.free_dead_cache}

@@ -12,12 +12,12 @@ from typing import Any
 import numpy as np
 import torch
 
-from ..loading import load_model, load_tokenizer
+from ..loading import load_model, load_tokenizer, pruning_used
 from ..provenance import provenance
 from ..requirements import require_lm_eval
 from . import ruler
 from .logs import LOGGER, cut_prompts, in_a_line, logged_to, one_process
-from .model import as_lm_eval, check_tokenizer, fingerprint, own_max_length, positions, pruning_used
+from .model import as_lm_eval, check_tokenizer, fingerprint, own_max_length, positions
 from .offline import go_offline_if_unreachable, short_timeouts
 from .options import Options
 from .own_text import own_text_units

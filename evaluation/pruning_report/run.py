@@ -293,6 +293,7 @@ def draw(report: dict[str, Any], out: Path) -> Path:
 
     Raises:
         ImportError: matplotlib is not installed.
+        ValueError: the report is damaged.
     """
     from ..requirements import require_matplotlib
 
@@ -300,5 +301,9 @@ def draw(report: dict[str, Any], out: Path) -> Path:
     from .page import render
 
     path = out / PAGE_NAME
-    write_whole(path, render(report))
+    try:
+        page = render(report)
+    except (KeyError, IndexError, TypeError) as error:
+        raise ValueError(f"the report lacks what its page shows, so it is damaged: {error!r}") from error
+    write_whole(path, page)
     return path
