@@ -169,8 +169,8 @@ def train(
     length: Length = 16384,
     batch: Batch = 4,
     steps: Steps = None,
-    muon_rate: MuonRate = 4e-3,
-    adamw_rate: AdamwRate = 2e-3,
+    muon_rate: MuonRate = 6e-3,
+    adamw_rate: AdamwRate = 3e-3,
     seed: Seed = 0,
 ) -> None:
     """Train one model; its folder gets the model and training.json."""
@@ -292,8 +292,8 @@ def run_all(
     length: Length = 16384,
     batch: Batch = 4,
     steps: Steps = None,
-    muon_rate: MuonRate = 4e-3,
-    adamw_rate: AdamwRate = 2e-3,
+    muon_rate: MuonRate = 6e-3,
+    adamw_rate: AdamwRate = 3e-3,
     seed: Seed = 0,
 ) -> None:
     """Prepare, train every arm one after the other, and evaluate."""

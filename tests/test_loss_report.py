@@ -231,11 +231,13 @@ def test_a_fox_model_of_real_text(tmp_path: Path, folder: Path) -> None:
         (["--redraw", "{text}"], "is not JSON"),
         (["--redraw", "nowhere.json"], "nowhere.json"),
         (["{slow}", "--redraw", "{text}"], "--redraw measures nothing"),
+        (["--redraw", "{text}", "--rows", "3"], "--redraw measures nothing: leave out --rows"),
     ],
 )
 def test_what_is_refused_in_one_line(folder: Path, tmp_path: Path, arguments: list[str], message: str) -> None:
     places = {"slow": folder / "slow", "text": folder / "text.txt"}
-    result = invoke(*(argument.format(**places) for argument in arguments), "--out", tmp_path / "out")
+    out = [] if "--redraw" in arguments else ["--out", tmp_path / "out"]
+    result = invoke(*(argument.format(**places) for argument in arguments), *out)
     assert result.exit_code == 1, result.output
     assert result.stderr.startswith("error: ") and message in result.stderr
     assert not (tmp_path / "out" / "loss.json").exists()

@@ -249,10 +249,12 @@ def test_the_command_measures_draws_and_draws_again(recalling: str, tmp_path: Pa
         (["--redraw", "nowhere.json"], "nowhere.json"),
         (["--redraw", "{model}/config.json"], "holds no results of foxlm needle"),
         (["{model}", "--redraw", "x.json"], "--redraw measures nothing"),
+        (["--redraw", "x.json", "--samples", "4"], "--redraw measures nothing: leave out --samples"),
     ],
 )
 def test_what_is_refused_in_one_line(recalling: str, tmp_path: Path, arguments: list[str], message: str) -> None:
-    result = invoke(*(argument.format(model=recalling) for argument in arguments), "--out", tmp_path / "out")
+    out = [] if "--redraw" in arguments else ["--out", tmp_path / "out"]
+    result = invoke(*(argument.format(model=recalling) for argument in arguments), *out)
     assert result.exit_code == 1, result.output
     assert result.stderr.splitlines()[-1].startswith("error: ") and message in result.stderr
     assert not (tmp_path / "out").exists()

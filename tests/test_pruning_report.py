@@ -466,7 +466,7 @@ def test_wrong_input_is_refused_in_one_line(byte_model: str, text: Path, report:
         ((byte_model,), "MODEL and --text are needed"),
         (("--redraw", tmp_path), "report.json"),
         (("--redraw", text), "is not JSON"),
-        ((byte_model, "--redraw", report), "neither MODEL nor --text"),
+        ((byte_model, "--redraw", report), "--redraw measures nothing: leave out model"),
     ]
     for arguments, message in cases:
         done = invoke("report", *arguments)
@@ -504,4 +504,4 @@ def test_damaged_report_is_named(tmp_path: Path) -> None:
     (tmp_path / "report.json").write_text(json.dumps({"kind": KIND, "schema": SCHEMA}))
     done = CliRunner().invoke(app, ["report", "--redraw", str(tmp_path)])
     assert done.exit_code == 1
-    assert "it is damaged: KeyError" in done.output
+    assert "is damaged (KeyError" in done.output

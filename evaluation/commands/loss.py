@@ -6,10 +6,11 @@ from typing import Annotated
 import typer
 
 from .figures import save_figure
-from .options import Device, Dtype, Eps, Join, Overwrite, Rule, Text, fail
+from .options import Device, Dtype, Eps, Join, Overwrite, Rule, Text, fail, require_nothing_else
 
 
 def loss(
+    context: typer.Context,
     models: Annotated[
         list[str] | None,
         typer.Argument(metavar="MODEL...", help="Models' folders, or their names on the Hugging Face Hub."),
@@ -59,12 +60,11 @@ def loss(
 
     try:
         if redraw is not None:
-            if models or text or length:
-                raise ValueError("--redraw measures nothing: give it no models, --text or --length")
+            require_nothing_else(context)
             results = redraw / "loss.json" if redraw.is_dir() else redraw
             report = read_losses(results)
             with reading(results):
-                loss_table(report)
+                table = loss_table(report)
         else:
             if not models or text is None or length is None:
                 raise ValueError("models to measure, --text and --length must be given, or --redraw")
@@ -89,7 +89,8 @@ def loss(
                     overwrite=overwrite,
                 )
             )
-        typer.echo(loss_table(report))
+            table = loss_table(report)
+        typer.echo(table)
         save_figure("loss", results, lambda: draw_losses(report))
     except (ValueError, OSError, ImportError, RuntimeError) as error:
         fail(error)

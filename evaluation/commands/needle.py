@@ -6,10 +6,11 @@ from typing import Annotated
 import typer
 
 from .figures import save_figure
-from .options import Device, Dtype, Eps, OptionalModel, Overwrite, Rule, Seed, fail
+from .options import Device, Dtype, Eps, OptionalModel, Overwrite, Rule, Seed, fail, require_nothing_else
 
 
 def needle(
+    context: typer.Context,
     model: OptionalModel = None,
     lengths: Annotated[
         str | None,
@@ -74,12 +75,11 @@ def needle(
 
     try:
         if redraw is not None:
-            if model is not None:
-                raise ValueError("--redraw measures nothing: give it no model")
+            require_nothing_else(context)
             results = redraw / "needle.json" if redraw.is_dir() else redraw
             report = read_needle(results)
             with reading(results):
-                needle_table(report)
+                table = needle_table(report)
         else:
             if model is None:
                 raise ValueError("a model to measure must be given, or --redraw")
@@ -106,7 +106,8 @@ def needle(
                     overwrite=overwrite,
                 )
             )
-        typer.echo(needle_table(report))
+            table = needle_table(report)
+        typer.echo(table)
         save_figure("needle", results, lambda: draw_needle_map(report))
     except (ValueError, OSError, ImportError, RuntimeError) as error:
         fail(error)

@@ -29,6 +29,18 @@ Seed = Annotated[int, typer.Option(help="Of all that is drawn at random.")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace results of an earlier run in that folder.")]
 
 
+def require_nothing_else(context: typer.Context) -> None:
+    """With --redraw nothing is measured: refuse what would say how.
+
+    Raises:
+        ValueError: something besides --redraw was given; the message names it.
+    """
+    for parameter in context.command.params:
+        source = context.get_parameter_source(parameter.name or "")
+        if parameter.name != "redraw" and source is not None and source.name == "COMMANDLINE":
+            raise ValueError(f"--redraw measures nothing: leave out {parameter.opts[0]}")
+
+
 def fail(error: Exception) -> NoReturn:
     """One line that says what went wrong, and exit status 1."""
     typer.echo(f"error: {error}", err=True)

@@ -5,10 +5,11 @@ from typing import Annotated
 
 import typer
 
-from .options import Device, Dtype, Eps, Join, OptionalModel, Overwrite, Rule, Seed, Text, fail
+from .options import Device, Dtype, Eps, Join, OptionalModel, Overwrite, Rule, Seed, Text, fail, require_nothing_else
 
 
 def report(
+    context: typer.Context,
     model: OptionalModel = None,
     text: Text = None,
     out: Annotated[Path, typer.Option(help="Folder for report.html and report.json.")] = Path("foxlm-report"),
@@ -45,8 +46,7 @@ def report(
 
     try:
         if redraw is not None:
-            if model is not None or text is not None:
-                raise ValueError("--redraw measures nothing: give it neither MODEL nor --text")
+            require_nothing_else(context)
             typer.echo(f"wrote {draw(read_report(redraw), redraw if redraw.is_dir() else redraw.parent)}")
             return
         if model is None or text is None:

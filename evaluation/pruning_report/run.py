@@ -20,7 +20,7 @@ from foxlm.modeling.layers_fox import FoxDecoderLayer
 from ..loading import load_model, load_tokenizer, model_name, pruning_changes
 from ..provenance import provenance
 from ..recording import AttentionInputs, record_attention
-from ..results import write_whole
+from ..results import reading, write_whole
 from ..text import documents, rows
 from .measure import Findings, Plan, measure
 from .predict import count_flops, predict_times, shares_of_flops
@@ -301,9 +301,7 @@ def draw(report: dict[str, Any], out: Path) -> Path:
     from .page import render
 
     path = out / PAGE_NAME
-    try:
+    with reading(out / JSON_NAME):
         page = render(report)
-    except (KeyError, IndexError, TypeError) as error:
-        raise ValueError(f"the report lacks what its page shows, so it is damaged: {error!r}") from error
     write_whole(path, page)
     return path
