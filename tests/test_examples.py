@@ -322,3 +322,15 @@ def test_comparison_names_a_wrong_arm(compared: tuple[ModuleType, Path]) -> None
     script, out = compared
     with pytest.raises(Exception, match="--arm must be one of fox-pro"):
         script.train("fox", out)
+
+
+@pytest.mark.parametrize(("option", "value"), [("steps", 20), ("length", 8192), ("muon_rate", 4e-3)])
+def test_comparison_refuses_a_model_of_other_settings(tmp_path: Path, option: str, value: float) -> None:
+    script = load_script("compare")
+    recipe = {"size": "125m", "length": 16384, "batch": 4, "muon_rate": 6e-3, "adamw_rate": 3e-3}
+    (tmp_path / "fox-pro").mkdir()
+    (tmp_path / "fox-pro" / "training.json").write_text(json.dumps({"steps": 10, "recipe": recipe}))
+    script.train("fox-pro", tmp_path, steps=10)
+    script.train("fox-pro", tmp_path)
+    with pytest.raises(Exception, match=f"trained with {option} .*, now it is {value}"):
+        script.train("fox-pro", tmp_path, **{option: value})

@@ -102,9 +102,6 @@ def plan(rule: Rule = "tight", length: int = LENGTH, **overrides: Any) -> measur
     return measuring.Plan(**(fields | overrides))
 
 
-# ---- Recording a layer at a time
-
-
 def test_streamed_layers_are_the_recorded_ones() -> None:
     model = spread_model()
     ids = tokens(1, 150)
@@ -117,9 +114,6 @@ def test_streamed_layers_are_the_recorded_ones() -> None:
         for name in ("q", "k", "v", "log_f", "logit_bound"):
             assert torch.equal(getattr(one, name), getattr(other, name)), name
         assert (one.scale, one.centers) == (other.scale, other.centers)
-
-
-# ---- The weight that is dropped
 
 
 @pytest.mark.parametrize("rule", RULES)
@@ -210,9 +204,6 @@ def test_what_is_no_number_is_no_success(monkeypatch: pytest.MonkeyPatch) -> Non
     assert all((one.violations > 0).all() for one in found.dropped.values())
 
 
-# ---- Shares and caches
-
-
 def test_shares_are_those_counted_by_hand() -> None:
     layer = recorded(spread_model(), tokens(1, 256))[0]
     found = measuring.measure(layer, None, plan(length=256), details=False)
@@ -252,9 +243,6 @@ def test_held_pages_are_those_of_the_cache(variant: str, rule: Rule) -> None:
             assert found.page_bytes == page
             freed += int(held.start.sum())
     assert freed > 0 or variant == "llama"
-
-
-# ---- Cost
 
 
 def test_operations_are_counted_and_ratios_follow() -> None:
@@ -300,9 +288,6 @@ def test_times_are_predicted_from_measured_rates(tmp_path: Path) -> None:
         (tmp_path / "bad.json").write_text(bad)
         with pytest.raises(ValueError, match=r"bad\.json"):
             predict_times(flops, 0.5, "tight", 64, 4096, tmp_path / "bad.json")
-
-
-# ---- The report
 
 
 def test_report_agrees_with_itself(report: Path) -> None:
@@ -473,9 +458,6 @@ def test_wrong_input_is_refused_in_one_line(byte_model: str, text: Path, report:
         assert done.exit_code == 1, arguments
         assert re.search(message, done.stderr), done.stderr
         assert not (tmp_path / "new").exists()
-
-
-# ---- Small parts
 
 
 def test_pieces_join_to_the_text() -> None:
