@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable
-from typing import Literal, overload
+from typing import Literal, NamedTuple, overload
 
 import torch
 from torch import Tensor
@@ -10,9 +10,13 @@ from torch import Tensor
 from .backend import HAS_TRITON
 from .decay import Decay, accumulate, sequence_starts
 from .pruning import Rule, check_rule, prune
+from .reference import backward_pass as reference_backward
+from .reference import forward_pass as reference_forward
 from .reference import reference_attention
 
 if HAS_TRITON:
+    from .triton_attention import backward_pass as triton_backward
+    from .triton_attention import forward_pass as triton_forward
     from .triton_attention import supports, triton_attention
 
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -115,7 +119,7 @@ def forgetting_attention(
         >>> forgetting_attention(q, k, v, log_f).shape
         torch.Size([1, 8, 2, 16])
     """
-    _check_inputs(q, k, v, log_f)
+    check_inputs(q, k, v, log_f)
     if scale is not None and not math.isfinite(scale):
         raise ValueError(f"scale must be a finite number, got {scale}")
     if eps is not None:
@@ -148,6 +152,21 @@ def forgetting_attention(
 def best_attention(q: Tensor) -> Callable[..., tuple[Tensor, Tensor]]:
     """The fastest function over a `Decay` for queries of this device, type and head size."""
     return triton_attention if HAS_TRITON and supports(q) else reference_attention
+
+
+class Passes(NamedTuple):
+    """Attention over a `Decay` as two functions, for who takes care of gradients: see `reference`."""
+
+    forward: Callable[..., tuple[Tensor, Tensor]]
+    backward: Callable[..., tuple[Tensor, Tensor, Tensor, Tensor, Tensor]]
+
+
+REFERENCE = Passes(reference_forward, reference_backward)
+
+
+def best_passes(q: Tensor) -> Passes:
+    """As `best_attention`."""
+    return Passes(triton_forward, triton_backward) if HAS_TRITON and supports(q) else REFERENCE
 
 
 def _last_queries(queries: int, log_f: Tensor, starts: Tensor | None) -> Decay:
@@ -194,9 +213,13 @@ def hide_padding(decay: Decay, real: Tensor) -> Decay:
     """
     paged = decay.cached is not None and decay.cached.pages is not None
     key = decay.key if paged else decay.key.masked_fill(~real[:, None, :], float("inf"))
-    real_query = real.index_select(1, decay.last)
-    # Left padding is beyond the first visible key: kernels do not even visit it.
-    first = torch.maximum(decay.first, (~real).int().cumprod(1).sum(1)[:, None, None])
+    if decay.shards is None:
+        real_query = real.index_select(1, decay.last)
+        # Left padding is beyond the first visible key: kernels do not even visit it.
+        first = torch.maximum(decay.first, (~real).int().cumprod(1).sum(1)[:, None, None])
+    else:
+        # The keys are those of the same tokens; what is padding further left, other ranks know.
+        real_query, first = real, decay.first
     first = torch.where(real_query[:, None, :], first, decay.last + 1)
     return decay._replace(key=key, first=first, real=real)
 
@@ -210,7 +233,8 @@ def without_padding(q: Tensor, k: Tensor, v: Tensor, decay: Decay) -> tuple[Tens
     return q.masked_fill(sees_nothing, 0.0), k.masked_fill(hidden, 0.0), v.masked_fill(hidden, 0.0)
 
 
-def _check_inputs(q: Tensor, k: Tensor, v: Tensor, log_f: Tensor) -> None:
+def check_inputs(q: Tensor, k: Tensor, v: Tensor, log_f: Tensor) -> None:
+    """Raise a `ValueError` unless the tensors are as `forgetting_attention` takes them; the message names which."""
     for name, x in (("q", q), ("k", k), ("v", v), ("log_f", log_f)):
         if not isinstance(x, Tensor):
             raise ValueError(f"{name} must be a tensor, got {type(x).__name__}")

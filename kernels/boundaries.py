@@ -6,6 +6,7 @@ its boundary among the blocks by bisection. A block of queries keeps what any of
 """
 
 import math
+from typing import NamedTuple
 
 import torch
 import triton
@@ -234,68 +235,141 @@ def _raise_first_fake(q, k, c_q, c_k, first, last, eps, tight, scale, logit_boun
 def _launch(
     decay: Decay, q: Tensor, k: Tensor, eps: float, tight: bool, scale: float, logit_bound: Tensor | None
 ) -> Tensor:
-    batch, queries, heads, head_dim = q.shape
-    keys, kv_heads, gates = k.shape[1], k.shape[2], decay.key.shape[1]
-    blocks = triton.cdiv(keys, PRUNED_KEYS)
-    device = q.device
-    end, log_sum = torch.empty(2, batch, gates, blocks, dtype=torch.float64, device=device).unbind()
-    _block_decay_kernel[(batch * gates, blocks)](
-        decay.key, end, log_sum, *decay.key.stride()[:2], gates, keys, blocks, num_warps=1
-    )
-    scan_block = min(_SCAN, max(16, triton.next_power_of_2(blocks)))
-    _scan_decay_kernel[(batch * gates,)](end, log_sum, blocks, BLOCK=scan_block)
-
-    q_norm = own = k_max = None
+    keys = k.shape[1]
+    end, log_sum = decay_by_blocks(decay.key)
+    join_blocks(end, log_sum)
+    q_norm = own = largest = None
     if tight or logit_bound is None:
-        q_norm, own = torch.empty(2, batch, heads, queries, dtype=torch.float32, device=device).unbind()
-        k_max = torch.empty(batch, kv_heads, blocks, dtype=torch.float32, device=device)
-        _norms_kernel[(batch * heads, blocks)](
-            q,
-            k,
-            decay.last,
-            q_norm,
-            own,
-            k_max,
-            *q.stride()[:3],
-            *k.stride()[:3],
-            scale,
-            queries,
-            keys,
-            heads,
-            kv_heads,
-            blocks,
-            HEAD_DIM=head_dim,
-            PADDED_DIM=padded_head_dim(head_dim),
-        )
+        q_norm, own, largest = norms(q, k, decay.last, scale)
         if tight:
-            _scan_largest_kernel[(batch * kv_heads,)](k_max, blocks, BLOCK=scan_block)
+            join_largest(largest)
         else:
-            logit_bound = q_norm.amax(-1) * k_max.amax(-1).repeat_interleave(heads // kv_heads, dim=1)
-
-    first = torch.empty(batch, heads, queries, dtype=torch.int64, device=device)
+            logit_bound = q_norm.amax(-1) * largest.amax(-1).repeat_interleave(q.shape[2] // k.shape[2], dim=1)
+    rows = Rows(decay.query, decay.first, decay.last, q_norm, own)
+    blocks = Blocks(end, log_sum, largest)
     log_eps = math.log(eps) if tight else math.log(eps) - math.log(keys)
-    _search_kernel[(batch * heads, triton.cdiv(queries, PRUNED_QUERIES))](
-        decay.query,
-        end,
-        log_sum,
-        k_max,
+    return search(rows, blocks, q.shape[2], k.shape[2], log_eps, None if tight else logit_bound)
+
+
+class Rows(NamedTuple):
+    """Queries that look for their first key.
+
+    Attributes:
+        c: ``[B, Hf, Tq]`` float64 running sums.
+        first: ``[B, H or Hf or 1, Tq]`` int64 first key that each may see anyway; beyond its own if none.
+        last: ``[Tq]`` int64 own keys.
+        norm: ``[B, H, Tq]`` float32 ``scale |q|``; this and the next are only needed by the rule ``tight``.
+        own: ``[B, H, Tq]`` float32 logits with their own keys.
+    """
+
+    c: Tensor
+    first: Tensor
+    last: Tensor
+    norm: Tensor | None
+    own: Tensor | None
+
+
+class Blocks(NamedTuple):
+    """Keys in blocks of 64, as `join_blocks` and `join_largest` leave them: each with all before it.
+
+    Attributes:
+        end: ``[B, Hf, N]`` float64 running sum at the last visible key.
+        log_sum: ``[B, Hf, N]`` float64 ``log sum_j exp(end - c_j)``.
+        largest: ``[B, G, N]`` float32 ``max |k|``; only needed by the rule ``tight``.
+    """
+
+    end: Tensor
+    log_sum: Tensor
+    largest: Tensor | None
+
+
+def decay_by_blocks(c_k: Tensor) -> tuple[Tensor, Tensor]:
+    """``end`` and ``log_sum`` of `Blocks`, of each block alone, from ``[B, Hf, Tk]`` running sums."""
+    batch, gates, keys = c_k.shape
+    blocks = triton.cdiv(keys, PRUNED_KEYS)
+    end, log_sum = torch.empty(2, batch, gates, blocks, dtype=torch.float64, device=c_k.device).unbind()
+    _block_decay_kernel[(batch * gates, blocks)](c_k, end, log_sum, *c_k.stride()[:2], gates, keys, blocks, num_warps=1)
+    return end, log_sum
+
+
+def join_blocks(end: Tensor, log_sum: Tensor) -> None:
+    """Join every block with all before it, in place; both contiguous."""
+    blocks = end.shape[-1]
+    _scan_decay_kernel[(end.shape[0] * end.shape[1],)](end, log_sum, blocks, BLOCK=_scan_block(blocks))
+
+
+def join_largest(largest: Tensor) -> None:
+    """Join every block with all before it, in place; contiguous."""
+    blocks = largest.shape[-1]
+    _scan_largest_kernel[(largest.shape[0] * largest.shape[1],)](largest, blocks, BLOCK=_scan_block(blocks))
+
+
+def _scan_block(blocks: int) -> int:
+    return min(_SCAN, max(16, triton.next_power_of_2(blocks)))
+
+
+def norms(q: Tensor, k: Tensor, last: Tensor, scale: float) -> tuple[Tensor, Tensor, Tensor]:
+    """``norm`` and ``own`` of `Rows`, and ``max |k|`` of each block of keys alone, ``[B, G, N]`` float32."""
+    batch, queries, heads, head_dim = q.shape
+    keys, kv_heads = k.shape[1:3]
+    blocks = triton.cdiv(keys, PRUNED_KEYS)
+    q_norm, own = torch.empty(2, batch, heads, queries, dtype=torch.float32, device=q.device).unbind()
+    largest = torch.empty(batch, kv_heads, blocks, dtype=torch.float32, device=q.device)
+    _norms_kernel[(batch * heads, blocks)](
+        q,
+        k,
+        last,
         q_norm,
         own,
+        largest,
+        *q.stride()[:3],
+        *k.stride()[:3],
+        scale,
+        queries,
+        keys,
+        heads,
+        kv_heads,
+        blocks,
+        HEAD_DIM=head_dim,
+        PADDED_DIM=padded_head_dim(head_dim),
+    )
+    return q_norm, own, largest
+
+
+def search(rows: Rows, blocks: Blocks, heads: int, kv_heads: int, log_eps: float, logit_bound: Tensor | None) -> Tensor:
+    """First key that each query keeps, ``[B, H, Tq]`` int64: by the rule ``paper`` if there is a ``logit_bound``.
+
+    Args:
+        rows, blocks: queries, and the keys that ``last`` counts.
+        heads, kv_heads: how many.
+        log_eps: for ``paper`` minus the log of the number of keys.
+        logit_bound: ``U``, ``[B, H]`` float32 with any strides.
+    """
+    batch, gates, queries = rows.c.shape
+    first = torch.empty(batch, heads, queries, dtype=torch.int64, device=rows.c.device)
+    count = blocks.end.shape[-1]
+    _search_kernel[(batch * heads, triton.cdiv(queries, PRUNED_QUERIES))](
+        rows.c,
+        blocks.end,
+        blocks.log_sum,
+        blocks.largest,
+        rows.norm,
+        rows.own,
         logit_bound,
-        decay.first,
-        decay.last,
+        rows.first,
+        rows.last,
         first,
-        *decay.query.stride()[:2],
-        *decay.first.stride()[:2],
+        *rows.c.stride()[:2],
+        *rows.first.stride()[:2],
         *((0, 0) if logit_bound is None else logit_bound.stride()),
         log_eps,
         queries,
         heads,
         gates,
         kv_heads,
-        heads // decay.first.shape[1],
-        blocks,
-        blocks.bit_length() + 1,
-        TIGHT=tight,
+        heads // rows.first.shape[1],
+        count,
+        count.bit_length() + 1,
+        TIGHT=logit_bound is None,
     )
     return first

@@ -9,7 +9,7 @@ A gate of exactly zero (``log f = -inf``) hides everything before its token. It 
 but a boundary, as the start of a packed sequence is, so both become the first key that a query may see.
 """
 
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
@@ -18,6 +18,9 @@ from .backend import HAS_TRITON, runs_kernels
 
 if HAS_TRITON:
     from .scan import sum_gates
+
+if TYPE_CHECKING:
+    from .context_parallel import Shards
 
 # Gates below exp of this count as zero, that is as hard resets. They are far below any floating-point number, and one
 # huge finite sum would cost all later differences their digits.
@@ -72,6 +75,8 @@ class Decay(NamedTuple):
         last: ``[Tq]`` int64, last key that a query may see: its own index. Consecutive and ascending.
         real: ``[B, Tk]`` bool, False for padding, whose keys are hidden and whose queries see nothing; None without.
         cached: what decoding with few queries reads of a cache instead of `key`; None if that is not offered.
+        shards: with context parallelism, who has which tokens. All of the above is then of this rank's tokens, but `c`,
+            `first` and `last` count from the beginning of the sequence; `last` rises, not always by one.
     """
 
     query: Tensor
@@ -80,6 +85,7 @@ class Decay(NamedTuple):
     last: Tensor
     real: Tensor | None = None
     cached: CachedKeys | None = None
+    shards: "Shards | None" = None
 
     def bias(self) -> Tensor:
         """The dense bias ``D`` as ``[B, Hf, Tq, Tk]`` float64, ``-inf`` where a query may not see a key."""

@@ -218,23 +218,35 @@ def _kept(
         return torch.minimum(kept, decay.last)
     own = k.index_select(1, decay.last).double().repeat_interleave(heads // k.shape[2], dim=2)
     own_logit = scale * (q.double() * own).sum(-1).transpose(1, 2)
-    return _tight(q_norm, k_norm, c_q, c_k, own_logit, decay.last, math.log(eps))
+    # In float64 the sums, of large numbers, stay exact to 1e-10.
+    log_decays = torch.logcumsumexp(-c_k, dim=-1)
+    return search_tight(q_norm, own_logit, c_q, log_decays, k_norm.cummax(-1).values, decay.last, math.log(eps))
 
 
-def _tight(
-    q_norm: Tensor, k_norm: Tensor, c_q: Tensor, c_k: Tensor, own_logit: Tensor, last: Tensor, log_eps: float
+def search_tight(
+    q_norm: Tensor, own: Tensor, c_q: Tensor, log_decays: Tensor, largest: Tensor, most: Tensor, log_eps: float
 ) -> Tensor:
-    """Largest ``n <= i`` for which row ``i`` may drop the keys before ``n``, by bisection: ``[B, H, Tq]``."""
-    # Entry n describes the keys before n. In float64 the sums, of large numbers, stay exact to 1e-10.
-    before_none = torch.full_like(c_k[..., :1], float("-inf"))
-    log_decays = torch.cat([before_none, torch.logcumsumexp(-c_k, dim=-1)], dim=-1)
-    largest_key = torch.cat([torch.zeros_like(before_none), k_norm.cummax(-1).values], dim=-1)
+    """How many leading keys, or blocks of them, each row may drop by the rule ``tight``, by bisection.
+
+    Args:
+        q_norm, own, c_q: ``[B, H, Tq]`` ``scale |q|``, logit with the own key, and running sum of each row.
+        log_decays, largest: ``[B, H, N]`` ``log sum exp(-c_j)`` and ``max |k_j|`` of each key or block and all before.
+        most: ``[Tq]`` int64, not more than these may be dropped.
+        log_eps: log of the weight that a row may lose.
+
+    Returns:
+        ``[B, H, Tq]`` int64.
+    """
+    # Entry n describes the keys before n.
+    before_none = torch.full_like(log_decays[..., :1], float("-inf"))
+    log_decays = torch.cat([before_none, log_decays], dim=-1)
+    largest = torch.cat([torch.zeros_like(largest[..., :1]), largest], dim=-1)
 
     low = torch.zeros_like(q_norm, dtype=torch.int64)
-    high = last.expand_as(low)
-    for _ in range(c_k.shape[-1].bit_length()):
+    high = most.expand_as(low)
+    for _ in range(log_decays.shape[-1].bit_length()):
         middle = (low + high + 1) // 2
-        weight = q_norm * largest_key.gather(-1, middle) + c_q + log_decays.gather(-1, middle) - own_logit
+        weight = q_norm * largest.gather(-1, middle) + c_q + log_decays.gather(-1, middle) - own
         droppable = weight <= log_eps
         low = torch.where(droppable, middle, low)
         high = torch.where(droppable, high, middle - 1)

@@ -63,6 +63,33 @@ def reference_attention(
     return _forward(q, k, v, decay.query, decay.key, decay.first, decay.last, scale, dropout, seed)
 
 
+def forward_pass(
+    q: Tensor, k: Tensor, v: Tensor, decay: Decay, scale: float, dropout: float, seed: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """`reference_attention` without autograd."""
+    # A seed is read on the host.
+    seed = None if seed is None else seed.cpu()
+    return _forward(q, k, v, decay.query, decay.key, decay.first, decay.last, scale, dropout, seed)
+
+
+def backward_pass(
+    d_out: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    decay: Decay,
+    out: Tensor,
+    lse: Tensor,
+    scale: float,
+    dropout: float,
+    seed: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of q, k, v and the running sums at queries and keys, from what `forward_pass` returned."""
+    seed = None if seed is None else seed.cpu()
+    sums = (decay.query, decay.key, decay.first, decay.last)
+    return _backward(d_out, torch.zeros_like(lse), q, k, v, *sums, lse, scale, dropout, seed, True)
+
+
 def _compute_dtype(q: Tensor) -> torch.dtype:
     return torch.float64 if q.dtype == torch.float64 else torch.float32
 

@@ -46,6 +46,31 @@ def triton_attention(
     return out, lse.float()
 
 
+def forward_pass(
+    q: Tensor, k: Tensor, v: Tensor, decay: Decay, scale: float, dropout: float, seed: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """`triton_attention` without autograd, with the log-sum-exp as `backward_pass` wants it."""
+    return _forward(q, k, v, decay.query, decay.key, decay.first, decay.last, scale, dropout, seed)
+
+
+def backward_pass(
+    d_out: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    decay: Decay,
+    out: Tensor,
+    lse: Tensor,
+    scale: float,
+    dropout: float,
+    seed: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of q, k, v and the running sums at queries and keys, from what `forward_pass` returned."""
+    d_lse = torch.zeros_like(lse, dtype=torch.float32)
+    sums = (decay.query, decay.key, decay.first, decay.last)
+    return _backward(d_out, d_lse, q, k, v, *sums, out, lse, scale, dropout, seed)
+
+
 def _tiles(q: Tensor):
     capability = torch.cuda.get_device_capability(q.device) if q.is_cuda else (0, 0)
     return choose_tiles(q.shape[-1], q.dtype, capability)

@@ -20,11 +20,13 @@ from transformers.modeling_utils import AttentionInterface
 from transformers.utils import logging
 from transformers.utils.generic import maybe_autocast
 
-from ..kernels.attention import best_attention, without_padding
+from ..kernels.attention import REFERENCE, best_attention, without_padding
 from ..kernels.backend import HAS_TRITON
 from ..kernels.decay import CachedKeys, Decay
 from ..kernels.pruning import Rule, centered, prune
 from ..kernels.reference import reference_attention
+from ..kernels.sharded_attention import sharded_attention
+from ..kernels.sharded_pruning import prune_shards
 from ..kernels.tiles import PRUNED_KEYS
 
 if HAS_TRITON:
@@ -35,6 +37,8 @@ logger = logging.get_logger(__name__)
 
 DEFAULT_IMPLEMENTATION = "fox"
 IMPLEMENTATIONS = (DEFAULT_IMPLEMENTATION, "fox_reference", "sdpa", "eager")
+# Those that compute a sequence of which each rank has a part.
+CONTEXT_PARALLEL_IMPLEMENTATIONS = (DEFAULT_IMPLEMENTATION, "fox_reference")
 
 
 def fox_attention_forward(
@@ -58,14 +62,24 @@ def fox_attention_forward(
         return _decode(query, key, value, decay, decay.cached, scaling, **options), None
     q, k, v = (x.transpose(1, 2) for x in (query, key, value))
     q, k, v = without_padding(q, k, v, decay)
+    if decay.shards is not None:
+        if prunes:
+            keys = decay.shards.centered(k) if _centers(config) else k
+            options = {"eps": config.acp_eps, "rule": config.acp_rule, "scale": scaling, "logit_bound": bound}
+            decay = prune_shards(decay, q, keys, decay.shards, **options)
+        return sharded_attention(q, k, v, decay, decay.shards, scale=scaling, dropout=dropout), None
     attend = best_attention(q)
     # In PyTorch the search for what may be left out takes longer than leaving it out saves.
     if attend is not reference_attention and prunes:
-        # Normalized keys have little in common; `paper` gains nothing, for the first key is far from the others.
-        keys = centered(k) if config.qk_norm == "none" and config.acp_rule == "tight" else k
+        keys = centered(k) if _centers(config) else k
         decay = prune(decay, q, keys, eps=config.acp_eps, rule=config.acp_rule, scale=scaling, logit_bound=bound)
     out, _ = attend(q, k, v, decay, scale=scaling, dropout=dropout)
     return out, None
+
+
+def _centers(config: Any) -> bool:
+    # Normalized keys have little in common; `paper` gains nothing, for the first key is far from the others.
+    return config.qk_norm == "none" and config.acp_rule == "tight"
 
 
 def decodes(query: Tensor, key: Tensor) -> bool:
@@ -135,14 +149,10 @@ def reference_attention_forward(
         ``[B, Tq, H, D]`` and None: the weights are never held.
     """
     _warn_of_attentions(kwargs)
-    out, _ = reference_attention(
-        query.transpose(1, 2),
-        key.transpose(1, 2),
-        value.transpose(1, 2),
-        decay,
-        scale=scaling,
-        dropout=dropout,
-    )
+    q, k, v = (x.transpose(1, 2) for x in (query, key, value))
+    if decay.shards is not None:
+        return sharded_attention(q, k, v, decay, decay.shards, scale=scaling, dropout=dropout, passes=REFERENCE), None
+    out, _ = reference_attention(q, k, v, decay, scale=scaling, dropout=dropout)
     return out, None
 
 

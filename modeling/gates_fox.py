@@ -1,7 +1,7 @@
 """Forget gates: `full`, `bias_only` and `fixed` (Forgetting Transformer, arXiv 2503.02130); what remembering costs."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -79,7 +79,9 @@ def make_forget_gate(config: FoxConfig) -> FoxForgetGate | FoxConstantGate:
     return FoxConstantGate(config)
 
 
-def share_remembered(gate_logits: Sequence[Tensor], real: Tensor | None) -> Tensor:
+def share_remembered(
+    gate_logits: Sequence[Tensor], real: Tensor | None, total: Callable[[Tensor], Tensor] | None = None
+) -> Tensor:
     """A smooth stand-in for the share of attention that the gates leave to be computed, to be paid for in a loss.
 
     A head whose gates decay by ``n`` nats over a sequence keeps about ``30 / n`` of it, if that is less than all; here
@@ -88,6 +90,7 @@ def share_remembered(gate_logits: Sequence[Tensor], real: Tensor | None) -> Tens
     Args:
         gate_logits: of each layer, ``[B, T, Hf]``.
         real: ``[B, T]`` bool, False for padding; None without.
+        total: sums over the ranks that have parts of each row; None if it is all here.
 
     Returns:
         Mean over rows, layers and gates, a scalar in ``(0, 1]``.
@@ -97,7 +100,8 @@ def share_remembered(gate_logits: Sequence[Tensor], real: Tensor | None) -> Tens
         log_f = nn.functional.logsigmoid(logits)
         if real is not None:
             log_f = log_f.masked_fill(~real[..., None], 0.0)
-        shares.append((_FORGOTTEN / (_FORGOTTEN - log_f.sum(1))).mean().to(gate_logits[0].device))
+        nats = log_f.sum(1) if total is None else total(log_f.sum(1))
+        shares.append((_FORGOTTEN / (_FORGOTTEN - nats)).mean().to(gate_logits[0].device))
     return torch.stack(shares).mean()
 
 

@@ -117,23 +117,36 @@ class FoxTokenShift(nn.Module):
             cache_layer: the layer's cache, or None.
             name: what `cache_layer` keeps the unshifted states as.
         """
-        past = None if cache_layer is None else cache_layer.before(name, layout)
-        if past is None:
-            past = states.new_zeros(states.shape[0], 1, *states.shape[2:])
-        extended = torch.cat([past, states], dim=1)
-        if layout.real is not None:
-            # Each padding token repeats the last real one, which is then what the next real token is mixed with.
-            index = torch.arange(extended.shape[1], device=states.device)
-            before, new = index.split([past.shape[1], states.shape[1]])
-            source = torch.where(layout.real, new, before[-1]).cummax(-1).values
-            source = torch.cat([before.expand(len(source), -1), source], dim=1)[..., None, None]
-            extended = extended.gather(1, source.expand_as(extended))
-        if cache_layer is not None:
-            cache_layer.remember(name, extended, layout)
-        previous = extended[:, -states.shape[1] - 1 : -1]
+        if layout.shards is not None:
+            before = layout.shards.states_before(states, layout.real_everywhere)
+            parts = [
+                _after(before[:, i : i + 1], states[:, rows], None if layout.real is None else layout.real[:, rows])
+                for i, rows in enumerate(layout.shards.rows)
+            ]
+            previous = torch.cat([part[:, :-1] for part in parts], dim=1)
+        else:
+            past = None if cache_layer is None else cache_layer.before(name, layout)
+            if past is None:
+                past = states.new_zeros(states.shape[0], 1, *states.shape[2:])
+            extended = _after(past, states, layout.real)
+            if cache_layer is not None:
+                cache_layer.remember(name, extended, layout)
+            previous = extended[:, -states.shape[1] - 1 : -1]
         if layout.starts is not None:
             previous = previous.masked_fill(layout.starts[..., None, None], 0.0)
         return keeping_inputs_only(_mix, states, previous, self.proj(hidden_states))
+
+
+def _after(past: Tensor, states: Tensor, real: Tensor | None) -> Tensor:
+    """``past`` and ``states`` one after the other; padding repeats the last real one, which the next is mixed with."""
+    extended = torch.cat([past, states], dim=1)
+    if real is None:
+        return extended
+    index = torch.arange(extended.shape[1], device=states.device)
+    before, new = index.split([past.shape[1], states.shape[1]])
+    source = torch.where(real, new, before[-1]).cummax(-1).values
+    source = torch.cat([before.expand(len(source), -1), source], dim=1)[..., None, None]
+    return extended.gather(1, source.expand_as(extended))
 
 
 def _mix(states: Tensor, previous: Tensor, logits: Tensor) -> Tensor:
@@ -219,8 +232,9 @@ class FoxAttention(nn.Module):
             log_f = log_f.masked_fill(~layout.real[..., None], 0.0)
         q, k, v = (x.transpose(1, 2) for x in (q, k, v))
         if past_key_values is None or cache_layer is None:
-            c, first = accumulate(log_f, starts=layout.starts)
-            decay = Decay(c, c, first, layout.positions)
+            sum_gates = accumulate if layout.shards is None else layout.shards.accumulate
+            c, first = sum_gates(log_f, starts=layout.starts)
+            decay = Decay(c, c, first, layout.positions, shards=layout.shards)
         else:
             # The first tokens have nothing to search, and no pages yet.
             few = cache_layer.is_initialized and self._few_queries(q, k)

@@ -8,6 +8,7 @@ from transformers.cache_utils import Cache
 from transformers.utils.import_utils import is_torchdynamo_compiling
 
 from ..kernels.attention import as_bool_mask, check_cu_seqlens
+from ..kernels.context_parallel import Shards
 from ..kernels.decay import sequence_starts
 from ..kernels.tiles import PRUNED_KEYS
 from .configuration_fox import LAYER_TYPE
@@ -22,6 +23,8 @@ class TokenLayout(NamedTuple):
         real_keys: ``[B, Tk]`` the same over all keys, those in the cache included.
         starts: ``[B, T]`` bool, True where a packed sequence begins; None without packing.
         slots: ``[1 + T]`` int64 index modulo 64 of the token before and of each: places in a paged cache.
+        shards: with context parallelism, who has which tokens; all of the above is then of this rank's tokens.
+        real_everywhere: ``[B, tokens of all ranks]`` bool as `real`.
     """
 
     positions: Tensor
@@ -29,10 +32,19 @@ class TokenLayout(NamedTuple):
     real_keys: Tensor | None
     starts: Tensor | None
     slots: Tensor
+    shards: Shards | None = None
+    real_everywhere: Tensor | None = None
+
+    def shard(self, shards: Shards) -> "TokenLayout":
+        """What of it is this rank's."""
+        real, starts = (None if x is None else shards.take(x) for x in (self.real, self.starts))
+        positions = shards.take(self.positions, dim=0)
+        return TokenLayout(positions, real, real, starts, self.slots, shards, self.real)
 
 
 def token_layout(
-    inputs_embeds: Tensor,
+    tokens: tuple[int, int],
+    device: torch.device,
     attention_mask: Tensor | dict[str, Tensor | None] | None,
     position_ids: Tensor | None,
     cu_seqlens: tuple[Tensor | None, Tensor | None],
@@ -41,7 +53,8 @@ def token_layout(
     """Check and combine what a caller says of its tokens.
 
     Args:
-        inputs_embeds: ``[B, T, hidden]`` of the new tokens.
+        tokens: ``B`` and ``T`` of the new tokens.
+        device: where they are.
         attention_mask: see `padding_mask`.
         position_ids: ``[B or 1, T]``; where they restart a new packed sequence begins, if there is no earlier token.
         cu_seqlens: ``[N + 1]`` offsets of the sequences packed in a batch of one, of queries and of keys; the latter
@@ -51,8 +64,7 @@ def token_layout(
     Raises:
         ValueError: an argument does not fit; the message names it.
     """
-    batch, length, _ = inputs_embeds.shape
-    device = inputs_embeds.device
+    batch, length = tokens
     past = 0 if cache is None else cache.get_seq_length()
     keys = length if cache is None else cache.get_mask_sizes(length, 0)[0]
     seen = _read_if_free(past)

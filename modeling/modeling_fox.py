@@ -21,7 +21,8 @@ from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.import_utils import is_torchdynamo_compiling
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
-from .attention_fox import DEFAULT_IMPLEMENTATION, IMPLEMENTATIONS
+from ..kernels.context_parallel import ContextParallel, Shards
+from .attention_fox import CONTEXT_PARALLEL_IMPLEMENTATIONS, DEFAULT_IMPLEMENTATION, IMPLEMENTATIONS
 from .cache_fox import check_cache
 from .configuration_fox import LAYER_TYPE, FoxConfig
 from .gates_fox import FoxConstantGate, FoxForgetGate, decay_time_bias, share_remembered
@@ -50,6 +51,8 @@ class FoxPreTrainedModel(PreTrainedModel):
         "attentions": FoxAttention,
         "forget_gate_logits": [OutputRecorder(FoxForgetGate), OutputRecorder(FoxConstantGate)],
     }
+    # Whether a head needs more than one token's hidden state.
+    _sees_whole_sequences = False
     # A gate's bias sets its decay time, which bfloat16 would move by percents.
     _keep_in_fp32_modules_strict = ["forget_gate"]
 
@@ -68,6 +71,26 @@ class FoxPreTrainedModel(PreTrainedModel):
             if isinstance(module, FoxConstantGate):
                 module.bias.requires_grad_(module.learned)
         return loaded
+
+    def set_context_parallel(self, context: ContextParallel | None) -> None:
+        """Share each sequence with the other ranks of a group, which all call the model with the same sequences.
+
+        The model takes its own tokens of what it is given whole: tokens, labels, mask, positions. Logits and hidden
+        states are those of its tokens (`ContextParallel.shards` says which). The loss is that of the whole sequence,
+        and its gradients are to be averaged over the group, as DDP and FSDP do.
+
+        Args:
+            context: the group; None for none.
+
+        Raises:
+            ValueError: the model has a head that needs the whole sequence.
+        """
+        if context is not None and type(self)._sees_whole_sequences:
+            raise ValueError(
+                f"context parallelism is for FoxModel and FoxForCausalLM: the head of {type(self).__name__} needs the "
+                "whole sequence"
+            )
+        self.base_model.context_parallel = context
 
     def get_correct_attn_implementation(self, requested_attention: str | None, is_init_check: bool = False) -> str:
         # Called by transformers; its own default is sdpa, and it would let through functions that drop the decay.
@@ -93,6 +116,7 @@ class FoxModel(FoxPreTrainedModel):
         self.norm = FoxRMSNorm(config.hidden_size, config.rms_norm_eps)
         self.rotary_emb = None if config.rope_parameters is None else FoxRotaryEmbedding(config)
         self.gradient_checkpointing = False
+        self.context_parallel: ContextParallel | None = None
         self.post_init()
 
     @merge_with_config_defaults
@@ -120,16 +144,24 @@ class FoxModel(FoxPreTrainedModel):
             cu_seq_lens_q (in ``kwargs``): ``[N + 1]`` offsets of the sequences packed in a batch of one, as
                 `DataCollatorWithFlattening(return_flash_attn_kwargs=True)` gives them.
 
+        With context parallelism (`set_context_parallel`) arguments are of the whole sequence, the same on all ranks,
+        and results are of this rank's tokens.
+
         Raises:
             ValueError: an argument is not as above; the message names it.
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("exactly one of input_ids and inputs_embeds must be given")
-        if inputs_embeds is None:
-            inputs_embeds = self.embed_tokens(input_ids)
-        if inputs_embeds.ndim != 3 or inputs_embeds.shape[1] == 0:
-            name, given = ("input_ids", input_ids) if input_ids is not None else ("inputs_embeds", inputs_embeds)
+        given, rank = (input_ids, 2) if inputs_embeds is None else (inputs_embeds, 3)
+        if given.ndim != rank or given.shape[1] == 0:
+            name = "input_ids" if inputs_embeds is None else "inputs_embeds"
             raise ValueError(f"{name} must be [B, T] with at least one token, got shape {list(given.shape)}")
+        tokens = given.shape[:2]
+        shards = None
+        if self.context_parallel is not None:
+            shards = self._shards(self.context_parallel, tokens[1], past_key_values)
+            given, use_cache = shards.take(given), False
+        inputs_embeds = self.embed_tokens(given) if inputs_embeds is None else given
         if past_key_values is not None:
             check_cache(past_key_values, self.config.num_hidden_layers)
             if self.gradient_checkpointing and self.training and past_key_values.get_seq_length() > 0:
@@ -145,10 +177,15 @@ class FoxModel(FoxPreTrainedModel):
             if not isinstance(attention_mask, dict):
                 # Else `create_masks_for_generate` has done it.
                 past_key_values.reserve(inputs_embeds.shape[1])
-        layout = token_layout(inputs_embeds, attention_mask, position_ids, cu_seqlens, past_key_values)
+        layout = token_layout(tokens, inputs_embeds.device, attention_mask, position_ids, cu_seqlens, past_key_values)
+        if shards is not None:
+            layout = layout.shard(shards)
         position_embeddings = None
         if self.rotary_emb is not None:
-            position_ids = layout.positions[None] if position_ids is None else position_ids
+            if position_ids is None:
+                position_ids = layout.positions[None]
+            elif shards is not None:
+                position_ids = shards.take(position_ids)
             position_embeddings = self.rotary_emb(inputs_embeds, position_ids)
 
         hidden_states = inputs_embeds
@@ -164,6 +201,20 @@ class FoxModel(FoxPreTrainedModel):
             last_hidden_state=self.norm(hidden_states),
             past_key_values=past_key_values if use_cache else None,
         )
+
+    def _shards(self, context: ContextParallel, length: int, cache: Cache | None) -> Shards:
+        if cache is not None:
+            raise ValueError(
+                "past_key_values must be None with context parallelism, which is for whole sequences; "
+                "set_context_parallel(None) before generate"
+            )
+        implementation = self.config._attn_implementation
+        if implementation not in CONTEXT_PARALLEL_IMPLEMENTATIONS:
+            raise ValueError(
+                f"with context parallelism attn_implementation must be one of {list(CONTEXT_PARALLEL_IMPLEMENTATIONS)},"
+                f" got {implementation!r}"
+            )
+        return context.shards(length)
 
 
 class FoxForCausalLM(FoxPreTrainedModel, GenerationMixin):
@@ -255,27 +306,20 @@ class FoxForCausalLM(FoxPreTrainedModel, GenerationMixin):
             **kwargs,
         )
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+        context = self.model.context_parallel
+        if context is not None and kept != slice(0, None):
+            raise ValueError(f"logits_to_keep must be 0 with context parallelism, got {logits_to_keep}")
         logits = self.lm_head(outputs.last_hidden_state[:, kept])
         loss = None
         if labels is not None:
-            loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
+            if context is None:
+                loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
+            else:
+                loss = self._loss_of_shards(context.shards(labels.shape[1]), logits, labels, **kwargs)
             if coefficient:
                 if not self.config.gates_learn:
                     raise ValueError(f"forget_aux_loss_coef must be 0 with forget_gate {self.config.forget_gate!r}")
-                gate_logits = outputs["forget_gate_logits"]
-                lost = torch.is_grad_enabled() and not any(x.requires_grad for x in gate_logits)
-                if lost and self.model.gradient_checkpointing:
-                    raise ValueError(
-                        "forget_aux_loss_coef has no gradient through reentrant gradient checkpointing: set "
-                        'gradient_checkpointing_kwargs={"use_reentrant": False}, or forget_aux_loss_coef to 0'
-                    )
-                mask = attention_mask[LAYER_TYPE] if isinstance(attention_mask, dict) else attention_mask
-                real = None if mask is None else mask[:, -labels.shape[1] :].bool()
-                # With gradient accumulation the losses of the parts are added up: each counts by its tokens.
-                items = kwargs.get("num_items_in_batch")
-                targets = labels[:, 1:] if (shifted := kwargs.get("shift_labels")) is None else shifted
-                part = 1.0 if items is None else (targets != -100).sum() / items
-                loss = loss + coefficient * part * share_remembered(gate_logits, real)
+                loss = loss + coefficient * self._share_remembered(outputs, attention_mask, labels, **kwargs)
         return CausalLMOutputWithPast(
             loss=loss,
             logits=logits,
@@ -284,17 +328,76 @@ class FoxForCausalLM(FoxPreTrainedModel, GenerationMixin):
             attentions=outputs.attentions,
         )
 
+    def _loss_of_shards(
+        self,
+        shards: Shards,
+        logits: Tensor,
+        labels: Tensor,
+        num_items_in_batch: Tensor | int | None = None,
+        shift_labels: Tensor | None = None,
+        **kwargs,
+    ) -> Tensor:
+        """The loss of all ranks' tokens, from this rank's logits; with ``num_items_in_batch`` an equal share of it."""
+        if shift_labels is None:
+            shift_labels = nn.functional.pad(labels[:, 1:], (0, 1), value=-100)
+        counted = num_items_in_batch is not None
+        items = num_items_in_batch * shards.split.ranks if counted else (shift_labels != -100).sum()
+        targets = shards.take(shift_labels.to(logits.device))
+        loss = self.loss_function(
+            logits=logits,
+            labels=targets,
+            shift_labels=targets,
+            vocab_size=self.config.vocab_size,
+            num_items_in_batch=items,
+            **kwargs,
+        )
+        return shards.sum(loss)
+
+    def _share_remembered(
+        self,
+        outputs: BaseModelOutputWithPast,
+        attention_mask: Tensor | dict[str, Tensor | None] | None,
+        labels: Tensor,
+        num_items_in_batch: Tensor | int | None = None,
+        shift_labels: Tensor | None = None,
+        **kwargs,
+    ) -> Tensor:
+        gate_logits = outputs["forget_gate_logits"]
+        lost = torch.is_grad_enabled() and not any(x.requires_grad for x in gate_logits)
+        if lost and self.model.gradient_checkpointing:
+            raise ValueError(
+                "forget_aux_loss_coef has no gradient through reentrant gradient checkpointing: set "
+                'gradient_checkpointing_kwargs={"use_reentrant": False}, or forget_aux_loss_coef to 0'
+            )
+        mask = attention_mask[LAYER_TYPE] if isinstance(attention_mask, dict) else attention_mask
+        real = None if mask is None else mask[:, -labels.shape[1] :].bool()
+        # With gradient accumulation the losses of the parts are added up: each counts by its tokens.
+        targets = labels[:, 1:] if shift_labels is None else shift_labels
+        part = 1.0 if num_items_in_batch is None else (targets != -100).sum() / num_items_in_batch
+        if (context := self.model.context_parallel) is None:
+            return part * share_remembered(gate_logits, real)
+        shards = context.shards(labels.shape[1])
+        if num_items_in_batch is not None:
+            part = part / context.ranks
+        return part * share_remembered(gate_logits, None if real is None else shards.take(real), shards.sum)
+
 
 class FoxForSequenceClassification(GenericForSequenceClassification, FoxPreTrainedModel):
     """FoX with a classifier of whole sequences."""
+
+    _sees_whole_sequences = True
 
 
 class FoxForTokenClassification(GenericForTokenClassification, FoxPreTrainedModel):
     """FoX with a classifier of tokens."""
 
+    _sees_whole_sequences = True
+
 
 class FoxForQuestionAnswering(GenericForQuestionAnswering, FoxPreTrainedModel):
     """FoX with an extractive question-answering head."""
+
+    _sees_whole_sequences = True
 
 
 __all__ = [

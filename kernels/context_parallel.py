@@ -1,0 +1,254 @@
+"""Context parallelism: one sequence on several ranks, each with the tokens of some segments of it.
+
+What the layers need of other ranks' tokens, beside keys and values (`sharded_attention`), is little:
+
+* Running sums of gates: the totals of each segment, so that each may begin with what was summed before it. They are
+  exchanged in float64, so decay across ranks is as exact as within one.
+* Hard resets and starts of packed sequences: the last one of each segment.
+* Token shift: the last real state of each segment.
+
+Each is one small exchange of all with all, differentiable, without waiting for the device.
+
+What a rank returns as its loss is the loss of the whole sequence, so gradients are those of a mean over ranks, as
+data-parallel engines (DDP, FSDP) take it.
+"""
+
+import functools
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.nn import functional as differentiable
+
+from .decay import accumulate
+from .tiles import PRUNED_KEYS
+from .token_split import NAMED_SPLITS, Split, TokenSplit
+
+
+@dataclass
+class Traffic:
+    """Bytes of keys and values that this rank has received, over all layers and steps since `clear`.
+
+    Attributes:
+        moved: by forward passes, with the running sums that come along. Backward moves as many, in gradients.
+        ring: what ring attention would have moved: all keys and values of all other ranks, causal or not.
+    """
+
+    moved: int = 0
+    ring: int = 0
+
+    @property
+    def share(self) -> float:
+        """What was moved, of what ring attention would have moved."""
+        return self.moved / self.ring if self.ring else 0.0
+
+    def clear(self) -> None:
+        """Begin anew."""
+        self.moved = self.ring = 0
+
+
+class ContextParallel:
+    """A group of ranks that share the tokens of each sequence.
+
+    Attributes:
+        group: its process group.
+        rank, ranks: of this process within the group, and how many there are.
+        traffic: what attention has fetched.
+
+    Example:
+        >>> mesh = init_device_mesh("cuda", (2,), mesh_dim_names=("cp",))  # doctest: +SKIP
+        >>> model.set_context_parallel(ContextParallel(mesh["cp"]))  # doctest: +SKIP
+    """
+
+    def __init__(self, group: DeviceMesh | dist.ProcessGroup | None = None, split: str | Split = "balanced") -> None:
+        """
+        Args:
+            group: a mesh of one dimension or a process group; all processes by default.
+            split: who gets which tokens: ``"balanced"``, ``"contiguous"``, or a function from the numbers of tokens and
+                of ranks to `Segment`s, the same on all ranks.
+
+        Raises:
+            ValueError: processes were not started as a group, or an argument is not as above.
+        """
+        if not (dist.is_available() and dist.is_initialized()):
+            raise ValueError(
+                "context parallelism needs a process group, got a single process without one: start the program with "
+                "torchrun or accelerate launch, and call torch.distributed.init_process_group"
+            )
+        if isinstance(group, DeviceMesh):
+            if group.ndim != 1:
+                raise ValueError(
+                    f"group must be a mesh of one dimension, such as mesh['cp'], got {group.ndim} dimensions"
+                )
+            group = group.get_group()
+        if isinstance(split, str) and split not in NAMED_SPLITS:
+            raise ValueError(f"split must be one of {list(NAMED_SPLITS)} or a function, got {split!r}")
+        self.group = dist.group.WORLD if group is None else group
+        self.rank, self.ranks = dist.get_rank(self.group), dist.get_world_size(self.group)
+        if self.rank < 0:
+            raise ValueError(f"group must hold this process, rank {dist.get_rank()}; it does not")
+        self.traffic = Traffic()
+        self._split = NAMED_SPLITS[split] if isinstance(split, str) else split
+        self.shards = functools.lru_cache(maxsize=16)(self._shards)
+
+    def _shards(self, length: int) -> "Shards":
+        return Shards(self, TokenSplit(length, self.ranks, self._split(length, self.ranks)))
+
+    # Copies of a model, and models that are sent to other processes, belong to no group.
+    def __deepcopy__(self, memo: dict) -> "ContextParallel":
+        return self
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}(rank {self.rank} of {self.ranks})"
+
+
+class Shards:
+    """One sequence length dealt out to the ranks of a group, and the exchanges between them."""
+
+    def __init__(self, context: ContextParallel, split: TokenSplit) -> None:
+        self.context, self.split = context, split
+        self.rank = context.rank
+        self.segments = split.of(self.rank)
+        self.rows = split.rows(self.rank)
+        # Indices, among all segments, of those of this rank.
+        self.own = [i for i, segment in enumerate(split.segments) if segment.rank == self.rank]
+
+    def take(self, x: Tensor, dim: int = 1) -> Tensor:
+        """This rank's tokens of ``x``, which has all of them along ``dim``."""
+        return self.split.take(x, self.rank, dim)
+
+    def positions(self, device: torch.device) -> Tensor:
+        """``[T of this rank]`` int64 index in the sequence of each token."""
+        return self.take(torch.arange(self.split.length, device=device), dim=0)
+
+    def from_all(self, parts: list[Tensor]) -> list[Tensor]:
+        """One tensor for each segment of the sequence, from the rank that has it; without gradients.
+
+        Args:
+            parts: a tensor for each segment of this rank, alike in shape and type on all ranks.
+        """
+        own = torch.stack([*parts, *parts[:1] * (self.split.most_segments - len(parts))])
+        gathered = own.new_empty(self.split.ranks, *own.shape)
+        dist.all_gather_into_tensor(gathered.flatten(0, 1), own, group=self.context.group)
+        return [gathered[x.rank, slot] for x, slot in zip(self.split.segments, self.split.slots, strict=True)]
+
+    def sum(self, x: Tensor) -> Tensor:
+        """The sum over ranks. Differentiable: its gradient is the sum of all ranks' gradients."""
+        return differentiable.all_reduce(x, group=self.context.group)
+
+    def accumulate(self, log_f: Tensor, starts: Tensor | None) -> tuple[Tensor, Tensor]:
+        """As `decay.accumulate`, of this rank's tokens: with all that comes before them on any rank.
+
+        Args:
+            log_f: ``[B, T, Hf]`` log forget gates of this rank's tokens.
+            starts: ``[B, T]`` bool, True where a new packed sequence begins.
+
+        Returns:
+            ``c`` as ``[B, Hf, T]`` float64 and ``first`` as ``[B, Hf, T]`` int64, in tokens of the whole sequence.
+        """
+        parts = [
+            accumulate(log_f[:, rows], offset=segment.start, starts=None if starts is None else starts[:, rows])
+            for segment, rows in zip(self.segments, self.rows, strict=True)
+        ]
+        c, first = (torch.cat(x, -1) for x in zip(*parts, strict=True))
+        return _WithGatesBefore.apply(c, first, self)
+
+    def states_before(self, states: Tensor, real: Tensor | None) -> Tensor:
+        """The last real state before each segment of this rank, zero where there is none. Differentiable.
+
+        Args:
+            states: ``[B, T, heads, D]`` of this rank's tokens.
+            real: ``[B, all tokens]`` bool, False for padding; None without.
+
+        Returns:
+            ``[B, segments, heads, D]``.
+        """
+        return _StatesBefore.apply(states, real, self)
+
+    @torch.no_grad()
+    def centered(self, k: Tensor) -> Tensor:
+        """As `pruning.centered`, for this rank's keys: minus the mean of the first 64 of the first segment."""
+        wide = k.to(torch.promote_types(k.dtype, torch.float32))
+        means = self.from_all([wide[:, rows][:, :PRUNED_KEYS].mean(1, keepdim=True) for rows in self.rows])
+        return wide - means[0]
+
+
+class _WithGatesBefore(torch.autograd.Function):
+    """Running sums and first keys of segments, each as if it were the first, to those of the whole sequence."""
+
+    @staticmethod
+    def forward(ctx, c: Tensor, first: Tensor, shards: Shards) -> tuple[Tensor, Tensor]:
+        ctx.shards = shards
+        # Indices of tokens are exact in float64 too.
+        ends = [torch.stack([c[..., rows.stop - 1], first[..., rows.stop - 1].double()]) for rows in shards.rows]
+        c, first = c.clone(), first.clone()
+        sums = torch.zeros_like(c[..., 0])
+        resets = torch.zeros_like(first[..., 0])
+        for i, (end, reset) in enumerate(shards.from_all(ends)):
+            if i in shards.own:
+                rows = shards.rows[shards.own.index(i)]
+                c[..., rows] += sums[..., None]
+                first[..., rows].clamp_(min=resets[..., None])
+            sums = sums + end
+            resets = torch.maximum(resets, reset.long())
+        ctx.mark_non_differentiable(first)
+        return c, first
+
+    @staticmethod
+    def backward(ctx, dc: Tensor, _) -> tuple[Tensor, None, None]:
+        shards = ctx.shards
+        totals = shards.from_all([dc[..., rows].sum(-1) for rows in shards.rows])
+        dc = dc.clone()
+        # The last sum of a segment goes into all of those of later ones.
+        for i, rows in zip(shards.own, shards.rows, strict=True):
+            for total in totals[i + 1 :]:
+                dc[..., rows.stop - 1] += total
+        return dc, None, None
+
+
+class _StatesBefore(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, states: Tensor, real: Tensor | None, shards: Shards) -> Tensor:
+        own_real = None if real is None else shards.take(real)
+        last = [_last_real(states, None if own_real is None else own_real[:, rows], rows) for rows in shards.rows]
+        # Of each segment, which sequences of the batch have a real token in it.
+        has = [None if real is None else real[:, start:stop].any(1) for _, start, stop in shards.split.segments]
+        ctx.shards, ctx.last, ctx.has, ctx.shape = shards, last, has, states.shape
+        batch = torch.arange(len(states), device=states.device)
+        before = torch.zeros_like(states[:, 0])
+        found = []
+        for i, end in enumerate(shards.from_all([states[batch, index] for index in last])):
+            if i in shards.own:
+                found.append(before)
+            before = end if has[i] is None else torch.where(has[i][:, None, None], end, before)
+        return torch.stack(found, 1)
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor) -> tuple[Tensor, None, None]:
+        shards = ctx.shards
+        # To the last real token before: in the segment before, or further back for the sequences without one there.
+        to = gradient.new_zeros(len(shards.split.segments), len(gradient), *gradient.shape[2:])
+        for i, d_before in zip(shards.own, gradient.unbind(1), strict=True):
+            left = d_before
+            for j in reversed(range(i)):
+                has = ctx.has[j]
+                to[j] += left if has is None else left.masked_fill(~has[:, None, None], 0.0)
+                if has is None:
+                    break
+                left = left.masked_fill(has[:, None, None], 0.0)
+        dist.all_reduce(to, group=shards.context.group)
+        d_states = gradient.new_zeros(ctx.shape)
+        batch = torch.arange(len(gradient), device=gradient.device)
+        for i, index in zip(shards.own, ctx.last, strict=True):
+            d_states[batch, index] = to[i]
+        return d_states, None, None
+
+
+def _last_real(states: Tensor, real: Tensor | None, rows: slice) -> Tensor:
+    """Index of the last real token of ``rows`` for each sequence, ``[B]``; any of them where none is."""
+    if real is None:
+        return torch.full((len(states),), rows.stop - 1, device=states.device)
+    index = torch.arange(rows.start, rows.stop, device=states.device)
+    return torch.where(real, index, rows.start).amax(1)

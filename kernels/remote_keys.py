@@ -1,0 +1,163 @@
+"""What attention on one rank must have of the keys and values of others, and how it gets there.
+
+A query keeps the keys from some first one to its own. So of a segment before its own, a head needs the tokens from the
+first key that any of its later queries on that rank keeps to the end: a few next to the border for a head that forgets,
+nothing of segments further back, all of them for a head that remembers. Every rank knows what everybody needs from a
+small table; so each sends, for each head and segment, exactly those rows, and nobody asks.
+"""
+
+from typing import NamedTuple
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from .context_parallel import Shards
+
+
+class Needs(NamedTuple):
+    """Known on the host.
+
+    Attributes:
+        first: ``[segments, B, G]`` int64, first token that a query of each segment keeps for a key/value head.
+        crossing: ``[segments of this rank, B, G]`` int64, how many leading queries keep a key before the segment.
+    """
+
+    first: np.ndarray
+    crossing: np.ndarray
+
+
+def find_needs(first: Tensor, last: Tensor, kv_heads: int, shards: Shards) -> Needs:
+    """What every segment needs, from the first key that each query of this rank keeps. Waits for the device.
+
+    Args:
+        first: ``[B, H, T]`` int64 in tokens of the sequence, beyond its own for a query that sees nothing.
+        last: ``[T]`` int64 own token of each query.
+        kv_heads: number of key/value heads.
+        shards: who has which tokens.
+    """
+    first = torch.where(first > last, torch.iinfo(torch.int64).max, first).unflatten(1, (kv_heads, -1)).amin(2)
+    least, crossing = [], []
+    for (_, start, stop), rows in zip(shards.segments, shards.rows, strict=True):
+        part = first[..., rows]
+        least.append(part.amin(-1).clamp(max=start))
+        count = torch.arange(1, stop - start + 1, device=first.device)
+        crossing.append(torch.where(part < start, count, 0).amax(-1))
+    everyone = torch.stack([*shards.from_all(least), *crossing]).cpu().numpy()
+    return Needs(*np.split(everyone, [len(shards.split.segments)]))
+
+
+class Received(NamedTuple):
+    """Rows that came of one segment.
+
+    Attributes:
+        stop: one past the last token of the segment.
+        first: ``[B, G]`` first token that came; ``stop`` if none.
+        row: ``[B, G]`` its row.
+    """
+
+    stop: int
+    first: np.ndarray
+    row: np.ndarray
+
+
+class Fetch(NamedTuple):
+    """One exchange of rows; a row is a token of one key/value head.
+
+    Attributes:
+        index: rows that this rank sends, ``(b T + t) G + g`` for its token ``t``, by rank that gets them.
+        sent, received: how many, for each rank.
+        segments: what comes, for each segment of others that is needed.
+        idle: whether nobody in the group sends anything.
+    """
+
+    index: Tensor
+    sent: list[int]
+    received: list[int]
+    segments: list[Received]
+    idle: bool
+
+
+def plan_fetch(needs: Needs, shards: Shards, device: torch.device) -> Fetch:
+    """Who sends what to whom."""
+    split, me = shards.split, shards.rank
+    _, batch, kv_heads = needs.first.shape
+    tokens = sum(stop - start for _, start, stop in shards.segments)
+    # Row of token 0 of each sequence and head.
+    origin = np.arange(batch)[:, None] * tokens * kv_heads + np.arange(kv_heads)
+    starts, counts = [], []
+    sent, received = [0] * split.ranks, [0] * split.ranks
+    segments, total = [], 0
+    for rank in range(split.ranks):
+        for i, segment in enumerate(split.segments):
+            kept = _kept_of(needs.first, i, rank, shards)
+            count = segment.stop - kept
+            total += int(count.sum())
+            if segment.rank == me:
+                local = shards.rows[shards.own.index(i)].start + kept - segment.start
+                starts.append((origin + local * kv_heads).ravel())
+                counts.append(count.ravel())
+                sent[rank] += int(count.sum())
+    end = 0
+    for source in range(split.ranks):
+        for i, segment in enumerate(split.segments):
+            if segment.rank == source != me:
+                kept = _kept_of(needs.first, i, me, shards)
+                count = (segment.stop - kept).ravel()
+                rows = end + np.cumsum(count) - count
+                segments.append(Received(segment.stop, kept, rows.reshape(kept.shape)))
+                received[source] += int(count.sum())
+                end += int(count.sum())
+    index = expand(np.concatenate(starts), np.concatenate(counts), kv_heads, device)
+    return Fetch(index, sent, received, segments, total == 0)
+
+
+def _kept_of(first: np.ndarray, i: int, rank: int, shards: Shards) -> np.ndarray:
+    """First token of segment ``i`` that ``rank`` needs, ``[B, G]``; one past the last if it needs none."""
+    owner, start, stop = shards.split.segments[i]
+    later = [j for j, segment in enumerate(shards.split.segments) if segment.rank == rank and j > i]
+    if rank == owner or not later:
+        return np.full(first.shape[1:], stop)
+    return first[later].min(0).clip(start, stop)
+
+
+def expand(starts: np.ndarray, counts: np.ndarray, step: int, device: torch.device) -> Tensor:
+    """``start, start + step, ...`` so many times for each, one after the other; int64 on ``device``."""
+    total = int(counts.sum())
+    before = np.cumsum(counts) - counts
+    table = torch.from_numpy(np.stack([starts - step * before, counts]).astype(np.int64)).to(device)
+    return torch.repeat_interleave(table[0], table[1], output_size=total) + step * torch.arange(total, device=device)
+
+
+class Rows(NamedTuple):
+    """Keys, values and running sums of rows: ``[N, 2, D]`` and ``[N, gates of a key/value head]`` float64."""
+
+    kv: Tensor
+    c: Tensor
+
+
+class Exchange:
+    """Rows on their way. They lie in `rows` after `wait`."""
+
+    def __init__(self, rows: Rows, sent: list[int], received: list[int], shards: Shards) -> None:
+        """
+        Args:
+            rows: to be sent, by rank that gets them.
+            sent, received: how many, for each rank.
+            shards: the group.
+        """
+        # Kept until they are sent.
+        self._sent = rows
+        self.rows = Rows(*(x.new_empty(sum(received), *x.shape[1:]) for x in rows))
+        self._work = [
+            dist.all_to_all_single(into, out, received, sent, group=shards.context.group, async_op=True)
+            for into, out in zip(self.rows, rows, strict=True)
+        ]
+
+    def wait(self) -> Rows:
+        """The rows that have come. The host does not wait for a GPU, whose queue does."""
+        for work in self._work:
+            work.wait()
+        self._work, self._sent = [], None
+        return self.rows
