@@ -114,6 +114,7 @@ class Shards:
         self.rows = split.rows(self.rank)
         # Indices, among all segments, of those of this rank.
         self.own = [i for i, segment in enumerate(split.segments) if segment.rank == self.rank]
+        self._block_starts: dict[torch.device, Tensor] = {}
 
     def take(self, x: Tensor, dim: int = 1) -> Tensor:
         """This rank's tokens of ``x``, which has all of them along ``dim``."""
@@ -122,6 +123,13 @@ class Shards:
     def positions(self, device: torch.device) -> Tensor:
         """``[T of this rank]`` int64 index in the sequence of each token."""
         return self.take(torch.arange(self.split.length, device=device), dim=0)
+
+    def block_starts(self, device: torch.device) -> Tensor:
+        """First token of each block of 64 of all segments, int64. Kept: a copy to a GPU would wait for it."""
+        if device not in self._block_starts:
+            starts = [s for _, start, stop in self.split.segments for s in range(start, stop, PRUNED_KEYS)]
+            self._block_starts[device] = torch.tensor(starts, device=device)
+        return self._block_starts[device]
 
     def from_all(self, parts: list[Tensor]) -> list[Tensor]:
         """One tensor for each segment of the sequence, from the rank that has it; without gradients.

@@ -48,6 +48,39 @@ def find_needs(first: Tensor, last: Tensor, kv_heads: int, shards: Shards) -> Ne
     return Needs(*np.split(everyone, [len(shards.split.segments)]))
 
 
+class Runs(NamedTuple):
+    """Indices in runs: ``start, start + step, ...`` so many times for each, one run after the other.
+
+    Attributes:
+        starts, counts: ``[N]`` int64.
+        step: the same for all.
+    """
+
+    starts: np.ndarray
+    counts: np.ndarray
+    step: int
+
+    def table(self) -> np.ndarray:
+        """What `expand` needs on the device."""
+        before = np.cumsum(self.counts) - self.counts
+        return np.stack([self.starts - self.step * before, self.counts])
+
+    def expand(self, table: Tensor) -> Tensor:
+        """All indices, int64, on the device of its ``table``."""
+        total = int(self.counts.sum())
+        offsets, counts = table.view(2, -1)
+        steps = torch.arange(0, self.step * total, self.step, device=table.device)
+        return torch.repeat_interleave(offsets, counts, output_size=total) + steps
+
+
+def to_device(tables: list[np.ndarray], device: torch.device) -> list[Tensor]:
+    """Tables of integers, each as one flat int64 tensor, brought there together: the host waits for none of them."""
+    flat = torch.from_numpy(np.concatenate([np.ravel(x) for x in tables]).astype(np.int64))
+    if device.type == "cuda":
+        flat = flat.pin_memory()
+    return list(flat.to(device, non_blocking=True).split([np.size(x) for x in tables]))
+
+
 class Received(NamedTuple):
     """Rows that came of one segment.
 
@@ -66,20 +99,20 @@ class Fetch(NamedTuple):
     """One exchange of rows; a row is a token of one key/value head.
 
     Attributes:
-        index: rows that this rank sends, ``(b T + t) G + g`` for its token ``t``, by rank that gets them.
+        rows: those that this rank sends, ``(b T + t) G + g`` for its token ``t``, by rank that gets them.
         sent, received: how many, for each rank.
         segments: what comes, for each segment of others that is needed.
         idle: whether nobody in the group sends anything.
     """
 
-    index: Tensor
+    rows: Runs
     sent: list[int]
     received: list[int]
     segments: list[Received]
     idle: bool
 
 
-def plan_fetch(needs: Needs, shards: Shards, device: torch.device) -> Fetch:
+def plan_fetch(needs: Needs, shards: Shards) -> Fetch:
     """Who sends what to whom."""
     split, me = shards.split, shards.rank
     _, batch, kv_heads = needs.first.shape
@@ -109,8 +142,8 @@ def plan_fetch(needs: Needs, shards: Shards, device: torch.device) -> Fetch:
                 segments.append(Received(segment.stop, kept, rows.reshape(kept.shape)))
                 received[source] += int(count.sum())
                 end += int(count.sum())
-    index = expand(np.concatenate(starts), np.concatenate(counts), kv_heads, device)
-    return Fetch(index, sent, received, segments, total == 0)
+    rows = Runs(np.concatenate(starts), np.concatenate(counts), kv_heads)
+    return Fetch(rows, sent, received, segments, total == 0)
 
 
 def _kept_of(first: np.ndarray, i: int, rank: int, shards: Shards) -> np.ndarray:
@@ -120,14 +153,6 @@ def _kept_of(first: np.ndarray, i: int, rank: int, shards: Shards) -> np.ndarray
     if rank == owner or not later:
         return np.full(first.shape[1:], stop)
     return first[later].min(0).clip(start, stop)
-
-
-def expand(starts: np.ndarray, counts: np.ndarray, step: int, device: torch.device) -> Tensor:
-    """``start, start + step, ...`` so many times for each, one after the other; int64 on ``device``."""
-    total = int(counts.sum())
-    before = np.cumsum(counts) - counts
-    table = torch.from_numpy(np.stack([starts - step * before, counts]).astype(np.int64)).to(device)
-    return torch.repeat_interleave(table[0], table[1], output_size=total) + step * torch.arange(total, device=device)
 
 
 class Rows(NamedTuple):

@@ -22,7 +22,7 @@ from torch import Tensor
 from .attention import Passes, best_passes
 from .context_parallel import Shards
 from .decay import Decay
-from .remote_keys import Exchange, Fetch, Needs, Received, Rows, expand, find_needs, plan_fetch
+from .remote_keys import Exchange, Fetch, Needs, Rows, Runs, find_needs, plan_fetch, to_device
 from .tiles import PRUNED_QUERIES
 
 
@@ -86,53 +86,90 @@ def _by_length(heads: list[int], first: np.ndarray, start: int, queries: int) ->
     return [(some, int(first[some].min()) // PRUNED_QUERIES * PRUNED_QUERIES) for some in groups.values()]
 
 
+class _Placed(NamedTuple):
+    """A task with its indices on the device.
+
+    Attributes:
+        task: what is computed.
+        heads, of_query, of_gate: its key/value heads, and their query heads and gates; None for all.
+        left_out: query heads that it leaves out, of all.
+        source, target: of rows that were received, those in its window, and where, as rows of ``[B, W, heads]``.
+        own: where tokens of this rank lie in its window, and on the rank.
+    """
+
+    task: Task
+    heads: Tensor | None
+    of_query: Tensor | None
+    of_gate: Tensor | None
+    left_out: Tensor
+    source: Tensor
+    target: Tensor
+    own: list[tuple[slice, slice]]
+
+
 class _Plan:
     """What one call of attention does, for its forward and its backward pass."""
 
-    def __init__(self, needs: Needs, shards: Shards, device: torch.device) -> None:
-        self.shards, self.device = shards, device
-        self.fetch: Fetch = plan_fetch(needs, shards, device)
+    def __init__(self, needs: Needs, shards: Shards, group: int, gates: int, device: torch.device) -> None:
+        """
+        Args:
+            needs: of all ranks.
+            shards: who has which tokens.
+            group, gates: query heads and gates of a key/value head.
+            device: of the tensors.
+        """
+        self.shards, self.group = shards, group
+        self.fetch: Fetch = plan_fetch(needs, shards)
         tasks = plan_tasks(needs, shards)
-        self.inside = [task for task in tasks if task.is_inside]
-        self.others = [task for task in tasks if not task.is_inside]
-
-    def received_rows(self, task: Task, kv_heads: int) -> tuple[Tensor, Tensor]:
-        """For a window ``[B, W, heads, ...]``: which received rows it holds, and where, as rows of it."""
-        heads = list(range(kv_heads)) if task.heads is None else task.heads
-        width = task.stop - task.start
-        sources, targets, counts = [], [], []
-        for of_segment in self.fetch.segments:
-            if of_segment.stop <= task.start or of_segment.stop > task.segment_start:
-                continue
-            source, target, count = _overlap(of_segment, task.start, heads, width)
-            sources.append(source), targets.append(target), counts.append(count)
-        if not sources:
-            nothing = torch.empty(0, dtype=torch.int64, device=self.device)
-            return nothing, nothing
-        lengths = np.concatenate(counts)
-        source = expand(np.concatenate(sources), lengths, 1, self.device)
-        return source, expand(np.concatenate(targets), lengths, len(heads), self.device)
+        kv_heads = needs.first.shape[2]
+        runs = [_received_rows(task, self.fetch, kv_heads) for task in tasks]
+        tables = [self.fetch.rows.table()]
+        for task, (source, target) in zip(tasks, runs, strict=True):
+            chosen = np.arange(kv_heads) if task.heads is None else np.array(task.heads)
+            tables += [chosen, _members(chosen, group), _members(chosen, gates), _members(np.array(task.hidden), group)]
+            tables += [source.table(), target.table()]
+        index, *parts = to_device(tables, device)
+        self.index = self.fetch.rows.expand(index)
+        placed = []
+        for i, (task, (source, target)) in enumerate(zip(tasks, runs, strict=True)):
+            *chosen, left_out, sources, targets = parts[6 * i : 6 * i + 6]
+            heads = (None, None, None) if task.heads is None else chosen
+            rows = (source.expand(sources), target.expand(targets))
+            placed.append(_Placed(task, *heads, left_out, *rows, _own_parts(task, shards)))
+        self.inside = [one for one in placed if one.task.is_inside]
+        self.others = [one for one in placed if not one.task.is_inside]
 
 
-def _overlap(received: Received, start: int, heads: list[int], width: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """First rows among those received and in a window from ``start`` on, and how many, for each sequence and head."""
-    first = received.first[:, heads]
-    begin = np.maximum(first, start)
-    source = received.row[:, heads] + begin - first
-    batch = np.arange(len(first))[:, None]
-    target = (batch * width + begin - start) * len(heads) + np.arange(len(heads))
-    return source.ravel(), target.ravel(), (received.stop - begin).clip(min=0).ravel()
+def _members(heads: np.ndarray, count: int) -> np.ndarray:
+    """Those of ``count`` each that belong to key/value heads."""
+    return (heads[:, None] * count + np.arange(count)).ravel().astype(np.int64)
 
 
-class _Inputs(NamedTuple):
-    """What the kernels are given for one task, and where a window's rows come from (None inside)."""
+def _received_rows(task: Task, fetch: Fetch, kv_heads: int) -> tuple[Runs, Runs]:
+    """Which received rows are in the window ``[B, W, heads]`` of a task, and where."""
+    heads = np.arange(kv_heads) if task.heads is None else np.array(task.heads)
+    width = task.stop - task.start
+    sources, targets, counts = ([np.empty(0, np.int64)] for _ in range(3))
+    for segment in fetch.segments:
+        if task.start < segment.stop <= task.segment_start:
+            first = segment.first[:, heads]
+            begin = np.maximum(first, task.start)
+            row = (np.arange(len(first))[:, None] * width + begin - task.start) * len(heads) + np.arange(len(heads))
+            sources.append((segment.row[:, heads] + begin - first).ravel())
+            targets.append(row.ravel())
+            counts.append((segment.stop - begin).ravel())
+    length = np.concatenate(counts)
+    return Runs(np.concatenate(sources), length, 1), Runs(np.concatenate(targets), length, len(heads))
 
-    q: Tensor
-    k: Tensor
-    v: Tensor
-    decay: Decay
-    source: Tensor | None
-    target: Tensor | None
+
+def _own_parts(task: Task, shards: Shards) -> list[tuple[slice, slice]]:
+    parts = []
+    for (_, start, stop), rows in zip(shards.segments, shards.rows, strict=True):
+        begin, end = max(start, task.start), min(stop, task.stop)
+        if begin < end:
+            inside = slice(begin - task.start, end - task.start)
+            parts.append((inside, slice(rows.start + begin - start, rows.start + end - start)))
+    return parts
 
 
 class _Tensors(NamedTuple):
@@ -161,56 +198,50 @@ def _by_token(c: Tensor, kv_heads: int) -> Tensor:
     return c.unflatten(1, (kv_heads, -1)).permute(0, 3, 1, 2)
 
 
-def _inputs(x: _Tensors, task: Task, plan: _Plan, rows: Rows | None) -> _Inputs:
+class _Inputs(NamedTuple):
+    """What the kernels are given for one task."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    decay: Decay
+
+
+def _inputs(x: _Tensors, placed: _Placed, rows: Rows | None) -> _Inputs:
+    task = placed.task
     q, c_q, first = x.q[:, task.rows], x.c_q[..., task.rows], x.first[..., task.rows]
     width, queries = task.stop - task.start, task.rows.stop - task.rows.start
-    group, gates = x.q.shape[2] // x.k.shape[2], x.gates()
-    if task.heads is not None:
-        of_query = torch.tensor([g * group + i for g in task.heads for i in range(group)], device=q.device)
-        of_gate = torch.tensor([g * gates + i for g in task.heads for i in range(gates)], device=q.device)
-        q, first, c_q = q.index_select(2, of_query), first.index_select(1, of_query), c_q.index_select(1, of_gate)
+    if placed.of_query is not None and placed.of_gate is not None:
+        q, first = q.index_select(2, placed.of_query), first.index_select(1, placed.of_query)
+        c_q = c_q.index_select(1, placed.of_gate)
     first = (first - task.start).clamp_(min=0)
     if task.hidden:
-        left_out = torch.tensor([g * group + i for g in task.hidden for i in range(group)], device=q.device)
-        first.index_fill_(1, left_out, width)
+        first.index_fill_(1, placed.left_out, width)
     last = torch.arange(width - queries, width, device=q.device)
     if task.is_inside:
-        c_k = x.c_k[..., task.segment]
-        return _Inputs(q, x.k[:, task.segment], x.v[:, task.segment], Decay(c_q, c_k, first, last), None, None)
-    source, target = plan.received_rows(task, x.k.shape[2])
-    k, v, c = _window(x, task, plan.shards)
-    if rows is not None and len(source):
-        kv = rows.kv.index_select(0, source)
-        k.flatten(0, 2).index_copy_(0, target, kv[:, 0])
-        v.flatten(0, 2).index_copy_(0, target, kv[:, 1])
-        c.flatten(0, 2).index_copy_(0, target, rows.c.index_select(0, source))
-    c_k = c.permute(0, 2, 3, 1).flatten(1, 2).contiguous()
-    return _Inputs(q, k, v, Decay(c_q, c_k, first, last), source, target)
+        k, v, c_k = x.k[:, task.segment], x.v[:, task.segment], x.c_k[..., task.segment]
+    else:
+        k, v, c_k = _window(x, placed, rows)
+    return _Inputs(q, k, v, Decay(c_q, c_k, first, last))
 
 
-def _window(x: _Tensors, task: Task, shards: Shards) -> tuple[Tensor, Tensor, Tensor]:
-    """Keys and values ``[B, W, heads, D]``, sums ``[B, W, heads, gates]``: of this rank's tokens, the others hidden."""
+def _window(x: _Tensors, placed: _Placed, rows: Rows | None) -> tuple[Tensor, Tensor, Tensor]:
+    """Keys, values ``[B, W, heads, D]`` and sums ``[B, gates, W]`` of a task; what nobody needs is zero and hidden."""
     batch, _, kv_heads, size = x.k.shape
-    heads = kv_heads if task.heads is None else len(task.heads)
-    k, v = x.k.new_zeros(2, batch, task.stop - task.start, heads, size).unbind()
+    heads = kv_heads if placed.heads is None else len(placed.heads)
+    k, v = x.k.new_zeros(2, batch, placed.task.stop - placed.task.start, heads, size).unbind()
     c = x.c_k.new_full((*k.shape[:3], x.gates()), float("inf"))
     sums = _by_token(x.c_k, kv_heads)
-    for inside, rows in _own_parts(task, shards):
+    for inside, own in placed.own:
         for window, whole in ((k, x.k), (v, x.v), (c, sums)):
-            part = whole[:, rows]
-            window[:, inside] = part if task.heads is None else part[:, :, task.heads]
-    return k, v, c
-
-
-def _own_parts(task: Task, shards: Shards) -> list[tuple[slice, slice]]:
-    """Where this rank's tokens lie in the window of a task, and in the rank."""
-    parts = []
-    for (_, start, stop), rows in zip(shards.segments, shards.rows, strict=True):
-        begin, end = max(start, task.start), min(stop, task.stop)
-        if begin < end:
-            inside = slice(begin - task.start, end - task.start)
-            parts.append((inside, slice(rows.start + begin - start, rows.start + end - start)))
-    return parts
+            part = whole[:, own]
+            window[:, inside] = part if placed.heads is None else part.index_select(2, placed.heads)
+    if rows is not None and len(placed.source):
+        kv = rows.kv.index_select(0, placed.source)
+        k.flatten(0, 2).index_copy_(0, placed.target, kv[:, 0])
+        v.flatten(0, 2).index_copy_(0, placed.target, kv[:, 1])
+        c.flatten(0, 2).index_copy_(0, placed.target, rows.c.index_select(0, placed.source))
+    return k, v, c.permute(0, 2, 3, 1).flatten(1, 2).contiguous()
 
 
 class _ShardedAttention(torch.autograd.Function):
@@ -219,27 +250,26 @@ class _ShardedAttention(torch.autograd.Function):
         x = _Tensors(q, k, v, c_q, c_k, first)
         exchange = None
         if not plan.fetch.idle:
-            exchange = Exchange(_rows_of(x, plan.fetch.index), plan.fetch.sent, plan.fetch.received, plan.shards)
+            exchange = Exchange(_rows_of(x, plan.index), plan.fetch.sent, plan.fetch.received, plan.shards)
         out = torch.empty_like(q, memory_format=torch.contiguous_format)
         lse: Tensor | None = None
         seeds = []
 
-        def run(task: Task, rows: Rows | None) -> None:
+        def run(placed: _Placed, rows: Rows | None) -> None:
             nonlocal lse
             seed = torch.randint(2**62, (), dtype=torch.int64, device=q.device) if dropout > 0.0 else None
             seeds.append(seed)
-            inputs = _inputs(x, task, plan, rows)
-            result, sums = passes.forward(inputs.q, inputs.k, inputs.v, inputs.decay, scale, dropout, seed)
+            result, sums = passes.forward(*_inputs(x, placed, rows), scale, dropout, seed)
             if lse is None:
                 lse = sums.new_empty(q.shape[0], q.shape[2], q.shape[1])
-            _put(out, result, task, q.shape[2] // k.shape[2], token_dim=1)
-            _put(lse, sums, task, q.shape[2] // k.shape[2], token_dim=2)
+            _put(out, result, placed, token_dim=1)
+            _put(lse, sums, placed, token_dim=2)
 
-        for task in plan.inside:
-            run(task, None)
+        for placed in plan.inside:
+            run(placed, None)
         rows = None if exchange is None else exchange.wait()
-        for task in plan.others:
-            run(task, rows)
+        for placed in plan.others:
+            run(placed, rows)
         ctx.save_for_backward(*x, out, lse, *seeds, *(rows or ()))
         ctx.plan, ctx.passes, ctx.scale, ctx.dropout = plan, passes, scale, dropout
         return out
@@ -254,100 +284,98 @@ class _ShardedAttention(torch.autograd.Function):
         rows = None if plan.fetch.idle else Rows(*saved[8 + len(tasks) :])
         gradients = _Gradients(x, rows, plan)
 
-        def run(task: Task, seed: Tensor | None) -> None:
-            inputs = _inputs(x, task, plan, rows)
-            group = x.q.shape[2] // x.k.shape[2]
-            d, o = (_get(y, task, group, token_dim=1) for y in (d_out, out))
-            sums = _get(lse, task, group, token_dim=2).contiguous()
-            found = ctx.passes.backward(
-                d, inputs.q, inputs.k, inputs.v, inputs.decay, o, sums, ctx.scale, ctx.dropout, seed
-            )
-            gradients.add(task, inputs, *found)
+        def run(placed: _Placed, seed: Tensor | None) -> None:
+            inputs = _inputs(x, placed, rows)
+            d, o = (_get(y, placed, token_dim=1) for y in (d_out, out))
+            sums = _get(lse, placed, token_dim=2).contiguous()
+            gradients.add(placed, *ctx.passes.backward(d, *inputs, o, sums, ctx.scale, ctx.dropout, seed))
 
-        for task, seed in zip(plan.others, seeds[len(plan.inside) :], strict=True):
-            run(task, seed)
+        for placed, seed in zip(plan.others, seeds[len(plan.inside) :], strict=True):
+            run(placed, seed)
         exchange = None
-        if rows is not None:
-            # Home, by the ranks that they came from.
+        if gradients.of_rows is not None:
+            # Home, to the ranks that they came from.
             exchange = Exchange(gradients.of_rows, plan.fetch.received, plan.fetch.sent, plan.shards)
-        for task, seed in zip(plan.inside, seeds, strict=False):
-            run(task, seed)
+        for placed, seed in zip(plan.inside, seeds, strict=False):
+            run(placed, seed)
         gradients.finish(exchange)
         return gradients.q, gradients.k, gradients.v, gradients.c_q, gradients.c_k, None, None, None, None, None
 
 
-def _get(x: Tensor, task: Task, group: int, token_dim: int) -> Tensor:
-    x = x.narrow(token_dim, task.rows.start, task.rows.stop - task.rows.start)
-    if task.heads is None:
-        return x
-    heads = torch.tensor([g * group + i for g in task.heads for i in range(group)], device=x.device)
-    return x.index_select(3 - token_dim, heads)
+def _get(x: Tensor, placed: _Placed, token_dim: int) -> Tensor:
+    """The queries and heads of a task, of ``x`` with query heads in dimension 1 or 2 and tokens in the other."""
+    rows = placed.task.rows
+    x = x.narrow(token_dim, rows.start, rows.stop - rows.start)
+    return x if placed.of_query is None else x.index_select(3 - token_dim, placed.of_query)
 
 
-def _put(whole: Tensor, x: Tensor, task: Task, group: int, token_dim: int) -> None:
-    whole = whole.narrow(token_dim, task.rows.start, task.rows.stop - task.rows.start)
-    if task.heads is None:
+def _put(whole: Tensor, x: Tensor, placed: _Placed, token_dim: int) -> None:
+    rows = placed.task.rows
+    whole = whole.narrow(token_dim, rows.start, rows.stop - rows.start)
+    if placed.of_query is None:
         whole.copy_(x)
     else:
-        heads = torch.tensor([g * group + i for g in task.heads for i in range(group)], device=x.device)
-        whole.index_copy_(3 - token_dim, heads, x)
+        whole.index_copy_(3 - token_dim, placed.of_query, x)
 
 
 class _Gradients:
     """Sums of what tasks find. Inside ones write whole segments, so they come first: what others found waits."""
 
     def __init__(self, x: _Tensors, rows: Rows | None, plan: _Plan) -> None:
-        self._plan, self._group, self._gates = plan, x.q.shape[2] // x.k.shape[2], x.gates()
-        covered = sum(task.segment.stop - task.segment.start for task in plan.inside) == x.q.shape[1]
+        self._plan = plan
+        covered = sum(_size(placed.task.segment) for placed in plan.inside) == x.q.shape[1]
         make = torch.empty_like if covered else torch.zeros_like
         self.k, self.v = (make(y, memory_format=torch.contiguous_format) for y in (x.k, x.v))
         self.q = torch.empty_like(x.q, memory_format=torch.contiguous_format)
         self.c_q, self.c_k = (torch.zeros_like(y, memory_format=torch.contiguous_format) for y in (x.c_q, x.c_k))
         self.of_rows = None if rows is None else Rows(*(torch.zeros_like(y) for y in rows))
-        self._waiting: list[tuple[Task, Tensor, Tensor, Tensor]] = []
+        self._waiting: list[tuple[_Placed, Tensor, list[list[Tensor]]]] = []
 
-    def add(self, task: Task, inputs: _Inputs, dq: Tensor, dk: Tensor, dv: Tensor, dc_q: Tensor, dc_k: Tensor) -> None:
+    def add(self, placed: _Placed, dq: Tensor, dk: Tensor, dv: Tensor, dc_q: Tensor, dc_k: Tensor) -> None:
         """What one task found, each in the shape of its inputs."""
-        if task.heads is None:
+        task = placed.task
+        if placed.of_gate is None:
             self.c_q[..., task.rows] += dc_q
         else:
-            gates = [g * self._gates + i for g in task.heads for i in range(self._gates)]
-            self.c_q[..., task.rows].index_add_(1, torch.tensor(gates, device=dq.device), dc_q)
+            self.c_q[..., task.rows].index_add_(1, placed.of_gate, dc_q)
         if task.is_inside:
             self.q[:, task.rows] = dq
             self.k[:, task.segment], self.v[:, task.segment] = dk, dv
             self.c_k[..., task.segment] += dc_k
             return
-        heads = dk.shape[2]
-        sums = _by_token(dc_k, heads)
-        if self.of_rows is not None and len(inputs.source):
-            kv = torch.stack([y.flatten(0, 2).index_select(0, inputs.target) for y in (dk, dv)], 1)
-            self.of_rows.kv.index_add_(0, inputs.source, kv)
-            self.of_rows.c.index_add_(0, inputs.source, sums.flatten(0, 2).index_select(0, inputs.target))
-        parts = _own_parts(task, self._plan.shards)
-        own = [torch.cat([y[:, inside] for inside, _ in parts], 1) for y in (dk, dv, sums)]
-        self._waiting.append((task, dq, *own))
+        found = (dk, dv, _by_token(dc_k, dk.shape[2]))
+        if self.of_rows is not None and len(placed.source):
+            dk, dv, dc = (y.flatten(0, 2).index_select(0, placed.target) for y in found)
+            self.of_rows.kv.index_add_(0, placed.source, torch.stack([dk, dv], 1))
+            self.of_rows.c.index_add_(0, placed.source, dc)
+        self._waiting.append((placed, dq, [[y[:, inside] for y in found] for inside, _ in placed.own]))
 
     def finish(self, exchange: Exchange | None) -> None:
         """Add what waits, and what other ranks found for this one's keys."""
         kv_heads, size = self.k.shape[2:]
         by_token = torch.zeros_like(_by_token(self.c_k, kv_heads), memory_format=torch.contiguous_format)
-        for task, dq, *own in self._waiting:
-            _put(self.q, dq, task, self._group, token_dim=1)
-            heads = torch.tensor(range(kv_heads) if task.heads is None else task.heads, device=dq.device)
-            rows = [rows for _, rows in _own_parts(task, self._plan.shards)]
-            for whole, found in zip((self.k, self.v, by_token), own, strict=True):
-                for place, part in zip(rows, found.split([x.stop - x.start for x in rows], 1), strict=True):
-                    whole[:, place].index_add_(2, heads, part)
+        for placed, dq, parts in self._waiting:
+            _put(self.q, dq, placed, token_dim=1)
+            for (_, rows), found in zip(placed.own, parts, strict=True):
+                for whole, part in zip((self.k, self.v, by_token), found, strict=True):
+                    if placed.heads is None:
+                        whole[:, rows] += part
+                    else:
+                        whole[:, rows].index_add_(2, placed.heads, part)
         if exchange is not None:
-            index, counts = self._plan.fetch.index, self._plan.fetch.sent
+            counts = self._plan.fetch.sent
             kv, c = exchange.wait()
             # One rank after the other: of one, no row comes twice, so the order of additions is always the same.
-            for rows, d_kv, d_c in zip(index.split(counts), kv.split(counts), c.split(counts), strict=True):
-                self.k.view(-1, size).index_add_(0, rows, d_kv[:, 0].contiguous())
-                self.v.view(-1, size).index_add_(0, rows, d_kv[:, 1].contiguous())
-                by_token.flatten(0, 2).index_add_(0, rows, d_c)
+            for rows, d_kv, d_c in zip(self._plan.index.split(counts), kv.split(counts), c.split(counts), strict=True):
+                if len(rows):
+                    self.k.view(-1, size).index_add_(0, rows, d_kv[:, 0])
+                    self.v.view(-1, size).index_add_(0, rows, d_kv[:, 1])
+                    by_token.flatten(0, 2).index_add_(0, rows, d_c)
         self.c_k += by_token.permute(0, 2, 3, 1).flatten(1, 2)
+
+
+def _size(rows: slice) -> int:
+    return rows.stop - rows.start
 
 
 @torch.compiler.disable
@@ -385,7 +413,8 @@ def sharded_attention(
         c_q, c_k = c_q.expand(-1, kv_heads, -1), c_k.expand(-1, kv_heads, -1)
     if first.shape[1] != heads:
         first = first.repeat_interleave(heads // first.shape[1], dim=1)
-    plan = _Plan(find_needs(first, decay.last, kv_heads, shards), shards, q.device)
+    needs = find_needs(first, decay.last, kv_heads, shards)
+    plan = _Plan(needs, shards, heads // kv_heads, c_k.shape[1] // kv_heads, q.device)
     traffic = shards.context.traffic
     row_bytes = 2 * q.shape[-1] * q.element_size()
     traffic.moved += sum(plan.fetch.received) * (row_bytes + 8 * c_k.shape[1] // kv_heads)

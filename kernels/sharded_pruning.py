@@ -69,8 +69,7 @@ def prune_shards(
     if fast:
         join_blocks(end, log_sum)
         join_largest(largest)
-    starts = [s for _, a, b in shards.split.segments for s in range(a, b, PRUNED_KEYS)]
-    block_start = torch.tensor(starts, device=q.device)
+    block_start = shards.block_starts(q.device)
     first = (
         decay.first
         if decay.first.shape[1] == heads
