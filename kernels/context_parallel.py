@@ -156,11 +156,8 @@ class Shards:
         Returns:
             ``c`` as ``[B, Hf, T]`` float64 and ``first`` as ``[B, Hf, T]`` int64, in tokens of the whole sequence.
         """
-        parts = [
-            accumulate(log_f[:, rows], offset=segment.start, starts=None if starts is None else starts[:, rows])
-            for segment, rows in zip(self.segments, self.rows, strict=True)
-        ]
-        c, first = (torch.cat(x, -1) for x in zip(*parts, strict=True))
+        # As if a token came before, so that a reset at the first of these is not taken for none.
+        c, first = accumulate(log_f, offset=1, starts=starts)
         return _WithGatesBefore.apply(c, first, self)
 
     def states_before(self, states: Tensor, real: Tensor | None) -> Tensor:
@@ -184,22 +181,28 @@ class Shards:
 
 
 class _WithGatesBefore(torch.autograd.Function):
-    """Running sums and first keys of segments, each as if it were the first, to those of the whole sequence."""
+    """Running sums and first keys over this rank's tokens, counted from 1, to those over the whole sequence."""
 
     @staticmethod
     def forward(ctx, c: Tensor, first: Tensor, shards: Shards) -> tuple[Tensor, Tensor]:
         ctx.shards = shards
-        # Indices of tokens are exact in float64 too.
-        ends = [torch.stack([c[..., rows.stop - 1], first[..., rows.stop - 1].double()]) for rows in shards.rows]
+        ends = []
         c, first = c.clone(), first.clone()
+        for (_, start, _), rows in zip(shards.segments, shards.rows, strict=True):
+            own = first[..., rows]
+            # A reset further back is of another segment, whose end says where it is.
+            own.add_(start - rows.start - 1).masked_fill_(own < start, 0)
+            # Indices of tokens are exact in float64 too.
+            before = c[..., rows.start - 1] if rows.start else torch.zeros_like(c[..., 0])
+            ends.append(torch.stack([before, c[..., rows.stop - 1] - before, own[..., -1].double()]))
         sums = torch.zeros_like(c[..., 0])
         resets = torch.zeros_like(first[..., 0])
-        for i, (end, reset) in enumerate(shards.from_all(ends)):
+        for i, (local, total, reset) in enumerate(shards.from_all(ends)):
             if i in shards.own:
                 rows = shards.rows[shards.own.index(i)]
-                c[..., rows] += sums[..., None]
+                c[..., rows] += (sums - local)[..., None]
                 first[..., rows].clamp_(min=resets[..., None])
-            sums = sums + end
+            sums = sums + total
             resets = torch.maximum(resets, reset.long())
         ctx.mark_non_differentiable(first)
         return c, first
@@ -209,9 +212,9 @@ class _WithGatesBefore(torch.autograd.Function):
         shards = ctx.shards
         totals = shards.from_all([dc[..., rows].sum(-1) for rows in shards.rows])
         dc = dc.clone()
-        # The last sum of a segment goes into all of those of later ones.
-        for i, rows in zip(shards.own, shards.rows, strict=True):
-            for total in totals[i + 1 :]:
+        # A gate is in the sums of all later tokens. Of those on this rank autograd knows; here are those in between.
+        for i, rows, following in zip(shards.own, shards.rows, [*shards.own[1:], len(totals)], strict=True):
+            for total in totals[i + 1 : following]:
                 dc[..., rows.stop - 1] += total
         return dc, None, None
 

@@ -13,6 +13,8 @@ results are those of one device but for the order of sums within tiles. Backward
 and sends the gradients of these home while the others run.
 """
 
+from dataclasses import dataclass
+from functools import cached_property
 from typing import NamedTuple
 
 import numpy as np
@@ -53,7 +55,7 @@ class Task(NamedTuple):
 
 
 def plan_tasks(needs: Needs, shards: Shards) -> list[Task]:
-    """The tasks of this rank, those inside first."""
+    """The tasks of this rank, the largest first: while a GPU computes one, the host prepares the next."""
     inside, others = [], []
     first, crossing = needs.first[shards.own].min(1), needs.crossing.max(1)
     heads = first.shape[1]
@@ -73,7 +75,13 @@ def plan_tasks(needs: Needs, shards: Shards) -> list[Task]:
                     stop = segment.start + count
                     chosen = None if len(some) == heads else some
                     others.append(Task(queries, chosen, [], start, stop, rows, segment.start))
-    return inside + others
+    return sorted(inside, key=_size, reverse=True) + sorted(others, key=_size, reverse=True)
+
+
+def _size(task: Task) -> int:
+    """Pairs of queries and keys in its window, whether they are kept or not."""
+    heads = -len(task.hidden) if task.heads is None else len(task.heads)
+    return (task.rows.stop - task.rows.start) * (task.stop - task.start) * heads
 
 
 def _by_length(heads: list[int], first: np.ndarray, start: int, queries: int) -> list[tuple[list[int], int]]:
@@ -86,14 +94,15 @@ def _by_length(heads: list[int], first: np.ndarray, start: int, queries: int) ->
     return [(some, int(first[some].min()) // PRUNED_QUERIES * PRUNED_QUERIES) for some in groups.values()]
 
 
-class _Placed(NamedTuple):
+@dataclass
+class _Placed:
     """A task with its indices on the device.
 
     Attributes:
         task: what is computed.
         heads, of_query, of_gate: its key/value heads, and their query heads and gates; None for all.
         left_out: query heads that it leaves out, of all.
-        source, target: of rows that were received, those in its window, and where, as rows of ``[B, W, heads]``.
+        runs, tables: for `source` and `target`.
         own: where tokens of this rank lie in its window, and on the rank.
     """
 
@@ -102,9 +111,19 @@ class _Placed(NamedTuple):
     of_query: Tensor | None
     of_gate: Tensor | None
     left_out: Tensor
-    source: Tensor
-    target: Tensor
+    runs: tuple[Runs, Runs]
+    tables: tuple[Tensor, Tensor]
     own: list[tuple[slice, slice]]
+
+    @cached_property
+    def source(self) -> Tensor:
+        """The rows in its window, of those that were received."""
+        return self.runs[0].expand(self.tables[0])
+
+    @cached_property
+    def target(self) -> Tensor:
+        """Where they lie, as rows of the window ``[B, W, heads]``."""
+        return self.runs[1].expand(self.tables[1])
 
 
 class _Plan:
@@ -131,11 +150,10 @@ class _Plan:
         index, *parts = to_device(tables, device)
         self.index = self.fetch.rows.expand(index)
         placed = []
-        for i, (task, (source, target)) in enumerate(zip(tasks, runs, strict=True)):
-            *chosen, left_out, sources, targets = parts[6 * i : 6 * i + 6]
+        for i, (task, own_runs) in enumerate(zip(tasks, runs, strict=True)):
+            *chosen, left_out, source, target = parts[6 * i : 6 * i + 6]
             heads = (None, None, None) if task.heads is None else chosen
-            rows = (source.expand(sources), target.expand(targets))
-            placed.append(_Placed(task, *heads, left_out, *rows, _own_parts(task, shards)))
+            placed.append(_Placed(task, *heads, left_out, own_runs, (source, target), _own_parts(task, shards)))
         self.inside = [one for one in placed if one.task.is_inside]
         self.others = [one for one in placed if not one.task.is_inside]
 
@@ -323,7 +341,8 @@ class _Gradients:
 
     def __init__(self, x: _Tensors, rows: Rows | None, plan: _Plan) -> None:
         self._plan = plan
-        covered = sum(_size(placed.task.segment) for placed in plan.inside) == x.q.shape[1]
+        segments = [placed.task.segment for placed in plan.inside]
+        covered = sum(rows.stop - rows.start for rows in segments) == x.q.shape[1]
         make = torch.empty_like if covered else torch.zeros_like
         self.k, self.v = (make(y, memory_format=torch.contiguous_format) for y in (x.k, x.v))
         self.q = torch.empty_like(x.q, memory_format=torch.contiguous_format)
@@ -372,10 +391,6 @@ class _Gradients:
                     self.v.view(-1, size).index_add_(0, rows, d_kv[:, 1])
                     by_token.flatten(0, 2).index_add_(0, rows, d_c)
         self.c_k += by_token.permute(0, 2, 3, 1).flatten(1, 2)
-
-
-def _size(rows: slice) -> int:
-    return rows.stop - rows.start
 
 
 @torch.compiler.disable
