@@ -186,24 +186,24 @@ class _WithGatesBefore(torch.autograd.Function):
     @staticmethod
     def forward(ctx, c: Tensor, first: Tensor, shards: Shards) -> tuple[Tensor, Tensor]:
         ctx.shards = shards
-        ends = []
         c, first = c.clone(), first.clone()
+        ends = []
         for (_, start, _), rows in zip(shards.segments, shards.rows, strict=True):
-            own = first[..., rows]
             # A reset further back is of another segment, whose end says where it is.
-            own.add_(start - rows.start - 1).masked_fill_(own < start, 0)
+            first[..., rows].add_(start - rows.start - 1).masked_fill_(first[..., rows] < start, 0)
             # Indices of tokens are exact in float64 too.
-            before = c[..., rows.start - 1] if rows.start else torch.zeros_like(c[..., 0])
-            ends.append(torch.stack([before, c[..., rows.stop - 1] - before, own[..., -1].double()]))
-        sums = torch.zeros_like(c[..., 0])
-        resets = torch.zeros_like(first[..., 0])
-        for i, (local, total, reset) in enumerate(shards.from_all(ends)):
-            if i in shards.own:
-                rows = shards.rows[shards.own.index(i)]
-                c[..., rows] += (sums - local)[..., None]
-                first[..., rows].clamp_(min=resets[..., None])
-            sums = sums + total
-            resets = torch.maximum(resets, reset.long())
+            ends.append(torch.stack([c[..., rows.stop - 1], first[..., rows.stop - 1].double()]))
+        sums, resets = torch.stack(shards.from_all(ends)).unbind(1)
+        # The sum of a rank's segment goes on from its segment before.
+        previous = shards.split.previous_of_rank
+        own_before = torch.stack([torch.zeros_like(sums[0]) if i is None else sums[i] for i in previous])
+        totals = sums - own_before
+        shifts = totals.cumsum(0) - totals - own_before
+        resets = resets.long().cummax(0).values
+        for i, rows in zip(shards.own, shards.rows, strict=True):
+            c[..., rows] += shifts[i, ..., None]
+            if i:
+                first[..., rows].clamp_(min=resets[i - 1, ..., None])
         ctx.mark_non_differentiable(first)
         return c, first
 

@@ -28,16 +28,15 @@ class Needs(NamedTuple):
     crossing: np.ndarray
 
 
-def find_needs(first: Tensor, last: Tensor, kv_heads: int, shards: Shards) -> Needs:
+def find_needs(first: Tensor, kv_heads: int, shards: Shards) -> Needs:
     """What every segment needs, from the first key that each query of this rank keeps. Waits for the device.
 
     Args:
         first: ``[B, H, T]`` int64 in tokens of the sequence, beyond its own for a query that sees nothing.
-        last: ``[T]`` int64 own token of each query.
         kv_heads: number of key/value heads.
         shards: who has which tokens.
     """
-    first = torch.where(first > last, torch.iinfo(torch.int64).max, first).unflatten(1, (kv_heads, -1)).amin(2)
+    first = first.unflatten(1, (kv_heads, -1)).amin(2) if first.shape[1] > kv_heads else first
     least, crossing = [], []
     for (_, start, stop), rows in zip(shards.segments, shards.rows, strict=True):
         part = first[..., rows]
@@ -121,18 +120,14 @@ def plan_fetch(needs: Needs, shards: Shards) -> Fetch:
     origin = np.arange(batch)[:, None] * tokens * kv_heads + np.arange(kv_heads)
     starts, counts = [], []
     sent, received = [0] * split.ranks, [0] * split.ranks
-    segments, total = [], 0
     for rank in range(split.ranks):
-        for i, segment in enumerate(split.segments):
+        for i, segment, rows in zip(shards.own, shards.segments, shards.rows, strict=True):
             kept = _kept_of(needs.first, i, rank, shards)
             count = segment.stop - kept
-            total += int(count.sum())
-            if segment.rank == me:
-                local = shards.rows[shards.own.index(i)].start + kept - segment.start
-                starts.append((origin + local * kv_heads).ravel())
-                counts.append(count.ravel())
-                sent[rank] += int(count.sum())
-    end = 0
+            starts.append((origin + (rows.start + kept - segment.start) * kv_heads).ravel())
+            counts.append(count.ravel())
+            sent[rank] += int(count.sum())
+    segments, end = [], 0
     for source in range(split.ranks):
         for i, segment in enumerate(split.segments):
             if segment.rank == source != me:
@@ -143,7 +138,9 @@ def plan_fetch(needs: Needs, shards: Shards) -> Fetch:
                 received[source] += int(count.sum())
                 end += int(count.sum())
     rows = Runs(np.concatenate(starts), np.concatenate(counts), kv_heads)
-    return Fetch(rows, sent, received, segments, total == 0)
+    # What stands before a segment is on another rank.
+    before = needs.first.min((1, 2)) < [segment.start for segment in split.segments]
+    return Fetch(rows, sent, received, segments, not before.any())
 
 
 def _kept_of(first: np.ndarray, i: int, rank: int, shards: Shards) -> np.ndarray:

@@ -428,7 +428,7 @@ def sharded_attention(
         c_q, c_k = c_q.expand(-1, kv_heads, -1), c_k.expand(-1, kv_heads, -1)
     if first.shape[1] != heads:
         first = first.repeat_interleave(heads // first.shape[1], dim=1)
-    needs = find_needs(first, decay.last, kv_heads, shards)
+    needs = find_needs(first, kv_heads, shards)
     plan = _Plan(needs, shards, heads // kv_heads, c_k.shape[1] // kv_heads, q.device)
     traffic = shards.context.traffic
     row_bytes = 2 * q.shape[-1] * q.element_size()

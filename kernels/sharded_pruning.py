@@ -6,6 +6,7 @@ so of 64, it is what one device would find.
 """
 
 import math
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -60,7 +61,7 @@ def prune_shards(
     heads, kv_heads = q.shape[2], k.shape[2]
     fast = runs_kernels(q) and q.dtype != torch.float64
     summarize = _summarize_on_device if fast else _summarize_in_pytorch
-    parts = [summarize(q[:, rows], k[:, rows], decay.key[..., rows], scale) for rows in shards.rows]
+    parts = _by_segment(summarize, q, k, decay.key, scale, shards)
     end, log_sum, largest = _blocks_of_all(parts, decay.key, kv_heads, shards)
     logit_bound = _bound(logit_bound, parts, largest, q, kv_heads, shards) if rule == "paper" else None
     log_eps = math.log(eps) if rule == "tight" else math.log(eps) - math.log(shards.split.length)
@@ -70,11 +71,9 @@ def prune_shards(
         join_blocks(end, log_sum)
         join_largest(largest)
     block_start = shards.block_starts(q.device)
-    first = (
-        decay.first
-        if decay.first.shape[1] == heads
-        else decay.first.repeat_interleave(heads // decay.first.shape[1], dim=1)
-    )
+    first = decay.first
+    if first.shape[1] != heads:
+        first = first.repeat_interleave(heads // first.shape[1], dim=1)
     sees_nothing = first > decay.last
     raised = []
     for index, part, rows in zip(shards.own, parts, shards.rows, strict=True):
@@ -84,6 +83,20 @@ def prune_shards(
         )
         raised.append(block_start[kept])
     return decay._replace(first=torch.where(sees_nothing, first, torch.maximum(first, torch.cat(raised, -1))))
+
+
+def _by_segment(
+    summarize: Callable[..., _Part], q: Tensor, k: Tensor, c_k: Tensor, scale: float, shards: Shards
+) -> list[_Part]:
+    if any(rows.start % PRUNED_KEYS for rows in shards.rows):
+        return [summarize(q[:, rows], k[:, rows], c_k[..., rows], scale) for rows in shards.rows]
+    # In one go: no block has keys of two segments.
+    whole = summarize(q, k, c_k, scale)
+    tokens = [rows.stop - rows.start for rows in shards.rows]
+    blocks = [-(-count // PRUNED_KEYS) for count in tokens]
+    rows_parts = zip(*(x.split(tokens, -1) for x in whole[:2]), strict=True)
+    block_parts = zip(*(x.split(blocks, -1) for x in whole[2:]), strict=True)
+    return [_Part(*a, *b) for a, b in zip(rows_parts, block_parts, strict=True)]
 
 
 def _summarize_on_device(q: Tensor, k: Tensor, c_k: Tensor, scale: float) -> _Part:
@@ -147,7 +160,7 @@ def _search_on_device(
     # As if every block before were full: rows find themselves among blocks by their positions.
     last = torch.arange(c_q.shape[-1], device=c_q.device) + before * PRUNED_KEYS
     first = torch.where(sees_nothing, _NEVER, 0)
-    rows = Rows(c_q, first, last, part.q_norm, part.own)
+    rows = Rows(c_q, first, last, part.q_norm.contiguous(), part.own.contiguous())
     kept = search(rows, Blocks(*blocks), sees_nothing.shape[1], blocks[2].shape[1], log_eps, logit_bound)
     return kept.masked_fill(sees_nothing, 0) // PRUNED_KEYS
 

@@ -104,6 +104,16 @@ class TokenSplit:
             seen[segment.rank] += 1
         return slots
 
+    @cached_property
+    def previous_of_rank(self) -> list[int | None]:
+        """Of each segment, which one its rank has before it; None for its first."""
+        last: list[int | None] = [None] * self.ranks
+        previous = []
+        for i, segment in enumerate(self.segments):
+            previous.append(last[segment.rank])
+            last[segment.rank] = i
+        return previous
+
     @property
     def most_segments(self) -> int:
         """Of any rank."""
