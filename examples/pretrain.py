@@ -140,7 +140,9 @@ def main(arguments: list[str] | None = None) -> Trainer:
     evaluated, trained = torch.utils.data.random_split(sequences, [held_out, len(sequences) - held_out])
     model = FoxForCausalLM(build_config(own, tokenizer))
     if training.process_index == 0:
-        print(f"{model.num_parameters() / 1e6:.1f}M parameters, {len(trained)} sequences to train on, {held_out} held out")
+        print(
+            f"{model.num_parameters() / 1e6:.1f}M parameters, {len(trained)} sequences to train on, {held_out} held out"
+        )
 
     trainer = Trainer(
         model,

@@ -27,6 +27,7 @@ from .configuration_fox import LAYER_TYPE, FoxConfig
 from .gates_fox import FoxConstantGate, FoxForgetGate, decay_time_bias, share_remembered
 from .layers_fox import FoxAttention, FoxDecoderLayer, FoxRMSNorm, FoxRotaryEmbedding
 from .layout_fox import padding_mask, token_layout
+from .loss_fox import FoxLMHead, loss_in_chunks
 from .paged_cache_fox import FoxPagedCache
 from .peft_defaults import register_peft_defaults
 
@@ -177,7 +178,7 @@ class FoxForCausalLM(FoxPreTrainedModel, GenerationMixin):
         super().__init__(config)
         self.model = FoxModel(config)
         self.vocab_size = config.vocab_size
-        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.lm_head = FoxLMHead(config.hidden_size, config.vocab_size, bias=False)
         self.post_init()
 
     @staticmethod
@@ -254,11 +255,18 @@ class FoxForCausalLM(FoxPreTrainedModel, GenerationMixin):
             use_cache=use_cache,
             **kwargs,
         )
-        kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-        logits = self.lm_head(outputs.last_hidden_state[:, kept])
-        loss = None
+        logits = loss = None
+        chunk_size = self.config.loss_chunk_size if self.training and labels is not None else None
+        if chunk_size is None:
+            kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+            logits = self.lm_head(outputs.last_hidden_state[:, kept])
         if labels is not None:
-            loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
+            loss_of, states = self.loss_function, outputs.last_hidden_state
+            if chunk_size is None:
+                loss = loss_of(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
+            else:
+                kwargs["vocab_size"] = self.config.vocab_size
+                loss = loss_in_chunks(states, labels, self.lm_head, loss_of, chunk_size, **kwargs)
             if coefficient:
                 if not self.config.gates_learn:
                     raise ValueError(f"forget_aux_loss_coef must be 0 with forget_gate {self.config.forget_gate!r}")

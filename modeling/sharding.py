@@ -1,7 +1,7 @@
 """Data parallelism by torch's FSDP2, with what must not be rounded in float32.
 
-FSDP2 gathers each group of weights in one type. Mixed precision makes that bfloat16, and would round a forget gate's bias,
-so that heads forget faster or slower by percents. A group of its own keeps each gate in float32, whatever the rest is.
+FSDP2 gathers each group of weights in one type. Mixed precision makes that bfloat16, and would round a forget gate's
+bias, so that heads forget faster or slower by percents. A group of its own keeps each gate in float32.
 """
 
 import os
