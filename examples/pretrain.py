@@ -23,6 +23,8 @@ Documents are packed without padding: decay and token shift begin anew with each
 Every other option is one of `TrainingArguments`.
 """
 
+import json
+import math
 import os
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -35,6 +37,7 @@ from transformers import (
     HfArgumentParser,
     PreTrainedTokenizerBase,
     Trainer,
+    TrainerState,
     TrainingArguments,
     set_seed,
 )
@@ -104,20 +107,37 @@ def build_config(own: PretrainingArguments, tokenizer: PreTrainedTokenizerBase) 
 
 
 def check_processes(training: TrainingArguments) -> None:
-    """Refuse processes that a launcher started together and that would train each alone, into the same folder."""
+    """Refuse processes that would train each alone, into the same folder, and sizes of groups that they do not fill."""
     started = int(os.environ.get("WORLD_SIZE", "1"))
     if started != training.world_size:
         raise ValueError(
             f"{started} processes were started, but training sees {training.world_size}, on {training.device}: "
             "several need a GPU each, or --use_cpu"
         )
+    if os.environ.get("ACCELERATE_USE_PARALLELISM_CONFIG") == "true":
+        prefix, ending = "PARALLELISM_CONFIG_", "_SIZE"
+        names = sorted(name for name in os.environ if name.startswith(prefix) and name.endswith(ending))
+        sizes = {name.removeprefix(prefix).lower(): int(os.environ[name]) for name in names}
+        if math.prod(sizes.values()) != started:
+            got = ", ".join(f"{name} {size}" for name, size in sizes.items())
+            raise ValueError(f"the sizes of parallelism_config must multiply to {started} processes, got {got}")
 
 
-def last_complete_checkpoint(folder: str) -> str | None:
-    """The newest checkpoint whose saving was not interrupted; None if there is none."""
-    # Trainer writes this file last.
-    saved = [path.parent for path in Path(folder).glob("checkpoint-*/trainer_state.json")]
-    return str(max(saved, key=lambda path: int(path.name.split("-")[-1]))) if saved else None
+def is_complete(checkpoint: Path) -> bool:
+    """Whether its saving was not interrupted."""
+    try:
+        # What Trainer writes last.
+        TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
+    except (FileNotFoundError, json.JSONDecodeError):
+        print(f"{checkpoint} was not saved to its end and is left aside")
+        return False
+    return True
+
+
+def last_checkpoint(folder: str) -> str | None:
+    """The newest complete checkpoint; None if there is none."""
+    newest_first = sorted(Path(folder).glob("checkpoint-*"), key=lambda path: -int(path.name.split("-")[-1]))
+    return next((str(path) for path in newest_first if is_complete(path)), None)
 
 
 def save_whole_model(trainer: Trainer) -> None:
@@ -154,7 +174,7 @@ def main(arguments: list[str] | None = None) -> Trainer:
         data_collator=DataCollatorWithFlattening(),
     )
     prepare_fsdp2(trainer.accelerator, trainer.model)
-    trainer.train(resume_from_checkpoint=last_complete_checkpoint(training.output_dir) if own.resume else None)
+    trainer.train(resume_from_checkpoint=last_checkpoint(training.output_dir) if own.resume else None)
     if held_out:
         trainer.log_metrics("eval", trainer.evaluate())
     save_whole_model(trainer)

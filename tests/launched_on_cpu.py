@@ -12,7 +12,7 @@ import torch
 import transformers.trainer
 from transformers import TrainerCallback
 
-from fsdp_on_cpu import let_accelerate_shard
+from fsdp_on_cpu import accelerate_shards
 
 
 class DieAtStep(TrainerCallback):
@@ -24,8 +24,8 @@ class DieAtStep(TrainerCallback):
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    let_accelerate_shard()
     if "DIE_AT_STEP" in os.environ:
         transformers.trainer.DEFAULT_CALLBACKS.append(DieAtStep)
     sys.argv = sys.argv[1:]
-    runpy.run_path(sys.argv[0], run_name="__main__")
+    with accelerate_shards():
+        runpy.run_path(sys.argv[0], run_name="__main__")
