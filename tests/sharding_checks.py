@@ -131,9 +131,13 @@ def load_sharded(folder: str, dtype: torch.dtype) -> dict[str, Any]:
     loss.backward()
     gradients = {name: weight.grad.full_tensor() for name, weight in model.named_parameters()}
     with torch.no_grad():
-        text = model.eval().generate(tokens(1, 8), max_new_tokens=6, min_new_tokens=6, do_sample=False)
+        model.eval()
+        texts = []
+        for frees in (False, True):
+            model.config.free_dead_cache = frees
+            texts.append(model.generate(tokens(1, 150), max_new_tokens=6, min_new_tokens=6, do_sample=False).tolist())
     groups = sum(isinstance(module, FSDPModule) for module in model.modules())
-    return {"loss": loss.item(), "gradients": gradients, "text": text.tolist(), "groups": groups}
+    return {"loss": loss.item(), "gradients": gradients, "texts": texts, "groups": groups}
 
 
 def work(cases: dict[str, Case], out: str, loads: Sequence[tuple[str, torch.dtype]] = ()) -> tuple[dict, list]:
