@@ -19,6 +19,12 @@ Its checkpoints are sharded, and `--resume` takes them up on any number of GPUs;
 Keep the product of processes, `--per_device_train_batch_size` and `--gradient_accumulation_steps`, and the loss goes on
 as it would have.
 
+DeepSpeed, where it is installed (weights and gates in float32, products in bfloat16 by its autocast; without --bf16):
+
+    torchrun --nproc_per_node 2 examples/pretrain.py --deepspeed examples/accelerate/deepspeed_zero3.json ...
+
+A sequence whose logits would not fit, as from about 65,536 tokens on: `--loss_chunk_size 8192`.
+
 Documents are packed without padding: decay and token shift begin anew with each (`DataCollatorWithFlattening`).
 Every other option is one of `TrainingArguments`.
 """
@@ -59,6 +65,7 @@ class PretrainingArguments:
     hidden_size: int | None = field(default=None, metadata={"help": "instead of the preset's"})
     num_hidden_layers: int | None = field(default=None, metadata={"help": "instead of the preset's"})
     num_attention_heads: int | None = field(default=None, metadata={"help": "instead of the preset's"})
+    loss_chunk_size: int | None = field(default=None, metadata={"help": "tokens whose logits are held at a time"})
 
 
 class Sequences(Dataset):
@@ -91,7 +98,7 @@ def build_config(own: PretrainingArguments, tokenizer: PreTrainedTokenizerBase) 
     """The preset, or the default configuration, with the sizes that were given and the tokenizer's tokens."""
     sizes = {
         name: value
-        for name in ("hidden_size", "num_hidden_layers", "num_attention_heads")
+        for name in ("hidden_size", "num_hidden_layers", "num_attention_heads", "loss_chunk_size")
         if (value := getattr(own, name)) is not None
     }
     tokens = {

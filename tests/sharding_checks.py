@@ -78,7 +78,7 @@ def make_trainer(case: Case, out: str) -> Trainer:
         engine = {"fsdp": True, "fsdp_config": {"version": 2, "state_dict_type": "SHARDED_STATE_DICT"} | case.fsdp}
     if case.groups:
         engine["parallelism_config"] = ParallelismConfig(dp_replicate_size=case.groups[0], dp_shard_size=case.groups[1])
-    options = {"max_steps": STEPS, "per_device_train_batch_size": BATCH // world, "learning_rate": 3e-3}
+    options: dict[str, Any] = {"max_steps": STEPS, "per_device_train_batch_size": BATCH // world, "learning_rate": 3e-3}
     options |= {"logging_steps": 1, "report_to": "none", "disable_tqdm": True, "save_strategy": "no", "use_cpu": True}
     trainer = Trainer(
         make_model(case),

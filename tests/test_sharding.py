@@ -173,11 +173,17 @@ def pretrain() -> ModuleType:
 
 def launch(config: str, processes: int, arguments: list[str], **environment: str) -> subprocess.CompletedProcess:
     """`accelerate launch` of examples/pretrain.py with one of its configurations, on CPU processes, in float32."""
-    command = [sys.executable, "-m", "accelerate.commands.launch"]
+    command = ["accelerate.commands.launch"]
     command += ["--config_file", str(ROOT / "examples" / "accelerate" / f"{config}.yaml")]
     command += ["--num_processes", str(processes), "--main_process_port", str(free_port()), "--mixed_precision", "no"]
     command += [str(ROOT / "tests" / "launched_on_cpu.py"), str(ROOT / "examples" / "pretrain.py"), *arguments]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"} | environment
+    return run_module(command, ACCELERATE_USE_CPU="true", **environment)
+
+
+def run_module(command: list[str], **environment: str) -> subprocess.CompletedProcess:
+    """``python -m`` of it, with all that it starts ended after 150 s."""
+    command = [sys.executable, "-m", *command]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"} | environment
     process = subprocess.Popen(
         command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
     )
@@ -290,3 +296,23 @@ def test_fsdp_needs_a_launcher(monkeypatch: pytest.MonkeyPatch, arguments: list[
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "false")
     with pytest.raises(ValueError, match=r"Using fsdp only works in distributed training"):
         pretrain().main([*arguments, "--output_dir", str(tmp_path), "--fsdp"])
+
+
+@pytest.mark.slow
+def test_deepspeed_trains_as_one_process(uninterrupted: Path, arguments: list[str], tmp_path: Path) -> None:
+    """With the shipped configuration gates stay in float32; in float32 altogether the curve is that of one process."""
+    pytest.importorskip("deepspeed")
+    shipped = json.loads((ROOT / "examples" / "accelerate" / "deepspeed_zero3.json").read_text())
+    for name, exact in (("exact", True), ("shipped", False)):
+        out, config = tmp_path / name, tmp_path / f"{name}.json"
+        config.write_text(json.dumps(shipped | {"torch_autocast": {"enabled": not exact, "dtype": "bfloat16"}}))
+        command = ["torch.distributed.run", "--nproc_per_node", "2", "--master_port", str(free_port())]
+        command += [str(ROOT / "examples" / "pretrain.py"), *arguments, "--output_dir", str(out)]
+        command += ["--per_device_train_batch_size", "4", "--deepspeed", str(config)]
+        done = run_module(command, DS_ACCELERATOR="cpu")
+        assert done.returncode == 0, done.stdout[-3000:]
+        assert any(path.name.startswith("global_step") for path in (out / "checkpoint-4").iterdir()), "by DeepSpeed"
+        difference = worst(curve(out), curve(uninterrupted))
+        assert difference < PRECISE if exact else PRECISE < difference < 2**-7
+        saved = FoxForCausalLM.from_pretrained(out)
+        assert {weight.dtype for weight in saved.parameters()} == {torch.float32}
