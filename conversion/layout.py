@@ -111,7 +111,8 @@ def one_kind_of_error() -> Iterator[None]:
 
 
 # How fast something is computed, what training pays for, where a model came from, and what is kept under another name.
-_NOT_COMPUTED = {"acp_eps", "acp_rule", "free_dead_cache", "forget_aux_loss_coef", "grafted_from", "mlp_ratio"}
+_NOT_COMPUTED = {"acp_eps", "acp_rule", "free_dead_cache", "forget_aux_loss_coef", "loss_chunk_size"}
+_NOT_COMPUTED |= {"grafted_from", "mlp_ratio"}
 
 
 def _what_is_computed(config: FoxConfig) -> dict[str, Any]:

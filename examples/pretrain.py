@@ -10,10 +10,28 @@ A model of the paper with a tokenizer of your own, in bfloat16, going on where i
     torchrun --nproc_per_node 8 examples/pretrain.py --preset pro-125m --tokenizer my_tokenizer --text my_folder \
         --output_dir out --length 4096 --bf16 --gradient_checkpointing --torch_compile --resume
 
+On several GPUs with weights, gradients and optimizer state sharded over them (FSDP2; hsdp.yaml and ddp.yaml beside it):
+
+    accelerate launch --config_file examples/accelerate/fsdp2.yaml --num_processes 2 examples/pretrain.py \
+        --preset pro-760m --text my_folder --output_dir out --length 16384 --per_device_train_batch_size 1 --resume
+
+Its checkpoints are sharded, and `--resume` takes them up on any number of GPUs; the model saved at the end is whole.
+Keep the product of processes, `--per_device_train_batch_size` and `--gradient_accumulation_steps`, and the loss goes on
+as it would have.
+
+DeepSpeed, where it is installed (weights and gates in float32, products in bfloat16 by its autocast; without --bf16):
+
+    torchrun --nproc_per_node 2 examples/pretrain.py --deepspeed examples/accelerate/deepspeed_zero3.json ...
+
+A sequence whose logits would not fit, as from about 65,536 tokens on: `--loss_chunk_size 8192`.
+
 Documents are packed without padding: decay and token shift begin anew with each (`DataCollatorWithFlattening`).
 Every other option is one of `TrainingArguments`.
 """
 
+import json
+import math
+import os
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -25,13 +43,14 @@ from transformers import (
     HfArgumentParser,
     PreTrainedTokenizerBase,
     Trainer,
+    TrainerState,
     TrainingArguments,
     set_seed,
 )
-from transformers.trainer_utils import get_last_checkpoint
 
 from foxlm import FoxConfig, FoxForCausalLM
 from foxlm.evaluation.demo.tokenizer import byte_tokenizer
+from foxlm.modeling.sharding import prepare_fsdp2
 
 
 @dataclass
@@ -46,6 +65,7 @@ class PretrainingArguments:
     hidden_size: int | None = field(default=None, metadata={"help": "instead of the preset's"})
     num_hidden_layers: int | None = field(default=None, metadata={"help": "instead of the preset's"})
     num_attention_heads: int | None = field(default=None, metadata={"help": "instead of the preset's"})
+    loss_chunk_size: int | None = field(default=None, metadata={"help": "tokens whose logits are held at a time"})
 
 
 class Sequences(Dataset):
@@ -78,7 +98,7 @@ def build_config(own: PretrainingArguments, tokenizer: PreTrainedTokenizerBase) 
     """The preset, or the default configuration, with the sizes that were given and the tokenizer's tokens."""
     sizes = {
         name: value
-        for name in ("hidden_size", "num_hidden_layers", "num_attention_heads")
+        for name in ("hidden_size", "num_hidden_layers", "num_attention_heads", "loss_chunk_size")
         if (value := getattr(own, name)) is not None
     }
     tokens = {
@@ -93,18 +113,63 @@ def build_config(own: PretrainingArguments, tokenizer: PreTrainedTokenizerBase) 
     return FoxConfig.preset(own.preset, max_position_embeddings=own.length, **sizes, **tokens)
 
 
+def check_processes(training: TrainingArguments) -> None:
+    """Refuse processes that would train each alone, into the same folder, and sizes of groups that they do not fill."""
+    started = int(os.environ.get("WORLD_SIZE", "1"))
+    if started != training.world_size:
+        raise ValueError(
+            f"{started} processes were started, but training sees {training.world_size}, on {training.device}: "
+            "several need a GPU each, or --use_cpu"
+        )
+    if os.environ.get("ACCELERATE_USE_PARALLELISM_CONFIG") == "true":
+        prefix, ending = "PARALLELISM_CONFIG_", "_SIZE"
+        names = sorted(name for name in os.environ if name.startswith(prefix) and name.endswith(ending))
+        sizes = {name.removeprefix(prefix).lower(): int(os.environ[name]) for name in names}
+        if math.prod(sizes.values()) != started:
+            got = ", ".join(f"{name} {size}" for name, size in sizes.items())
+            raise ValueError(f"the sizes of parallelism_config must multiply to {started} processes, got {got}")
+
+
+def is_complete(checkpoint: Path) -> bool:
+    """Whether its saving was not interrupted."""
+    try:
+        # What Trainer writes last.
+        TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
+    except (FileNotFoundError, json.JSONDecodeError):
+        print(f"{checkpoint} was not saved to its end and is left aside")
+        return False
+    return True
+
+
+def last_checkpoint(folder: str) -> str | None:
+    """The newest complete checkpoint; None if there is none."""
+    newest_first = sorted(Path(folder).glob("checkpoint-*"), key=lambda path: -int(path.name.split("-")[-1]))
+    return next((str(path) for path in newest_first if is_complete(path)), None)
+
+
+def save_whole_model(trainer: Trainer) -> None:
+    """`Trainer.save_model`, which saves nothing where checkpoints are sharded."""
+    if trainer.is_fsdp_enabled:
+        trainer.accelerator.state.fsdp_plugin.set_state_dict_type("FULL_STATE_DICT")
+    trainer.save_model()
+
+
 def main(arguments: list[str] | None = None) -> Trainer:
     parser = HfArgumentParser((PretrainingArguments, TrainingArguments))
     own, training = parser.parse_args_into_dataclasses(arguments)
     if own.length < 2 or not 0 <= own.held_out < 1:
         raise ValueError(f"--length must be at least 2 and --held_out in [0, 1), got {own.length} and {own.held_out}")
+    check_processes(training)
     set_seed(training.seed)
     tokenizer = byte_tokenizer() if own.tokenizer is None else AutoTokenizer.from_pretrained(own.tokenizer)
     sequences = Sequences(read_documents(own.text, own.suffix), tokenizer, own.length)
     held_out = int(own.held_out * len(sequences))
     evaluated, trained = torch.utils.data.random_split(sequences, [held_out, len(sequences) - held_out])
     model = FoxForCausalLM(build_config(own, tokenizer))
-    print(f"{model.num_parameters() / 1e6:.1f}M parameters, {len(trained)} sequences to train on, {held_out} held out")
+    if training.process_index == 0:
+        print(
+            f"{model.num_parameters() / 1e6:.1f}M parameters, {len(trained)} sequences to train on, {held_out} held out"
+        )
 
     trainer = Trainer(
         model,
@@ -115,11 +180,11 @@ def main(arguments: list[str] | None = None) -> Trainer:
         # position_ids restart at each document; FoX resets decay and token shift there.
         data_collator=DataCollatorWithFlattening(),
     )
-    checkpoint = get_last_checkpoint(training.output_dir) if own.resume else None
-    trainer.train(resume_from_checkpoint=checkpoint)
+    prepare_fsdp2(trainer.accelerator, trainer.model)
+    trainer.train(resume_from_checkpoint=last_checkpoint(training.output_dir) if own.resume else None)
     if held_out:
         trainer.log_metrics("eval", trainer.evaluate())
-    trainer.save_model()
+    save_whole_model(trainer)
     return trainer
 
 

@@ -114,6 +114,9 @@ class FoxConfig(PreTrainedConfig):
             times the share of attention that its forget gates leave to be computed (a smooth stand-in, the mean over
             heads of `30 / (30 + n)` where gates decay by `n` nats over the row, all of it where sequences are packed):
             heads are paid for forgetting. Task heads other than a language model's ignore it.
+        loss_chunk_size (`int`, *optional*): In training, take a language model's loss over so many tokens at a time and
+            compute their logits once more in backward, instead of holding those of all tokens; the output then has no
+            logits. `None`, the default, holds them.
         free_dead_cache (`bool`, defaults to `False`): Let `generate` use a `FoxPagedCache`, which frees the memory of
             keys that no later query can give more than `acp_eps` of its weight, on any device. Assisted decoding,
             which takes tokens back, does not use it.
@@ -178,6 +181,7 @@ class FoxConfig(PreTrainedConfig):
     acp_eps: float | None = math.exp(-10)
     acp_rule: Literal["paper", "tight"] = "tight"
     forget_aux_loss_coef: float | int = 0.0
+    loss_chunk_size: int | None = None
     free_dead_cache: bool = False
     grafted_from: str | None = None
     pad_token_id: int | None = None
@@ -389,6 +393,8 @@ class FoxConfig(PreTrainedConfig):
             raise ValueError(
                 f"forget_aux_loss_coef has no effect with forget_gate {self.forget_gate!r}: no gate learns"
             )
+        chunk = self.loss_chunk_size
+        self._require("loss_chunk_size", chunk is None or chunk > 0, "None or a positive number of tokens")
         self._require("acp_eps", self.acp_eps is None or 0 < self.acp_eps < 1, "None or a number in (0, 1)")
         # An upper bound beyond any sequence, below which exp(1 / T) - 1 is exact enough in float32 arithmetic.
         self._require("decay_time_min", 0 < self.decay_time_min <= 1e9, "a number of tokens in (0, 1e9]")

@@ -344,6 +344,15 @@ class FoxDecoderLayer(GradientCheckpointingLayer):
         not tell: RoPE that stretches, weights that are elsewhere, inputs that are not normalized or projections that
         are more than a matrix (LoRA), both without QK-norm.
         """
+        if not hasattr(self, "unshard"):
+            return self._logit_bounds()
+        # With FSDP a layer's weights are whole only while it runs, and this is asked before.
+        self.unshard()
+        bounds = self._logit_bounds()
+        self.reshard()
+        return bounds
+
+    def _logit_bounds(self) -> tuple[Tensor, Tensor] | None:
         attention = self.self_attn
         bounds = attention.norm_bounds() if attention.config.qk_norm != "none" else self._projection_bounds()
         if bounds is None or any(x.is_meta for x in bounds):

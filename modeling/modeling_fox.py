@@ -28,6 +28,7 @@ from .configuration_fox import LAYER_TYPE, FoxConfig
 from .gates_fox import FoxConstantGate, FoxForgetGate, decay_time_bias, share_remembered
 from .layers_fox import FoxAttention, FoxDecoderLayer, FoxRMSNorm, FoxRotaryEmbedding
 from .layout_fox import padding_mask, token_layout
+from .loss_fox import FoxLMHead, loss_in_chunks, targets_of_shard
 from .paged_cache_fox import FoxPagedCache
 from .peft_defaults import register_peft_defaults
 
@@ -228,7 +229,7 @@ class FoxForCausalLM(FoxPreTrainedModel, GenerationMixin):
         super().__init__(config)
         self.model = FoxModel(config)
         self.vocab_size = config.vocab_size
-        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.lm_head = FoxLMHead(config.hidden_size, config.vocab_size, bias=False)
         self.post_init()
 
     @staticmethod
@@ -305,17 +306,26 @@ class FoxForCausalLM(FoxPreTrainedModel, GenerationMixin):
             use_cache=use_cache,
             **kwargs,
         )
-        kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         context = self.model.context_parallel
-        if context is not None and kept != slice(0, None):
-            raise ValueError(f"logits_to_keep must be 0 with context parallelism, got {logits_to_keep}")
-        logits = self.lm_head(outputs.last_hidden_state[:, kept])
-        loss = None
+        logits = loss = None
+        chunk_size = self.config.loss_chunk_size if self.training and labels is not None else None
+        if chunk_size is None:
+            kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+            if context is not None and kept != slice(0, None):
+                raise ValueError(f"logits_to_keep must be 0 with context parallelism, got {logits_to_keep}")
+            logits = self.lm_head(outputs.last_hidden_state[:, kept])
         if labels is not None:
-            if context is None:
-                loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
+            options = kwargs | {"labels": labels, "vocab_size": self.config.vocab_size}
+            shards = None if context is None else context.shards(labels.shape[1])
+            if shards is not None:
+                options = targets_of_shard(shards, **options)
+            if chunk_size is None:
+                loss = self.loss_function(logits=logits, **options)
             else:
-                loss = self._loss_of_shards(context.shards(labels.shape[1]), logits, labels, **kwargs)
+                states = outputs.last_hidden_state
+                loss = loss_in_chunks(states, self.lm_head, self.loss_function, chunk_size, **options)
+            if shards is not None:
+                loss = shards.sum(loss)
             if coefficient:
                 if not self.config.gates_learn:
                     raise ValueError(f"forget_aux_loss_coef must be 0 with forget_gate {self.config.forget_gate!r}")
@@ -327,31 +337,6 @@ class FoxForCausalLM(FoxPreTrainedModel, GenerationMixin):
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
         )
-
-    def _loss_of_shards(
-        self,
-        shards: Shards,
-        logits: Tensor,
-        labels: Tensor,
-        num_items_in_batch: Tensor | int | None = None,
-        shift_labels: Tensor | None = None,
-        **kwargs,
-    ) -> Tensor:
-        """The loss of all ranks' tokens, from this rank's logits; with ``num_items_in_batch`` an equal share of it."""
-        if shift_labels is None:
-            shift_labels = nn.functional.pad(labels[:, 1:], (0, 1), value=-100)
-        counted = num_items_in_batch is not None
-        items = num_items_in_batch * shards.split.ranks if counted else (shift_labels != -100).sum()
-        targets = shards.take(shift_labels.to(logits.device))
-        loss = self.loss_function(
-            logits=logits,
-            labels=targets,
-            shift_labels=targets,
-            vocab_size=self.config.vocab_size,
-            num_items_in_batch=items,
-            **kwargs,
-        )
-        return shards.sum(loss)
 
     def _share_remembered(
         self,

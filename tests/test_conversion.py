@@ -241,6 +241,7 @@ def test_model_that_their_layout_cannot_express_is_refused(change, named, tmp_pa
 def test_what_nothing_computed_depends_on_is_left_behind(tmp_path):
     fields = {"vocab_size": 61, "hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4}
     idle = {"forget_aux_loss_coef": 0.1, "grafted_from": "llama", "acp_eps": None, "free_dead_cache": True}
+    idle |= {"loss_chunk_size": 64}
     FoxForCausalLM(FoxConfig(**fields, qk_norm_eps=1e-5, **idle)).save_pretrained(tmp_path / "ours")
     convert_to_folder(tmp_path / "ours", tmp_path / "theirs", to="authors")
     assert not idle.keys() & json.loads((tmp_path / "theirs" / "config.json").read_text()).keys()

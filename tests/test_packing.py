@@ -1,11 +1,13 @@
 """Sequences packed in one row give what each gives alone: logits, loss and every gradient."""
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
-from transformers import DataCollatorWithFlattening, DynamicCache
+from torch.utils.data import Dataset
+from transformers import DataCollatorWithFlattening, DynamicCache, Trainer, TrainingArguments
 
 from models import IMPLEMENTATIONS, assert_close, tiny_model, tokens
 
@@ -170,3 +172,48 @@ def test_offsets_beside_a_batch_or_a_cache_are_refused() -> None:
     cache = model(tokens(1, 3), past_key_values=DynamicCache(config=model.config), use_cache=True).past_key_values
     with pytest.raises(ValueError, match=r"cu_seq_lens_q .*earlier tokens: True"):
         model(tokens(1, 6), cu_seq_lens_q=offsets, past_key_values=cache, use_cache=True)
+
+
+class Documents(Dataset):
+    """Random documents of the given lengths."""
+
+    def __init__(self, lengths: tuple[int, ...]) -> None:
+        self.rows = [tokens(length, seed=index).tolist() for index, length in enumerate(lengths)]
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: int) -> dict[str, list[int]]:
+        return {"input_ids": self.rows[index]}
+
+
+def one_by_one(features: list[dict[str, list[int]]]) -> dict[str, Tensor]:
+    """A document as a row, its first token nobody's target, as packing has it."""
+    assert len(features) == 1
+    ids = torch.tensor([features[0]["input_ids"]])
+    return {"input_ids": ids, "labels": ids.index_fill(1, torch.tensor([0]), -100)}
+
+
+def test_trainer_packs_long_ragged_documents_as_if_they_came_one_by_one(tmp_path: Path) -> None:
+    """One step of plain gradient descent: loss, and by the weights every gradient."""
+    documents = Documents((1100, 1, 257, 2, 64, 65, 1, 511, 47))
+    ends = []
+    for packs in (True, False):
+        rows = len(documents) if packs else 1
+        model = tiny_model("pro", dtype=torch.float32, loss_chunk_size=500 if packs else None).train()
+        arguments = TrainingArguments(
+            str(tmp_path),
+            per_device_train_batch_size=rows,
+            gradient_accumulation_steps=len(documents) // rows,
+            **{"max_steps": 1, "optim": "sgd", "learning_rate": 1.0, "lr_scheduler_type": "constant"},
+            **{"max_grad_norm": 0.0, "save_strategy": "no", "use_cpu": True, "report_to": "none", "disable_tqdm": True},
+        )
+        collator = DataCollatorWithFlattening(return_flash_attn_kwargs=True) if packs else one_by_one
+        before = {name: weight.detach().clone() for name, weight in model.named_parameters()}
+        loss = Trainer(model, arguments, train_dataset=documents, data_collator=collator).train().training_loss
+        ends.append((loss, {name: weight - before[name] for name, weight in model.named_parameters()}))
+    (packed_loss, packed_steps), (loss, steps) = ends
+    assert abs(packed_loss - loss) < 1e-5 * loss
+    for name, step in steps.items():
+        assert step.abs().max() > 1e-4
+        assert_close(packed_steps[name], step, 1e-5)
