@@ -23,6 +23,9 @@ DeepSpeed, where it is installed (weights and gates in float32, products in bflo
 
     torchrun --nproc_per_node 2 examples/pretrain.py --deepspeed examples/accelerate/deepspeed_zero3.json ...
 
+Each sequence shared by two GPUs, for documents that one cannot hold (any engine above, or torchrun alone):
+`--context_parallel 2`.
+
 A sequence whose logits would not fit, as from about 65,536 tokens on: `--loss_chunk_size 8192`.
 
 Documents are packed without padding: decay and token shift begin anew with each (`DataCollatorWithFlattening`).
@@ -50,7 +53,8 @@ from transformers import (
 
 from foxlm import FoxConfig, FoxForCausalLM
 from foxlm.evaluation.demo.tokenizer import byte_tokenizer
-from foxlm.modeling.sharding import prepare_fsdp2
+from foxlm.kernels.context_parallel import ContextParallel
+from foxlm.modeling.sharding import FoxParallelismConfig, prepare_fsdp2
 
 
 @dataclass
@@ -65,6 +69,7 @@ class PretrainingArguments:
     hidden_size: int | None = field(default=None, metadata={"help": "instead of the preset's"})
     num_hidden_layers: int | None = field(default=None, metadata={"help": "instead of the preset's"})
     num_attention_heads: int | None = field(default=None, metadata={"help": "instead of the preset's"})
+    context_parallel: int = field(default=1, metadata={"help": "GPUs that share each sequence"})
     loss_chunk_size: int | None = field(default=None, metadata={"help": "tokens whose logits are held at a time"})
 
 
@@ -130,6 +135,18 @@ def check_processes(training: TrainingArguments) -> None:
             raise ValueError(f"the sizes of parallelism_config must multiply to {started} processes, got {got}")
 
 
+def share_sequences(ranks: int, training: TrainingArguments) -> FoxParallelismConfig:
+    """Groups of ``ranks`` processes that share each sequence."""
+    if ranks < 1 or training.world_size % ranks:
+        raise ValueError(
+            f"--context_parallel must divide the number of processes, {training.world_size}, got {ranks}: "
+            "start more, by torchrun or accelerate launch"
+        )
+    if training.parallelism_config is not None:
+        raise ValueError("--context_parallel sets the sizes of groups itself: it goes without a parallelism_config")
+    return FoxParallelismConfig(cp_size=ranks, dp_shard_size=training.world_size // ranks)
+
+
 def is_complete(checkpoint: Path) -> bool:
     """Whether its saving was not interrupted."""
     try:
@@ -160,6 +177,8 @@ def main(arguments: list[str] | None = None) -> Trainer:
     if own.length < 2 or not 0 <= own.held_out < 1:
         raise ValueError(f"--length must be at least 2 and --held_out in [0, 1), got {own.length} and {own.held_out}")
     check_processes(training)
+    if own.context_parallel != 1:
+        training.parallelism_config = share_sequences(own.context_parallel, training)
     set_seed(training.seed)
     tokenizer = byte_tokenizer() if own.tokenizer is None else AutoTokenizer.from_pretrained(own.tokenizer)
     sequences = Sequences(read_documents(own.text, own.suffix), tokenizer, own.length)
@@ -181,6 +200,8 @@ def main(arguments: list[str] | None = None) -> Trainer:
         data_collator=DataCollatorWithFlattening(),
     )
     prepare_fsdp2(trainer.accelerator, trainer.model)
+    if own.context_parallel != 1:
+        model.set_context_parallel(ContextParallel(trainer.accelerator.torch_device_mesh["cp"]))
     trainer.train(resume_from_checkpoint=last_checkpoint(training.output_dir) if own.resume else None)
     if held_out:
         trainer.log_metrics("eval", trainer.evaluate())

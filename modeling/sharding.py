@@ -1,4 +1,4 @@
-"""Data parallelism by torch's FSDP2, with what must not be rounded in float32.
+"""What accelerate's engines must be told of FoX: gates in float32 (FSDP2), and who splits sequences.
 
 FSDP2 gathers each group of weights in one type. Mixed precision makes that bfloat16, and would round a forget gate's
 bias, so that heads forget faster or slower by percents. A group of its own keeps each gate in float32.
@@ -9,6 +9,7 @@ import warnings
 
 import torch
 from accelerate import Accelerator
+from accelerate.parallelism_config import ParallelismConfig
 from accelerate.utils import DistributedType
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
@@ -77,3 +78,55 @@ def prepare_fsdp2(accelerator: Accelerator, model: nn.Module) -> None:
     if mesh is not None:
         mesh = mesh[tuple(accelerator.parallelism_config.fsdp_dim_names)]
     shard_forget_gates(model, mesh, plugin.cpu_offload)
+
+
+class FoxParallelismConfig(ParallelismConfig):
+    """accelerate's [`ParallelismConfig`], whose `cp_size` ranks share sequences by FoX's own context parallelism.
+
+    accelerate gives these ranks the same batches, shards weights over them too (FSDP2), and averages gradients; but its
+    own way to split a sequence is ring attention for `scaled_dot_product_attention`, which knows no gates, and it
+    refuses FoX. With this class it leaves sequences whole, and the model takes its part:
+
+        >>> args = TrainingArguments(..., parallelism_config=FoxParallelismConfig(cp_size=2))  # doctest: +SKIP
+        >>> trainer = Trainer(model, args, ...)  # doctest: +SKIP
+        >>> model.set_context_parallel(ContextParallel(trainer.accelerator.torch_device_mesh["cp"]))  # doctest: +SKIP
+
+    Arguments are those of `ParallelismConfig`: `cp_size` and `dp_shard_size`, whose product is the number of processes;
+    with FSDP2, or with DDP.
+    """
+
+    _counts_cp = False
+
+    @property
+    def cp_enabled(self) -> bool:
+        """False, so that accelerate and Trainer do not split sequences."""
+        return self._counts_cp and self.cp_size > 1
+
+    @property
+    def non_dp_dim_names(self) -> list[str]:
+        """Dimensions of the mesh whose ranks get the same batches."""
+        return self._with_cp(super().non_dp_dim_names)
+
+    @property
+    def dp_shard_cp_dim_names(self) -> list[str]:
+        """Dimensions over which FSDP2 shards weights."""
+        return self._with_cp(super().dp_shard_cp_dim_names)
+
+    @property
+    def dp_cp_dim_names(self) -> list[str]:
+        """Dimensions over which losses are averaged."""
+        return self._with_cp(super().dp_cp_dim_names)
+
+    def _with_cp(self, names: list[str]) -> list[str]:
+        return [*names, "cp"] if self.cp_size > 1 and "cp" not in names else names
+
+    def _validate_accelerator(self, accelerator: Accelerator) -> None:
+        if accelerator.distributed_type == DistributedType.MULTI_CPU and self.total_size == accelerator.num_processes:
+            # Replicas of the weights, to try things out; accelerate has its configuration for accelerators only.
+            return
+        # FSDP2 has the ranks of cp to shard over, even if there is no other dimension.
+        self._counts_cp = True
+        try:
+            super()._validate_accelerator(accelerator)
+        finally:
+            self._counts_cp = False

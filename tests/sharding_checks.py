@@ -17,7 +17,8 @@ from transformers import DataCollatorWithFlattening, Trainer, TrainingArguments
 from transformers.distributed import DistributedConfig
 
 from foxlm import FoxForCausalLM
-from foxlm.modeling.sharding import prepare_fsdp2
+from foxlm.kernels.context_parallel import ContextParallel
+from foxlm.modeling.sharding import FoxParallelismConfig, prepare_fsdp2
 from fsdp_on_cpu import accelerate_shards
 from models import tiny_model, tokens
 
@@ -31,6 +32,7 @@ class Case:
 
     engine: str = "fsdp"  # or ddp
     groups: tuple[int, int] | None = None  # replicas and shards of each
+    context: int = 1  # ranks that share each sequence
     dtype: torch.dtype = torch.float32
     prepare: bool = True
     resume: str | None = None
@@ -78,7 +80,10 @@ def make_trainer(case: Case, out: str) -> Trainer:
         engine = {"fsdp": True, "fsdp_config": {"version": 2, "state_dict_type": "SHARDED_STATE_DICT"} | case.fsdp}
     if case.groups:
         engine["parallelism_config"] = ParallelismConfig(dp_replicate_size=case.groups[0], dp_shard_size=case.groups[1])
-    options: dict[str, Any] = {"max_steps": STEPS, "per_device_train_batch_size": BATCH // world, "learning_rate": 3e-3}
+    if case.context > 1:
+        engine["parallelism_config"] = FoxParallelismConfig(cp_size=case.context, dp_shard_size=world // case.context)
+    rows = BATCH * case.context // world
+    options: dict[str, Any] = {"max_steps": STEPS, "per_device_train_batch_size": rows, "learning_rate": 3e-3}
     options |= {"logging_steps": 1, "report_to": "none", "disable_tqdm": True, "save_strategy": "no", "use_cpu": True}
     trainer = Trainer(
         make_model(case),
@@ -88,6 +93,8 @@ def make_trainer(case: Case, out: str) -> Trainer:
     )
     if case.prepare:
         prepare_fsdp2(trainer.accelerator, trainer.model)
+    if case.context > 1:
+        trainer.model.set_context_parallel(ContextParallel(trainer.accelerator.torch_device_mesh["cp"]))
     return trainer
 
 

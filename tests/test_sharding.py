@@ -33,6 +33,8 @@ CASES = {
     "recomputed by FSDP": Case(fsdp={"activation_checkpointing": True}),
     "recomputed by Trainer": Case(arguments={"gradient_checkpointing": True}),
     "loss in chunks": Case(model={"loss_chunk_size": 7}),
+    "context parallel": Case(engine="ddp", context=2),
+    "context parallel, FSDP": Case(context=2, model={"loss_chunk_size": 7}),
     "tied": Case(model={"tie_word_embeddings": True, "loss_chunk_size": 7}),
     "each rank counts for itself": Case(arguments={"average_tokens_across_devices": False}),
     "bf16": Case(arguments=BFLOAT16),
@@ -86,12 +88,16 @@ def trained(together: tuple[dict[str, Trained | str], list[dict]], name: str) ->
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "name", ["ddp", "fsdp", "recomputed by FSDP", "recomputed by Trainer", "loss in chunks", "tied"]
+    "name",
+    [
+        *("ddp", "fsdp", "recomputed by FSDP", "recomputed by Trainer", "loss in chunks", "tied"),
+        *("context parallel", "context parallel, FSDP"),
+    ],
 )
 def test_two_processes_train_as_one(together: Any, alone: dict[str, Trained], name: str) -> None:
     expected = alone.get(name, alone["float32"])
     result = trained(together, name)
-    assert result.engine == ("MULTI_CPU" if name == "ddp" else "FSDP")
+    assert result.engine == ("MULTI_CPU" if CASES[name].engine == "ddp" else "FSDP")
     assert worst(result.losses, expected.losses) < PRECISE
     assert worst(result.norms, expected.norms) < PRECISE
     assert max(expected.losses) > 1.02 * min(expected.losses), "else a curve that stands still would pass"
