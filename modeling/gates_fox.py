@@ -9,6 +9,13 @@ from transformers.utils.generic import maybe_autocast
 
 from .configuration_fox import FoxConfig
 
+if torch.distributed.is_available():
+    from torch.distributed.tensor import DTensor
+
+    _SHARDED: tuple[type, ...] = (DTensor,)
+else:
+    _SHARDED = ()
+
 _FEW_TOKENS = 16
 # A gate's bias for ever: its log sigmoid and the derivative of that are exactly 0 in float32, and every type holds it.
 _NEVER_FORGETS = 128.0
@@ -103,4 +110,5 @@ def share_remembered(gate_logits: Sequence[Tensor], real: Tensor | None) -> Tens
 
 def local_part(weight: Tensor) -> Tensor:
     """What this rank holds of a weight that tensor parallelism has sharded over the heads."""
-    return weight.to_local() if hasattr(weight, "to_local") else weight
+    # By its class: in torch.compile a sharded weight seems to have no method of its own.
+    return weight.to_local() if isinstance(weight, _SHARDED) else weight
