@@ -1,0 +1,175 @@
+"""Functions run by several processes of one gloo group on the CPU, as torchrun would start them.
+
+    def total(rank_argument):           # in a helper module of this folder, say `sums.py`
+        ...                             # torch.distributed is initialized: gloo, `env://`
+        return result                   # of each rank, anything that pickles
+
+    results = run_ranks("sums:total", 2, rank_argument)
+
+A process needs 10 to 15 s to import torch and transformers: do many checks in one run.
+"""
+
+import contextlib
+import importlib
+import os
+import pickle
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+import traceback
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+# How long ranks may go on when one has failed: a rank that waits for it then fails too, and says where.
+_GRACE = 3.0
+_POLL = 0.05
+
+
+class RankError(RuntimeError):
+    """A rank raised, died, or was not done in time; the message has each failed rank's traceback or last output."""
+
+
+def free_port() -> int:
+    """A TCP port of this machine that nobody listened on a moment ago."""
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return listener.getsockname()[1]
+
+
+def rank_environment(rank: int, world_size: int, port: int) -> dict[str, str]:
+    """What torchrun would set for this rank, with one thread for each process."""
+    return {
+        "RANK": str(rank),
+        "LOCAL_RANK": str(rank),
+        "WORLD_SIZE": str(world_size),
+        "LOCAL_WORLD_SIZE": str(world_size),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+        "OMP_NUM_THREADS": "1",
+        # accelerate and Trainer would else look for an accelerator.
+        "ACCELERATE_USE_CPU": "true",
+        "HF_HUB_OFFLINE": "1",
+        "TOKENIZERS_PARALLELISM": "false",
+    }
+
+
+def kill_session(process: subprocess.Popen) -> None:
+    """End a process started with ``start_new_session=True`` and all that it started."""
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+
+
+def run_ranks(
+    function: str,
+    world_size: int,
+    *arguments: Any,
+    timeout: float = 180.0,
+    environment: dict[str, str] | None = None,
+    group: bool = True,
+) -> list[Any]:
+    """Call ``function(*arguments)`` on each of ``world_size`` ranks.
+
+    Args:
+        function: ``module:name``, the module in `tests/` or installed.
+        world_size: number of processes.
+        arguments: the same for each rank; must pickle.
+        timeout: seconds after which all are killed; also the time-out of the group's collectives.
+        environment: variables beside those of `rank_environment`.
+        group: whether the process group is made before the call (and destroyed after it).
+
+    Returns:
+        What each rank returned, by rank.
+
+    Raises:
+        RankError: a rank raised, died, or was not done in time.
+    """
+    port = free_port()
+    with tempfile.TemporaryDirectory(prefix="ranks-") as name:
+        folder = Path(name)
+        call = {"function": function, "arguments": arguments, "timeout": timeout, "group": group}
+        (folder / "call").write_bytes(pickle.dumps(call))
+        processes: list[subprocess.Popen] = []
+        try:
+            for rank in range(world_size):
+                own = os.environ | rank_environment(rank, world_size, port) | (environment or {})
+                with (folder / f"output-{rank}").open("wb") as output:
+                    processes.append(
+                        subprocess.Popen(
+                            [sys.executable, __file__, str(folder)],
+                            env=own,
+                            stdout=output,
+                            stderr=subprocess.STDOUT,
+                            start_new_session=True,
+                        )
+                    )
+            in_time = _wait(processes, timeout)
+            codes = [process.poll() for process in processes]
+        finally:
+            for process in processes:
+                kill_session(process)
+        if not in_time or any(codes):
+            raise RankError(_failure(folder, function, codes, timeout if not in_time else None))
+        return [pickle.loads((folder / f"result-{rank}").read_bytes()) for rank in range(world_size)]
+
+
+def _wait(processes: list[subprocess.Popen], timeout: float) -> bool:
+    """Until all are done, or one has failed and the others had a moment to fail as well; False when time is up."""
+    end, failed_at = time.monotonic() + timeout, None
+    while any(process.poll() is None for process in processes):
+        now = time.monotonic()
+        if failed_at is None and any(process.poll() for process in processes):
+            failed_at = now
+        if failed_at is not None and now > failed_at + _GRACE:
+            return True
+        if now > end:
+            return False
+        time.sleep(_POLL)
+    return True
+
+
+def _failure(folder: Path, function: str, codes: list[int | None], timed_out_after: float | None) -> str:
+    """What went wrong on each rank, the first to fail first."""
+    said = []
+    for rank, code in enumerate(codes):
+        error = folder / f"error-{rank}"
+        if error.exists():
+            said.append((error.stat().st_mtime_ns, f"rank {rank} raised:\n{error.read_text()}"))
+        elif code != 0:
+            how = "was still running" if code is None else f"exited with {code}"
+            output = (folder / f"output-{rank}").read_text(errors="replace")[-3000:]
+            # After those that raised: a rank without an error of its own was waiting, or was killed.
+            said.append((sys.maxsize, f"rank {rank} {how}; its output ends:\n{output}"))
+    late = "" if timed_out_after is None else f", not done after {timed_out_after:g} s"
+    return "\n".join([f"{function} on {len(codes)} ranks failed{late}", *(text for _, text in sorted(said))])
+
+
+def _main(folder: Path) -> None:
+    """What each process runs."""
+    # Here, since tests that start no process import this file too.
+    import torch
+    import torch.distributed as dist
+
+    torch.set_num_threads(1)
+    call = pickle.loads((folder / "call").read_bytes())
+    rank = os.environ["RANK"]
+    try:
+        if call["group"]:
+            dist.init_process_group("gloo", timeout=timedelta(seconds=call["timeout"]))
+        module, name = call["function"].split(":")
+        result = getattr(importlib.import_module(module), name)(*call["arguments"])
+        (folder / f"result-{rank}").write_bytes(pickle.dumps(result))
+        if dist.is_initialized():
+            dist.barrier()
+            dist.destroy_process_group()
+    except BaseException:
+        (folder / f"error-{rank}").write_text(traceback.format_exc())
+        raise
+
+
+if __name__ == "__main__":
+    _main(Path(sys.argv[1]))
