@@ -8,13 +8,7 @@ from torch import Tensor, nn
 from transformers.utils.generic import maybe_autocast
 
 from .configuration_fox import FoxConfig
-
-if torch.distributed.is_available():
-    from torch.distributed.tensor import DTensor
-
-    _SHARDED: tuple[type, ...] = (DTensor,)
-else:
-    _SHARDED = ()
+from .parallel_fox import local_part
 
 _FEW_TOKENS = 16
 # A gate's bias for ever: its log sigmoid and the derivative of that are exactly 0 in float32, and every type holds it.
@@ -106,9 +100,3 @@ def share_remembered(gate_logits: Sequence[Tensor], real: Tensor | None) -> Tens
             log_f = log_f.masked_fill(~real[..., None], 0.0)
         shares.append((_FORGOTTEN / (_FORGOTTEN - log_f.sum(1))).mean().to(gate_logits[0].device))
     return torch.stack(shares).mean()
-
-
-def local_part(weight: Tensor) -> Tensor:
-    """What this rank holds of a weight that tensor parallelism has sharded over the heads."""
-    # By its class: in torch.compile a sharded weight seems to have no method of its own.
-    return weight.to_local() if isinstance(weight, _SHARDED) else weight
