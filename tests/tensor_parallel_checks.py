@@ -10,7 +10,7 @@ import torch.distributed as dist
 import transformers
 from torch import Tensor
 from torch.distributed.tensor import DTensor
-from transformers import Trainer, TrainingArguments
+from transformers import StaticCache, Trainer, TrainingArguments
 from transformers.distributed import DistributedConfig
 
 from foxlm import FoxConfig, FoxForCausalLM, FoxPagedCache
@@ -21,6 +21,8 @@ from models import DECODING_VARIANTS, tokens
 NEW = 6
 # What is generated with: each switch that a cache or a step depends on.
 GENERATED = (*DECODING_VARIANTS, "shared-qk-norm", "fixed-key-value", "gateless", "multi-head", "biases", "tied")
+# Between them all modules that read a sharded weight themselves.
+COMPILED = ("pro", "bias-only")
 # Long enough for pages to be freed, with decay times of 20 tokens at most.
 PAGED_PROMPT = 300
 
@@ -103,6 +105,19 @@ def generate(model: FoxForCausalLM, ids: Tensor, **how: Any) -> Any:
 
 
 @torch.no_grad()
+def compiled(sharded: FoxForCausalLM, single: FoxForCausalLM) -> Measured:
+    """A step of decoding, collectives included, traced as one graph."""
+    ids, logits = tokens(2, 9), []
+    torch.compiler.reset()
+    step = torch.compile(sharded, backend="eager", fullgraph=True, dynamic=False)
+    for model, forward in ((sharded, step), (single, single)):
+        cache = StaticCache(config=model.config, max_cache_len=16)
+        model(ids, past_key_values=cache)
+        logits.append(forward(ids[:, :1].clone(), past_key_values=cache).logits)
+    return {"compiled step": difference(*logits)}
+
+
+@torch.no_grad()
 def caches(sharded: FoxForCausalLM, single: FoxForCausalLM) -> Measured:
     """Keys and values of this rank's heads, and no others; bounds of their logits."""
     ids = tokens(2, 21)
@@ -169,6 +184,8 @@ def compare(folders: dict[str, Path]) -> dict[str, Measured]:
             measured[variant] |= generation(*models) | saved(*models, folder / "saved")
         if variant in DECODING_VARIANTS:
             measured[variant] |= paged(*models)
+        if variant in COMPILED:
+            measured[variant] |= compiled(*models)
     return measured
 
 
