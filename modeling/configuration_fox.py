@@ -16,6 +16,8 @@ from .bundle_fox import AUTO_MAP, write_bundle
 # Caches of transformers know one class for each type of layer: a copy of this code under another package's name, loaded
 # from a model's folder, has a type of its own, so that neither gets the other's.
 LAYER_TYPE = f"{__package__}.forgetting_attention"
+# The style of tensor parallelism of a weight that ranks share, each for heads of its own (`parallel_fox`).
+SHARED_BY_HEADS = "fox_shared_by_heads"
 _SIZES = {
     # name: hidden size, layers, heads, as trained in the Forgetting Transformer paper (arXiv 2503.02130)
     "125m": (768, 12, 12),
@@ -271,7 +273,7 @@ class FoxConfig(PreTrainedConfig):
             plan |= {"q_norm.weight": "colwise", "k_norm.weight": "colwise"}
         elif self.qk_norm == "shared":
             # Each rank sees the gradient of its own heads only.
-            plan |= dict.fromkeys(("q_norm", "k_norm"), "replicated_with_grad_allreduce")
+            plan |= dict.fromkeys(("q_norm", "k_norm"), SHARED_BY_HEADS)
         if self.use_key_shift:
             plan["key_shift.proj"] = "colwise"
         if self.use_value_shift:

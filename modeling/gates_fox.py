@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from transformers.utils.generic import maybe_autocast
 
 from .configuration_fox import FoxConfig
+from .parallel_fox import local_part
 
 _FEW_TOKENS = 16
 # A gate's bias for ever: its log sigmoid and the derivative of that are exactly 0 in float32, and every type holds it.
@@ -103,8 +104,3 @@ def share_remembered(
         nats = log_f.sum(1) if total is None else total(log_f.sum(1))
         shares.append((_FORGOTTEN / (_FORGOTTEN - nats)).mean().to(gate_logits[0].device))
     return torch.stack(shares).mean()
-
-
-def local_part(weight: Tensor) -> Tensor:
-    """What this rank holds of a weight that tensor parallelism has sharded over the heads."""
-    return weight.to_local() if hasattr(weight, "to_local") else weight

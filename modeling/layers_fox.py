@@ -10,6 +10,7 @@ The attention of one FoX (Pro) block (arXiv 2503.02130); every part but q, k, v 
 """
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -27,8 +28,9 @@ from ..kernels.decay import Decay, accumulate
 from .attention_fox import ALL_ATTENTION_FUNCTIONS, decodes, eager_attention_forward
 from .cache_fox import ForgettingLayer, layer_of
 from .configuration_fox import FoxConfig
-from .gates_fox import local_part, make_forget_gate
+from .gates_fox import make_forget_gate
 from .layout_fox import TokenLayout
+from .parallel_fox import local_part, sum_gradients
 
 # From this many elements on a tensor's float32 copies are worth computing twice.
 _LARGE = 1 << 22
@@ -54,9 +56,11 @@ class FoxRMSNorm(nn.Module):
         super().__init__()
         self.weight = nn.Parameter(torch.ones(size))
         self.eps = eps
+        # Ranks that share the weight, each for heads of its own.
+        self.ranks: Any = None
 
     def forward(self, x: Tensor) -> Tensor:
-        return keeping_inputs_only(self._normalize, x, local_part(self.weight))
+        return keeping_inputs_only(self._normalize, x, sum_gradients(local_part(self.weight), self.ranks))
 
     def _normalize(self, x: Tensor, weight: Tensor) -> Tensor:
         size = x.shape[-1:]

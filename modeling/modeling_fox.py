@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 from transformers import initialization as init
 from transformers.cache_utils import Cache, DynamicCache
+from transformers.distributed import DistributedConfig
 from transformers.generation import GenerationMixin
 from transformers.generation.configuration_utils import GenerationMode
 from transformers.modeling_layers import (
@@ -30,6 +31,7 @@ from .layers_fox import FoxAttention, FoxDecoderLayer, FoxRMSNorm, FoxRotaryEmbe
 from .layout_fox import padding_mask, token_layout
 from .loss_fox import FoxLMHead, loss_in_chunks, targets_of_shard
 from .paged_cache_fox import FoxPagedCache
+from .parallel_fox import check_processes, check_tensor_parallel
 from .peft_defaults import register_peft_defaults
 
 
@@ -92,6 +94,30 @@ class FoxPreTrainedModel(PreTrainedModel):
                 "whole sequence"
             )
         self.base_model.context_parallel = context
+
+    @classmethod
+    def prepare_distribute_model(cls, distributed_config, **kwargs):
+        """Called by `from_pretrained` before it joins the other processes.
+
+        Raises:
+            ValueError: there are more or fewer of them than ``distributed_config`` is for.
+        """
+        if isinstance(distributed_config, dict):
+            distributed_config = DistributedConfig.from_dict(distributed_config)
+        if distributed_config is not None:
+            check_processes(distributed_config)
+        return super().prepare_distribute_model(distributed_config, **kwargs)
+
+    @classmethod
+    def maybe_distribute_model(cls, model, distributed_config, *args, **kwargs):
+        """Called by `from_pretrained` before it loads weights.
+
+        Raises:
+            ValueError: ``tp_size`` does not divide the model's heads or its MLP.
+        """
+        if distributed_config is not None and distributed_config.tp_size > 1 and distributed_config.tp_plan != {}:
+            check_tensor_parallel(model.config, distributed_config.tp_size)
+        return super().maybe_distribute_model(model, distributed_config, *args, **kwargs)
 
     def get_correct_attn_implementation(self, requested_attention: str | None, is_init_check: bool = False) -> str:
         # Called by transformers; its own default is sdpa, and it would let through functions that drop the decay.

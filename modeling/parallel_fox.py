@@ -1,0 +1,109 @@
+"""Tensor parallelism: what layers do where a weight is sharded, and what `from_pretrained` refuses before it shards.
+
+Each rank has whole heads, by the plan in `FoxConfig.base_model_tp_plan`, and transformers carries it out. It cuts
+projections into as many rows as it likes; half a head would then show as a shape that does not fit, somewhere in the
+first forward pass.
+"""
+
+import math
+import os
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+
+from .configuration_fox import SHARED_BY_HEADS, FoxConfig
+
+_SHARDED: tuple[type, ...] = ()
+
+if torch.distributed.is_available():
+    from torch.distributed.tensor import DTensor
+    from transformers.distributed.tensor_parallel import ALL_PARALLEL_STYLES, TensorParallelLayer
+
+    _SHARDED = (DTensor,)
+
+    class _SharedByHeads(TensorParallelLayer):
+        """A norm whose weight all ranks hold, each for heads of its own: its gradient is the sum over ranks.
+
+        transformers' "replicated_with_grad_allreduce" sums what has accumulated, once more at each backward pass, which
+        is wrong from the second on.
+        """
+
+        def install_forward(self, module, mesh):
+            module.ranks = mesh.get_group()
+            return module
+
+    ALL_PARALLEL_STYLES.register(SHARED_BY_HEADS, _SharedByHeads())
+
+_SIZES = ("tp_size", "fsdp_size", "dp_replicate_size", "pp_size")
+
+
+def local_part(weight: Tensor) -> Tensor:
+    """What this rank holds of a weight that may be sharded over the heads."""
+    # By its class: in torch.compile a sharded weight seems to have no method of its own.
+    return cast(Any, weight).to_local() if isinstance(weight, _SHARDED) else weight
+
+
+class _SumGradients(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, ranks: Any) -> Tensor:
+        ctx.ranks = ranks
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
+        total = gradients[0].clone(memory_format=torch.contiguous_format)
+        torch.distributed.all_reduce(total, group=ctx.ranks)
+        return total, None
+
+
+def sum_gradients(weight: Tensor, ranks: Any) -> Tensor:
+    """``weight``; its gradient is summed over ``ranks``, a process group, if that is not None."""
+    if ranks is None or not (torch.is_grad_enabled() and weight.requires_grad):
+        return weight
+    return _SumGradients.apply(weight, ranks)
+
+
+def check_processes(distributed_config: Any) -> None:
+    """Refuse sizes that are not together those of the processes that were started.
+
+    Args:
+        distributed_config: transformers' `DistributedConfig`.
+
+    Raises:
+        ValueError: they are not.
+    """
+    sizes = {name: getattr(distributed_config, name, None) or 1 for name in _SIZES}
+    wanted = math.prod(sizes.values())
+    if wanted == 1:
+        return
+    started = torch.distributed.is_available() and torch.distributed.is_initialized()
+    processes = torch.distributed.get_world_size() if started else int(os.environ.get("WORLD_SIZE", 1))
+    if processes != wanted:
+        asked = " and ".join(f"{name}={size}" for name, size in sizes.items() if size > 1)
+        raise ValueError(
+            f"distributed_config must be for the number of processes, got {asked} with {processes} "
+            f"{'process' if processes == 1 else 'processes'}: start {wanted} of them, "
+            f"torchrun --nproc_per_node {wanted} SCRIPT"
+        )
+
+
+def check_tensor_parallel(config: FoxConfig, tp_size: int) -> None:
+    """Refuse a number of ranks that whole heads cannot be dealt to.
+
+    Raises:
+        ValueError: ``tp_size`` does not divide a size of ``config``.
+    """
+    heads, kv_heads, head_dim = config.heads
+    sizes = {"num_attention_heads": heads, "num_key_value_heads": kv_heads}
+    if config.qk_norm == "all_heads":
+        # Each rank gathers all heads: only the products with their weights are shared.
+        sizes = {f"{name} * head_dim": count * head_dim for name, count in sizes.items()}
+    assert config.intermediate_size is not None, "set in __post_init__"
+    sizes["intermediate_size"] = config.intermediate_size
+    refused = {name: size for name, size in sizes.items() if size % tp_size}
+    if refused:
+        common = math.gcd(*sizes.values())
+        accepted = [size for size in range(1, common + 1) if common % size == 0]
+        named = " and ".join(f"{name} ({size})" for name, size in refused.items())
+        raise ValueError(f"tp_size must divide {named}, got {tp_size}; this model takes {accepted}")
