@@ -16,6 +16,7 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 from transformers import TrainingArguments
+from transformers.distributed import DistributedConfig
 
 import sharding_checks
 from foxlm import FoxForCausalLM
@@ -27,6 +28,8 @@ from sharding_checks import Case, Trained
 ROOT = Path(__file__).resolve().parent.parent
 BFLOAT16 = {"bf16": True}
 PRECISE = 1e-5
+# transformers 5.23 gives weights that stay in float32 groups of their own, 5.17 does not.
+GROUPS_BY_TYPE = "fsdp_plan" in DistributedConfig.__dataclass_fields__
 CASES = {
     "ddp": Case(engine="ddp"),
     "fsdp": Case(),
@@ -76,7 +79,7 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def together(tmp_path_factory: pytest.TempPathFactory, saved: Path) -> tuple[dict[str, Trained | str], list[dict]]:
     """Two processes."""
-    loads = [(str(saved), torch.float32), (str(saved), torch.bfloat16)]
+    loads = [(str(saved), torch.float32)] + [(str(saved), torch.bfloat16)] * GROUPS_BY_TYPE
     return run_ranks("sharding_checks:work", 2, CASES, str(tmp_path_factory.mktemp("together")), loads, timeout=400)[0]
 
 
@@ -145,18 +148,23 @@ def test_models_loaded_sharded_by_transformers_compute_the_same(together: Any, s
     loss = model(rows, labels=rows).loss
     loss.backward()
     text = model.eval().generate(tokens(1, 150), max_new_tokens=6, min_new_tokens=6, do_sample=False).tolist()
-    exact, half = together[1]
+    exact = together[1][0]
     assert abs(exact["loss"] - loss.item()) < PRECISE * loss.item()
     # With the cache of a sharded model, and with one that frees by bounds of its sharded weights.
     assert exact["texts"] == [text, text]
     for name, weight in model.named_parameters():
         assert isinstance(weight.grad, Tensor)
         assert_close(exact["gradients"][name], weight.grad, PRECISE)
-    # The gates of a half-precision model are float32, and groups of their own.
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not GROUPS_BY_TYPE, reason="this transformers shards float32 weights only")
+def test_models_loaded_sharded_in_half_precision_have_float32_gates(together: Any) -> None:
+    exact, half = together[1]
     assert half["groups"] > exact["groups"]
     assert half["gradients"]["model.layers.0.self_attn.forget_gate.bias"].dtype == torch.float32
     assert half["gradients"]["model.layers.0.self_attn.q_proj.weight"].dtype == torch.bfloat16
-    assert abs(half["loss"] - loss.item()) < 0.02 * loss.item()
+    assert abs(half["loss"] - exact["loss"]) < 0.02 * exact["loss"]
 
 
 def test_processes_that_fsdp_was_asked_for_and_does_not_run_on(monkeypatch: pytest.MonkeyPatch) -> None:
