@@ -53,13 +53,14 @@ def _steps(timed: list[Mapping[str, Any]]) -> str:
 
 def _rates(results: Results) -> str:
     peak, links = results["datasheet_flops"], results["bandwidths"]
-    of = "of a GPU whose data sheet is not known here" if peak is None else f"over {peak / 1e12:.0f} TFLOP/s"
+    of = "over the (unknown) data sheet's" if peak is None else f"over the data sheet's {peak / 1e12:.0f}"
+    matmul = f"{results['matmul_flops'] / 1e12:.3g}"
+    gathered, scattered = (f"{links[name] / 1e9:.3g}" for name in ("all_gather", "reduce_scatter"))
     return (
-        f"MFU: 6 N T + 12 L H D T^2 / 2 operations, N without the input embedding, {of}, the data sheet's; of kept "
-        "tiles: with only those of attention; done: with what backward computes again. A product of 8192 x 8192 "
-        f"matrices reached {results['matmul_flops'] / 1e12:.3g} TFLOP/s in this run. A layer's weights were gathered at "
-        f"{links['all_gather'] / 1e9:.3g} GB/s into each GPU, its gradients scattered at "
-        f"{links['reduce_scatter'] / 1e9:.3g}."
+        f"MFU: 6 N T + 12 L H D T^2 / 2 operations, N without the input embedding, {of} TFLOP/s; of kept tiles: with "
+        "only those of attention; done: with what backward computes again. A large matrix product reached "
+        f"{matmul} TFLOP/s in this run. Each GPU received a layer's weights at {gathered} GB/s, and its gradients at "
+        f"{scattered}."
     )
 
 
@@ -85,11 +86,10 @@ def _predictions(results: Results) -> str:
             rows.append([one["name"], *figures])
     model = results["scaling"][0]["model"]
     network, calibrated = model["network"], model["calibrated_on"]
-    source = (
-        "FSDP2 on one GPU" if calibrated is None else f"the step on {calibrated} GPUs itself, which is no test of it"
-    )
+    source = f"the step on {calibrated} GPUs itself, which is no test of it" if calibrated else "FSDP2 on one GPU"
+    bandwidth = f"{network['host_bandwidth'] / 1e9:g} GB/s"
     return (
-        f"{table(columns, rows)}\n\nPredicted from {source}: the longer of computing and of what is sent meanwhile, and "
-        f"then what nothing hides. Hosts of {network['host_gpus']} GPUs; {network['host_bandwidth'] / 1e9:g} GB/s into "
-        "each from the others is assumed, not measured."
+        f"{table(columns, rows)}\n\nPredicted from {source}: the longer of computing and of what is sent meanwhile, "
+        f"then what nothing hides. Hosts of {network['host_gpus']} GPUs; {bandwidth} into each from the others is "
+        "assumed, not measured."
     )

@@ -86,9 +86,12 @@ def measure_bandwidths(groups: ShardedModel, mesh: DeviceMesh) -> dict[str, floa
     weights = torch.zeros(ranks * part, dtype=torch.bfloat16, device=device)
     gradients = torch.zeros(ranks * part, dtype=torch.float32, device=device)
     weights_part, gradients_part = weights[:part].clone(), gradients[:part].clone()
+    # torch 2.13 has renamed them.
+    gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+    scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
     calls: dict[str, Callable[[], object]] = {
-        "all_gather": lambda: dist.all_gather_into_tensor(weights, weights_part, group=group),
-        "reduce_scatter": lambda: dist.reduce_scatter_tensor(gradients_part, gradients, group=group),
+        "all_gather": lambda: gather(weights, weights_part, group=group),
+        "reduce_scatter": lambda: scatter(gradients_part, gradients, group=group),
     }
     times = interleaved(calls, _BANDWIDTH_ROUNDS, device)
     received = {"all_gather": WEIGHT_BYTES, "reduce_scatter": GRADIENT_BYTES}
