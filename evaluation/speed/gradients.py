@@ -1,8 +1,9 @@
 """Whether sharded gradients are those that single devices compute."""
 
+import copy
+import math
 from dataclasses import dataclass
 
-import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
@@ -14,7 +15,7 @@ from foxlm.kernels.pruning import Rule
 from .implementations import EPS
 from .models import set_pruning
 from .runner import Record
-from .train import FACTOR, distance, uncompiled
+from .train import FACTOR, distance
 
 
 @dataclass(frozen=True)
@@ -23,43 +24,54 @@ class Reference:
 
     Attributes:
         exact: by name, float32 and without pruning.
-        rounding: relative distance that bfloat16 makes from them, by part of the model.
+        rounding: by name, relative distance from them of gradients with weights and activations in bfloat16.
     """
 
     exact: dict[str, Tensor]
     rounding: dict[str, float]
 
     def compare(self, model: FoxForCausalLM, rule: Rule | None) -> Record:
-        """Hold the gradients of ``model``, sharded or not, to these, and forget them.
+        """Hold the gradients of ``model``, sharded or not, to these, each weight by itself, and forget them.
 
         Returns:
-            ``errors`` and ``limits`` by part; with a ``status`` and a ``reason`` where they are wrong.
+            ``worst_gradient``, the one that is furthest off for what rounding and pruning allow, with its ``weight``,
+            ``error`` and ``limit``; a ``status`` and a ``reason`` where that is too far.
         """
-        errors = distances(gradients_of(model), self.exact)
+        found = gradients_of(model)
         model.zero_grad(set_to_none=True)
         eps = 0.0 if rule is None else EPS
-        limits = {part: FACTOR * (rounding + eps) for part, rounding in self.rounding.items()}
-        record: Record = {"errors": errors, "limits": limits}
-        for part, error in errors.items():
-            # Not the other way round: a NaN is within no limit.
-            if not error <= limits[part]:
-                reason = f"gradients of the {part} are off by {error:.1e}, {limits[part]:.1e} allowed"
-                return record | {"status": "wrong", "reason": reason}
+        errors = {name: distance(found, self.exact, [name]) for name in self.exact}
+        limits = {name: FACTOR * (rounding + eps) for name, rounding in self.rounding.items()}
+        # A NaN is worse than anything.
+        worst = max(errors, key=lambda name: math.inf if math.isnan(errors[name]) else errors[name] / limits[name])
+        error, limit = errors[worst], limits[worst]
+        record: Record = {"worst_gradient": {"weight": worst, "error": error, "limit": limit}}
+        # Not the other way round: a NaN is within no limit.
+        if not error <= limit:
+            record |= {"status": "wrong", "reason": f"gradient of {worst} is off by {error:.1e}, {limit:.1e} allowed"}
         return record
 
 
 def reference_gradients(model: FoxForCausalLM, ids: Tensor, mesh: DeviceMesh) -> Reference:
-    """What each rank computes of its ``ids`` by itself, then averaged over the ranks; ``model`` is not sharded yet."""
+    """The mean over ranks of what each computes of its ``ids`` by itself, of a model neither sharded nor compiled."""
     set_pruning(model, None)
-    exact = _mean_gradients(model, ids, mesh, autocast=False)
-    return Reference(exact, distances(_mean_gradients(model, ids, mesh, autocast=True), exact))
+    exact = _mean_gradients(model, ids, mesh)
+    rounded = _mean_gradients(_in_bfloat16(model), ids, mesh)
+    return Reference(exact, {name: distance(rounded, exact, [name]) for name in exact})
 
 
-def _mean_gradients(model: FoxForCausalLM, ids: Tensor, mesh: DeviceMesh, autocast: bool) -> dict[str, Tensor]:
-    with torch.autocast(ids.device.type, torch.bfloat16, enabled=autocast):
-        loss = uncompiled(model)(input_ids=ids, labels=ids, use_cache=False).loss
-    loss.backward()
-    grads = gradients_of(model)
+def _in_bfloat16(model: FoxForCausalLM) -> FoxForCausalLM:
+    """A copy as FSDP2 computes with it: in bfloat16, gates in float32."""
+    model = copy.deepcopy(model)
+    for name, parameter in model.named_parameters():
+        if ".forget_gate." not in name:
+            parameter.data = parameter.data.bfloat16()
+    return model
+
+
+def _mean_gradients(model: FoxForCausalLM, ids: Tensor, mesh: DeviceMesh) -> dict[str, Tensor]:
+    model(input_ids=ids, labels=ids, use_cache=False).loss.backward()
+    grads = {name: grad.float() for name, grad in gradients_of(model).items()}
     model.zero_grad(set_to_none=True)
     for grad in grads.values():
         dist.all_reduce(grad, group=mesh.get_group())
@@ -71,17 +83,3 @@ def gradients_of(model: FoxForCausalLM) -> dict[str, Tensor]:
     """Whole gradients by name; all ranks must ask."""
     grads = {name: parameter.grad for name, parameter in model.named_parameters() if parameter.grad is not None}
     return {name: grad.full_tensor() if isinstance(grad, DTensor) else grad for name, grad in grads.items()}
-
-
-def distances(found: dict[str, Tensor], exact: dict[str, Tensor]) -> dict[str, float]:
-    """Relative distance of gradients by part of the model; NaN where one is missing."""
-    parts: dict[str, list[str]] = {}
-    for name in exact:
-        parts.setdefault(_part(name), []).append(name)
-    return {part: distance(found, exact, names) for part, names in parts.items()}
-
-
-def _part(name: str) -> str:
-    if ".forget_gate." in name:
-        return "forget gates"
-    return "rest of attention" if ".self_attn." in name else "other weights"

@@ -6,7 +6,9 @@ from typing import Any
 
 def subject(facts: Mapping[str, Any]) -> str:
     """What was measured, in words."""
-    return f"`{facts['preset']}`" if facts.get("model") is None else f"`{facts['model']}`, with the gates that it has"
+    if facts.get("model") is not None:
+        return f"`{facts['model']}`, with the gates that it has"
+    return f"`{facts['preset']}`" + (" in another shape" if facts.get("changed") else "")
 
 
 def note(where: str, record: Mapping[str, Any]) -> str:

@@ -38,7 +38,7 @@ from .runner import Record, failure
 from .scaling import Network, ShardedModel, StepModel
 from .sharding import FSDP2, Layout, groups_of, measure_bandwidths
 from .timing import interleaved, release_memory
-from .train import Recipe, Variant, compile_regions, trainable, uncompiled
+from .train import Recipe, Variant, as_compiled, compile_regions, trainable
 
 RECORDS = "records.json"
 # More GPUs than are measured, for which steps are predicted.
@@ -77,8 +77,8 @@ def run_several(recipe: SeveralRecipe) -> Record:
     Returns:
         What `Workload.facts` has; ``gpus``, ``layout``, ``checkpointing``, ``tokens``, ``parameters``, ``sizes``;
         ``matmul_flops`` and ``bandwidths``, measured; ``steps``, a record for each variant on one GPU and on all, with
-        ``errors`` of its gradients, ``step``, ``tokens_per_second``, ``mfu``, ``peak_bytes``; ``scaling``, see
-        `predictions`; ``bars``. If a process fails later, what was measured before, with an ``error`` and its
+        its ``worst_gradient``, ``step``, ``tokens_per_second``, ``mfu``, ``peak_bytes``; ``scaling``, see
+        `predictions`; ``bars``. If a process fails later, or Ctrl-C is pressed, what was measured before, with an ``error`` and its
         ``detail``.
 
     Raises:
@@ -88,10 +88,10 @@ def run_several(recipe: SeveralRecipe) -> Record:
         try:
             run_ranks(measure_on_rank, recipe.gpus, recipe.step.device, Path(folder), recipe, folder)
             error: Record = {}
-        except RankError as failed:
+        except (RankError, KeyboardInterrupt) as failed:
             if not (Path(folder) / RECORDS).exists():
                 raise
-            error = {"error": str(failed), "detail": failed.detail}
+            error = {"error": str(failed) or "interrupted", "detail": getattr(failed, "detail", "")}
         return json.loads((Path(folder) / RECORDS).read_text(encoding="utf-8")) | error
 
 
@@ -144,6 +144,7 @@ class _Bench:
         parameters = count(model)
         config = model.config
         _cut(model, _CHECKED_LAYERS)
+        release_memory(step.device)
         self._say("measuring how fast the GPUs compute and send")
         self._bandwidths = measure_bandwidths(self._groups, self.mesh)
         self.records = step.workload.facts() | {
@@ -264,10 +265,10 @@ class _Bench:
         self._save()
 
     def _backward(self, model: FoxForCausalLM, variant: Variant, autocast: bool) -> Tensor:
-        forward = model if variant.compiled else uncompiled(model)
-        with torch.autocast(self._step.device, torch.bfloat16, enabled=autocast):
-            loss = forward(input_ids=self._own, labels=self._own, use_cache=False).loss
-        loss.backward()
+        with as_compiled(variant.compiled):
+            with torch.autocast(self._step.device, torch.bfloat16, enabled=autocast):
+                loss = model(input_ids=self._own, labels=self._own, use_cache=False).loss
+            loss.backward()
         return loss.detach()
 
     def _optimizer_ms(self, model: FoxForCausalLM, optimizer: torch.optim.Optimizer, autocast: bool) -> float:

@@ -7,6 +7,7 @@ them noisy.
 
 import math
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass
 
 import torch
@@ -104,7 +105,7 @@ def run_training(recipe: Recipe) -> Record:
     if recipe.compiled:
         compile_regions(model)
     for variant in progress(variants, "checking"):
-        bench.admit(variant, model if variant.compiled else uncompiled(model))
+        bench.admit(variant)
     for name, timing in interleaved(bench.steps, recipe.rounds, recipe.device).items():
         record = next(one for one in bench.records if one["name"] == name)
         record |= {"step": asdict(timing), "tokens_per_second": 1e3 * recipe.tokens / timing.ms}
@@ -136,14 +137,9 @@ def compile_regions(model: FoxForCausalLM) -> None:
     model.loss_function = torch.compile(model.loss_function, dynamic=False)
 
 
-def uncompiled(model: FoxForCausalLM) -> Callable:
-    """A forward pass that leaves out what is compiled."""
-
-    def forward(**inputs):
-        with torch.compiler.set_stance("force_eager"):
-            return model(**inputs)
-
-    return forward
+def as_compiled(compiled: bool) -> AbstractContextManager:
+    """Use what is compiled, or leave it out: in backward too, where checkpointing computes layers again."""
+    return nullcontext() if compiled else torch.compiler.set_stance("force_eager")
 
 
 class _Bench:
@@ -156,24 +152,24 @@ class _Bench:
         set_pruning(model, None)
         chosen = model.config._attn_implementation
         model.set_attn_implementation("eager")
-        self._exact = self._gradients(model, autocast=False)
-        self._rounding = _errors(self._gradients(model, autocast=True), self._exact)
+        self._exact = self._gradients(compiled=False, autocast=False)
+        self._rounding = _errors(self._gradients(compiled=False, autocast=True), self._exact)
         model.set_attn_implementation(chosen)
         with torch.autocast(recipe.device, torch.bfloat16):
             self._kept = tiles_kept(model, ids)
         self._optimizer = torch.optim.AdamW(model.parameters(), lr=0.0, fused=True)
 
-    def admit(self, variant: Variant, forward: Callable) -> None:
+    def admit(self, variant: Variant) -> None:
         """Check a step; if it is right, it will be timed. What it raises becomes part of its record."""
         name, rule = variant.name, variant.rule
         record: Record = {"name": name, "rule": rule, "compiled": variant.compiled, "tiles_kept": self._kept[rule]}
         self.records.append(record)
         try:
             set_pruning(self._model, rule)
-            fault = self._check(forward, 0.0 if rule is None else EPS, record)
+            fault = self._check(variant, record)
             if fault is None:
-                record["peak_bytes"] = self._try_out(lambda: self._step(rule, forward))
-                self.steps[name] = lambda: self._step(rule, forward)
+                record["peak_bytes"] = self._try_out(lambda: self._step(variant))
+                self.steps[name] = lambda: self._step(variant)
             record |= {"status": "measured"} if fault is None else {"status": "wrong", "reason": fault}
         except Exception as error:
             # Of any kind: steps that do not compile or fit must not end the others.
@@ -181,8 +177,9 @@ class _Bench:
         self._model.zero_grad(set_to_none=True)
         release_memory(self._recipe.device)
 
-    def _check(self, forward: Callable, eps: float, record: Record) -> str | None:
-        errors = _errors(self._gradients(forward, autocast=True), self._exact)
+    def _check(self, variant: Variant, record: Record) -> str | None:
+        errors = _errors(self._gradients(variant.compiled, autocast=True), self._exact)
+        eps = 0.0 if variant.rule is None else EPS
         limits = {part: FACTOR * (rounding + eps) for part, rounding in self._rounding.items()}
         record |= {"errors": errors, "limits": limits}
         for part, error in errors.items():
@@ -198,20 +195,21 @@ class _Bench:
         resident = sum(x.nbytes for x in (*self._model.parameters(), *state))
         return peak_bytes(step, self._recipe.device, resident)
 
-    def _step(self, rule: Rule | None, forward: Callable) -> None:
-        set_pruning(self._model, rule)
-        self._backward(forward, self._ids, autocast=True)
+    def _step(self, variant: Variant) -> None:
+        set_pruning(self._model, variant.rule)
+        self._backward(variant.compiled, self._ids, autocast=True)
         self._optimizer.step()
         self._optimizer.zero_grad(set_to_none=True)
 
-    def _backward(self, forward: Callable, ids: Tensor, autocast: bool) -> None:
-        with torch.autocast(self._recipe.device, torch.bfloat16, enabled=autocast):
-            loss = forward(input_ids=ids, labels=ids, use_cache=False).loss
-        loss.backward()
+    def _backward(self, compiled: bool, ids: Tensor, autocast: bool) -> None:
+        with as_compiled(compiled):
+            with torch.autocast(self._recipe.device, torch.bfloat16, enabled=autocast):
+                loss = self._model(input_ids=ids, labels=ids, use_cache=False).loss
+            loss.backward()
 
-    def _gradients(self, forward: Callable, autocast: bool) -> Gradients:
+    def _gradients(self, compiled: bool, autocast: bool) -> Gradients:
         """Gradients of the attention layers' weights for the first tokens."""
-        self._backward(forward, self._ids[:, :_CHECKED_TOKENS], autocast)
+        self._backward(compiled, self._ids[:, :_CHECKED_TOKENS], autocast)
         grads = {
             name: parameter.grad
             for name, parameter in self._model.named_parameters()

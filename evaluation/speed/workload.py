@@ -105,9 +105,9 @@ class Workload:
             raise ValueError(f"{error}{hint}" if "in a row" in str(error) else str(error)) from None
 
     def facts(self) -> dict[str, Any]:
-        """``preset``; or ``model`` and ``text`` by name."""
+        """``preset``, as ``changed`` what differs from it, if anything; or ``model`` and ``text`` by name."""
         if self.model is None or self.text is None:
-            return {"preset": self.preset}
+            return {"preset": self.preset} | ({"changed": dict(self.sizes)} if self.sizes else {})
         return {"preset": None, "model": model_name(self.model), "text": self.text.name}
 
 
