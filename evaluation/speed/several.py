@@ -78,8 +78,8 @@ def run_several(recipe: SeveralRecipe) -> Record:
         What `Workload.facts` has; ``gpus``, ``layout``, ``checkpointing``, ``tokens``, ``parameters``, ``sizes``;
         ``matmul_flops`` and ``bandwidths``, measured; ``steps``, a record for each variant on one GPU and on all, with
         its ``worst_gradient``, ``step``, ``tokens_per_second``, ``mfu``, ``peak_bytes``; ``scaling``, see
-        `predictions`; ``bars``. If a process fails later, or Ctrl-C is pressed, what was measured before, with an ``error`` and its
-        ``detail``.
+        `predictions`; ``bars``. If a process fails later, or on Ctrl-C, what was measured before, with an ``error``
+        and its ``detail``.
 
     Raises:
         RankError: a process failed before anything was measured.
