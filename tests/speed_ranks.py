@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor
 
 from foxlm import FoxForCausalLM
 from foxlm.evaluation.speed.sharding import Layout, fully_sharded, own_row
@@ -34,7 +35,9 @@ def losing_a_part(model: FoxForCausalLM, mesh: DeviceMesh) -> None:
     fully_sharded(model, mesh)
     if mesh.get_local_rank() == 1:
         with torch.no_grad():
-            model.model.layers[1].mlp.down_proj.weight.to_local().zero_()
+            weight = model.get_parameter("model.layers.1.mlp.down_proj.weight")
+            assert isinstance(weight, DTensor)
+            weight.to_local().zero_()
 
 
 KILLED = Layout("killed", killed_at_sharding, own_row)

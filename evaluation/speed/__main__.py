@@ -180,8 +180,8 @@ def train(
         if workload.model is None:
             # Found out now, not after minutes.
             recipe.variants(FoxConfig.preset(workload.preset, **dict(workload.sizes)))
-        facts = {"dtype": "float32 weights, bfloat16 " + ("autocast" if several is None else "computing")}
-        facts |= {"rounds": rounds, "eps": EPS, "tile": TILE}
+        dtype = "float32 weights, bfloat16 " + ("autocast" if several is None else "computing")
+        facts = {"dtype": dtype, "rounds": rounds, "eps": EPS, "tile": TILE}
         results = report.new_results("train", device, seed, commit, facts)
         results |= run_training(recipe) if several is None else run_several(several)
     except _ERRORS as error:

@@ -157,7 +157,7 @@ class _Bench:
             "tokens": step.tokens,
             "model_flops": self._work.model(),
             "datasheet_flops": self._peak,
-            "matmul_flops": self._slowest(matmul_rate(step.device)),
+            "matmul_flops": self._of_all(matmul_rate(step.device)),
             "bandwidths": self._bandwidths,
             "checked_layers": len(model.model.layers),
             "steps": [],
@@ -257,7 +257,7 @@ class _Bench:
         timings = interleaved(steps, self._step.rounds, self._step.device)
         optimizer_ms = self._optimizer_ms(model, optimizer, mesh is None)
         for variant, timing in timings.items():
-            ms = self._slowest(timing.ms, largest=True) if gpus > 1 else timing.ms
+            ms = self._of_all(timing.ms, largest=True) if gpus > 1 else timing.ms
             record = records[variant]
             record |= {"status": "measured", "step": asdict(replace(timing, ms=ms)), "optimizer_ms": optimizer_ms}
             record |= {"tokens_per_second": 1e3 * gpus * self._step.tokens / ms}
@@ -286,10 +286,8 @@ class _Bench:
         torch.cuda.reset_peak_memory_stats()
         call()
         torch.cuda.synchronize()
-        most = (torch.cuda.max_memory_allocated(), torch.cuda.max_memory_reserved())
-        if gpus > 1:
-            most = tuple(int(self._slowest(x, largest=True)) for x in most)
-        return dict(zip(("peak_bytes", "reserved_bytes"), most, strict=True))
+        most = {"peak_bytes": torch.cuda.max_memory_allocated(), "reserved_bytes": torch.cuda.max_memory_reserved()}
+        return {name: self._of_all(x, largest=True) for name, x in most.items()} if gpus > 1 else most
 
     def _new_record(self, variant: Variant, layout: str, gpus: int) -> Record:
         """The record of a variant, made where there is none."""
@@ -311,7 +309,7 @@ class _Bench:
         shares = self._gathered(own)
         return {rule: sum(one[rule] for one in shares) / len(shares) for rule in own}
 
-    def _slowest(self, own: float, largest: bool = False) -> float:
+    def _of_all(self, own: float, largest: bool = False) -> float:
         """The smallest of all ranks' figures, or the largest."""
         return (max if largest else min)(self._gathered(own))
 
