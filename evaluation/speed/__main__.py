@@ -23,6 +23,7 @@ from .inputs import Case
 from .largest_batch import run_largest_batch
 from .options import AsJson, Commit, Device, Heads, HiddenSize, Join, Layers, Model, Only, Preset, Rounds, Seed, Text
 from .own import OWN
+from .plan import plan
 from .recorded import Recorded, record_inputs
 from .roofline import points_of
 from .sessions import DECODERS
@@ -325,6 +326,9 @@ def _model_facts(workload: Workload, models: Models) -> dict[str, Any]:
         "layers": fox.config.num_hidden_layers,
         "parameters": sum(parameter.numel() for parameter in fox.parameters()),
     }
+
+
+app.command()(plan)
 
 
 _Files = Annotated[list[Path], typer.Argument(help="JSON files that the others wrote, of any kind.")]

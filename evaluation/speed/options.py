@@ -104,9 +104,15 @@ def several(recipe: Recipe, gpus: int, host_gpus: int, host_bandwidth: float) ->
         of = f"{there} processes with --device cpu" if on_cpu else f"the {there} that torch sees"
         raise ValueError(f"--gpus must be at most {of}, got {gpus}")
     require_positive("--host-gpus", host_gpus)
+    bandwidth = 1e9 * positive_bandwidth(host_bandwidth)
+    return SeveralRecipe(recipe, gpus, host_gpus=host_gpus, host_bandwidth=bandwidth)
+
+
+def positive_bandwidth(host_bandwidth: float) -> float:
+    """The argument; raises a `ValueError` unless it is one."""
     if not 0.0 < host_bandwidth < math.inf:
         raise ValueError(f"--host-bandwidth must be a positive number of GB/s, got {host_bandwidth}")
-    return SeveralRecipe(recipe, gpus, host_gpus=host_gpus, host_bandwidth=1e9 * host_bandwidth)
+    return host_bandwidth
 
 
 def require_device(device: str) -> None:

@@ -7,7 +7,7 @@ sending costs the kernels beside it.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -143,6 +143,12 @@ class StepModel:
         """
         exposed = sum(one.seconds for one in model.transfers(network, gpus) if not one.overlappable)
         return cls(step - optimizer - exposed, optimizer * gpus, tokens, model, network, gpus)
+
+    @classmethod
+    def of_facts(cls, facts: Mapping[str, Any]) -> "StepModel":
+        """From what `facts` gave."""
+        parts = {"model": ShardedModel(**facts["model"]), "network": Network(**facts["network"])}
+        return cls(**{**facts, **parts})
 
     def predict(self, gpus: int) -> dict[str, Any]:
         """A step on ``gpus``.
