@@ -81,7 +81,7 @@ def _render(plan: dict[str, Any]) -> str:
     network = plan["model"]["network"]
     between, gather, scatter = (f"{network[x] / 1e9:.3g}" for x in ("host_bandwidth", "all_gather", "reduce_scatter"))
     what = (
-        f"{plan['name']}: hosts of {network['host_gpus']} GPUs, {between} GB/s into each; within them {gather} (gathering) "
-        f"and {scatter} (scattering) into each GPU, measured."
+        f"{plan['name']}: hosts of {network['host_gpus']} GPUs, {between} GB/s into each; within them {gather} "
+        f"(gathering) and {scatter} (scattering) into each GPU, measured."
     )
     return f"{what}\n\n{table(columns, rows)}"
