@@ -158,7 +158,7 @@ def test_a_rank_that_raises_ends_all(tmp_path: Path) -> None:
     with pytest.raises(RankError, match=r"^rank 1 of 2: ValueError: the second one will not$") as caught:
         run_ranks(speed_ranks.raise_on_one, 2, "cpu", tmp_path, str(tmp_path))
     assert "and says why" in caught.value.detail
-    assert time.monotonic() - began < 60
+    assert time.monotonic() - began < 300
     for rank in range(2):
         with pytest.raises(ProcessLookupError):
             os.kill(int((tmp_path / f"pid-{rank}").read_text()), 0)
@@ -172,7 +172,7 @@ def recipe(**changes) -> SeveralRecipe:
 def test_a_rank_that_is_killed_ends_the_run_with_what_was_measured() -> None:
     began = time.monotonic()
     results = run_several(recipe(layout=speed_ranks.KILLED))
-    assert time.monotonic() - began < 60
+    assert time.monotonic() - began < 300
     assert results["error"] == "rank 1 of 2 was ended by SIGKILL"
     assert results["bandwidths"]["all_gather"] > 0.0 and results["steps"] == []
 
