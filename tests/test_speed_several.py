@@ -3,15 +3,22 @@
 import json
 import os
 import time
+from collections.abc import Iterator
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch._dynamo.utils import counters
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.utils.flop_counter import FlopCounterMode
 from typer.testing import CliRunner
 
 import speed_ranks
+from foxlm import FoxForCausalLM
 from foxlm.evaluation.speed import tables
 from foxlm.evaluation.speed.__main__ import app
 from foxlm.evaluation.speed.bars import several_bars
@@ -20,8 +27,8 @@ from foxlm.evaluation.speed.models import CPU_SIZES, build_fox
 from foxlm.evaluation.speed.processes import RankError, run_ranks
 from foxlm.evaluation.speed.scaling import Network, ShardedModel, StepModel, Transfer, step_seconds
 from foxlm.evaluation.speed.several import SeveralRecipe, predictions, run_several
-from foxlm.evaluation.speed.sharding import groups_of
-from foxlm.evaluation.speed.train import Recipe, Variant
+from foxlm.evaluation.speed.sharding import fully_sharded, groups_of
+from foxlm.evaluation.speed.train import Recipe, Variant, compile_regions, trainable
 from foxlm.evaluation.speed.workload import Workload
 
 SIZES = tuple(CPU_SIZES.items())
@@ -148,6 +155,53 @@ def test_operations_are_those_that_torch_counts() -> None:
     rates = work.rates(0.5, 2.0, 1e9)
     assert rates["mfu"] == work.model() / 2e9 and rates["mfu_kept"] == (work.model() - 0.5 * attention) / 2e9
     assert work.rates(0.5, 2.0, None)["mfu"] is None
+
+
+# Sharding
+
+
+@pytest.fixture
+def mesh(tmp_path: Path) -> Iterator[DeviceMesh]:
+    """Of this process alone."""
+    dist.init_process_group("gloo", store=dist.FileStore(str(tmp_path / "store"), 1), rank=0, world_size=1)
+    yield init_device_mesh("cpu", (1,))
+    dist.destroy_process_group()
+
+
+def kept_for_backward(model: FoxForCausalLM, ids: Tensor) -> int:
+    """Numbers that the layers' forward passes keep."""
+    kept: list[Tensor] = []
+
+    def pack(x: Tensor) -> Tensor:
+        kept.append(x)
+        return x
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
+        model(input_ids=ids, labels=ids, use_cache=False).loss.backward()
+    own = {parameter.data_ptr() for parameter in model.parameters()}
+    return sum(x.numel() for x in {id(x): x for x in kept}.values() if x.data_ptr() not in own)
+
+
+def test_layers_stay_checkpointed_and_whole_when_sharded_and_compiled(
+    mesh: DeviceMesh, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager"))
+    torch._dynamo.reset()
+    counters.clear()
+    ids = torch.randint(256, (1, 128))
+    kept = {}
+    for checkpointing in (False, True):
+        step = Recipe(Workload("cpu", "pro-760m", SIZES), checkpointing=checkpointing)
+        model = trainable(step)
+        fully_sharded(model, mesh)
+        gate = model.get_parameter("model.layers.0.self_attn.forget_gate.weight")
+        compile_regions(model)
+        kept[checkpointing] = kept_for_backward(model, ids)
+        assert gate.grad is not None and gate.grad.dtype == torch.float32
+    # Of one layer about 40 times its input is kept, of a checkpointed one the input.
+    assert kept[True] < kept[False] / 3
+    assert not counters["graph_break"], counters["graph_break"]
+    assert 1 <= counters["stats"]["unique_graphs"] <= 3
 
 
 # Processes

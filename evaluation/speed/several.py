@@ -232,10 +232,10 @@ class _Bench:
     def _measure(self, layout: str, gpus: int, mesh: DeviceMesh | None) -> None:
         """Steps of all variants found right; of the model as it is under autocast without a mesh."""
         model = trainable(self._step)
-        if any(one.compiled for one in self._variants):
-            compile_regions(model)
         if mesh is not None:
             self._recipe.layout.distribute(model, mesh)
+        if any(one.compiled for one in self._variants):
+            compile_regions(model)
         optimizer = torch.optim.AdamW(model.parameters(), lr=0.0, fused=True)
 
         def run(variant: Variant) -> Tensor:

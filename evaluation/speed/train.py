@@ -129,9 +129,11 @@ def trainable(recipe: Recipe) -> FoxForCausalLM:
 
 
 def compile_regions(model: FoxForCausalLM) -> None:
-    """Compile each layer and the loss, in place: layers are alike, so one of them is compiled for all."""
-    # One shape for the check and one for the steps, neither of them dynamic. Only `forward`, not what FSDP2 does around
-    # it: compiled too, that breaks the graph, and some versions of torch then silently compile nothing.
+    """Compile each layer and the loss, in place: layers are alike, so one of them is compiled for all.
+
+    After sharding: that gives layers another class, and transformers checkpoints nothing in the old one's forward pass.
+    """
+    # One shape for the check and one for the steps, neither of them dynamic. FSDP2's hooks stay outside.
     for layer in model.model.layers:
         layer.forward = torch.compile(layer.forward, dynamic=False)
     model.loss_function = torch.compile(model.loss_function, dynamic=False)
