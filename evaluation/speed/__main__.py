@@ -10,6 +10,7 @@ from typing import Annotated, Any
 
 import typer
 
+from foxlm import FoxConfig
 from foxlm.evaluation.loading import DTYPES
 from foxlm.evaluation.requirements import require_matplotlib
 
@@ -20,11 +21,13 @@ from .decode import Models
 from .implementations import EPS, TILE, with_names
 from .inputs import Case
 from .largest_batch import run_largest_batch
-from .options import AsJson, Commit, Device, Join, Layers, Model, Only, Preset, Rounds, Seed, Text
+from .options import AsJson, Commit, Device, Heads, HiddenSize, Join, Layers, Model, Only, Preset, Rounds, Seed, Text
 from .own import OWN
+from .plan import plan
 from .recorded import Recorded, record_inputs
 from .roofline import points_of
 from .sessions import DECODERS
+from .several import run_several
 from .train import CPU_TOKENS, TOKENS, Recipe, run_training
 from .workload import Workload
 
@@ -131,13 +134,27 @@ def train(
     out: Annotated[Path, typer.Option(help="JSON file for the results.")] = Path("speed-train.json"),
     preset: Preset = None,
     layers: Layers = None,
+    hidden_size: HiddenSize = None,
+    heads: Heads = None,
     model: Model = None,
     text: Text = None,
     join: Join = False,
     tokens: Annotated[
-        int | None, typer.Option(help=f"Tokens of the one sequence in a step; {TOKENS}, or {CPU_TOKENS} on a CPU.")
+        int | None,
+        typer.Option(help=f"Tokens of the one sequence in a step, of each GPU; {TOKENS}, or {CPU_TOKENS} on a CPU."),
     ] = None,
+    gpus: Annotated[
+        int, typer.Option(help="GPUs of this machine to train on with FSDP2, and on one of them to compare with.")
+    ] = 1,
+    checkpointing: Annotated[
+        bool, typer.Option("--checkpointing", help="Compute layers again in backward instead of keeping all (memory).")
+    ] = False,
     compiled: Annotated[bool, typer.Option("--compile", help="Steps with compiled layers and loss too.")] = False,
+    only: Only = None,
+    host_gpus: Annotated[int, typer.Option(help="GPUs of a host, in what --gpus predicts for more of them.")] = 8,
+    host_bandwidth: Annotated[
+        float, typer.Option(help="GB/s into a host from the others, in the same; 8 x 400 Gbit/s by default.")
+    ] = 400.0,
     rounds: Rounds = 5,
     device: Device = "cuda",
     seed: Seed = 0,
@@ -146,25 +163,35 @@ def train(
 ) -> None:
     """A training step of a whole model, with pruning and without; the weights stay as they are.
 
-    The model is a preset with synthetic gates, or yours.
+    The model is a preset with synthetic gates, or yours; --layers, --hidden-size and --heads make it another's shape.
+    With --gpus N also on N GPUs, one sequence on each, with what that says of 8 and 64.
     Exits with 1 if a step is wrong or fails.
     """
     try:
         options.require_device(device)
         options.require_positive("--rounds", rounds)
+        options.require_positive("--gpus", gpus)
         options.require_writable(out)
         if tokens is None:
             tokens = CPU_TOKENS if device == "cpu" else TOKENS
         options.require_positive("--tokens", tokens)
-        workload = options.workload(device, seed, preset, layers, model, text, join)
-        facts = {"dtype": "float32 weights, bfloat16 autocast", "rounds": rounds, "eps": EPS, "tile": TILE}
+        workload = options.workload(device, seed, preset, layers, model, text, join, hidden_size, heads)
+        recipe = Recipe(workload, tokens, compiled, rounds, checkpointing, tuple(only or ()))
+        several = options.several(recipe, gpus, host_gpus, host_bandwidth) if gpus > 1 else None
+        if workload.model is None:
+            # Found out now, not after minutes.
+            recipe.variants(FoxConfig.preset(workload.preset, **dict(workload.sizes)))
+        dtype = "float32 weights, bfloat16 " + ("autocast" if several is None else "computing")
+        facts = {"dtype": dtype, "rounds": rounds, "eps": EPS, "tile": TILE}
         results = report.new_results("train", device, seed, commit, facts)
-        results |= run_training(Recipe(workload, tokens, compiled, rounds))
+        results |= run_training(recipe) if several is None else run_several(several)
     except _ERRORS as error:
         options.fail(error)
     report.write(results, out)
     options.show(results, as_json)
-    options.finish(results["steps"], complete=True)
+    if "error" in results:
+        typer.echo(f"error: {results['error']}\n{results['detail']}".rstrip(), err=True)
+    options.finish(results["steps"], complete="error" not in results)
 
 
 @app.command("prefill")
@@ -299,6 +326,9 @@ def _model_facts(workload: Workload, models: Models) -> dict[str, Any]:
         "layers": fox.config.num_hidden_layers,
         "parameters": sum(parameter.numel() for parameter in fox.parameters()),
     }
+
+
+app.command()(plan)
 
 
 _Files = Annotated[list[Path], typer.Argument(help="JSON files that the others wrote, of any kind.")]

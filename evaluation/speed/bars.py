@@ -73,6 +73,52 @@ def train_bars(steps: Sequence[Record]) -> dict[str, dict]:
     return {name: values for name, values in bars.items() if values}
 
 
+# What is wanted of training on several H100 GPUs.
+_SCALING_TARGET, _MFU_TARGET = 0.9, 0.45
+
+
+def several_bars(results: Record) -> dict[str, dict]:
+    """Figures of training on several GPUs, by name of the step.
+
+    Returns:
+        Each with ``value`` and, for the model, length and GPUs that it is wanted of, ``at_least``:
+
+        * ``scaling_efficiency``: tokens per second over those of one GPU times the GPUs, the faster of a plain step and
+          one under the same layout.
+        * ``mfu``: model FLOPs per second of each GPU over its peak by the data sheet.
+    """
+    timed = [one for one in results["steps"] if "step" in one]
+    wanted = {"scaling_efficiency": _SCALING_TARGET} if _is_760m(results) else {}
+    wanted |= {"mfu": _MFU_TARGET} if _is_7b(results) else {}
+    bars: dict[str, dict] = {"scaling_efficiency": {}, "mfu": {}}
+    for one in (one for one in timed if one["gpus"] > 1):
+        alone = [other["tokens_per_second"] for other in timed if other["gpus"] == 1 and other["name"] == one["name"]]
+        if alone:
+            bars["scaling_efficiency"][one["name"]] = one["tokens_per_second"] / (one["gpus"] * max(alone))
+        if one["mfu"] is not None:
+            bars["mfu"][one["name"]] = one["mfu"]
+    return {
+        bar: {
+            name: {"value": value} | ({"at_least": wanted[bar]} if bar in wanted else {})
+            for name, value in values.items()
+        }
+        for bar, values in bars.items()
+        if values
+    }
+
+
+def _is_760m(results: Record) -> bool:
+    whole = (results["sizes"]["hidden_size"], results["sizes"]["num_hidden_layers"]) == (1536, 24)
+    alike = results["tokens"] == 16384 and results["gpus"] == 2 and not results["checkpointing"]
+    return results["preset"] == "pro-760m" and whole and alike
+
+
+def _is_7b(results: Record) -> bool:
+    """Of the shape of Llama's 7B, with FoX's parts."""
+    shape = (results["sizes"]["hidden_size"], results["sizes"]["num_hidden_layers"]) == (4096, 32)
+    return shape and results["tokens"] == 32768 and results["gpus"] == 2 and results["checkpointing"]
+
+
 def prefill_kind(way: Record) -> str:
     """What a way to take in a prompt is compared with: ``whole``, ``in_parts`` or ``compiled``."""
     return "in_parts" if way["chunked"] else "compiled" if way["compiled"] else "whole"

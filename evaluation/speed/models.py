@@ -34,7 +34,9 @@ def build_fox(preset: str, sizes: Sizes, device: str, dtype: torch.dtype = torch
         device: ``"cuda"`` or ``"cpu"``.
         dtype: of all other weights.
     """
-    model = FoxForCausalLM._from_config(FoxConfig.preset(preset, **dict(sizes)), dtype=dtype).to(device)
+    # Billions of random numbers take a CPU a minute.
+    with torch.device(device):
+        model = FoxForCausalLM._from_config(FoxConfig.preset(preset, **dict(sizes)), dtype=dtype)
     with torch.no_grad():
         for module in model.modules():
             if isinstance(module, FoxForgetGate):

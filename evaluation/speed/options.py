@@ -1,6 +1,7 @@
 """What the speed commands share: their options, what these must be, and how results are shown."""
 
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, NoReturn
 
@@ -10,15 +11,21 @@ import typer
 from . import report, tables
 from .models import CPU_SIZES, Sizes
 from .runner import Record
+from .several import SeveralRecipe
+from .train import Recipe
 from .workload import Workload
 
 PRESET = "pro-760m"
+# Processes that are started at most where there are no GPUs to count.
+CPU_RANKS = 8
 
 Preset = Annotated[
     str | None,
     typer.Option(help=f"Sizes of a FoxConfig.preset, for a new model on random tokens; {PRESET} if nothing is given."),
 ]
 Layers = Annotated[int | None, typer.Option(help="Layers, if not the preset's.")]
+HiddenSize = Annotated[int | None, typer.Option(help="Width of the residual stream, if not the preset's.")]
+Heads = Annotated[int | None, typer.Option(help="Attention heads, if not the preset's.")]
 Model = Annotated[
     str | None,
     typer.Option(
@@ -56,29 +63,56 @@ def workload(
     model: str | None,
     text: Path | None,
     join: bool,
+    hidden_size: int | None = None,
+    heads: int | None = None,
 ) -> Workload:
     """What a command was told to measure.
 
     Raises:
         ValueError: options that contradict each other, or are not as they must be.
     """
-    if model is not None and (preset is not None or layers is not None):
-        raise ValueError(
-            f"{'--layers' if preset is None else '--preset'} is of new models, got it with --model {model}"
-        )
+    given = {"--preset": preset, "--layers": layers, "--hidden-size": hidden_size, "--heads": heads}
+    of_new = next((name for name, value in given.items() if value is not None), None)
+    if model is not None and of_new is not None:
+        raise ValueError(f"{of_new} is of new models, got it with --model {model}")
     if join and text is None:
         raise ValueError("--join is of --text, got it without")
-    if layers is not None:
-        require_positive("--layers", layers)
+    sizes = {"num_hidden_layers": layers, "hidden_size": hidden_size, "num_attention_heads": heads}
+    for name, value in (("--layers", layers), ("--hidden-size", hidden_size), ("--heads", heads)):
+        if value is not None:
+            require_positive(name, value)
     if model is not None or text is not None:
         return Workload(device, model=model, text=text, join=join, seed=seed)
-    return Workload(device, preset or PRESET, _sizes(device, layers), seed=seed)
+    return Workload(device, preset or PRESET, _sizes(device, sizes), seed=seed)
 
 
-def _sizes(device: str, layers: int | None) -> Sizes:
+def _sizes(device: str, given: Mapping[str, int | None]) -> Sizes:
     """What differs from a preset: all of it on a CPU."""
     sizes = dict(CPU_SIZES) if device == "cpu" else {}
-    return tuple((sizes | ({} if layers is None else {"num_hidden_layers": layers})).items())
+    return tuple((sizes | {name: value for name, value in given.items() if value is not None}).items())
+
+
+def several(recipe: Recipe, gpus: int, host_gpus: int, host_bandwidth: float) -> SeveralRecipe:
+    """The same step on several GPUs.
+
+    Raises:
+        ValueError: there are not so many, or a host of the predictions is none.
+    """
+    on_cpu = recipe.device == "cpu"
+    there = CPU_RANKS if on_cpu else torch.cuda.device_count()
+    if gpus > there:
+        of = f"{there} processes with --device cpu" if on_cpu else f"the {there} that torch sees"
+        raise ValueError(f"--gpus must be at most {of}, got {gpus}")
+    require_positive("--host-gpus", host_gpus)
+    bandwidth = 1e9 * positive_bandwidth(host_bandwidth)
+    return SeveralRecipe(recipe, gpus, host_gpus=host_gpus, host_bandwidth=bandwidth)
+
+
+def positive_bandwidth(host_bandwidth: float) -> float:
+    """The argument; raises a `ValueError` unless it is one."""
+    if not 0.0 < host_bandwidth < math.inf:
+        raise ValueError(f"--host-bandwidth must be a positive number of GB/s, got {host_bandwidth}")
+    return host_bandwidth
 
 
 def require_device(device: str) -> None:

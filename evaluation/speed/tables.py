@@ -3,7 +3,9 @@
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
+from . import several_tables
 from .bars import AUTHORS_DECODE_MS, AUTHORS_DECODE_SOURCE, prefill_kind
+from .markdown import digits, gigabytes, note, noted, percent, subject, table
 
 Results = Mapping[str, Any]
 
@@ -25,7 +27,7 @@ def _origin(results: Results) -> str:
     run, settings = results["run"], results["settings"]
     versions = ", ".join(f"{name} {run[name]}" for name in ("torch", "triton", "cuda", "cudnn"))
     commit, changes, _ = run["commit"].partition("+changes")
-    apart = _percent(max(_spreads(results), default=0.0))
+    apart = percent(max(_spreads(results), default=0.0))
     return (
         f"{run['device']}; {versions}; foxlm {run['foxlm']}, commit {commit[:12]}{changes}; {settings['dtype']}; "
         f"eps = {settings['eps']:.2g}; medians of 2 x {settings['rounds']} calls in turn, at most {apart} apart."
@@ -55,25 +57,25 @@ def _attention(results: Results) -> str:
             notes.append(f"{shape}: {case['error'].splitlines()[0]}")
         for one in case["implementations"]:
             if "forward" not in one:
-                notes.append(_note(shape, one))
+                notes.append(note(shape, one))
                 continue
             forward, both = one["forward"], one["forward_backward"]
             name = one["name"] + ("" if one["gate_gradient"] or not one["gated"] else " (no gate gradient)")
             figures = [
-                _percent(one["tiles_kept"]),
-                _digits(forward["ms"]),
-                _digits(both["ms"]),
-                f"{_digits(forward['dense_tflops'])} / {_digits(both['dense_tflops'])}",
-                f"{_percent(forward['of_ceiling'])} / {_percent(both['of_ceiling'])}",
-                _gigabytes(one["peak_bytes"]),
+                percent(one["tiles_kept"]),
+                digits(forward["ms"]),
+                digits(both["ms"]),
+                f"{digits(forward['dense_tflops'])} / {digits(both['dense_tflops'])}",
+                f"{percent(forward['of_ceiling'])} / {percent(both['of_ceiling'])}",
+                gigabytes(one["peak_bytes"]),
             ]
             rows.append([shape, name, *figures])
-        notes += [_note(f"{shape}, gates open", one) for one in case["open_gates"] if "forward" not in one]
+        notes += [note(f"{shape}, gates open", one) for one in case["open_gates"] if "forward" not in one]
     legend = (
         "Dense TFLOP/s count the causal products without pruning. The matmul's rate is that of a large matrix product "
         "timed in between, held against the products of the tiles that are kept. Pairs: forward / forward and backward."
     )
-    return "\n\n".join([_table(columns, rows), legend, _attention_bars(results["cases"]), *_noted(notes)])
+    return "\n\n".join([table(columns, rows), legend, _attention_bars(results["cases"]), *noted(notes)])
 
 
 def _recorded(shape: str, case: Mapping[str, Any]) -> str:
@@ -96,19 +98,14 @@ def _attention_bars(cases: Sequence[Mapping[str, Any]]) -> str:
         bars = case["bars"]
         for rule in bars.get("dropped", {}):
             figures = [
-                both(bars.get("dense_rate_over_cudnn"), _digits),
-                both(bars.get("acp_over_kept", {}).get(rule), _digits),
-                both(bars.get("vain_cost", {}).get(rule), _percent),
-                _percent(bars["boundaries_of_forward"][rule]),
-                _percent(bars["dropped"][rule]),
+                both(bars.get("dense_rate_over_cudnn"), digits),
+                both(bars.get("acp_over_kept", {}).get(rule), digits),
+                both(bars.get("vain_cost", {}).get(rule), percent),
+                percent(bars["boundaries_of_forward"][rule]),
+                percent(bars["dropped"][rule]),
             ]
             rows.append([_shape(case), f"`{rule}`", *figures])
-    return _table(columns, rows)
-
-
-def _subject(facts: Mapping[str, Any]) -> str:
-    """What was measured, in words."""
-    return f"`{facts['preset']}`" if facts.get("model") is None else f"`{facts['model']}`, with the gates that it has"
+    return table(columns, rows)
 
 
 def _read(facts: Mapping[str, Any], of_preset: str) -> str:
@@ -117,23 +114,25 @@ def _read(facts: Mapping[str, Any], of_preset: str) -> str:
 
 
 def _train(results: Results) -> str:
+    if "gpus" in results:
+        return several_tables.render(results)
     columns = ["training step", "tiles kept", "tokens/s", "ms", "peak GB"]
     rows = []
     for one in results["steps"]:
         if "step" in one:
-            figures = [_percent(one["tiles_kept"]), f"{one['tokens_per_second']:,.0f}"]
-            rows.append([one["name"], *figures, _digits(one["step"]["ms"]), _gigabytes(one["peak_bytes"])])
+            figures = [percent(one["tiles_kept"]), f"{one['tokens_per_second']:,.0f}"]
+            rows.append([one["name"], *figures, digits(one["step"]["ms"]), gigabytes(one["peak_bytes"])])
     what = (
-        f"{_subject(results)}, {results['parameters'] / 1e6:.3g}M parameters, 1 x {results['tokens']:,} tokens"
+        f"{subject(results)}, {results['parameters'] / 1e6:.3g}M parameters, 1 x {results['tokens']:,} tokens"
         f"{_read(results, '') and ' ' + _read(results, '')}, AdamW, float32 weights under bfloat16 autocast."
     )
-    notes = [_note("training", one) for one in results["steps"] if "step" not in one]
-    return "\n\n".join([what, _table(columns, rows), *_noted(notes)])
+    notes = [note("training", one) for one in results["steps"] if "step" not in one]
+    return "\n\n".join([what, table(columns, rows), *noted(notes)])
 
 
 def _sizes(settings: Mapping[str, Any]) -> str:
     return (
-        f"{_subject(settings)}, {settings['layers']} layers, {settings['parameters'] / 1e6:.3g}M parameters "
+        f"{subject(settings)}, {settings['layers']} layers, {settings['parameters'] / 1e6:.3g}M parameters "
         "(the Llama has the same sizes)"
     )
 
@@ -157,17 +156,17 @@ def _prefill(results: Results) -> str:
             notes.append(f"{where}: {prompts['error'].splitlines()[0]}")
         for one in prompts["ways"]:
             if "first_token" not in one:
-                notes.append(_note(where, one))
+                notes.append(note(where, one))
                 continue
             of_kind = prompts["bars"].get(prefill_kind(one), {}).get("over_llama", {})
             over = of_kind.get(one["rule"] or "none") if (one["family"], one["cache"]) == ("foxlm", "dynamic") else None
             figures = [
-                _percent(one["tiles_kept"]) if one["family"] == "foxlm" else "-",
-                _digits(one["first_token"]["ms"]),
+                percent(one["tiles_kept"]) if one["family"] == "foxlm" else "-",
+                digits(one["first_token"]["ms"]),
                 f"{one['tokens_per_second']:,.0f}",
-                "-" if over is None else _digits(over),
-                _gigabytes(one["peak_bytes"]),
-                _gigabytes(one["stored_bytes"]),
+                "-" if over is None else digits(over),
+                gigabytes(one["peak_bytes"]),
+                gigabytes(one["stored_bytes"]),
             ]
             rows.append([where, one["name"], *figures])
     settings = results["settings"]
@@ -176,7 +175,7 @@ def _prefill(results: Results) -> str:
         f"is there; in parts means {settings['chunk']:,} tokens of each sequence at a time. The Llama beside which a "
         "rate stands takes its prompt in the same way."
     )
-    return "\n\n".join([what, *([_table(columns, rows)] if rows else []), *_noted(notes)])
+    return "\n\n".join([what, *([table(columns, rows)] if rows else []), *noted(notes)])
 
 
 def _decode(results: Results) -> str:
@@ -190,18 +189,18 @@ def _decode(results: Results) -> str:
             notes.append(f"{where}: {batch['error'].splitlines()[0]}")
         for one in batch["decoders"]:
             if "step" not in one:
-                notes.append(_note(where, one))
+                notes.append(note(where, one))
                 continue
             busy, read, kept = (one.get(name) for name in ("device_ms", "read_bytes", "keys_kept"))
             figures = [
-                _digits(one["step"]["ms"]),
-                "-" if busy is None else _digits(busy),
+                digits(one["step"]["ms"]),
+                "-" if busy is None else digits(busy),
                 {None: "-", True: "host", False: "device"}[one["host_bound"]],
                 f"{one['tokens_per_second']:,.0f}",
-                _gigabytes(one["peak_bytes"]),
-                _gigabytes(one["stored_bytes"]),
-                _gigabytes(read),
-                "-" if kept is None else _percent(kept),
+                gigabytes(one["peak_bytes"]),
+                gigabytes(one["stored_bytes"]),
+                gigabytes(read),
+                "-" if kept is None else percent(kept),
             ]
             name = one["name"] + (", compiled" if one["compiled"] else "")
             rows.append([str(batch["batch"]), name, *figures])
@@ -212,17 +211,17 @@ def _decode(results: Results) -> str:
         "the device has finished. Keys and values: the memory that they take, and what a step must read of it by the "
         "keys that are kept."
     )
-    tables = [_table(columns, rows)] if rows else []
+    tables = [table(columns, rows)] if rows else []
     bars = _decode_bars(results)
     for one in results["largest_batch"]:
         found = [f"{cache} {one[cache]['batch']}" for cache in ("static", "paged") if "batch" in one[cache]]
         if found:
             tables.append(f"Largest batch, up to {one['most']}, at {one['tokens']:,} tokens: {', '.join(found)}.")
-        notes += [_note("largest batch", one[cache]) for cache in ("static", "paged") if "batch" not in one[cache]]
+        notes += [note("largest batch", one[cache]) for cache in ("static", "paged") if "batch" not in one[cache]]
     authors = "; ".join(f"batch {n}: {a:.0f} / {b:.0f}" for n, (a, b) in AUTHORS_DECODE_MS.items())
     reference = f"For comparison, {AUTHORS_DECODE_SOURCE}, ms a step without / with pruning: {authors}."
     compared = [reference] if _has_targets(results) else []
-    return "\n\n".join([what, *tables, *([bars] if bars else []), *compared, *_noted(notes)])
+    return "\n\n".join([what, *tables, *([bars] if bars else []), *compared, *noted(notes)])
 
 
 def _has_targets(results: Results) -> bool:
@@ -249,38 +248,10 @@ def _decode_bars(results: Results) -> str:
             elif "at_least" in bar:
                 wanted, met = f"at least {bar['at_least']:g}", "yes" if bar["value"] >= bar["at_least"] else "no"
             asked = [wanted, met] if _has_targets(results) else []
-            rows.append([str(where.get("batch", "-")), words[name], _digits(bar["value"]), *asked])
+            rows.append([str(where.get("batch", "-")), words[name], digits(bar["value"]), *asked])
     columns = ["batch", "figure", "measured"] + (["wanted on an H100", "met"] if _has_targets(results) else [])
-    return _table(columns, rows) if rows else ""
+    return table(columns, rows) if rows else ""
 
 
 def _shape(case: Mapping[str, Any]) -> str:
     return case["case"].replace("x", " x ")
-
-
-def _note(where: str, record: Mapping[str, Any]) -> str:
-    words = {"wrong": "failed its check and was not timed", "missing": "not run", "failed": "failed"}
-    return f"{where}, {record['name']}: {words[record['status']]}: {record['reason']}"
-
-
-def _noted(notes: Sequence[str]) -> list[str]:
-    return ["\n".join(f"* {note}" for note in notes)] if notes else []
-
-
-def _table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    lines = [columns, ["---"] * len(columns), *rows]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
-
-
-def _digits(x: float) -> str:
-    """Three significant digits, none of them in an exponent."""
-    decimals = next((n for n, least in enumerate((100.0, 10.0, 1.0)) if abs(x) >= least), 3)
-    return f"{x:.{decimals}f}"
-
-
-def _percent(x: float) -> str:
-    return f"{100 * x:.0f}%" if abs(x) >= 0.1 else f"{100 * x:.1f}%"
-
-
-def _gigabytes(count: float | None) -> str:
-    return "-" if count is None else f"{count / 1e9:.1f}"

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from foxlm import FoxForCausalLM
+from foxlm import FoxConfig, FoxForCausalLM
 from foxlm.evaluation.loading import DTYPES, load_model, load_tokenizer, model_name
 from foxlm.evaluation.text import rows as rows_of_text
 from foxlm.kernels.pruning import Rule
@@ -105,9 +105,9 @@ class Workload:
             raise ValueError(f"{error}{hint}" if "in a row" in str(error) else str(error)) from None
 
     def facts(self) -> dict[str, Any]:
-        """``preset``; or ``model`` and ``text`` by name."""
+        """``preset``, as ``changed`` what differs from it, if anything; or ``model`` and ``text`` by name."""
         if self.model is None or self.text is None:
-            return {"preset": self.preset}
+            return {"preset": self.preset} | ({"changed": dict(self.sizes)} if self.sizes else {})
         return {"preset": None, "model": model_name(self.model), "text": self.text.name}
 
 
@@ -116,6 +116,6 @@ def distinct_rows(ids: Tensor) -> int:
     return len(torch.unique(ids, dim=0))
 
 
-def rules_of(model: FoxForCausalLM) -> Sequence[Rule | None]:
-    """How ``model`` can be pruned: not at all without gates."""
-    return (None,) if model.config.forget_gate == "none" else (None, *RULES)
+def rules_of(config: FoxConfig) -> Sequence[Rule | None]:
+    """How a model can be pruned: not at all without gates."""
+    return (None,) if config.forget_gate == "none" else (None, *RULES)

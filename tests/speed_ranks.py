@@ -1,0 +1,44 @@
+"""What spawned processes of the benchmark on several GPUs run in its tests: some of it goes wrong on purpose."""
+
+import os
+import signal
+import time
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor
+
+from foxlm import FoxForCausalLM
+from foxlm.evaluation.speed.sharding import Layout, fully_sharded, own_row
+
+
+def raise_on_one(rank: int, folder: str) -> None:
+    """Rank 1 raises; the others wait for it far longer than a test may take."""
+    Path(folder, f"pid-{rank}").write_text(str(os.getpid()))
+    dist.barrier()
+    if rank == 1:
+        raise ValueError("the second one will not\nand says why")
+    time.sleep(600)
+
+
+def killed_at_sharding(model: FoxForCausalLM, mesh: DeviceMesh) -> None:
+    """Rank 1 dies as if the system had killed it."""
+    if mesh.get_local_rank() == 1:
+        os.kill(os.getpid(), signal.SIGKILL)
+    fully_sharded(model, mesh)
+
+
+def losing_a_part(model: FoxForCausalLM, mesh: DeviceMesh) -> None:
+    """Rank 1 loses its part of one weight."""
+    fully_sharded(model, mesh)
+    if mesh.get_local_rank() == 1:
+        with torch.no_grad():
+            weight = model.get_parameter("model.layers.1.mlp.down_proj.weight")
+            assert isinstance(weight, DTensor)
+            weight.to_local().zero_()
+
+
+KILLED = Layout("killed", killed_at_sharding, own_row)
+LOSING = Layout("losing", losing_a_part, own_row)
