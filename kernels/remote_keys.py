@@ -28,23 +28,38 @@ class Needs(NamedTuple):
     crossing: np.ndarray
 
 
-def find_needs(first: Tensor, kv_heads: int, shards: Shards) -> Needs:
-    """What every segment needs, from the first key that each query of this rank keeps. Waits for the device.
+class Question:
+    """What every segment needs, on its way to the host: the device goes on with other work meanwhile."""
 
-    Args:
-        first: ``[B, H, T]`` int64 in tokens of the sequence, beyond its own for a query that sees nothing.
-        kv_heads: number of key/value heads.
-        shards: who has which tokens.
-    """
-    first = first.unflatten(1, (kv_heads, -1)).amin(2) if first.shape[1] > kv_heads else first
-    least, crossing = [], []
-    for (_, start, stop), rows in zip(shards.segments, shards.rows, strict=True):
-        part = first[..., rows]
-        least.append(part.amin(-1).clamp(max=start))
-        count = torch.arange(1, stop - start + 1, device=first.device)
-        crossing.append(torch.where(part < start, count, 0).amax(-1))
-    everyone = torch.stack([*shards.from_all(least), *crossing]).cpu().numpy()
-    return Needs(*np.split(everyone, [len(shards.split.segments)]))
+    def __init__(self, first: Tensor, kv_heads: int, shards: Shards) -> None:
+        """
+        Args:
+            first: ``[B, H, T]`` int64 in tokens of the sequence, beyond its own for a query that sees nothing.
+            kv_heads: number of key/value heads.
+            shards: who has which tokens.
+        """
+        first = first.unflatten(1, (kv_heads, -1)).amin(2) if first.shape[1] > kv_heads else first
+        least, crossing = [], []
+        for (_, start, stop), rows in zip(shards.segments, shards.rows, strict=True):
+            part = first[..., rows]
+            least.append(part.amin(-1).clamp(max=start))
+            count = torch.arange(1, stop - start + 1, device=first.device)
+            crossing.append(torch.where(part < start, count, 0).amax(-1))
+        #: Of each segment of this rank, how many leading queries keep a key before it, ``[B, G]`` on the device.
+        self.crossing = crossing
+        self._segments = len(shards.split.segments)
+        self._device = torch.stack([*shards.from_all(least), *crossing])
+        self._host, self._copied = self._device, None
+        if first.is_cuda:
+            self._host = torch.empty(self._device.shape, dtype=torch.int64, pin_memory=True)
+            self._host.copy_(self._device, non_blocking=True)
+            self._copied = torch.cuda.current_stream(first.device).record_event()
+
+    def answer(self) -> Needs:
+        """Wait until it is here."""
+        if self._copied is not None:
+            self._copied.synchronize()
+        return Needs(*np.split(self._host.numpy(), [self._segments]))
 
 
 class Runs(NamedTuple):

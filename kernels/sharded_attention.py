@@ -3,10 +3,11 @@
 The rank's work is cut into tasks that ordinary kernels compute, each for a run of queries of one segment and some heads
 over a window of keys that ends with the last of them:
 
-* *Inside*: the queries after the first few, for heads that keep keys of the segment only. Queries, keys and values
-  are views of what the rank has. It is almost everything where heads forget, and runs while rows are on their way.
-* *Edge*: the first queries of these heads, whose window reaches back over the border of the segment.
-* *Far*: heads that look back from most of the segment, in groups whose windows are at most twice as long as another's.
+* *Inside*: the queries after the first eighth of a segment, for heads that keep no key before it from there. Queries,
+  keys and values are views of what the rank has. Which heads these are the device knows by itself; so this is under
+  way while the host learns what is needed, and rows are on theirs.
+* *Edge*: the first eighth, for the same heads. Its window reaches back over the border of the segment.
+* *Far*: the other heads, in groups whose windows are at most twice as long as another's.
 
 Each query of a head is computed by one task over all keys that it keeps, so nothing is combined or rescaled, and
 results are those of one device but for the order of sums within tiles. Backward runs the tasks with fetched keys first,
@@ -24,8 +25,12 @@ from torch import Tensor
 from .attention import Passes, best_passes
 from .context_parallel import Shards
 from .decay import Decay
-from .remote_keys import Exchange, Fetch, Needs, Rows, Runs, find_needs, plan_fetch, to_device
+from .remote_keys import Exchange, Fetch, Needs, Question, Rows, Runs, plan_fetch, to_device
 from .tiles import PRUNED_QUERIES
+from .token_split import Segment
+
+# Of a segment, how much is its edge.
+_EDGE = 8
 
 
 class Task(NamedTuple):
@@ -34,54 +39,61 @@ class Task(NamedTuple):
     Attributes:
         rows: queries, among this rank's tokens.
         heads: key/value heads; None for all.
-        hidden: of all heads, those that are left out.
         start, stop: window of keys, in tokens of the sequence; the last is that of the last query.
-        segment: rows of the segment that the queries are of.
-        segment_start: its first token.
+        segment: which segment of the rank the queries are of.
+        inside: whether all heads are asked for that keep only keys of the segment: nothing is copied.
     """
 
     rows: slice
     heads: list[int] | None
-    hidden: list[int]
     start: int
     stop: int
-    segment: slice
-    segment_start: int
-
-    @property
-    def is_inside(self) -> bool:
-        """Whether all keys are of the queries' segment and all heads are asked for, so that nothing is copied."""
-        return self.heads is None and self.start >= self.segment_start
+    segment: int
+    inside: bool = False
 
 
-def plan_tasks(needs: Needs, shards: Shards) -> list[Task]:
-    """The tasks of this rank, the largest first: while a GPU computes one, the host prepares the next."""
-    inside, others = [], []
+def _edge(segment: Segment) -> int:
+    """How many queries are at the edge of a segment."""
+    length = segment.stop - segment.start
+    eighth = -(-length // _EDGE // PRUNED_QUERIES) * PRUNED_QUERIES
+    return min(eighth, length) if segment.start else 0
+
+
+def plan_inside(shards: Shards, parts: int = 1) -> list[Task]:
+    """The tasks of this rank that need nothing of other ranks, each of a segment in so many."""
+    tasks = []
+    for number, (segment, rows) in enumerate(zip(shards.segments, shards.rows, strict=True)):
+        edge, length = _edge(segment), segment.stop - segment.start
+        bounds = [edge + (length - edge) * i // parts // PRUNED_QUERIES * PRUNED_QUERIES for i in range(parts)]
+        for begin, end in zip(bounds, [*bounds[1:], length], strict=True):
+            if begin < end:
+                queries = slice(rows.start + begin, rows.start + end)
+                tasks.append(Task(queries, None, segment.start, segment.start + end, number, inside=True))
+    return tasks
+
+
+def plan_others(needs: Needs, shards: Shards) -> list[Task]:
+    """The rest, the largest first: while a GPU computes one, the host prepares the next."""
+    tasks = []
     first, crossing = needs.first[shards.own].min(1), needs.crossing.max(1)
     heads = first.shape[1]
     for number, (segment, rows) in enumerate(zip(shards.segments, shards.rows, strict=True)):
-        length = segment.stop - segment.start
-        near = [g for g in range(heads) if crossing[number, g] <= length // 2]
+        edge, length = _edge(segment), segment.stop - segment.start
+        near = [g for g in range(heads) if crossing[number, g] <= edge]
         far = [g for g in range(heads) if g not in near]
-        edge = int(crossing[number, near].max(initial=0))
-        edge = min(-(-edge // PRUNED_QUERIES) * PRUNED_QUERIES, length)
-        if near and edge < length:
-            after = slice(rows.start + edge, rows.stop)
-            inside.append(Task(after, None, far, segment.start, segment.stop, rows, segment.start))
         for group, count in ((near, edge), (far, length)):
             if count:
                 for some, start in _by_length(group, first[number], segment.start, count):
                     queries = slice(rows.start, rows.start + count)
-                    stop = segment.start + count
                     chosen = None if len(some) == heads else some
-                    others.append(Task(queries, chosen, [], start, stop, rows, segment.start))
-    return sorted(inside, key=_size, reverse=True) + sorted(others, key=_size, reverse=True)
+                    tasks.append(Task(queries, chosen, start, segment.start + count, number))
+    return sorted(tasks, key=lambda task: _pairs(task, heads), reverse=True)
 
 
-def _size(task: Task) -> int:
-    """Pairs of queries and keys in its window, whether they are kept or not."""
-    heads = -len(task.hidden) if task.heads is None else len(task.heads)
-    return (task.rows.stop - task.rows.start) * (task.stop - task.start) * heads
+def _pairs(task: Task, heads: int) -> int:
+    """Of queries and keys in its window, whether they are kept or not."""
+    count = heads if task.heads is None else len(task.heads)
+    return (task.rows.stop - task.rows.start) * (task.stop - task.start) * count
 
 
 def _by_length(heads: list[int], first: np.ndarray, start: int, queries: int) -> list[tuple[list[int], int]]:
@@ -100,62 +112,83 @@ class _Placed:
 
     Attributes:
         task: what is computed.
-        heads, of_query, of_gate: its key/value heads, and their query heads and gates; None for all.
-        left_out: query heads that it leaves out, of all.
-        runs, tables: for `source` and `target`.
+        rows: of its segment.
         own: where tokens of this rank lie in its window, and on the rank.
+        left_out: ``[H]`` bool, query heads that an inside task leaves out; None if it has all.
+        heads, of_query, of_gate: key/value heads, and their query heads and gates; None for all.
+        runs, tables: for `source` and `target`.
     """
 
     task: Task
-    heads: Tensor | None
-    of_query: Tensor | None
-    of_gate: Tensor | None
-    left_out: Tensor
-    runs: tuple[Runs, Runs]
-    tables: tuple[Tensor, Tensor]
+    rows: slice
     own: list[tuple[slice, slice]]
+    left_out: Tensor | None = None
+    heads: Tensor | None = None
+    of_query: Tensor | None = None
+    of_gate: Tensor | None = None
+    runs: tuple[Runs, Runs] | None = None
+    tables: tuple[Tensor, Tensor] | None = None
 
     @cached_property
-    def source(self) -> Tensor:
-        """The rows in its window, of those that were received."""
-        return self.runs[0].expand(self.tables[0])
-
-    @cached_property
-    def target(self) -> Tensor:
-        """Where they lie, as rows of the window ``[B, W, heads]``."""
-        return self.runs[1].expand(self.tables[1])
+    def received(self) -> tuple[Tensor, Tensor]:
+        """Which of the rows that were received are in its window, and where, as rows of ``[B, W, heads]``."""
+        assert self.runs is not None and self.tables is not None, "only inside tasks have none"
+        source, target = (runs.expand(table) for runs, table in zip(self.runs, self.tables, strict=True))
+        return source, target
 
 
 class _Plan:
     """What one call of attention does, for its forward and its backward pass."""
 
-    def __init__(self, needs: Needs, shards: Shards, group: int, gates: int, device: torch.device) -> None:
+    def __init__(self, first: Tensor, kv_heads: int, gates: int, shards: Shards) -> None:
         """
         Args:
-            needs: of all ranks.
+            first: ``[B, H, T]`` int64, of this rank's queries.
+            kv_heads: number of key/value heads.
+            gates: of each of them.
             shards: who has which tokens.
-            group, gates: query heads and gates of a key/value head.
-            device: of the tensors.
         """
-        self.shards, self.group = shards, group
-        self.fetch: Fetch = plan_fetch(needs, shards)
-        tasks = plan_tasks(needs, shards)
-        kv_heads = needs.first.shape[2]
-        runs = [_received_rows(task, self.fetch, kv_heads) for task in tasks]
+        self.shards, self.kv_heads, self.gates = shards, kv_heads, gates
+        self.group = first.shape[1] // kv_heads
+        self._question = Question(first, kv_heads, shards)
+        self._left_out: list[Tensor | None] = []
+        for segment, crossing in zip(shards.segments, self._question.crossing, strict=True):
+            far = None
+            if segment.start:
+                far = (crossing.amax(0) > _edge(segment)).repeat_interleave(self.group)
+            self._left_out.append(far)
+
+    def inside(self, parts: int = 1) -> list[_Placed]:
+        """The tasks that need nothing of other ranks."""
+        return [self._placed(task) for task in plan_inside(self.shards, parts)]
+
+    def _placed(self, task: Task) -> _Placed:
+        left_out = self._left_out[task.segment] if task.inside else None
+        return _Placed(task, self.shards.rows[task.segment], _own_parts(task, self.shards), left_out)
+
+    def learn(self) -> None:
+        """Wait until it is known what is needed, and plan the rest: `fetch`, the `index` of rows to send, `others`."""
+        needs = self._question.answer()
+        device = self._question.crossing[0].device
+        del self._question
+        self.fetch: Fetch = plan_fetch(needs, self.shards)
+        tasks = plan_others(needs, self.shards)
+        runs = [_received_rows(task, self.fetch, self.shards, self.kv_heads) for task in tasks]
         tables = [self.fetch.rows.table()]
         for task, (source, target) in zip(tasks, runs, strict=True):
-            chosen = np.arange(kv_heads) if task.heads is None else np.array(task.heads)
-            tables += [chosen, _members(chosen, group), _members(chosen, gates), _members(np.array(task.hidden), group)]
+            chosen = np.arange(self.kv_heads) if task.heads is None else np.array(task.heads)
+            tables += [chosen, _members(chosen, self.group), _members(chosen, self.gates)]
             tables += [source.table(), target.table()]
         index, *parts = to_device(tables, device)
         self.index = self.fetch.rows.expand(index)
-        placed = []
+        self.others = []
         for i, (task, own_runs) in enumerate(zip(tasks, runs, strict=True)):
-            *chosen, left_out, source, target = parts[6 * i : 6 * i + 6]
-            heads = (None, None, None) if task.heads is None else chosen
-            placed.append(_Placed(task, *heads, left_out, own_runs, (source, target), _own_parts(task, shards)))
-        self.inside = [one for one in placed if one.task.is_inside]
-        self.others = [one for one in placed if not one.task.is_inside]
+            placed = self._placed(task)
+            heads, of_query, of_gate, source, target = parts[5 * i : 5 * i + 5]
+            if task.heads is not None:
+                placed.heads, placed.of_query, placed.of_gate = heads, of_query, of_gate
+            placed.runs, placed.tables = own_runs, (source, target)
+            self.others.append(placed)
 
 
 def _members(heads: np.ndarray, count: int) -> np.ndarray:
@@ -163,13 +196,13 @@ def _members(heads: np.ndarray, count: int) -> np.ndarray:
     return (heads[:, None] * count + np.arange(count)).ravel().astype(np.int64)
 
 
-def _received_rows(task: Task, fetch: Fetch, kv_heads: int) -> tuple[Runs, Runs]:
+def _received_rows(task: Task, fetch: Fetch, shards: Shards, kv_heads: int) -> tuple[Runs, Runs]:
     """Which received rows are in the window ``[B, W, heads]`` of a task, and where."""
     heads = np.arange(kv_heads) if task.heads is None else np.array(task.heads)
     width = task.stop - task.start
     sources, targets, counts = ([np.empty(0, np.int64)] for _ in range(3))
     for segment in fetch.segments:
-        if task.start < segment.stop <= task.segment_start:
+        if task.start < segment.stop <= shards.segments[task.segment].start:
             first = segment.first[:, heads]
             begin = np.maximum(first, task.start)
             row = (np.arange(len(first))[:, None] * width + begin - task.start) * len(heads) + np.arange(len(heads))
@@ -233,11 +266,12 @@ def _inputs(x: _Tensors, placed: _Placed, rows: Rows | None) -> _Inputs:
         q, first = q.index_select(2, placed.of_query), first.index_select(1, placed.of_query)
         c_q = c_q.index_select(1, placed.of_gate)
     first = (first - task.start).clamp_(min=0)
-    if task.hidden:
-        first.index_fill_(1, placed.left_out, width)
+    if placed.left_out is not None:
+        first.masked_fill_(placed.left_out[:, None], width)
     last = torch.arange(width - queries, width, device=q.device)
-    if task.is_inside:
-        k, v, c_k = x.k[:, task.segment], x.v[:, task.segment], x.c_k[..., task.segment]
+    if task.inside:
+        keys = slice(placed.rows.start, task.rows.stop)
+        k, v, c_k = x.k[:, keys], x.v[:, keys], x.c_k[..., keys]
     else:
         k, v, c_k = _window(x, placed, rows)
     return _Inputs(q, k, v, Decay(c_q, c_k, first, last))
@@ -254,21 +288,19 @@ def _window(x: _Tensors, placed: _Placed, rows: Rows | None) -> tuple[Tensor, Te
         for window, whole in ((k, x.k), (v, x.v), (c, sums)):
             part = whole[:, own]
             window[:, inside] = part if placed.heads is None else part.index_select(2, placed.heads)
-    if rows is not None and len(placed.source):
-        kv = rows.kv.index_select(0, placed.source)
-        k.flatten(0, 2).index_copy_(0, placed.target, kv[:, 0])
-        v.flatten(0, 2).index_copy_(0, placed.target, kv[:, 1])
-        c.flatten(0, 2).index_copy_(0, placed.target, rows.c.index_select(0, placed.source))
+    source, target = placed.received
+    if rows is not None and len(source):
+        kv = rows.kv.index_select(0, source)
+        k.flatten(0, 2).index_copy_(0, target, kv[:, 0])
+        v.flatten(0, 2).index_copy_(0, target, kv[:, 1])
+        c.flatten(0, 2).index_copy_(0, target, rows.c.index_select(0, source))
     return k, v, c.permute(0, 2, 3, 1).flatten(1, 2).contiguous()
 
 
 class _ShardedAttention(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, q, k, v, c_q, c_k, first, plan, passes, scale, dropout):
+    def forward(ctx, q, k, v, c_q, c_k, first, shards, passes, scale, dropout):
         x = _Tensors(q, k, v, c_q, c_k, first)
-        exchange = None
-        if not plan.fetch.idle:
-            exchange = Exchange(_rows_of(x, plan.index), plan.fetch.sent, plan.fetch.received, plan.shards)
         out = torch.empty_like(q, memory_format=torch.contiguous_format)
         lse: Tensor | None = None
         seeds = []
@@ -283,24 +315,36 @@ class _ShardedAttention(torch.autograd.Function):
             _put(out, result, placed, token_dim=1)
             _put(lse, sums, placed, token_dim=2)
 
-        for placed in plan.inside:
+        plan = _Plan(first, k.shape[2], x.gates(), shards)
+        # In two, so that one is under way while the host learns what is needed, the other while rows are on their way.
+        # What is dropped depends on how the work is cut, and backward must drop the same.
+        inside = plan.inside(parts=2 if len(shards.segments) == 1 and dropout == 0.0 else 1)
+        at_once = (len(inside) + 1) // 2
+        for placed in inside[:at_once]:
+            run(placed, None)
+        plan.learn()
+        exchange = None
+        if not plan.fetch.idle:
+            exchange = Exchange(_rows_of(x, plan.index), plan.fetch.sent, plan.fetch.received, shards)
+        for placed in inside[at_once:]:
             run(placed, None)
         rows = None if exchange is None else exchange.wait()
         for placed in plan.others:
             run(placed, rows)
+        _count(plan, x, shards)
         ctx.save_for_backward(*x, out, lse, *seeds, *(rows or ()))
-        ctx.plan, ctx.passes, ctx.scale, ctx.dropout = plan, passes, scale, dropout
+        ctx.plan, ctx.passes, ctx.scale, ctx.dropout, ctx.calls = plan, passes, scale, dropout, len(seeds)
         return out
 
     @staticmethod
     def backward(ctx, d_out):
         plan: _Plan = ctx.plan
-        tasks = plan.inside + plan.others
         # Once: what activation checkpointing has stored in their place may be asked for only once.
         saved = ctx.saved_tensors
-        x, (out, lse), seeds = _Tensors(*saved[:6]), saved[6:8], saved[8 : 8 + len(tasks)]
-        rows = None if plan.fetch.idle else Rows(*saved[8 + len(tasks) :])
-        gradients = _Gradients(x, rows, plan)
+        x, (out, lse), seeds = _Tensors(*saved[:6]), saved[6:8], saved[8 : 8 + ctx.calls]
+        rows = None if plan.fetch.idle else Rows(*saved[8 + ctx.calls :])
+        inside = plan.inside()
+        gradients = _Gradients(x, rows, plan, inside)
 
         def run(placed: _Placed, seed: Tensor | None) -> None:
             inputs = _inputs(x, placed, rows)
@@ -308,16 +352,25 @@ class _ShardedAttention(torch.autograd.Function):
             sums = _get(lse, placed, token_dim=2).contiguous()
             gradients.add(placed, *ctx.passes.backward(d, *inputs, o, sums, ctx.scale, ctx.dropout, seed))
 
-        for placed, seed in zip(plan.others, seeds[len(plan.inside) :], strict=True):
+        for placed, seed in zip(plan.others, seeds[ctx.calls - len(plan.others) :], strict=True):
             run(placed, seed)
         exchange = None
         if gradients.of_rows is not None:
             # Home, to the ranks that they came from.
             exchange = Exchange(gradients.of_rows, plan.fetch.received, plan.fetch.sent, plan.shards)
-        for placed, seed in zip(plan.inside, seeds, strict=False):
+        for placed, seed in zip(inside, seeds, strict=False):
             run(placed, seed)
         gradients.finish(exchange)
         return gradients.q, gradients.k, gradients.v, gradients.c_q, gradients.c_k, None, None, None, None, None
+
+
+def _count(plan: _Plan, x: _Tensors, shards: Shards) -> None:
+    """Add what was fetched to the group's `Traffic`."""
+    batch, tokens, kv_heads, size = x.k.shape
+    row_bytes = 2 * size * x.k.element_size()
+    traffic = shards.context.traffic
+    traffic.moved += sum(plan.fetch.received) * (row_bytes + x.gates() * x.c_k.element_size())
+    traffic.ring += (shards.split.length - tokens) * batch * kv_heads * row_bytes
 
 
 def _get(x: Tensor, placed: _Placed, token_dim: int) -> Tensor:
@@ -339,10 +392,9 @@ def _put(whole: Tensor, x: Tensor, placed: _Placed, token_dim: int) -> None:
 class _Gradients:
     """Sums of what tasks find. Inside ones write whole segments, so they come first: what others found waits."""
 
-    def __init__(self, x: _Tensors, rows: Rows | None, plan: _Plan) -> None:
+    def __init__(self, x: _Tensors, rows: Rows | None, plan: _Plan, inside: list[_Placed]) -> None:
         self._plan = plan
-        segments = [placed.task.segment for placed in plan.inside]
-        covered = sum(rows.stop - rows.start for rows in segments) == x.q.shape[1]
+        covered = len(inside) == len(plan.shards.segments)
         make = torch.empty_like if covered else torch.zeros_like
         self.k, self.v = (make(y, memory_format=torch.contiguous_format) for y in (x.k, x.v))
         self.q = torch.empty_like(x.q, memory_format=torch.contiguous_format)
@@ -357,16 +409,17 @@ class _Gradients:
             self.c_q[..., task.rows] += dc_q
         else:
             self.c_q[..., task.rows].index_add_(1, placed.of_gate, dc_q)
-        if task.is_inside:
+        if task.inside:
             self.q[:, task.rows] = dq
-            self.k[:, task.segment], self.v[:, task.segment] = dk, dv
-            self.c_k[..., task.segment] += dc_k
+            self.k[:, placed.rows], self.v[:, placed.rows] = dk, dv
+            self.c_k[..., placed.rows] += dc_k
             return
         found = (dk, dv, _by_token(dc_k, dk.shape[2]))
-        if self.of_rows is not None and len(placed.source):
-            dk, dv, dc = (y.flatten(0, 2).index_select(0, placed.target) for y in found)
-            self.of_rows.kv.index_add_(0, placed.source, torch.stack([dk, dv], 1))
-            self.of_rows.c.index_add_(0, placed.source, dc)
+        source, target = placed.received
+        if self.of_rows is not None and len(source):
+            dk, dv, dc = (y.flatten(0, 2).index_select(0, target) for y in found)
+            self.of_rows.kv.index_add_(0, source, torch.stack([dk, dv], 1))
+            self.of_rows.c.index_add_(0, source, dc)
         self._waiting.append((placed, dq, [[y[:, inside] for y in found] for inside, _ in placed.own]))
 
     def finish(self, exchange: Exchange | None) -> None:
@@ -428,10 +481,4 @@ def sharded_attention(
         c_q, c_k = c_q.expand(-1, kv_heads, -1), c_k.expand(-1, kv_heads, -1)
     if first.shape[1] != heads:
         first = first.repeat_interleave(heads // first.shape[1], dim=1)
-    needs = find_needs(first, kv_heads, shards)
-    plan = _Plan(needs, shards, heads // kv_heads, c_k.shape[1] // kv_heads, q.device)
-    traffic = shards.context.traffic
-    row_bytes = 2 * q.shape[-1] * q.element_size()
-    traffic.moved += sum(plan.fetch.received) * (row_bytes + 8 * c_k.shape[1] // kv_heads)
-    traffic.ring += (shards.split.length - q.shape[1]) * q.shape[0] * kv_heads * row_bytes
-    return _ShardedAttention.apply(q, k, v, c_q, c_k, first, plan, passes or best_passes(q), scale, dropout)
+    return _ShardedAttention.apply(q, k, v, c_q, c_k, first, shards, passes or best_passes(q), scale, dropout)

@@ -26,7 +26,7 @@ AUTO_MAP = {
 }
 _STAMP = "# Code of a FoX model, written by foxlm"
 # What whoever loads the model has, beside Python itself. transformers asks for all that is imported outside of `try`.
-_REQUIRED = {"huggingface_hub", "torch", "transformers"}
+_REQUIRED = {"huggingface_hub", "numpy", "torch", "transformers"}
 _OPTIONAL = {"triton"}
 
 
