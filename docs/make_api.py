@@ -25,6 +25,13 @@ SECTIONS = {
         "foxlm": ["forgetting_attention"],
         "foxlm.kernels.pruning": ["first_kept", "share_skipped", "centered"],
     },
+    "Several GPUs": {
+        "foxlm": ["ContextParallel", "context_parallel_attention"],
+        "foxlm.kernels.context_parallel": ["Traffic"],
+        "foxlm.kernels.token_split": ["Segment", "balanced", "contiguous"],
+        "foxlm.modeling.sharding": ["prepare_fsdp2", "shard_forget_gates", "FoxParallelismConfig"],
+        "foxlm.conversion.deal_heads": ["deal_heads"],
+    },
     "Conversion, grafting and publishing": {
         "foxlm.conversion.convert": ["convert_to_folder"],
         "foxlm.conversion.graft": ["graft", "graft_to_folder"],

@@ -10,6 +10,8 @@ Importing this package registers FoX with transformers' Auto classes::
 
 from foxlm import _checkout  # noqa: F401 (first: it lets the imports below find their folders)
 from foxlm.kernels.attention import forgetting_attention
+from foxlm.kernels.context_attention import context_parallel_attention
+from foxlm.kernels.context_parallel import ContextParallel
 from foxlm.modeling.configuration_fox import FoxConfig
 from foxlm.modeling.modeling_fox import (
     FoxForCausalLM,
@@ -27,6 +29,7 @@ register_fox()
 __version__ = "0.1.0"
 
 __all__ = [
+    "ContextParallel",
     "FoxConfig",
     "FoxForCausalLM",
     "FoxForQuestionAnswering",
@@ -35,5 +38,6 @@ __all__ = [
     "FoxModel",
     "FoxPagedCache",
     "FoxPreTrainedModel",
+    "context_parallel_attention",
     "forgetting_attention",
 ]
