@@ -3,10 +3,10 @@
 The rank's work is cut into tasks that ordinary kernels compute, each for a run of queries of one segment and some heads
 over a window of keys that ends with the last of them:
 
-* *Inside*: the queries after the first eighth of a segment, for heads that keep no key before it from there. Queries,
+* *Inside*: the queries after the first 32nd of a segment, for heads that keep no key before it from there. Queries,
   keys and values are views of what the rank has. Which heads these are the device knows by itself; so this is under
   way while the host learns what is needed, and rows are on theirs.
-* *Edge*: the first eighth, for the same heads. Its window reaches back over the border of the segment.
+* *Edge*: the first 32nd, for the same heads. Its window reaches back over the border of the segment.
 * *Far*: the other heads, in groups whose windows are at most twice as long as another's.
 
 Each query of a head is computed by one task over all keys that it keeps, so nothing is combined or rescaled, and
@@ -29,8 +29,8 @@ from .remote_keys import Exchange, Fetch, Needs, Question, Rows, Runs, plan_fetc
 from .tiles import PRUNED_QUERIES
 from .token_split import Segment
 
-# Of a segment, how much is its edge.
-_EDGE = 8
+# One in so many queries of a segment is at its edge. Measured: docs/tuning.md.
+_EDGE_PART = 32
 
 
 class Task(NamedTuple):
@@ -55,8 +55,8 @@ class Task(NamedTuple):
 def _edge(segment: Segment) -> int:
     """How many queries are at the edge of a segment."""
     length = segment.stop - segment.start
-    eighth = -(-length // _EDGE // PRUNED_QUERIES) * PRUNED_QUERIES
-    return min(eighth, length) if segment.start else 0
+    part = -(-length // _EDGE_PART // PRUNED_QUERIES) * PRUNED_QUERIES
+    return min(part, length) if segment.start else 0
 
 
 def plan_inside(shards: Shards, parts: int = 1) -> list[Task]:
