@@ -233,7 +233,8 @@ class _StatesBefore(torch.autograd.Function):
         for i, end in enumerate(shards.from_all([states[batch, index] for index in last])):
             if i in shards.own:
                 found.append(before)
-            before = end if has[i] is None else torch.where(has[i][:, None, None], end, before)
+            some = has[i]
+            before = end if some is None else torch.where(some[:, None, None], end, before)
         return torch.stack(found, 1)
 
     @staticmethod

@@ -136,10 +136,10 @@ def plan_fetch(needs: Needs, shards: Shards) -> Fetch:
     starts, counts = [], []
     sent, received = [0] * split.ranks, [0] * split.ranks
     for rank in range(split.ranks):
-        for i, segment, rows in zip(shards.own, shards.segments, shards.rows, strict=True):
+        for i, segment, own in zip(shards.own, shards.segments, shards.rows, strict=True):
             kept = _kept_of(needs.first, i, rank, shards)
             count = segment.stop - kept
-            starts.append((origin + (rows.start + kept - segment.start) * kv_heads).ravel())
+            starts.append((origin + (own.start + kept - segment.start) * kv_heads).ravel())
             counts.append(count.ravel())
             sent[rank] += int(count.sum())
     segments, end = [], 0
@@ -148,8 +148,8 @@ def plan_fetch(needs: Needs, shards: Shards) -> Fetch:
             if segment.rank == source != me:
                 kept = _kept_of(needs.first, i, me, shards)
                 count = (segment.stop - kept).ravel()
-                rows = end + np.cumsum(count) - count
-                segments.append(Received(segment.stop, kept, rows.reshape(kept.shape)))
+                first_rows = end + np.cumsum(count) - count
+                segments.append(Received(segment.stop, kept, first_rows.reshape(kept.shape)))
                 received[source] += int(count.sum())
                 end += int(count.sum())
     rows = Runs(np.concatenate(starts), np.concatenate(counts), kv_heads)
@@ -185,7 +185,7 @@ class Exchange:
             shards: the group.
         """
         # Kept until they are sent.
-        self._sent = rows
+        self._sent: Rows | None = rows
         self.rows = Rows(*(x.new_empty(sum(received), *x.shape[1:]) for x in rows))
         self._work = [
             dist.all_to_all_single(into, out, received, sent, group=shards.context.group, async_op=True)

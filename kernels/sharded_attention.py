@@ -184,10 +184,10 @@ class _Plan:
         self.others = []
         for i, (task, own_runs) in enumerate(zip(tasks, runs, strict=True)):
             placed = self._placed(task)
-            heads, of_query, of_gate, source, target = parts[5 * i : 5 * i + 5]
+            heads, of_query, of_gate, sources, targets = parts[5 * i : 5 * i + 5]
             if task.heads is not None:
                 placed.heads, placed.of_query, placed.of_gate = heads, of_query, of_gate
-            placed.runs, placed.tables = own_runs, (source, target)
+            placed.runs, placed.tables = own_runs, (sources, targets)
             self.others.append(placed)
 
 

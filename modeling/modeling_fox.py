@@ -179,16 +179,16 @@ class FoxModel(FoxPreTrainedModel):
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("exactly one of input_ids and inputs_embeds must be given")
-        given, rank = (input_ids, 2) if inputs_embeds is None else (inputs_embeds, 3)
-        if given.ndim != rank or given.shape[1] == 0:
-            name = "input_ids" if inputs_embeds is None else "inputs_embeds"
+        name, given = ("input_ids", input_ids) if input_ids is not None else ("inputs_embeds", inputs_embeds)
+        assert given is not None, "one of the two is there"
+        if given.ndim != (2 if input_ids is not None else 3) or given.shape[1] == 0:
             raise ValueError(f"{name} must be [B, T] with at least one token, got shape {list(given.shape)}")
-        tokens = given.shape[:2]
+        tokens = (given.shape[0], given.shape[1])
         shards = None
         if self.context_parallel is not None:
             shards = self._shards(self.context_parallel, tokens[1], past_key_values)
             given, use_cache = shards.take(given), False
-        inputs_embeds = self.embed_tokens(given) if inputs_embeds is None else given
+        inputs_embeds = cast(Tensor, self.embed_tokens(given) if input_ids is not None else given)
         if past_key_values is not None:
             check_cache(past_key_values, self.config.num_hidden_layers)
             if self.gradient_checkpointing and self.training and past_key_values.get_seq_length() > 0:

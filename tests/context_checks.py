@@ -3,6 +3,7 @@
 import random
 from collections.abc import Callable, Sequence
 from typing import Any
+from unittest import mock
 
 import torch
 import torch.distributed as dist
@@ -69,11 +70,11 @@ def attention_errors(seeds: Sequence[int], longest: int = 700, head_dim: int = 8
         inputs, options, split = _case(seed, dist.get_world_size(), longest, head_dim)
         tokens = inputs["q"].shape[1]
         shards = (context := ContextParallel(split=split)).shards(tokens)
-        whole = {name: x.clone().requires_grad_() for name, x in inputs.items()}
+        whole: dict[str, Any] = {name: x.clone().requires_grad_() for name, x in inputs.items()}
         expected = forgetting_attention(**whole, **options)
         weights = torch.randn(expected.shape, generator=torch.Generator().manual_seed(seed))
         (expected * weights).sum().backward()
-        own = {name: shards.take(x).clone().requires_grad_() for name, x in inputs.items()}
+        own: dict[str, Any] = {name: shards.take(x).clone().requires_grad_() for name, x in inputs.items()}
         out = context_parallel_attention(**own, context=context, length=tokens, **options)
         (out * shards.take(weights)).sum().backward()
 
@@ -93,8 +94,12 @@ def _error(whole: Tensor | None, own: Tensor | None, shards: Any) -> float:
 
 def attention_errors_without_carry(seeds: Sequence[int]) -> list[dict[str, Any]]:
     """As `attention_errors`, with gates that are summed for each rank alone: what the tests must notice."""
-    context_parallel.Shards.accumulate = lambda self, log_f, starts: context_parallel.accumulate(log_f, starts=starts)
-    return attention_errors(seeds)
+
+    def alone(self: Any, log_f: Tensor, starts: Tensor | None) -> tuple[Tensor, Tensor]:
+        return context_parallel.accumulate(log_f, starts=starts)
+
+    with mock.patch.object(context_parallel.Shards, "accumulate", alone):
+        return attention_errors(seeds)
 
 
 def dropout_is_the_same_backward() -> float:
