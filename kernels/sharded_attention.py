@@ -1,226 +1,21 @@
 """Forgetting attention of a sequence that lies on several ranks: each has the queries of its tokens.
 
-The rank's work is cut into tasks that ordinary kernels compute, each for a run of queries of one segment and some heads
-over a window of keys that ends with the last of them:
-
-* *Inside*: the queries after the first 32nd of a segment, for heads that keep no key before it from there. Queries,
-  keys and values are views of what the rank has. Which heads these are the device knows by itself; so this is under
-  way while the host learns what is needed, and rows are on theirs.
-* *Edge*: the first 32nd, for the same heads. Its window reaches back over the border of the segment.
-* *Far*: the other heads, in groups whose windows are at most twice as long as another's.
-
-Each query of a head is computed by one task over all keys that it keeps, so nothing is combined or rescaled, and
-results are those of one device but for the order of sums within tiles. Backward runs the tasks with fetched keys first,
-and sends the gradients of these home while the others run.
+Its work is cut into tasks (`sharded_tasks`) that ordinary kernels compute. Each query of a head is computed by one
+task over all keys that it keeps, so nothing is combined or rescaled, and results are those of one device but for the
+order of sums within tiles. Forward begins with the tasks that need no other rank; backward ends with them, while the
+gradients of fetched keys are on their way home.
 """
 
-from dataclasses import dataclass
-from functools import cached_property
 from typing import NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from .attention import Passes, best_passes
 from .context_parallel import Shards
 from .decay import Decay
-from .remote_keys import Exchange, Fetch, Needs, Question, Rows, Runs, plan_fetch, to_device
-from .tiles import PRUNED_QUERIES
-from .token_split import Segment
-
-# One in so many queries of a segment is at its edge. Measured: docs/tuning.md.
-_EDGE_PART = 32
-
-
-class Task(NamedTuple):
-    """Queries and heads that are computed in one call.
-
-    Attributes:
-        rows: queries, among this rank's tokens.
-        heads: key/value heads; None for all.
-        start, stop: window of keys, in tokens of the sequence; the last is that of the last query.
-        segment: which segment of the rank the queries are of.
-        inside: whether all heads are asked for that keep only keys of the segment: nothing is copied.
-    """
-
-    rows: slice
-    heads: list[int] | None
-    start: int
-    stop: int
-    segment: int
-    inside: bool = False
-
-
-def _edge(segment: Segment) -> int:
-    """How many queries are at the edge of a segment."""
-    length = segment.stop - segment.start
-    part = -(-length // _EDGE_PART // PRUNED_QUERIES) * PRUNED_QUERIES
-    return min(part, length) if segment.start else 0
-
-
-def plan_inside(shards: Shards, parts: int = 1) -> list[Task]:
-    """The tasks of this rank that need nothing of other ranks, each of a segment in so many."""
-    tasks = []
-    for number, (segment, rows) in enumerate(zip(shards.segments, shards.rows, strict=True)):
-        edge, length = _edge(segment), segment.stop - segment.start
-        bounds = [edge + (length - edge) * i // parts // PRUNED_QUERIES * PRUNED_QUERIES for i in range(parts)]
-        for begin, end in zip(bounds, [*bounds[1:], length], strict=True):
-            if begin < end:
-                queries = slice(rows.start + begin, rows.start + end)
-                tasks.append(Task(queries, None, segment.start, segment.start + end, number, inside=True))
-    return tasks
-
-
-def plan_others(needs: Needs, shards: Shards) -> list[Task]:
-    """The rest, the largest first: while a GPU computes one, the host prepares the next."""
-    tasks = []
-    first, crossing = needs.first[shards.own].min(1), needs.crossing.max(1)
-    heads = first.shape[1]
-    for number, (segment, rows) in enumerate(zip(shards.segments, shards.rows, strict=True)):
-        edge, length = _edge(segment), segment.stop - segment.start
-        near = [g for g in range(heads) if crossing[number, g] <= edge]
-        far = [g for g in range(heads) if g not in near]
-        for group, count in ((near, edge), (far, length)):
-            if count:
-                for some, start in _by_length(group, first[number], segment.start, count):
-                    queries = slice(rows.start, rows.start + count)
-                    chosen = None if len(some) == heads else some
-                    tasks.append(Task(queries, chosen, start, segment.start + count, number))
-    return sorted(tasks, key=lambda task: _pairs(task, heads), reverse=True)
-
-
-def _pairs(task: Task, heads: int) -> int:
-    """Of queries and keys in its window, whether they are kept or not."""
-    count = heads if task.heads is None else len(task.heads)
-    return (task.rows.stop - task.rows.start) * (task.stop - task.start) * count
-
-
-def _by_length(heads: list[int], first: np.ndarray, start: int, queries: int) -> list[tuple[list[int], int]]:
-    """Heads by how far they look back, in steps of two times, and where the window of each group begins."""
-    groups: dict[int, list[int]] = {}
-    for g in heads:
-        back = (start - int(first[g])) / queries
-        groups.setdefault(max(0, int(np.ceil(np.log2(back)))) if back > 1 else 0, []).append(g)
-    # Aligned, so that what pruning drops in blocks are whole tiles.
-    return [(some, int(first[some].min()) // PRUNED_QUERIES * PRUNED_QUERIES) for some in groups.values()]
-
-
-@dataclass
-class _Placed:
-    """A task with its indices on the device.
-
-    Attributes:
-        task: what is computed.
-        rows: of its segment.
-        own: where tokens of this rank lie in its window, and on the rank.
-        left_out: ``[H]`` bool, query heads that an inside task leaves out; None if it has all.
-        heads, of_query, of_gate: key/value heads, and their query heads and gates; None for all.
-        runs, tables: for `source` and `target`.
-    """
-
-    task: Task
-    rows: slice
-    own: list[tuple[slice, slice]]
-    left_out: Tensor | None = None
-    heads: Tensor | None = None
-    of_query: Tensor | None = None
-    of_gate: Tensor | None = None
-    runs: tuple[Runs, Runs] | None = None
-    tables: tuple[Tensor, Tensor] | None = None
-
-    @cached_property
-    def received(self) -> tuple[Tensor, Tensor]:
-        """Which of the rows that were received are in its window, and where, as rows of ``[B, W, heads]``."""
-        assert self.runs is not None and self.tables is not None, "only inside tasks have none"
-        source, target = (runs.expand(table) for runs, table in zip(self.runs, self.tables, strict=True))
-        return source, target
-
-
-class _Plan:
-    """What one call of attention does, for its forward and its backward pass."""
-
-    def __init__(self, first: Tensor, kv_heads: int, gates: int, shards: Shards) -> None:
-        """
-        Args:
-            first: ``[B, H, T]`` int64, of this rank's queries.
-            kv_heads: number of key/value heads.
-            gates: of each of them.
-            shards: who has which tokens.
-        """
-        self.shards, self.kv_heads, self.gates = shards, kv_heads, gates
-        self.group = first.shape[1] // kv_heads
-        self._question = Question(first, kv_heads, shards)
-        self._left_out: list[Tensor | None] = []
-        for segment, crossing in zip(shards.segments, self._question.crossing, strict=True):
-            far = None
-            if segment.start:
-                far = (crossing.amax(0) > _edge(segment)).repeat_interleave(self.group)
-            self._left_out.append(far)
-
-    def inside(self, parts: int = 1) -> list[_Placed]:
-        """The tasks that need nothing of other ranks."""
-        return [self._placed(task) for task in plan_inside(self.shards, parts)]
-
-    def _placed(self, task: Task) -> _Placed:
-        left_out = self._left_out[task.segment] if task.inside else None
-        return _Placed(task, self.shards.rows[task.segment], _own_parts(task, self.shards), left_out)
-
-    def learn(self) -> None:
-        """Wait until it is known what is needed, and plan the rest: `fetch`, the `index` of rows to send, `others`."""
-        needs = self._question.answer()
-        device = self._question.crossing[0].device
-        del self._question
-        self.fetch: Fetch = plan_fetch(needs, self.shards)
-        tasks = plan_others(needs, self.shards)
-        runs = [_received_rows(task, self.fetch, self.shards, self.kv_heads) for task in tasks]
-        tables = [self.fetch.rows.table()]
-        for task, (source, target) in zip(tasks, runs, strict=True):
-            chosen = np.arange(self.kv_heads) if task.heads is None else np.array(task.heads)
-            tables += [chosen, _members(chosen, self.group), _members(chosen, self.gates)]
-            tables += [source.table(), target.table()]
-        index, *parts = to_device(tables, device)
-        self.index = self.fetch.rows.expand(index)
-        self.others = []
-        for i, (task, own_runs) in enumerate(zip(tasks, runs, strict=True)):
-            placed = self._placed(task)
-            heads, of_query, of_gate, sources, targets = parts[5 * i : 5 * i + 5]
-            if task.heads is not None:
-                placed.heads, placed.of_query, placed.of_gate = heads, of_query, of_gate
-            placed.runs, placed.tables = own_runs, (sources, targets)
-            self.others.append(placed)
-
-
-def _members(heads: np.ndarray, count: int) -> np.ndarray:
-    """Those of ``count`` each that belong to key/value heads."""
-    return (heads[:, None] * count + np.arange(count)).ravel().astype(np.int64)
-
-
-def _received_rows(task: Task, fetch: Fetch, shards: Shards, kv_heads: int) -> tuple[Runs, Runs]:
-    """Which received rows are in the window ``[B, W, heads]`` of a task, and where."""
-    heads = np.arange(kv_heads) if task.heads is None else np.array(task.heads)
-    width = task.stop - task.start
-    sources, targets, counts = ([np.empty(0, np.int64)] for _ in range(3))
-    for segment in fetch.segments:
-        if task.start < segment.stop <= shards.segments[task.segment].start:
-            first = segment.first[:, heads]
-            begin = np.maximum(first, task.start)
-            row = (np.arange(len(first))[:, None] * width + begin - task.start) * len(heads) + np.arange(len(heads))
-            sources.append((segment.row[:, heads] + begin - first).ravel())
-            targets.append(row.ravel())
-            counts.append((segment.stop - begin).ravel())
-    length = np.concatenate(counts)
-    return Runs(np.concatenate(sources), length, 1), Runs(np.concatenate(targets), length, len(heads))
-
-
-def _own_parts(task: Task, shards: Shards) -> list[tuple[slice, slice]]:
-    parts = []
-    for (_, start, stop), rows in zip(shards.segments, shards.rows, strict=True):
-        begin, end = max(start, task.start), min(stop, task.stop)
-        if begin < end:
-            inside = slice(begin - task.start, end - task.start)
-            parts.append((inside, slice(rows.start + begin - start, rows.start + end - start)))
-    return parts
+from .remote_keys import Exchange, Rows
+from .sharded_tasks import Placed, Plan
 
 
 class _Tensors(NamedTuple):
@@ -258,7 +53,7 @@ class _Inputs(NamedTuple):
     decay: Decay
 
 
-def _inputs(x: _Tensors, placed: _Placed, rows: Rows | None) -> _Inputs:
+def _inputs(x: _Tensors, placed: Placed, rows: Rows | None) -> _Inputs:
     task = placed.task
     q, c_q, first = x.q[:, task.rows], x.c_q[..., task.rows], x.first[..., task.rows]
     width, queries = task.stop - task.start, task.rows.stop - task.rows.start
@@ -277,7 +72,7 @@ def _inputs(x: _Tensors, placed: _Placed, rows: Rows | None) -> _Inputs:
     return _Inputs(q, k, v, Decay(c_q, c_k, first, last))
 
 
-def _window(x: _Tensors, placed: _Placed, rows: Rows | None) -> tuple[Tensor, Tensor, Tensor]:
+def _window(x: _Tensors, placed: Placed, rows: Rows | None) -> tuple[Tensor, Tensor, Tensor]:
     """Keys, values ``[B, W, heads, D]`` and sums ``[B, gates, W]`` of a task; what nobody needs is zero and hidden."""
     batch, _, kv_heads, size = x.k.shape
     heads = kv_heads if placed.heads is None else len(placed.heads)
@@ -305,7 +100,7 @@ class _ShardedAttention(torch.autograd.Function):
         lse: Tensor | None = None
         seeds = []
 
-        def run(placed: _Placed, rows: Rows | None) -> None:
+        def run(placed: Placed, rows: Rows | None) -> None:
             nonlocal lse
             seed = torch.randint(2**62, (), dtype=torch.int64, device=q.device) if dropout > 0.0 else None
             seeds.append(seed)
@@ -315,7 +110,7 @@ class _ShardedAttention(torch.autograd.Function):
             _put(out, result, placed, token_dim=1)
             _put(lse, sums, placed, token_dim=2)
 
-        plan = _Plan(first, k.shape[2], x.gates(), shards)
+        plan = Plan(first, k.shape[2], x.gates(), shards)
         # In two, so that one is under way while the host learns what is needed, the other while rows are on their way.
         # What is dropped depends on how the work is cut, and backward must drop the same.
         inside = plan.inside(parts=2 if len(shards.segments) == 1 and dropout == 0.0 else 1)
@@ -338,7 +133,7 @@ class _ShardedAttention(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, d_out):
-        plan: _Plan = ctx.plan
+        plan: Plan = ctx.plan
         # Once: what activation checkpointing has stored in their place may be asked for only once.
         saved = ctx.saved_tensors
         x, (out, lse), seeds = _Tensors(*saved[:6]), saved[6:8], saved[8 : 8 + ctx.calls]
@@ -346,7 +141,7 @@ class _ShardedAttention(torch.autograd.Function):
         inside = plan.inside()
         gradients = _Gradients(x, rows, plan, inside)
 
-        def run(placed: _Placed, seed: Tensor | None) -> None:
+        def run(placed: Placed, seed: Tensor | None) -> None:
             inputs = _inputs(x, placed, rows)
             d, o = (_get(y, placed, token_dim=1) for y in (d_out, out))
             sums = _get(lse, placed, token_dim=2).contiguous()
@@ -364,7 +159,7 @@ class _ShardedAttention(torch.autograd.Function):
         return gradients.q, gradients.k, gradients.v, gradients.c_q, gradients.c_k, None, None, None, None, None
 
 
-def _count(plan: _Plan, x: _Tensors, shards: Shards) -> None:
+def _count(plan: Plan, x: _Tensors, shards: Shards) -> None:
     """Add what was fetched to the group's `Traffic`."""
     batch, tokens, kv_heads, size = x.k.shape
     row_bytes = 2 * size * x.k.element_size()
@@ -373,14 +168,14 @@ def _count(plan: _Plan, x: _Tensors, shards: Shards) -> None:
     traffic.ring += (shards.split.length - tokens) * batch * kv_heads * row_bytes
 
 
-def _get(x: Tensor, placed: _Placed, token_dim: int) -> Tensor:
+def _get(x: Tensor, placed: Placed, token_dim: int) -> Tensor:
     """The queries and heads of a task, of ``x`` with query heads in dimension 1 or 2 and tokens in the other."""
     rows = placed.task.rows
     x = x.narrow(token_dim, rows.start, rows.stop - rows.start)
     return x if placed.of_query is None else x.index_select(3 - token_dim, placed.of_query)
 
 
-def _put(whole: Tensor, x: Tensor, placed: _Placed, token_dim: int) -> None:
+def _put(whole: Tensor, x: Tensor, placed: Placed, token_dim: int) -> None:
     rows = placed.task.rows
     whole = whole.narrow(token_dim, rows.start, rows.stop - rows.start)
     if placed.of_query is None:
@@ -392,7 +187,7 @@ def _put(whole: Tensor, x: Tensor, placed: _Placed, token_dim: int) -> None:
 class _Gradients:
     """Sums of what tasks find. Inside ones write whole segments, so they come first: what others found waits."""
 
-    def __init__(self, x: _Tensors, rows: Rows | None, plan: _Plan, inside: list[_Placed]) -> None:
+    def __init__(self, x: _Tensors, rows: Rows | None, plan: Plan, inside: list[Placed]) -> None:
         self._plan = plan
         covered = len(inside) == len(plan.shards.segments)
         make = torch.empty_like if covered else torch.zeros_like
@@ -400,9 +195,9 @@ class _Gradients:
         self.q = torch.empty_like(x.q, memory_format=torch.contiguous_format)
         self.c_q, self.c_k = (torch.zeros_like(y, memory_format=torch.contiguous_format) for y in (x.c_q, x.c_k))
         self.of_rows = None if rows is None else Rows(*(torch.zeros_like(y) for y in rows))
-        self._waiting: list[tuple[_Placed, Tensor, list[list[Tensor]]]] = []
+        self._waiting: list[tuple[Placed, Tensor, list[list[Tensor]]]] = []
 
-    def add(self, placed: _Placed, dq: Tensor, dk: Tensor, dv: Tensor, dc_q: Tensor, dc_k: Tensor) -> None:
+    def add(self, placed: Placed, dq: Tensor, dk: Tensor, dv: Tensor, dc_q: Tensor, dc_k: Tensor) -> None:
         """What one task found, each in the shape of its inputs."""
         task = placed.task
         if placed.of_gate is None:
