@@ -20,11 +20,14 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.nn import functional as differentiable
 
 from .decay import accumulate
 from .tiles import PRUNED_KEYS
 from .token_split import NAMED_SPLITS, Split, TokenSplit
+
+if dist.is_available():
+    # Of torch 2.13, which warns of the older name.
+    _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 
 
 @dataclass
@@ -139,12 +142,12 @@ class Shards:
         """
         own = torch.stack([*parts, *parts[:1] * (self.split.most_segments - len(parts))])
         gathered = own.new_empty(self.split.ranks, *own.shape)
-        dist.all_gather_into_tensor(gathered.flatten(0, 1), own, group=self.context.group)
+        _all_gather(gathered.flatten(0, 1), own, group=self.context.group)
         return [gathered[x.rank, slot] for x, slot in zip(self.split.segments, self.split.slots, strict=True)]
 
     def sum(self, x: Tensor) -> Tensor:
         """The sum over ranks. Differentiable: its gradient is the sum of all ranks' gradients."""
-        return differentiable.all_reduce(x, group=self.context.group)
+        return _Sum.apply(x, self.context.group)
 
     def accumulate(self, log_f: Tensor, starts: Tensor | None) -> tuple[Tensor, Tensor]:
         """As `decay.accumulate`, of this rank's tokens: with all that comes before them on any rank.
@@ -178,6 +181,23 @@ class Shards:
         wide = k.to(torch.promote_types(k.dtype, torch.float32))
         means = self.from_all([wide[:, rows][:, :PRUNED_KEYS].mean(1, keepdim=True) for rows in self.rows])
         return wide - means[0]
+
+
+class _Sum(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x: Tensor, group: dist.ProcessGroup) -> Tensor:
+        ctx.group = group
+        return _summed(x, group)
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor) -> tuple[Tensor, None]:
+        return _summed(gradient, ctx.group), None
+
+
+def _summed(x: Tensor, group: dist.ProcessGroup) -> Tensor:
+    x = x.clone(memory_format=torch.contiguous_format)
+    dist.all_reduce(x, group=group)
+    return x
 
 
 class _WithGatesBefore(torch.autograd.Function):
