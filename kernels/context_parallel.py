@@ -65,7 +65,7 @@ class ContextParallel:
         >>> model.set_context_parallel(ContextParallel(mesh["cp"]))  # doctest: +SKIP
     """
 
-    def __init__(self, group: DeviceMesh | dist.ProcessGroup | None = None, split: str | Split = "balanced") -> None:
+    def __init__(self, group: "DeviceMesh | dist.ProcessGroup | None" = None, split: str | Split = "balanced") -> None:
         """
         Args:
             group: a mesh of one dimension or a process group; all processes by default.
@@ -185,7 +185,7 @@ class Shards:
 
 class _Sum(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x: Tensor, group: dist.ProcessGroup) -> Tensor:
+    def forward(ctx, x: Tensor, group: "dist.ProcessGroup") -> Tensor:
         ctx.group = group
         return _summed(x, group)
 
@@ -194,7 +194,7 @@ class _Sum(torch.autograd.Function):
         return _summed(gradient, ctx.group), None
 
 
-def _summed(x: Tensor, group: dist.ProcessGroup) -> Tensor:
+def _summed(x: Tensor, group: "dist.ProcessGroup") -> Tensor:
     x = x.clone(memory_format=torch.contiguous_format)
     dist.all_reduce(x, group=group)
     return x
