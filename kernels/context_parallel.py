@@ -20,11 +20,13 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.nn import functional as differentiable
 
 from .decay import accumulate
 from .tiles import PRUNED_KEYS
 from .token_split import NAMED_SPLITS, Split, TokenSplit
+
+# torch 2.13 has renamed it.
+_all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 
 
 @dataclass
@@ -96,9 +98,13 @@ class ContextParallel:
     def _shards(self, length: int) -> "Shards":
         return Shards(self, TokenSplit(length, self.ranks, self._split(length, self.ranks)))
 
-    # Copies of a model, and models that are sent to other processes, belong to no group.
+    # A copy of a model on this rank is of the same group.
     def __deepcopy__(self, memo: dict) -> "ContextParallel":
         return self
+
+    # What is stored or sent to another process is of none: the model comes without context parallelism.
+    def __reduce__(self) -> tuple[type[None], tuple[()]]:
+        return type(None), ()
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}(rank {self.rank} of {self.ranks})"
@@ -139,12 +145,12 @@ class Shards:
         """
         own = torch.stack([*parts, *parts[:1] * (self.split.most_segments - len(parts))])
         gathered = own.new_empty(self.split.ranks, *own.shape)
-        dist.all_gather_into_tensor(gathered.flatten(0, 1), own, group=self.context.group)
+        _all_gather(gathered.flatten(0, 1), own, group=self.context.group)
         return [gathered[x.rank, slot] for x, slot in zip(self.split.segments, self.split.slots, strict=True)]
 
     def sum(self, x: Tensor) -> Tensor:
         """The sum over ranks. Differentiable: its gradient is the sum of all ranks' gradients."""
-        return differentiable.all_reduce(x, group=self.context.group)
+        return _Sum.apply(x, self.context.group)
 
     def accumulate(self, log_f: Tensor, starts: Tensor | None) -> tuple[Tensor, Tensor]:
         """As `decay.accumulate`, of this rank's tokens: with all that comes before them on any rank.
@@ -178,6 +184,21 @@ class Shards:
         wide = k.to(torch.promote_types(k.dtype, torch.float32))
         means = self.from_all([wide[:, rows][:, :PRUNED_KEYS].mean(1, keepdim=True) for rows in self.rows])
         return wide - means[0]
+
+
+class _Sum(torch.autograd.Function):
+    """The sum over ranks, whose gradient is the sum of theirs."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, group: dist.ProcessGroup) -> Tensor:
+        ctx.group = group
+        x = x.clone(memory_format=torch.contiguous_format)
+        dist.all_reduce(x, group=group)
+        return x
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor) -> tuple[Tensor, None]:
+        return _Sum.apply(gradient, ctx.group), None
 
 
 class _WithGatesBefore(torch.autograd.Function):

@@ -1,6 +1,9 @@
 """What ranks do in the tests of context parallelism: the same as one device, on each from the same seed."""
 
+import copy
+import pickle
 import random
+import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -221,6 +224,26 @@ def refusals() -> dict[str, str]:
     }.items():
         said[name] = _refusal(call)
     return said
+
+
+def copies_and_derivatives() -> dict[str, Any]:
+    """Which group copies of a model are of, what is said of second derivatives, and of what torch warns."""
+    ids = torch.randint(2, 97, (1, 20), generator=torch.Generator().manual_seed(0))
+    model = tiny_model()
+    model.set_context_parallel(context := ContextParallel())
+    found: dict[str, Any] = {
+        "copied": copy.deepcopy(model).model.context_parallel is context,
+        "sent": pickle.loads(pickle.dumps(model)).model.context_parallel,
+    }
+    with warnings.catch_warnings(record=True) as warned:
+        warnings.simplefilter("always")
+        model(ids, labels=ids).loss.backward()
+    found["deprecated"] = [str(each.message) for each in warned if "deprecated" in str(each.message)]
+    try:
+        torch.autograd.grad(model(ids, labels=ids).loss, list(model.parameters()), create_graph=True)
+    except NotImplementedError as error:
+        found["twice"] = str(error)
+    return found
 
 
 def _refusal(call: Callable[[], object]) -> str:

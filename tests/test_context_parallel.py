@@ -89,6 +89,15 @@ def test_traffic_dropout_and_refusals() -> None:
         assert part in said[name], (name, said.get(name))
 
 
+@pytest.mark.slow
+def test_copies_and_derivatives() -> None:
+    for found in run_ranks("context_checks:copies_and_derivatives", 2):
+        assert found["copied"]
+        assert found["sent"] is None
+        assert found["deprecated"] == []
+        assert "differentiable once, in reverse mode" in found["twice"]
+
+
 def test_single_process_is_refused() -> None:
     with pytest.raises(ValueError, match="needs a process group, got a single process without one"):
         ContextParallel()
