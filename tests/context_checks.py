@@ -205,7 +205,7 @@ def _model_errors(variant: str, call: str, context: ContextParallel) -> dict[str
 def refusals() -> dict[str, str]:
     """The messages of what a context-parallel model or group refuses."""
     context = ContextParallel()
-    ids = torch.randint(2, 97, (1, 20))
+    ids = torch.randint(2, 97, (1, 20), generator=torch.Generator().manual_seed(0))
     model = tiny_model()
     model.set_context_parallel(context)
     x = torch.zeros(1, 5, 1, 4)
@@ -244,6 +244,29 @@ def copies_and_derivatives() -> dict[str, Any]:
     except NotImplementedError as error:
         found["twice"] = str(error)
     return found
+
+
+def different_inputs() -> dict[str, str]:
+    """What each rank says of inputs that are not those of the others."""
+    model, rank = tiny_model(), dist.get_rank()
+    ids = torch.randint(2, 97, (2, 40), generator=torch.Generator().manual_seed(0))
+    mask = torch.ones_like(ids)
+    mask[0, : 5 + rank] = 0
+    own = torch.randint(2, 97, (2, 40), generator=torch.Generator().manual_seed(rank))
+    said = {}
+    for name, arguments in {
+        "same": {"input_ids": ids},
+        "rows": {"input_ids": own},
+        "order": {"input_ids": ids.roll(rank, 1)},
+        "batch": {"input_ids": ids[: 1 + rank]},
+        "length": {"input_ids": ids[:, : 30 + rank]},
+        "mask": {"input_ids": ids, "attention_mask": mask},
+        "only one masked": {"input_ids": ids, "attention_mask": None if rank else mask},
+        "embeddings": {"inputs_embeds": model.model.embed_tokens(own)[:, rank:]},
+    }.items():
+        model.set_context_parallel(ContextParallel())
+        said[name] = _refusal(lambda arguments=arguments: model(**arguments))
+    return said
 
 
 def _refusal(call: Callable[[], object]) -> str:
