@@ -95,16 +95,57 @@ class ContextParallel:
         self.traffic = Traffic()
         self._split = NAMED_SPLITS[split] if isinstance(split, str) else split
         self.shards = functools.lru_cache(maxsize=16)(self._shards)
+        self._compared = False
+
+    @torch.no_grad()
+    def check_same(self, **inputs: Tensor | None) -> None:
+        """Compare what the ranks were called with, the first time: later calls do not wait for a look at it.
+
+        Args:
+            inputs: by name; of floating-point ones only shapes are compared, which may round differently.
+
+        Raises:
+            ValueError: ranks have different ones. All of them raise it, and none is left waiting.
+        """
+        if self._compared or torch.compiler.is_compiling():
+            return
+        device = next(x.device for x in inputs.values() if x is not None)
+        own = torch.stack([_fingerprint(x, device) for x in inputs.values()])
+        found = own.new_empty(self.ranks, *own.shape)
+        _all_gather(found.flatten(0, 1), own, group=self.group)
+        differ = (found != found[0]).any(-1).any(0).tolist()
+        if any(differ):
+            names = [name for name, differs in zip(inputs, differ, strict=True) if differs]
+            raise ValueError(
+                f"with context parallelism all {self.ranks} ranks of a group must be given the same whole sequences, "
+                f"got different {', '.join(names)}: does a sampler deal out other rows to each?"
+            )
+        self._compared = True
 
     def _shards(self, length: int) -> "Shards":
         return Shards(self, TokenSplit(length, self.ranks, self._split(length, self.ranks)))
 
-    # Copies of a model, and models that are sent to other processes, belong to no group.
+    # A copy of a model on this rank is of the same group.
     def __deepcopy__(self, memo: dict) -> "ContextParallel":
         return self
 
+    # What is stored or sent to another process is of none: the model comes without context parallelism.
+    def __reduce__(self) -> tuple[type[None], tuple[()]]:
+        return type(None), ()
+
     def __repr__(self) -> str:
         return f"{type(self).__name__}(rank {self.rank} of {self.ranks})"
+
+
+def _fingerprint(x: Tensor | None, device: torch.device) -> Tensor:
+    """``[4]`` int64: the shape of an argument, and a number that its values have."""
+    shape, values = [0, 0, 0], torch.zeros((), dtype=torch.int64, device=device)
+    if x is not None:
+        shape = [*x.shape, 0, 0, 0][:3]
+        if not x.is_floating_point():
+            flat = x.to(device, torch.int64).flatten()
+            values = (flat * (torch.arange(len(flat), device=device) % 8191 + 1)).sum()
+    return torch.cat([torch.tensor(shape, device=device), values[None]])
 
 
 class Shards:
@@ -184,6 +225,8 @@ class Shards:
 
 
 class _Sum(torch.autograd.Function):
+    """The sum over ranks, whose gradient is the sum of theirs."""
+
     @staticmethod
     def forward(ctx, x: Tensor, group: "dist.ProcessGroup") -> Tensor:
         ctx.group = group

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from .attention import Passes, best_passes
+from .backend import ONLY_REVERSE_MODE
 from .context_parallel import Shards
 from .decay import Decay
 from .remote_keys import Exchange, Rows
@@ -133,6 +134,9 @@ class _ShardedAttention(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, d_out):
+        if torch.is_grad_enabled():
+            # With create_graph=True. Not later, as other operators do: what is sent has no graph that could lead here.
+            raise NotImplementedError(ONLY_REVERSE_MODE)
         plan: Plan = ctx.plan
         # Once: what activation checkpointing has stored in their place may be asked for only once.
         saved = ctx.saved_tensors

@@ -86,7 +86,7 @@ def targets_of_shard(
     Args:
         shards: who has which tokens.
         labels, shift_labels, num_items_in_batch: as for `loss_in_chunks`. With a number of items, the sum over ranks is
-            an equal share for each of them, as who gives it counts the sequence once for each rank.
+            an equal share for each of them: who gives it (Trainer) multiplies losses by all processes.
         kwargs: passed on.
     """
     if shift_labels is None:

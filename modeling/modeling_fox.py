@@ -186,6 +186,11 @@ class FoxModel(FoxPreTrainedModel):
         tokens = (given.shape[0], given.shape[1])
         shards = None
         if self.context_parallel is not None:
+            mask = attention_mask if isinstance(attention_mask, Tensor) else None
+            packing = kwargs.get("cu_seq_lens_q")
+            self.context_parallel.check_same(
+                tokens=given, attention_mask=mask, position_ids=position_ids, cu_seq_lens_q=packing
+            )
             shards = self._shards(self.context_parallel, tokens[1], past_key_values)
             given, use_cache = shards.take(given), False
         inputs_embeds = cast(Tensor, self.embed_tokens(given) if input_ids is not None else given)

@@ -1,6 +1,9 @@
 """What ranks do in the tests of context parallelism: the same as one device, on each from the same seed."""
 
+import copy
+import pickle
 import random
+import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
 from unittest import mock
@@ -207,7 +210,7 @@ def _model_errors(variant: str, call: str, context: ContextParallel) -> dict[str
 def refusals() -> dict[str, str]:
     """The messages of what a context-parallel model or group refuses."""
     context = ContextParallel()
-    ids = torch.randint(2, 97, (1, 20))
+    ids = torch.randint(2, 97, (1, 20), generator=torch.Generator().manual_seed(0))
     model = tiny_model()
     model.set_context_parallel(context)
     x = torch.zeros(1, 5, 1, 4)
@@ -225,6 +228,49 @@ def refusals() -> dict[str, str]:
         "split idle": lambda: ContextParallel(split=lambda n, ranks: [Segment(0, 0, n)]).shards(20),
     }.items():
         said[name] = _refusal(call)
+    return said
+
+
+def copies_and_derivatives() -> dict[str, Any]:
+    """Which group copies of a model are of, what is said of second derivatives, and of what torch warns."""
+    ids = torch.randint(2, 97, (1, 20), generator=torch.Generator().manual_seed(0))
+    model = tiny_model()
+    model.set_context_parallel(context := ContextParallel())
+    found: dict[str, Any] = {
+        "copied": copy.deepcopy(model).model.context_parallel is context,
+        "sent": pickle.loads(pickle.dumps(model)).model.context_parallel,
+    }
+    with warnings.catch_warnings(record=True) as warned:
+        warnings.simplefilter("always")
+        model(ids, labels=ids).loss.backward()
+    found["deprecated"] = [str(each.message) for each in warned if "deprecated" in str(each.message)]
+    try:
+        torch.autograd.grad(model(ids, labels=ids).loss, list(model.parameters()), create_graph=True)
+    except NotImplementedError as error:
+        found["twice"] = str(error)
+    return found
+
+
+def different_inputs() -> dict[str, str]:
+    """What each rank says of inputs that are not those of the others."""
+    model, rank = tiny_model(), dist.get_rank()
+    ids = torch.randint(2, 97, (2, 40), generator=torch.Generator().manual_seed(0))
+    mask = torch.ones_like(ids)
+    mask[0, : 5 + rank] = 0
+    own = torch.randint(2, 97, (2, 40), generator=torch.Generator().manual_seed(rank))
+    said = {}
+    for name, arguments in {
+        "same": {"input_ids": ids},
+        "rows": {"input_ids": own},
+        "order": {"input_ids": ids.roll(rank, 1)},
+        "batch": {"input_ids": ids[: 1 + rank]},
+        "length": {"input_ids": ids[:, : 30 + rank]},
+        "mask": {"input_ids": ids, "attention_mask": mask},
+        "only one masked": {"input_ids": ids, "attention_mask": None if rank else mask},
+        "embeddings": {"inputs_embeds": model.model.embed_tokens(own)[:, rank:]},
+    }.items():
+        model.set_context_parallel(ContextParallel())
+        said[name] = _refusal(lambda arguments=arguments: model(**arguments))
     return said
 
 

@@ -89,6 +89,24 @@ def test_traffic_dropout_and_refusals() -> None:
         assert part in said[name], (name, said.get(name))
 
 
+@pytest.mark.slow
+def test_copies_and_derivatives() -> None:
+    for found in run_ranks("context_checks:copies_and_derivatives", 2):
+        assert found["copied"]
+        assert found["sent"] is None
+        assert found["deprecated"] == []
+        assert "differentiable once, in reverse mode" in found["twice"]
+
+
+@pytest.mark.slow
+def test_different_inputs_are_refused_on_all_ranks() -> None:
+    for said in run_ranks("context_checks:different_inputs", 2):
+        assert said.pop("same") == "accepted"
+        for name, message in said.items():
+            what = "attention_mask" if "mask" in name else "tokens"
+            assert f"must be given the same whole sequences, got different {what}: " in message, (name, message)
+
+
 def test_single_process_is_refused() -> None:
     with pytest.raises(ValueError, match="needs a process group, got a single process without one"):
         ContextParallel()
