@@ -5,6 +5,7 @@ import pickle
 import random
 import warnings
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 from unittest import mock
 
@@ -259,7 +260,7 @@ def different_inputs() -> dict[str, str]:
     mask[0, : 5 + rank] = 0
     own = torch.randint(2, 97, (2, 40), generator=torch.Generator().manual_seed(rank))
     said = {}
-    for name, arguments in {
+    cases: dict[str, dict[str, Any]] = {
         "same": {"input_ids": ids},
         "rows": {"input_ids": own},
         "order": {"input_ids": ids.roll(rank, 1)},
@@ -268,9 +269,10 @@ def different_inputs() -> dict[str, str]:
         "mask": {"input_ids": ids, "attention_mask": mask},
         "only one masked": {"input_ids": ids, "attention_mask": None if rank else mask},
         "embeddings": {"inputs_embeds": model.model.embed_tokens(own)[:, rank:]},
-    }.items():
+    }
+    for name, arguments in cases.items():
         model.set_context_parallel(ContextParallel())
-        said[name] = _refusal(lambda arguments=arguments: model(**arguments))
+        said[name] = _refusal(partial(model, **arguments))
     return said
 
 
