@@ -29,7 +29,7 @@ SECTIONS = {
         "foxlm": ["ContextParallel", "context_parallel_attention"],
         "foxlm.kernels.context_parallel": ["Traffic"],
         "foxlm.kernels.token_split": ["Segment", "balanced", "contiguous"],
-        "foxlm.modeling.sharding": ["prepare_fsdp2", "shard_forget_gates", "FoxParallelismConfig"],
+        "foxlm.modeling.sharding": ["prepare_fsdp2", "shard_forget_gates", "save_whole_model", "FoxParallelismConfig"],
         "foxlm.conversion.deal_heads": ["deal_heads"],
     },
     "Conversion, grafting and publishing": {

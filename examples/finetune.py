@@ -27,6 +27,7 @@ from transformers import (
 )
 
 import foxlm  # noqa: F401  (registers FoX with the Auto classes)
+from foxlm.modeling.sharding import prepare_fsdp2, save_whole_model
 
 PLAIN_TEMPLATE = (
     "{% for message in messages %}{{ message['role'] + ': ' + message['content'] + '\\n' }}{% endfor %}"
@@ -125,8 +126,9 @@ def main(arguments: list[str] | None = None) -> Trainer:
         # Examples are packed without padding; position_ids restart at each, where FoX resets decay and token shift.
         data_collator=DataCollatorWithFlattening(),
     )
+    prepare_fsdp2(trainer.accelerator, trainer.model)
     trainer.train()
-    trainer.save_model()
+    save_whole_model(trainer)
     return trainer
 
 

@@ -54,7 +54,7 @@ from transformers import (
 from foxlm import FoxConfig, FoxForCausalLM
 from foxlm.evaluation.demo.tokenizer import byte_tokenizer
 from foxlm.kernels.context_parallel import ContextParallel
-from foxlm.modeling.sharding import FoxParallelismConfig, prepare_fsdp2
+from foxlm.modeling.sharding import FoxParallelismConfig, prepare_fsdp2, save_whole_model
 
 
 @dataclass
@@ -162,13 +162,6 @@ def last_checkpoint(folder: str) -> str | None:
     """The newest complete checkpoint; None if there is none."""
     newest_first = sorted(Path(folder).glob("checkpoint-*"), key=lambda path: -int(path.name.split("-")[-1]))
     return next((str(path) for path in newest_first if is_complete(path)), None)
-
-
-def save_whole_model(trainer: Trainer) -> None:
-    """`Trainer.save_model`, which saves nothing where checkpoints are sharded."""
-    if trainer.is_fsdp_enabled:
-        trainer.accelerator.state.fsdp_plugin.set_state_dict_type("FULL_STATE_DICT")
-    trainer.save_model()
 
 
 def main(arguments: list[str] | None = None) -> Trainer:

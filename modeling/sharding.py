@@ -6,6 +6,7 @@ bias, so that heads forget faster or slower by percents. A group of its own keep
 
 import os
 import warnings
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -78,6 +79,17 @@ def prepare_fsdp2(accelerator: Accelerator, model: nn.Module) -> None:
     if mesh is not None:
         mesh = mesh[tuple(accelerator.parallelism_config.fsdp_dim_names)]
     shard_forget_gates(model, mesh, plugin.cpu_offload)
+
+
+def save_whole_model(trainer: Any) -> None:
+    """`Trainer.save_model` of a whole model also where checkpoints are sharded; there it saves nothing by itself.
+
+    Args:
+        trainer: a `Trainer`, on all ranks.
+    """
+    if trainer.is_fsdp_enabled:
+        trainer.accelerator.state.fsdp_plugin.set_state_dict_type("FULL_STATE_DICT")
+    trainer.save_model()
 
 
 class FoxParallelismConfig(ParallelismConfig):
