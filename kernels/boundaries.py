@@ -245,13 +245,13 @@ def _launch(
             join_largest(largest)
         else:
             logit_bound = q_norm.amax(-1) * largest.amax(-1).repeat_interleave(q.shape[2] // k.shape[2], dim=1)
-    rows = Rows(decay.query, decay.first, decay.last, q_norm, own)
+    rows = Queries(decay.query, decay.first, decay.last, q_norm, own)
     blocks = Blocks(end, log_sum, largest)
     log_eps = math.log(eps) if tight else math.log(eps) - math.log(keys)
     return search(rows, blocks, q.shape[2], k.shape[2], log_eps, None if tight else logit_bound)
 
 
-class Rows(NamedTuple):
+class Queries(NamedTuple):
     """Queries that look for their first key.
 
     Attributes:
@@ -309,7 +309,7 @@ def _scan_block(blocks: int) -> int:
 
 
 def norms(q: Tensor, k: Tensor, last: Tensor, scale: float) -> tuple[Tensor, Tensor, Tensor]:
-    """``norm`` and ``own`` of `Rows`, and ``max |k|`` of each block of keys alone, ``[B, G, N]`` float32."""
+    """``norm`` and ``own`` of `Queries`, and ``max |k|`` of each block of keys alone, ``[B, G, N]`` float32."""
     batch, queries, heads, head_dim = q.shape
     keys, kv_heads = k.shape[1:3]
     blocks = triton.cdiv(keys, PRUNED_KEYS)
@@ -336,7 +336,9 @@ def norms(q: Tensor, k: Tensor, last: Tensor, scale: float) -> tuple[Tensor, Ten
     return q_norm, own, largest
 
 
-def search(rows: Rows, blocks: Blocks, heads: int, kv_heads: int, log_eps: float, logit_bound: Tensor | None) -> Tensor:
+def search(
+    rows: Queries, blocks: Blocks, heads: int, kv_heads: int, log_eps: float, logit_bound: Tensor | None
+) -> Tensor:
     """First key that each query keeps, ``[B, H, Tq]`` int64: by the rule ``paper`` if there is a ``logit_bound``.
 
     Args:

@@ -19,7 +19,7 @@ from .pruning import Rule, check_rule, search_tight
 from .tiles import PRUNED_KEYS, PRUNED_QUERIES
 
 if HAS_TRITON:
-    from .boundaries import Blocks, Rows, decay_by_blocks, join_blocks, join_largest, norms, search
+    from .boundaries import Blocks, Queries, decay_by_blocks, join_blocks, join_largest, norms, search
 
 _NEVER = 2**31 - 1
 
@@ -160,7 +160,7 @@ def _search_on_device(
     # As if every block before were full: rows find themselves among blocks by their positions.
     last = torch.arange(c_q.shape[-1], device=c_q.device) + before * PRUNED_KEYS
     first = torch.where(sees_nothing, _NEVER, 0)
-    rows = Rows(c_q, first, last, part.q_norm.contiguous(), part.own.contiguous())
+    rows = Queries(c_q, first, last, part.q_norm.contiguous(), part.own.contiguous())
     kept = search(rows, Blocks(*blocks), sees_nothing.shape[1], blocks[2].shape[1], log_eps, logit_bound)
     return kept.masked_fill(sees_nothing, 0) // PRUNED_KEYS
 
