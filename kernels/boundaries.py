@@ -120,7 +120,7 @@ def _scan_largest_kernel(K_MAX, NB, BLOCK: tl.constexpr):
     for start in range(0, NB, BLOCK):
         blocks = start + tl.arange(0, BLOCK)
         p = K_MAX + row * NB + blocks
-        largest = tl.associative_scan(tl.load(p, mask=blocks < NB, other=0.0), 0, _larger)
+        largest = tl.associative_scan(tl.load(p, mask=blocks < NB, other=0.0).to(tl.float32), 0, _larger)
         largest = tl.maximum(largest, before)
         tl.store(p, largest, mask=blocks < NB)
         before = tl.max(largest, 0) + tl.zeros([BLOCK], tl.float32)
@@ -137,6 +137,8 @@ def _search_kernel(
     BOUND,
     FIRST,
     LAST,
+    OWN_BLOCK,
+    STARTS,
     OUT,
     c_b,
     c_h,
@@ -153,6 +155,7 @@ def _search_kernel(
     NB,
     STEPS,
     TIGHT: tl.constexpr,
+    SCATTERED: tl.constexpr,
 ):
     head, block = tl.program_id(0), tl.program_id(1)
     b, h = head // H, head % H
@@ -160,7 +163,7 @@ def _search_kernel(
     gate = h // (H // HF)
     rows = block * _QUERY_BLOCK + tl.arange(0, _QUERY_BLOCK)
     is_row = rows < TQ
-    position = rows + tl.load(LAST).to(tl.int32)
+    position = tl.load(LAST + rows, mask=is_row, other=0).to(tl.int32)
     c = tl.load(C_Q + b64 * c_b + gate.to(tl.int64) * c_h + rows, mask=is_row, other=0.0)
     p_first = FIRST + b64 * first_b + (h // FIRST_GROUP).to(tl.int64) * first_h
     first = tl.load(p_first + rows, mask=is_row, other=2147483647)
@@ -175,14 +178,18 @@ def _search_kernel(
 
     # Blocks before `low` may be dropped, from `high` on they may not; a query never drops its own block.
     low = tl.zeros([_QUERY_BLOCK], tl.int32)
-    high = tl.maximum(tl.minimum(position, NB * _KEY_BLOCK - 1), 0) // _KEY_BLOCK
+    if SCATTERED:
+        high = tl.load(OWN_BLOCK + rows, mask=is_row, other=0).to(tl.int32)
+    else:
+        high = tl.maximum(tl.minimum(position, NB * _KEY_BLOCK - 1), 0) // _KEY_BLOCK
     for _ in range(0, STEPS):
         middle = (low + high + 1) // 2
         last = tl.maximum(middle - 1, 0)
         end = tl.load(p_end + last)
         decay = tl.where(end == _INF, -_INF, c - tl.where(end == _INF, 0.0, end))
         if TIGHT:
-            weight = (decay + tl.load(p_sum + last)).to(tl.float32) + norm * tl.load(p_largest + last) - own
+            largest = tl.load(p_largest + last).to(tl.float32)
+            weight = (decay + tl.load(p_sum + last)).to(tl.float32) + norm * largest - own
             droppable = weight <= log_eps
         else:
             droppable = decay.to(tl.float32) < threshold
@@ -191,7 +198,8 @@ def _search_kernel(
         high = tl.where(droppable, high, middle - 1)
         high = tl.maximum(low, high)
     sees_nothing = (first > position) | (rows >= TQ)
-    kept = tl.min(tl.where(sees_nothing, 2147483647, low * _KEY_BLOCK), 0)
+    kept = tl.load(STARTS + low).to(tl.int32) if SCATTERED else low * _KEY_BLOCK
+    kept = tl.min(tl.where(sees_nothing, 2147483647, kept), 0)
     kept = tl.where(sees_nothing, 0, kept)
     tl.store(OUT + p_row, tl.maximum(first, kept.to(tl.int64)), mask=is_row)
 
@@ -260,6 +268,7 @@ class Queries(NamedTuple):
         last: ``[Tq]`` int64 own keys.
         norm: ``[B, H, Tq]`` float32 ``scale |q|``; this and the next are only needed by the rule ``tight``.
         own: ``[B, H, Tq]`` float32 logits with their own keys.
+        own_block: ``[Tq]`` int64 block of keys that each one's own key is in; None if it is that of ``last``.
     """
 
     c: Tensor
@@ -267,6 +276,7 @@ class Queries(NamedTuple):
     last: Tensor
     norm: Tensor | None
     own: Tensor | None
+    own_block: Tensor | None = None
 
 
 class Blocks(NamedTuple):
@@ -275,19 +285,26 @@ class Blocks(NamedTuple):
     Attributes:
         end: ``[B, Hf, N]`` float64 running sum at the last visible key.
         log_sum: ``[B, Hf, N]`` float64 ``log sum_j exp(end - c_j)``.
-        largest: ``[B, G, N]`` float32 ``max |k|``; only needed by the rule ``tight``.
+        largest: ``[B, G, N]`` float32 or float64 ``max |k|``; only needed by the rule ``tight``.
+        starts: ``[N]`` int64 first key of each; None if all but the last are full. With ``own_block``.
     """
 
     end: Tensor
     log_sum: Tensor
     largest: Tensor | None
+    starts: Tensor | None = None
 
 
-def decay_by_blocks(c_k: Tensor) -> tuple[Tensor, Tensor]:
-    """``end`` and ``log_sum`` of `Blocks`, of each block alone, from ``[B, Hf, Tk]`` running sums."""
+def decay_by_blocks(c_k: Tensor, out: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """``end`` and ``log_sum`` of `Blocks`, of each block alone, from ``[B, Hf, Tk]`` running sums.
+
+    They are written to ``out``, contiguous ``[2, B, Hf, N]`` float64, if it is given.
+    """
     batch, gates, keys = c_k.shape
     blocks = triton.cdiv(keys, PRUNED_KEYS)
-    end, log_sum = torch.empty(2, batch, gates, blocks, dtype=torch.float64, device=c_k.device).unbind()
+    if out is None:
+        out = torch.empty(2, batch, gates, blocks, dtype=torch.float64, device=c_k.device)
+    end, log_sum = out.unbind()
     _block_decay_kernel[(batch * gates, blocks)](c_k, end, log_sum, *c_k.stride()[:2], gates, keys, blocks, num_warps=1)
     return end, log_sum
 
@@ -308,13 +325,16 @@ def _scan_block(blocks: int) -> int:
     return min(_SCAN, max(16, triton.next_power_of_2(blocks)))
 
 
-def norms(q: Tensor, k: Tensor, last: Tensor, scale: float) -> tuple[Tensor, Tensor, Tensor]:
-    """``norm`` and ``own`` of `Queries`, and ``max |k|`` of each block of keys alone, ``[B, G, N]`` float32."""
+def norms(q: Tensor, k: Tensor, last: Tensor, scale: float, out: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
+    """``norm`` and ``own`` of `Queries`, and ``max |k|`` of each block of keys alone, ``[B, G, N]`` float32.
+
+    The latter is written to ``out``, contiguous and of any type, if it is given.
+    """
     batch, queries, heads, head_dim = q.shape
     keys, kv_heads = k.shape[1:3]
     blocks = triton.cdiv(keys, PRUNED_KEYS)
     q_norm, own = torch.empty(2, batch, heads, queries, dtype=torch.float32, device=q.device).unbind()
-    largest = torch.empty(batch, kv_heads, blocks, dtype=torch.float32, device=q.device)
+    largest = torch.empty(batch, kv_heads, blocks, dtype=torch.float32, device=q.device) if out is None else out
     _norms_kernel[(batch * heads, blocks)](
         q,
         k,
@@ -360,6 +380,8 @@ def search(
         logit_bound,
         rows.first,
         rows.last,
+        rows.own_block,
+        blocks.starts,
         first,
         *rows.c.stride()[:2],
         *rows.first.stride()[:2],
@@ -373,5 +395,6 @@ def search(
         count,
         count.bit_length() + 1,
         TIGHT=logit_bound is None,
+        SCATTERED=blocks.starts is not None,
     )
     return first

@@ -76,7 +76,7 @@ def context_parallel_attention(
         real = shards.take(as_bool_mask(attention_mask, q.device))
         log_f = log_f.masked_fill(~real[..., None], 0.0)
     c, first = shards.accumulate(log_f, starts)
-    decay = Decay(c, c, first, shards.positions(q.device), shards=shards)
+    decay = Decay(c, c, first, shards.tables(q.device).positions, shards=shards)
     if real is not None:
         decay = hide_padding(decay, real)
         q, k, v = without_padding(q, k, v, decay)

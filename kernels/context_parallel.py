@@ -21,9 +21,14 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
+from .backend import HAS_TRITON, runs_kernels
 from .decay import accumulate
+from .split_tables import SplitTables, split_tables
 from .tiles import PRUNED_KEYS
 from .token_split import NAMED_SPLITS, Split, TokenSplit
+
+if HAS_TRITON:
+    from .sharded_kernels import carry_on_device
 
 if dist.is_available():
     # Of torch 2.13, which warns of the older name.
@@ -158,22 +163,23 @@ class Shards:
         self.rows = split.rows(self.rank)
         # Indices, among all segments, of those of this rank.
         self.own = [i for i, segment in enumerate(split.segments) if segment.rank == self.rank]
-        self._block_starts: dict[torch.device, Tensor] = {}
+        self._tables: dict[torch.device, SplitTables] = {}
 
     def take(self, x: Tensor, dim: int = 1) -> Tensor:
         """This rank's tokens of ``x``, which has all of them along ``dim``."""
         return self.split.take(x, self.rank, dim)
 
-    def positions(self, device: torch.device) -> Tensor:
-        """``[T of this rank]`` int64 index in the sequence of each token."""
-        return self.take(torch.arange(self.split.length, device=device), dim=0)
+    def tables(self, device: torch.device) -> SplitTables:
+        """Those of this rank. Kept: a copy to a GPU would wait for it."""
+        if device not in self._tables:
+            self._tables[device] = split_tables(self.split, self.rank, device)
+        return self._tables[device]
 
-    def block_starts(self, device: torch.device) -> Tensor:
-        """First token of each block of 64 of all segments, int64. Kept: a copy to a GPU would wait for it."""
-        if device not in self._block_starts:
-            starts = [s for _, start, stop in self.split.segments for s in range(start, stop, PRUNED_KEYS)]
-            self._block_starts[device] = torch.tensor(starts, device=device)
-        return self._block_starts[device]
+    def gather(self, own: Tensor) -> Tensor:
+        """``[ranks, ...]``: a tensor of each rank, alike in shape and type; without gradients."""
+        gathered = own.new_empty(self.split.ranks, *own.shape)
+        _all_gather(gathered.flatten(0, 1), own, group=self.context.group)
+        return gathered
 
     def from_all(self, parts: list[Tensor]) -> list[Tensor]:
         """One tensor for each segment of the sequence, from the rank that has it; without gradients.
@@ -181,9 +187,7 @@ class Shards:
         Args:
             parts: a tensor for each segment of this rank, alike in shape and type on all ranks.
         """
-        own = torch.stack([*parts, *parts[:1] * (self.split.most_segments - len(parts))])
-        gathered = own.new_empty(self.split.ranks, *own.shape)
-        _all_gather(gathered.flatten(0, 1), own, group=self.context.group)
+        gathered = self.gather(torch.stack([*parts, *parts[:1] * (self.split.most_segments - len(parts))]))
         return [gathered[x.rank, slot] for x, slot in zip(self.split.segments, self.split.slots, strict=True)]
 
     def sum(self, x: Tensor) -> Tensor:
@@ -249,24 +253,8 @@ class _WithGatesBefore(torch.autograd.Function):
     @staticmethod
     def forward(ctx, c: Tensor, first: Tensor, shards: Shards) -> tuple[Tensor, Tensor]:
         ctx.shards = shards
-        c, first = c.clone(), first.clone()
-        ends = []
-        for (_, start, _), rows in zip(shards.segments, shards.rows, strict=True):
-            # A reset further back is of another segment, whose end says where it is.
-            first[..., rows].add_(start - rows.start - 1).masked_fill_(first[..., rows] < start, 0)
-            # Indices of tokens are exact in float64 too.
-            ends.append(torch.stack([c[..., rows.stop - 1], first[..., rows.stop - 1].double()]))
-        sums, resets = torch.stack(shards.from_all(ends)).unbind(1)
-        # The sum of a rank's segment goes on from its segment before.
-        previous = shards.split.previous_of_rank
-        own_before = torch.stack([torch.zeros_like(sums[0]) if i is None else sums[i] for i in previous])
-        totals = sums - own_before
-        shifts = totals.cumsum(0) - totals - own_before
-        resets = resets.long().cummax(0).values
-        for i, rows in zip(shards.own, shards.rows, strict=True):
-            c[..., rows] += shifts[i, ..., None]
-            if i:
-                first[..., rows].clamp_(min=resets[i - 1, ..., None])
+        carry = carry_on_device if runs_kernels(c) else _carry_in_pytorch
+        c, first = carry(c.contiguous(), first.contiguous(), shards)
         ctx.mark_non_differentiable(first)
         return c, first
 
@@ -280,6 +268,29 @@ class _WithGatesBefore(torch.autograd.Function):
             for total in totals[i + 1 : following]:
                 dc[..., rows.stop - 1] += total
         return dc, None, None
+
+
+def _carry_in_pytorch(c: Tensor, first: Tensor, shards: Shards) -> tuple[Tensor, Tensor]:
+    """As `carry_on_device`."""
+    c, first = c.clone(), first.clone()
+    ends = []
+    for (_, start, _), rows in zip(shards.segments, shards.rows, strict=True):
+        # A reset further back is of another segment, whose end says where it is.
+        first[..., rows].add_(start - rows.start - 1).masked_fill_(first[..., rows] < start, 0)
+        # Indices of tokens are exact in float64 too.
+        ends.append(torch.stack([c[..., rows.stop - 1], first[..., rows.stop - 1].double()]))
+    sums, resets = torch.stack(shards.from_all(ends)).unbind(1)
+    # The sum of a rank's segment goes on from its segment before.
+    previous = shards.split.previous_of_rank
+    own_before = torch.stack([torch.zeros_like(sums[0]) if i is None else sums[i] for i in previous])
+    totals = sums - own_before
+    shifts = totals.cumsum(0) - totals - own_before
+    resets = resets.long().cummax(0).values
+    for i, rows in zip(shards.own, shards.rows, strict=True):
+        c[..., rows] += shifts[i, ..., None]
+        if i:
+            first[..., rows].clamp_(min=resets[i - 1, ..., None])
+    return c, first
 
 
 class _StatesBefore(torch.autograd.Function):

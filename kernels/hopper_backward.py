@@ -46,6 +46,8 @@ from .tiles import Tile
 
 # Queries of a tile and keys of an item. The kernels have them built in.
 _QUERIES, _KEYS = 64, 128
+# Of tiles in shared memory. Made once: that takes the host as long as a launch.
+_LAYOUT = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=4)
 
 _LOG2_E = tl.constexpr(1.4426950408889634)
 _INF = tl.constexpr(float("inf"))
@@ -223,8 +225,7 @@ def _for_tma(x: Tensor) -> Tensor:
 
 def _descriptor(x: Tensor, rows: int) -> TensorDescriptor:
     """``x``, ``[B, T, heads, D]``, in blocks of ``rows`` tokens of one head."""
-    layout = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=4)
-    return TensorDescriptor(x, list(x.shape), [*_steps(x), 1], [1, rows, 1, x.shape[-1]], layout)
+    return TensorDescriptor(x, list(x.shape), [*_steps(x), 1], [1, rows, 1, x.shape[-1]], _LAYOUT)
 
 
 def hopper_backward_takes(q: Tensor, k: Tensor) -> bool:

@@ -53,6 +53,7 @@ with strides for ``C_Q``, nine times in one consumer. After any change look at t
 consumers together must also fit the instruction cache (128 KiB); therefore near and far tiles share one loop.
 """
 
+import functools
 from typing import Any, NamedTuple
 
 import torch
@@ -749,9 +750,15 @@ def _descriptor(x: Tensor, rows: int) -> TensorDescriptor:
     batch, tokens, heads, head_dim = x.shape
     # The stride of a single element may be anything.
     b, t, h = (step if size > 1 else head_dim for size, step in zip(x.shape[:-1], x.stride()[:-1], strict=True))
-    block = [1, 1, rows, head_dim]
-    layout = gl.NVMMASharedLayout.get_default_for(block, gl.bfloat16 if x.dtype == torch.bfloat16 else gl.float16)
+    block, layout = [1, 1, rows, head_dim], _layout(rows, head_dim, x.dtype)
     return TensorDescriptor(x, [batch, heads, tokens, head_dim], [b, h, t, 1], block, layout)
+
+
+@functools.cache
+def _layout(rows: int, head_dim: int, dtype: torch.dtype) -> gl.NVMMASharedLayout:
+    # To make one takes the host as long as a launch.
+    element = gl.bfloat16 if dtype == torch.bfloat16 else gl.float16
+    return gl.NVMMASharedLayout.get_default_for([1, 1, rows, head_dim], element)
 
 
 def hopper_forward(q: Tensor, k: Tensor, v: Tensor, decay: Decay, scale: float) -> tuple[Tensor, Tensor]:

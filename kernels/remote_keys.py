@@ -13,7 +13,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from .backend import HAS_TRITON, runs_kernels
 from .context_parallel import Shards
+from .runs import Place, Rows, Runs
+
+if HAS_TRITON:
+    from .sharded_kernels import needs_on_device
 
 
 class Needs(NamedTuple):
@@ -38,61 +43,39 @@ class Question:
             kv_heads: number of key/value heads.
             shards: who has which tokens.
         """
-        first = first.unflatten(1, (kv_heads, -1)).amin(2) if first.shape[1] > kv_heads else first
-        least, crossing = [], []
-        for (_, start, stop), rows in zip(shards.segments, shards.rows, strict=True):
-            part = first[..., rows]
-            least.append(part.amin(-1).clamp(max=start))
-            count = torch.arange(1, stop - start + 1, device=first.device)
-            crossing.append(torch.where(part < start, count, 0).amax(-1))
-        #: Of each segment of this rank, how many leading queries keep a key before it, ``[B, G]`` on the device.
+        find = needs_on_device if runs_kernels(first) else _needs_in_pytorch
+        least, crossing = find(first, kv_heads, shards)
+        #: Of each segment of this rank, how many leading queries keep a key before it, ``[segments, B, G]``.
         self.crossing = crossing
-        self._segments = len(shards.split.segments)
-        self._device = torch.stack([*shards.from_all(least), *crossing])
-        self._host, self._copied = self._device, None
+        self._split = shards.split
+        found = shards.gather(least)
+        self._host, self._copied = [found, crossing], None
         if first.is_cuda:
-            self._host = torch.empty(self._device.shape, dtype=torch.int64, pin_memory=True)
-            self._host.copy_(self._device, non_blocking=True)
+            self._host = [torch.empty(x.shape, dtype=x.dtype, pin_memory=True) for x in (found, crossing)]
+            for host, x in zip(self._host, (found, crossing), strict=True):
+                host.copy_(x, non_blocking=True)
             self._copied = torch.cuda.current_stream(first.device).record_event()
 
     def answer(self) -> Needs:
         """Wait until it is here."""
         if self._copied is not None:
             self._copied.synchronize()
-        return Needs(*np.split(self._host.numpy(), [self._segments]))
+        found, crossing = (x.numpy() for x in self._host)
+        ranks = [segment.rank for segment in self._split.segments]
+        return Needs(found[ranks, self._split.slots], crossing)
 
 
-class Runs(NamedTuple):
-    """Indices in runs: ``start, start + step, ...`` so many times for each, one run after the other.
-
-    Attributes:
-        starts, counts: ``[N]`` int64.
-        step: the same for all.
-    """
-
-    starts: np.ndarray
-    counts: np.ndarray
-    step: int
-
-    def table(self) -> np.ndarray:
-        """What `expand` needs on the device."""
-        before = np.cumsum(self.counts) - self.counts
-        return np.stack([self.starts - self.step * before, self.counts])
-
-    def expand(self, table: Tensor) -> Tensor:
-        """All indices, int64, on the device of its ``table``."""
-        total = int(self.counts.sum())
-        offsets, counts = table.view(2, -1)
-        steps = torch.arange(0, self.step * total, self.step, device=table.device)
-        return torch.repeat_interleave(offsets, counts, output_size=total) + steps
-
-
-def to_device(tables: list[np.ndarray], device: torch.device) -> list[Tensor]:
-    """Tables of integers, each as one flat int64 tensor, brought there together: the host waits for none of them."""
-    flat = torch.from_numpy(np.concatenate([np.ravel(x) for x in tables]).astype(np.int64))
-    if device.type == "cuda":
-        flat = flat.pin_memory()
-    return list(flat.to(device, non_blocking=True).split([np.size(x) for x in tables]))
+def _needs_in_pytorch(first: Tensor, kv_heads: int, shards: Shards) -> tuple[Tensor, Tensor]:
+    """As `needs_on_device`."""
+    first = first.unflatten(1, (kv_heads, -1)).amin(2)
+    least = first.new_zeros(shards.split.most_segments, *first.shape[:2])
+    crossing = []
+    for slot, ((_, start, stop), rows) in enumerate(zip(shards.segments, shards.rows, strict=True)):
+        part = first[..., rows]
+        least[slot] = part.amin(-1).clamp(max=start)
+        count = torch.arange(1, stop - start + 1, device=first.device)
+        crossing.append(torch.where(part < start, count, 0).amax(-1))
+    return least, torch.stack(crossing)
 
 
 class Received(NamedTuple):
@@ -113,13 +96,15 @@ class Fetch(NamedTuple):
     """One exchange of rows; a row is a token of one key/value head.
 
     Attributes:
-        rows: those that this rank sends, ``(b T + t) G + g`` for its token ``t``, by rank that gets them.
-        sent, received: how many, for each rank.
+        runs: from this rank's keys to the rows that it sends, by rank that gets them.
+        of_rank: which of ``runs`` are for each rank.
+        sent, received: how many rows, for each rank.
         segments: what comes, for each segment of others that is needed.
         idle: whether nobody in the group sends anything.
     """
 
-    rows: Runs
+    runs: Runs
+    of_rank: list[slice]
     sent: list[int]
     received: list[int]
     segments: list[Received]
@@ -130,32 +115,40 @@ def plan_fetch(needs: Needs, shards: Shards) -> Fetch:
     """Who sends what to whom."""
     split, me = shards.split, shards.rank
     _, batch, kv_heads = needs.first.shape
-    tokens = sum(stop - start for _, start, stop in shards.segments)
-    # Row of token 0 of each sequence and head.
-    origin = np.arange(batch)[:, None] * tokens * kv_heads + np.arange(kv_heads)
-    starts, counts = [], []
+    batches, heads = np.arange(batch)[:, None], np.arange(kv_heads)
+    runs: list[Runs] = []
+    of_rank: list[slice] = []
     sent, received = [0] * split.ranks, [0] * split.ranks
+    end = 0
     for rank in range(split.ranks):
         for i, segment, own in zip(shards.own, shards.segments, shards.rows, strict=True):
+            if rank == me:
+                break
             kept = _kept_of(needs.first, i, rank, shards)
             count = segment.stop - kept
-            starts.append((origin + (own.start + kept - segment.start) * kv_heads).ravel())
-            counts.append(count.ravel())
+            source = Place(batches, own.start + kept - segment.start, heads)
+            runs.append(Runs.between(source, Place(0, _rows_after(end, count), 0), count))
             sent[rank] += int(count.sum())
+            end += int(count.sum())
+        so_far = sum(len(x.table) for x in runs)
+        of_rank.append(slice(of_rank[-1].stop if of_rank else 0, so_far))
     segments, end = [], 0
-    for source in range(split.ranks):
+    for source_rank in range(split.ranks):
         for i, segment in enumerate(split.segments):
-            if segment.rank == source != me:
+            if segment.rank == source_rank != me:
                 kept = _kept_of(needs.first, i, me, shards)
-                count = (segment.stop - kept).ravel()
-                first_rows = end + np.cumsum(count) - count
-                segments.append(Received(segment.stop, kept, first_rows.reshape(kept.shape)))
-                received[source] += int(count.sum())
+                count = segment.stop - kept
+                segments.append(Received(segment.stop, kept, _rows_after(end, count)))
+                received[source_rank] += int(count.sum())
                 end += int(count.sum())
-    rows = Runs(np.concatenate(starts), np.concatenate(counts), kv_heads)
     # What stands before a segment is on another rank.
-    before = needs.first.min((1, 2)) < [segment.start for segment in split.segments]
-    return Fetch(rows, sent, received, segments, not before.any())
+    before_segment = needs.first.min((1, 2)) < [segment.start for segment in split.segments]
+    return Fetch(Runs.joined(runs), of_rank, sent, received, segments, not before_segment.any())
+
+
+def _rows_after(row: int, count: np.ndarray) -> np.ndarray:
+    """First row of each of so many, one after the other from ``row`` on."""
+    return row + (np.cumsum(count) - count.ravel()).reshape(count.shape)
 
 
 def _kept_of(first: np.ndarray, i: int, rank: int, shards: Shards) -> np.ndarray:
@@ -167,17 +160,22 @@ def _kept_of(first: np.ndarray, i: int, rank: int, shards: Shards) -> np.ndarray
     return first[later].min(0).clip(start, stop)
 
 
-class Rows(NamedTuple):
+class Packed(NamedTuple):
     """Keys, values and running sums of rows: ``[N, 2, D]`` and ``[N, gates of a key/value head]`` float64."""
 
     kv: Tensor
     c: Tensor
 
+    def rows(self) -> Rows:
+        """The same, as tokens of one head."""
+        kv, c = self.kv[None, :, :, None], self.c[None, :, None]
+        return Rows(kv[:, :, 0], kv[:, :, 1], c)
+
 
 class Exchange:
     """Rows on their way. They lie in `rows` after `wait`."""
 
-    def __init__(self, rows: Rows, sent: list[int], received: list[int], shards: Shards) -> None:
+    def __init__(self, rows: Packed, sent: list[int], received: list[int], shards: Shards) -> None:
         """
         Args:
             rows: to be sent, by rank that gets them.
@@ -185,14 +183,14 @@ class Exchange:
             shards: the group.
         """
         # Kept until they are sent.
-        self._sent: Rows | None = rows
-        self.rows = Rows(*(x.new_empty(sum(received), *x.shape[1:]) for x in rows))
+        self._sent: Packed | None = rows
+        self.rows = Packed(*(x.new_empty(sum(received), *x.shape[1:]) for x in rows))
         self._work = [
             dist.all_to_all_single(into, out, received, sent, group=shards.context.group, async_op=True)
             for into, out in zip(self.rows, rows, strict=True)
         ]
 
-    def wait(self) -> Rows:
+    def wait(self) -> Packed:
         """The rows that have come. The host does not wait for a GPU, whose queue does."""
         for work in self._work:
             work.wait()

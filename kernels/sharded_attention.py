@@ -12,11 +12,19 @@ import torch
 from torch import Tensor
 
 from .attention import Passes, best_passes
-from .backend import ONLY_REVERSE_MODE
+from .backend import HAS_TRITON, ONLY_REVERSE_MODE, rows_together, runs_kernels
 from .context_parallel import Shards
 from .decay import Decay
-from .remote_keys import Exchange, Rows
+from .remote_keys import Exchange, Fetch, Packed
+from .runs import Rows, copy_rows
 from .sharded_tasks import Placed, Plan
+
+if HAS_TRITON:
+    from .sharded_kernels import window_first_on_device
+
+
+# Bytes of a rank's keys and values. Of fewer, what is fetched is there before the host has the next task ready.
+_WORTH_HIDING = 1 << 29
 
 
 class _Tensors(NamedTuple):
@@ -34,15 +42,14 @@ class _Tensors(NamedTuple):
         return self.c_k.shape[1] // self.k.shape[2]
 
 
-def _rows_of(x: _Tensors, index: Tensor) -> Rows:
-    """Rows ``(b T + t) G + g`` of keys, values and their running sums."""
-    k, v = (y.reshape(-1, y.shape[-1]).index_select(0, index) for y in (x.k, x.v))
-    return Rows(torch.stack([k, v], 1), _by_token(x.c_k, x.k.shape[2]).flatten(0, 2).index_select(0, index))
-
-
 def _by_token(c: Tensor, kv_heads: int) -> Tensor:
-    """``[B, G * gates, T] -> [B, T, G, gates]``."""
+    """``[B, G * gates, T] -> [B, T, G, gates]``, a view."""
     return c.unflatten(1, (kv_heads, -1)).permute(0, 3, 1, 2)
+
+
+def _as_rows(k: Tensor, v: Tensor, c: Tensor) -> Rows:
+    """Of ``[B, T, G, D]`` keys and values with ``[B, G * gates, T]`` running sums."""
+    return Rows(k, v, _by_token(c, k.shape[2]))
 
 
 class _Inputs(NamedTuple):
@@ -54,43 +61,48 @@ class _Inputs(NamedTuple):
     decay: Decay
 
 
-def _inputs(x: _Tensors, placed: Placed, rows: Rows | None) -> _Inputs:
+def _inputs(x: _Tensors, placed: Placed, packed: Packed | None, shards: Shards) -> _Inputs:
     task = placed.task
-    q, c_q, first = x.q[:, task.rows], x.c_q[..., task.rows], x.first[..., task.rows]
+    q, c_q = x.q[:, task.rows], x.c_q[..., task.rows]
     width, queries = task.stop - task.start, task.rows.stop - task.rows.start
     if placed.of_query is not None and placed.of_gate is not None:
-        q, first = q.index_select(2, placed.of_query), first.index_select(1, placed.of_query)
-        c_q = c_q.index_select(1, placed.of_gate)
-    first = (first - task.start).clamp_(min=0)
-    if placed.left_out is not None:
-        first.masked_fill_(placed.left_out[:, None], width)
-    last = torch.arange(width - queries, width, device=q.device)
+        q, c_q = q.index_select(2, placed.of_query), c_q.index_select(1, placed.of_gate)
+    first = x.first[..., task.rows]
+    if task.start or placed.of_query is not None or placed.crossing is not None:
+        find = window_first_on_device if runs_kernels(q) else _window_first_in_pytorch
+        first = find(first, task.start, width, placed.of_query, placed.crossing, placed.edge)
     if task.inside:
         keys = slice(placed.rows.start, task.rows.stop)
         k, v, c_k = x.k[:, keys], x.v[:, keys], x.c_k[..., keys]
     else:
-        k, v, c_k = _window(x, placed, rows)
-    return _Inputs(q, k, v, Decay(c_q, c_k, first, last))
+        k, v, c_k = _window(x, placed, packed)
+    return _Inputs(q, k, v, Decay(c_q, c_k, first, shards.tables(q.device).tokens[width - queries : width]))
 
 
-def _window(x: _Tensors, placed: Placed, rows: Rows | None) -> tuple[Tensor, Tensor, Tensor]:
+def _window_first_in_pytorch(
+    first: Tensor, start: int, width: int, heads: Tensor | None, crossing: Tensor | None, edge: int
+) -> Tensor:
+    """As `window_first_on_device`."""
+    if heads is not None:
+        first = first.index_select(1, heads)
+    first = (first - start).clamp_(min=0)
+    if crossing is not None:
+        left_out = (crossing.amax(0) > edge).repeat_interleave(first.shape[1] // crossing.shape[1])
+        first.masked_fill_(left_out[:, None], width)
+    return first
+
+
+def _window(x: _Tensors, placed: Placed, packed: Packed | None) -> tuple[Tensor, Tensor, Tensor]:
     """Keys, values ``[B, W, heads, D]`` and sums ``[B, gates, W]`` of a task; what nobody needs is zero and hidden."""
-    batch, _, kv_heads, size = x.k.shape
-    heads = kv_heads if placed.heads is None else len(placed.heads)
-    k, v = x.k.new_zeros(2, batch, placed.task.stop - placed.task.start, heads, size).unbind()
-    c = x.c_k.new_full((*k.shape[:3], x.gates()), float("inf"))
-    sums = _by_token(x.c_k, kv_heads)
-    for inside, own in placed.own:
-        for window, whole in ((k, x.k), (v, x.v), (c, sums)):
-            part = whole[:, own]
-            window[:, inside] = part if placed.heads is None else part.index_select(2, placed.heads)
-    source, target = placed.received
-    if rows is not None and len(source):
-        kv = rows.kv.index_select(0, source)
-        k.flatten(0, 2).index_copy_(0, target, kv[:, 0])
-        v.flatten(0, 2).index_copy_(0, target, kv[:, 1])
-        c.flatten(0, 2).index_copy_(0, target, rows.c.index_select(0, source))
-    return k, v, c.permute(0, 2, 3, 1).flatten(1, 2).contiguous()
+    batch, _, _, size = x.k.shape
+    width = placed.task.stop - placed.task.start
+    k, v = x.k.new_zeros(2, batch, width, placed.heads, size).unbind()
+    c = x.c_k.new_full((batch, placed.heads * x.gates(), width), float("inf"))
+    window = _as_rows(k, v, c)
+    copy_rows(_as_rows(x.k, x.v, x.c_k), window, placed.own)
+    if packed is not None:
+        copy_rows(packed.rows(), window, placed.received)
+    return k, v, c
 
 
 class _ShardedAttention(torch.autograd.Function):
@@ -101,34 +113,36 @@ class _ShardedAttention(torch.autograd.Function):
         lse: Tensor | None = None
         seeds = []
 
-        def run(placed: Placed, rows: Rows | None) -> None:
+        def run(placed: Placed, packed: Packed | None) -> None:
             nonlocal lse
             seed = torch.randint(2**62, (), dtype=torch.int64, device=q.device) if dropout > 0.0 else None
             seeds.append(seed)
-            result, sums = passes.forward(*_inputs(x, placed, rows), scale, dropout, seed)
+            result, sums = passes.forward(*_inputs(x, placed, packed, shards), scale, dropout, seed)
             if lse is None:
                 lse = sums.new_empty(q.shape[0], q.shape[2], q.shape[1])
             _put(out, result, placed, token_dim=1)
             _put(lse, sums, placed, token_dim=2)
 
         plan = Plan(first, k.shape[2], x.gates(), shards)
-        # In two, so that one is under way while the host learns what is needed, the other while rows are on their way.
-        # What is dropped depends on how the work is cut, and backward must drop the same.
-        inside = plan.inside(parts=2 if len(shards.segments) == 1 and dropout == 0.0 else 1)
-        at_once = (len(inside) + 1) // 2
+        # All of them are under way while the host learns what is needed. Where there is more to fetch some are kept for
+        # when rows are on their way, so they are at least two; but what is dropped depends on how the work is cut, and
+        # backward must drop the same.
+        hides = x.k.nbytes + x.v.nbytes > _WORTH_HIDING
+        inside = plan.inside(parts=2 if hides and len(shards.segments) == 1 and dropout == 0.0 else 1)
+        at_once = (len(inside) + 1) // 2 if hides else len(inside)
         for placed in inside[:at_once]:
             run(placed, None)
         plan.learn()
         exchange = None
         if not plan.fetch.idle:
-            exchange = Exchange(_rows_of(x, plan.index), plan.fetch.sent, plan.fetch.received, shards)
+            exchange = Exchange(_pack(x, plan.fetch), plan.fetch.sent, plan.fetch.received, shards)
         for placed in inside[at_once:]:
             run(placed, None)
-        rows = None if exchange is None else exchange.wait()
+        packed = None if exchange is None else exchange.wait()
         for placed in plan.others:
-            run(placed, rows)
+            run(placed, packed)
         _count(plan, x, shards)
-        ctx.save_for_backward(*x, out, lse, *seeds, *(rows or ()))
+        ctx.save_for_backward(*x, out, lse, *seeds, *(packed or ()))
         ctx.plan, ctx.passes, ctx.scale, ctx.dropout, ctx.calls = plan, passes, scale, dropout, len(seeds)
         return out
 
@@ -141,12 +155,12 @@ class _ShardedAttention(torch.autograd.Function):
         # Once: what activation checkpointing has stored in their place may be asked for only once.
         saved = ctx.saved_tensors
         x, (out, lse), seeds = _Tensors(*saved[:6]), saved[6:8], saved[8 : 8 + ctx.calls]
-        rows = None if plan.fetch.idle else Rows(*saved[8 + ctx.calls :])
+        packed = None if plan.fetch.idle else Packed(*saved[8 + ctx.calls :])
         inside = plan.inside()
-        gradients = _Gradients(x, rows, plan, inside)
+        gradients = _Gradients(x, packed, plan, inside)
 
         def run(placed: Placed, seed: Tensor | None) -> None:
-            inputs = _inputs(x, placed, rows)
+            inputs = _inputs(x, placed, packed, plan.shards)
             d, o = (_get(y, placed, token_dim=1) for y in (d_out, out))
             sums = _get(lse, placed, token_dim=2).contiguous()
             gradients.add(placed, *ctx.passes.backward(d, *inputs, o, sums, ctx.scale, ctx.dropout, seed))
@@ -154,13 +168,21 @@ class _ShardedAttention(torch.autograd.Function):
         for placed, seed in zip(plan.others, seeds[ctx.calls - len(plan.others) :], strict=True):
             run(placed, seed)
         exchange = None
-        if gradients.of_rows is not None:
+        if gradients.packed is not None:
             # Home, to the ranks that they came from.
-            exchange = Exchange(gradients.of_rows, plan.fetch.received, plan.fetch.sent, plan.shards)
+            exchange = Exchange(gradients.packed, plan.fetch.received, plan.fetch.sent, plan.shards)
         for placed, seed in zip(inside, seeds, strict=False):
             run(placed, seed)
         gradients.finish(exchange)
         return gradients.q, gradients.k, gradients.v, gradients.c_q, gradients.c_k, None, None, None, None, None
+
+
+def _pack(x: _Tensors, fetch: Fetch) -> Packed:
+    """The rows that others need."""
+    count, size = sum(fetch.sent), x.k.shape[-1]
+    packed = Packed(x.k.new_empty(count, 2, size), x.c_k.new_empty(count, x.gates()))
+    copy_rows(_as_rows(x.k, x.v, x.c_k), packed.rows(), fetch.runs)
+    return packed
 
 
 def _count(plan: Plan, x: _Tensors, shards: Shards) -> None:
@@ -191,15 +213,16 @@ def _put(whole: Tensor, x: Tensor, placed: Placed, token_dim: int) -> None:
 class _Gradients:
     """Sums of what tasks find. Inside ones write whole segments, so they come first: what others found waits."""
 
-    def __init__(self, x: _Tensors, rows: Rows | None, plan: Plan, inside: list[Placed]) -> None:
+    def __init__(self, x: _Tensors, packed: Packed | None, plan: Plan, inside: list[Placed]) -> None:
         self._plan = plan
         covered = len(inside) == len(plan.shards.segments)
         make = torch.empty_like if covered else torch.zeros_like
         self.k, self.v = (make(y, memory_format=torch.contiguous_format) for y in (x.k, x.v))
         self.q = torch.empty_like(x.q, memory_format=torch.contiguous_format)
         self.c_q, self.c_k = (torch.zeros_like(y, memory_format=torch.contiguous_format) for y in (x.c_q, x.c_k))
-        self.of_rows = None if rows is None else Rows(*(torch.zeros_like(y) for y in rows))
-        self._waiting: list[tuple[Placed, Tensor, list[list[Tensor]]]] = []
+        #: Of the rows that came.
+        self.packed = None if packed is None else Packed(*(torch.zeros_like(y) for y in packed))
+        self._waiting: list[tuple[Placed, Tensor, Rows]] = []
 
     def add(self, placed: Placed, dq: Tensor, dk: Tensor, dv: Tensor, dc_q: Tensor, dc_k: Tensor) -> None:
         """What one task found, each in the shape of its inputs."""
@@ -213,36 +236,22 @@ class _Gradients:
             self.k[:, placed.rows], self.v[:, placed.rows] = dk, dv
             self.c_k[..., placed.rows] += dc_k
             return
-        found = (dk, dv, _by_token(dc_k, dk.shape[2]))
-        source, target = placed.received
-        if self.of_rows is not None and len(source):
-            dk, dv, dc = (y.flatten(0, 2).index_select(0, target) for y in found)
-            self.of_rows.kv.index_add_(0, source, torch.stack([dk, dv], 1))
-            self.of_rows.c.index_add_(0, source, dc)
-        self._waiting.append((placed, dq, [[y[:, inside] for y in found] for inside, _ in placed.own]))
+        found = _as_rows(dk, dv, dc_k)
+        if self.packed is not None:
+            copy_rows(found, self.packed.rows(), placed.received, add=True, back=True)
+        self._waiting.append((placed, dq, found))
 
     def finish(self, exchange: Exchange | None) -> None:
         """Add what waits, and what other ranks found for this one's keys."""
-        kv_heads, size = self.k.shape[2:]
-        by_token = torch.zeros_like(_by_token(self.c_k, kv_heads), memory_format=torch.contiguous_format)
-        for placed, dq, parts in self._waiting:
+        whole = _as_rows(self.k, self.v, self.c_k)
+        for placed, dq, found in self._waiting:
             _put(self.q, dq, placed, token_dim=1)
-            for (_, rows), found in zip(placed.own, parts, strict=True):
-                for whole, part in zip((self.k, self.v, by_token), found, strict=True):
-                    if placed.heads is None:
-                        whole[:, rows] += part
-                    else:
-                        whole[:, rows].index_add_(2, placed.heads, part)
+            copy_rows(found, whole, placed.own, add=True, back=True)
         if exchange is not None:
-            counts = self._plan.fetch.sent
-            kv, c = exchange.wait()
+            rows, runs = exchange.wait().rows(), self._plan.fetch.runs
             # One rank after the other: of one, no row comes twice, so the order of additions is always the same.
-            for rows, d_kv, d_c in zip(self._plan.index.split(counts), kv.split(counts), c.split(counts), strict=True):
-                if len(rows):
-                    self.k.view(-1, size).index_add_(0, rows, d_kv[:, 0])
-                    self.v.view(-1, size).index_add_(0, rows, d_kv[:, 1])
-                    by_token.flatten(0, 2).index_add_(0, rows, d_c)
-        self.c_k += by_token.permute(0, 2, 3, 1).flatten(1, 2)
+            for part in self._plan.fetch.of_rank:
+                copy_rows(rows, whole, runs.part(part), add=True, back=True)
 
 
 @torch.compiler.disable
@@ -280,4 +289,5 @@ def sharded_attention(
         c_q, c_k = c_q.expand(-1, kv_heads, -1), c_k.expand(-1, kv_heads, -1)
     if first.shape[1] != heads:
         first = first.repeat_interleave(heads // first.shape[1], dim=1)
+    k, v = rows_together(k), rows_together(v)
     return _ShardedAttention.apply(q, k, v, c_q, c_k, first, shards, passes or best_passes(q), scale, dropout)

@@ -6,7 +6,6 @@ so of 64, it is what one device would find.
 """
 
 import math
-from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -16,6 +15,7 @@ from .backend import HAS_TRITON, runs_kernels
 from .context_parallel import Shards
 from .decay import Decay
 from .pruning import Rule, check_rule, search_tight
+from .split_tables import most_blocks
 from .tiles import PRUNED_KEYS, PRUNED_QUERIES
 
 if HAS_TRITON:
@@ -24,14 +24,19 @@ if HAS_TRITON:
 _NEVER = 2**31 - 1
 
 
-class _Part(NamedTuple):
-    """A segment of this rank: what its queries need, and what others need of its blocks of keys."""
+class _Keys(NamedTuple):
+    """Blocks of 64 keys, each alone or joined with all before it: see `boundaries.Blocks`."""
 
-    q_norm: Tensor
-    own: Tensor
     end: Tensor
     log_sum: Tensor
     largest: Tensor
+
+
+class _Rows(NamedTuple):
+    """Queries of this rank: ``scale |q|`` and the logit with their own keys, ``[B, H, T]``."""
+
+    norm: Tensor
+    own: Tensor
 
 
 @torch.no_grad()
@@ -60,51 +65,54 @@ def prune_shards(
     check_rule(eps, rule)
     heads, kv_heads = q.shape[2], k.shape[2]
     fast = runs_kernels(q) and q.dtype != torch.float64
-    summarize = _summarize_on_device if fast else _summarize_in_pytorch
-    parts = _by_segment(summarize, q, k, decay.key, scale, shards)
-    end, log_sum, largest = _blocks_of_all(parts, decay.key, kv_heads, shards)
-    logit_bound = _bound(logit_bound, parts, largest, q, kv_heads, shards) if rule == "paper" else None
+    rows, packed = _summarize(q, k, decay.key, scale, shards, fast)
+    keys = _blocks_of_all(packed, decay.key.shape[:2], kv_heads, shards)
+    logit_bound = _bound(logit_bound, rows, keys, kv_heads, shards) if rule == "paper" else None
     log_eps = math.log(eps) if rule == "tight" else math.log(eps) - math.log(shards.split.length)
 
-    find = _search_on_device if fast else _search_in_pytorch
-    if fast:
-        join_blocks(end, log_sum)
-        join_largest(largest)
-    block_start = shards.block_starts(q.device)
     first = decay.first
     if first.shape[1] != heads:
         first = first.repeat_interleave(heads // first.shape[1], dim=1)
-    sees_nothing = first > decay.last
+    if fast:
+        join_blocks(keys.end, keys.log_sum)
+        join_largest(keys.largest)
+    find = _search_on_device if fast else _search_in_pytorch
     raised = []
-    for index, part, rows in zip(shards.own, parts, shards.rows, strict=True):
-        before = sum(-(-(b - a) // PRUNED_KEYS) for _, a, b in shards.split.segments[:index])
-        kept = find(
-            part, (end, log_sum, largest), decay.query[..., rows], sees_nothing[..., rows], before, log_eps, logit_bound
-        )
-        raised.append(block_start[kept])
-    return decay._replace(first=torch.where(sees_nothing, first, torch.maximum(first, torch.cat(raised, -1))))
+    for part in _parts(shards):
+        of_part = _Rows(*(x[..., part] for x in rows))
+        c_q, seen = decay.query[..., part], first[..., part]
+        raised.append(find(of_part, keys, c_q, seen, part, shards, log_eps, logit_bound))
+    return decay._replace(first=raised[0] if len(raised) == 1 else torch.cat(raised, -1))
 
 
-def _by_segment(
-    summarize: Callable[..., _Part], q: Tensor, k: Tensor, c_k: Tensor, scale: float, shards: Shards
-) -> list[_Part]:
-    if any(rows.start % PRUNED_KEYS for rows in shards.rows):
-        return [summarize(q[:, rows], k[:, rows], c_k[..., rows], scale) for rows in shards.rows]
-    # In one go: no block has keys of two segments.
-    whole = summarize(q, k, c_k, scale)
-    tokens = [rows.stop - rows.start for rows in shards.rows]
-    blocks = [-(-count // PRUNED_KEYS) for count in tokens]
-    rows_parts = zip(*(x.split(tokens, -1) for x in whole[:2]), strict=True)
-    block_parts = zip(*(x.split(blocks, -1) for x in whole[2:]), strict=True)
-    return [_Part(*a, *b) for a, b in zip(rows_parts, block_parts, strict=True)]
+def _parts(shards: Shards) -> list[slice]:
+    """Rows of this rank of which no block, of keys or of queries, has those of two segments."""
+    if any(rows.start % PRUNED_QUERIES for rows in shards.rows):
+        return shards.rows
+    return [slice(0, shards.rows[-1].stop)]
 
 
-def _summarize_on_device(q: Tensor, k: Tensor, c_k: Tensor, scale: float) -> _Part:
-    q_norm, own, largest = norms(q, k, torch.zeros(1, dtype=torch.int64, device=q.device), scale)
-    return _Part(q_norm, own, *decay_by_blocks(c_k), largest)
+def _summarize(q: Tensor, k: Tensor, c_k: Tensor, scale: float, shards: Shards, fast: bool) -> tuple[_Rows, Tensor]:
+    """Of this rank's queries, and of its blocks of keys: `_Keys` one after the other, ``[rows, blocks]`` float64."""
+    summarize = _summarize_on_device if fast else _summarize_in_pytorch
+    found = [summarize(q[:, part], k[:, part], c_k[..., part], scale, shards) for part in _parts(shards)]
+    if len(found) == 1:
+        return found[0]
+    rows, packed = zip(*found, strict=True)
+    return _Rows(*(torch.cat(x, -1) for x in zip(*rows, strict=True))), torch.cat(packed, -1)
 
 
-def _summarize_in_pytorch(q: Tensor, k: Tensor, c_k: Tensor, scale: float) -> _Part:
+def _summarize_on_device(q: Tensor, k: Tensor, c_k: Tensor, scale: float, shards: Shards) -> tuple[_Rows, Tensor]:
+    batch, gates, tokens = c_k.shape
+    kv_heads, blocks = k.shape[2], -(-tokens // PRUNED_KEYS)
+    packed = torch.empty(batch * (2 * gates + kv_heads), blocks, dtype=torch.float64, device=q.device)
+    decays, largest = packed.split([2 * batch * gates, batch * kv_heads])
+    decay_by_blocks(c_k, out=decays.view(2, batch, gates, blocks))
+    norm, own, _ = norms(q, k, shards.tables(q.device).tokens, scale, out=largest)
+    return _Rows(norm, own), packed
+
+
+def _summarize_in_pytorch(q: Tensor, k: Tensor, c_k: Tensor, scale: float, shards: Shards) -> tuple[_Rows, Tensor]:
     heads, kv_heads = q.shape[2], k.shape[2]
     q, k = q.double(), k.double()
     own = scale * (q * k.repeat_interleave(heads // kv_heads, dim=2)).sum(-1).transpose(1, 2)
@@ -112,7 +120,8 @@ def _summarize_in_pytorch(q: Tensor, k: Tensor, c_k: Tensor, scale: float) -> _P
     end = c.amin(-1)
     log_sum = torch.logsumexp((end[..., None] - c).masked_fill(torch.isposinf(c), float("-inf")), -1)
     largest = _blocks(k.norm(dim=-1).transpose(1, 2), 0.0).amax(-1)
-    return _Part(q.norm(dim=-1).transpose(1, 2) * abs(scale), own, end, log_sum, largest)
+    packed = torch.cat([x.flatten(0, 1) for x in (end, log_sum, largest)])
+    return _Rows(q.norm(dim=-1).transpose(1, 2) * abs(scale), own), packed
 
 
 def _blocks(x: Tensor, filling: float) -> Tensor:
@@ -120,72 +129,70 @@ def _blocks(x: Tensor, filling: float) -> Tensor:
     return torch.cat([x, padding], -1).unflatten(-1, (-1, PRUNED_KEYS))
 
 
-def _blocks_of_all(parts: list[_Part], c_k: Tensor, kv_heads: int, shards: Shards) -> tuple[Tensor, Tensor, Tensor]:
-    """``end``, ``log_sum`` and ``largest`` of each block of all segments, each alone."""
-    gates = c_k.shape[1]
-    counts = [-(-(stop - start) // PRUNED_KEYS) for _, start, stop in shards.split.segments]
-    packed = []
-    for part in parts:
-        numbers = torch.cat([part.end, part.log_sum, part.largest.double()], 1)
-        packed.append(torch.nn.functional.pad(numbers, (0, max(counts) - numbers.shape[-1])))
-    everything = shards.from_all(packed)
-    joined = torch.cat([x[..., :count] for x, count in zip(everything, counts, strict=True)], -1)
-    end, log_sum, largest = joined.split([gates, gates, kv_heads], dim=1)
-    return end.contiguous(), log_sum.contiguous(), largest.to(parts[0].largest.dtype).contiguous()
+def _blocks_of_all(packed: Tensor, sums: torch.Size, kv_heads: int, shards: Shards) -> _Keys:
+    """Each block of all segments alone, in the order of the sequence, from those of each rank."""
+    batch, gates = sums
+    if missing := most_blocks(shards.split) - packed.shape[-1]:
+        packed = torch.nn.functional.pad(packed, (0, missing))
+    slots = shards.tables(packed.device).block_slots
+    everything = shards.gather(packed).transpose(0, 1).flatten(1).index_select(1, slots)
+    end, log_sum, largest = everything.split([batch * gates, batch * gates, batch * kv_heads])
+    return _Keys(*(x.unflatten(0, (batch, -1)) for x in (end, log_sum, largest)))
 
 
-def _bound(
-    given: float | Tensor | None, parts: list[_Part], largest: Tensor, q: Tensor, kv_heads: int, shards: Shards
-) -> Tensor:
+def _bound(given: float | Tensor | None, rows: _Rows, keys: _Keys, kv_heads: int, shards: Shards) -> Tensor:
     """``U`` of the rule ``paper``, ``[B, H]``: as given, or from the largest norms of all ranks."""
-    batch, _, heads, _ = q.shape
+    batch, heads, _ = rows.norm.shape
     if given is not None:
         if not isinstance(given, Tensor):
-            given = torch.full((1,), given, dtype=torch.float32, device=q.device)
-        return given.to(device=q.device, dtype=torch.float32).expand(batch, heads)
-    queries = torch.stack(shards.from_all([part.q_norm.amax(-1) for part in parts])).amax(0)
-    return queries * largest.amax(-1).repeat_interleave(heads // kv_heads, dim=1)
+            given = torch.full((1,), given, dtype=torch.float32, device=rows.norm.device)
+        return given.to(device=rows.norm.device, dtype=torch.float32).expand(batch, heads)
+    largest = keys.largest.amax(-1).to(rows.norm.dtype)
+    return shards.gather(rows.norm.amax(-1)).amax(0) * largest.repeat_interleave(heads // kv_heads, dim=1)
 
 
 def _search_on_device(
-    part: _Part,
-    blocks: tuple[Tensor, Tensor, Tensor],
+    rows: _Rows,
+    keys: _Keys,
     c_q: Tensor,
-    sees_nothing: Tensor,
-    before: int,
+    first: Tensor,
+    part: slice,
+    shards: Shards,
     log_eps: float,
     logit_bound: Tensor | None,
 ) -> Tensor:
-    """First block that each query keeps, ``[B, H, T]`` int64; ``before`` blocks lie before the segment."""
-    # As if every block before were full: rows find themselves among blocks by their positions.
-    last = torch.arange(c_q.shape[-1], device=c_q.device) + before * PRUNED_KEYS
-    first = torch.where(sees_nothing, _NEVER, 0)
-    rows = Queries(c_q, first, last, part.q_norm.contiguous(), part.own.contiguous())
-    kept = search(rows, Blocks(*blocks), sees_nothing.shape[1], blocks[2].shape[1], log_eps, logit_bound)
-    return kept.masked_fill(sees_nothing, 0) // PRUNED_KEYS
+    """First key that each query keeps, ``[B, H, rows]`` int64 in tokens of the sequence."""
+    tables = shards.tables(c_q.device)
+    last, own_block = tables.positions[part], tables.own_blocks[part]
+    queries = Queries(c_q, first, last, rows.norm.contiguous(), rows.own.contiguous(), own_block)
+    blocks = Blocks(*keys, tables.block_starts)
+    return search(queries, blocks, first.shape[1], keys.largest.shape[1], log_eps, logit_bound)
 
 
 def _search_in_pytorch(
-    part: _Part,
-    blocks: tuple[Tensor, Tensor, Tensor],
+    rows: _Rows,
+    keys: _Keys,
     c_q: Tensor,
-    sees_nothing: Tensor,
-    before: int,
+    first: Tensor,
+    part: slice,
+    shards: Shards,
     log_eps: float,
     logit_bound: Tensor | None,
 ) -> Tensor:
-    heads = sees_nothing.shape[1]
-    c_q, end, log_sum, largest = (x.repeat_interleave(heads // x.shape[1], dim=1) for x in (c_q, *blocks))
-    own_block = before + torch.arange(c_q.shape[-1], device=c_q.device) // PRUNED_KEYS
+    heads = first.shape[1]
+    c_q, end, log_sum, largest = (x.repeat_interleave(heads // x.shape[1], dim=1) for x in (c_q, *keys))
+    tables = shards.tables(c_q.device)
+    last, own_block = tables.positions[part], tables.own_blocks[part]
     if logit_bound is None:
         log_decays = torch.logcumsumexp(log_sum - end.masked_fill(torch.isposinf(end), 0.0), -1)
-        kept = search_tight(part.q_norm, part.own, c_q, log_decays, largest.cummax(-1).values, own_block, log_eps)
+        kept = search_tight(rows.norm, rows.own, c_q, log_decays, largest.cummax(-1).values, own_block, log_eps)
     else:
         threshold = log_eps - 2.0 * logit_bound.double()
         kept = torch.searchsorted(-end.cummin(-1).values.contiguous(), (threshold[..., None] - c_q).contiguous())
         kept = torch.minimum(kept, own_block)
+    sees_nothing = first > last
     kept = kept.masked_fill(sees_nothing, _NEVER)
     padding = kept[..., -1:].expand(*kept.shape[:-1], -kept.shape[-1] % PRUNED_QUERIES)
     kept = torch.cat([kept, padding], -1).unflatten(-1, (-1, PRUNED_QUERIES)).amin(-1)
-    kept = kept.repeat_interleave(PRUNED_QUERIES, -1)[..., : c_q.shape[-1]]
-    return kept.masked_fill(sees_nothing, 0)
+    kept = kept.repeat_interleave(PRUNED_QUERIES, -1)[..., : c_q.shape[-1]].masked_fill(sees_nothing, 0)
+    return torch.where(sees_nothing, first, torch.maximum(first, tables.block_starts[kept]))

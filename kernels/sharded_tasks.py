@@ -6,18 +6,18 @@ Each task is a run of queries of one segment and some heads, over a window of ke
   keys and values are views of what the rank has. Which heads these are the device knows by itself; so this is under
   way while the host learns what is needed, and rows are on theirs.
 * *Edge*: the first 32nd, for the same heads. Its window reaches back over the border of the segment.
-* *Far*: the other heads, in groups whose windows are at most twice as long as another's.
+* *Far*: the other heads, in groups whose windows are at most four times as long as another's.
 """
 
 from dataclasses import dataclass
-from functools import cached_property
 from typing import NamedTuple
 
 import numpy as np
 from torch import Tensor
 
 from .context_parallel import Shards
-from .remote_keys import Fetch, Needs, Question, Runs, plan_fetch, to_device
+from .remote_keys import Fetch, Needs, Question, plan_fetch
+from .runs import NO_RUNS, Place, Runs, to_device
 from .tiles import PRUNED_QUERIES
 from .token_split import Segment
 
@@ -89,11 +89,11 @@ def _pairs(task: Task, heads: int) -> int:
 
 
 def _by_length(heads: list[int], first: np.ndarray, start: int, queries: int) -> list[tuple[list[int], int]]:
-    """Heads by how far they look back, in steps of two times, and where the window of each group begins."""
+    """Heads by how far they look back, in steps of four times, and where the window of each group begins."""
     groups: dict[int, list[int]] = {}
     for g in heads:
         back = (start - int(first[g])) / queries
-        groups.setdefault(max(0, int(np.ceil(np.log2(back)))) if back > 1 else 0, []).append(g)
+        groups.setdefault(max(0, int(np.ceil(np.log2(back) / 2))) if back > 1 else 0, []).append(g)
     # Aligned, so that what pruning drops in blocks are whole tiles.
     return [(some, int(first[some].min()) // PRUNED_QUERIES * PRUNED_QUERIES) for some in groups.values()]
 
@@ -105,28 +105,22 @@ class Placed:
     Attributes:
         task: what is computed.
         rows: of its segment.
-        own: where tokens of this rank lie in its window, and on the rank.
-        left_out: ``[H]`` bool, query heads that an inside task leaves out; None if it has all.
-        heads, of_query, of_gate: key/value heads, and their query heads and gates; None for all.
-        runs, tables: for `source` and `target`.
+        crossing: of an inside task, ``[B, G]`` int64 how many leading queries look beyond the segment; None otherwise.
+        edge: how many may; heads of which more do are left out.
+        own, received: from this rank's keys, and from the rows that came, to the window. Inside tasks have none.
+        heads: how many key/value heads.
+        of_query, of_gate: their query heads and gates; None for all.
     """
 
     task: Task
     rows: slice
-    own: list[tuple[slice, slice]]
-    left_out: Tensor | None = None
-    heads: Tensor | None = None
+    crossing: Tensor | None = None
+    edge: int = 0
+    own: Runs = NO_RUNS
+    received: Runs = NO_RUNS
+    heads: int = 0
     of_query: Tensor | None = None
     of_gate: Tensor | None = None
-    runs: tuple[Runs, Runs] | None = None
-    tables: tuple[Tensor, Tensor] | None = None
-
-    @cached_property
-    def received(self) -> tuple[Tensor, Tensor]:
-        """Which of the rows that were received are in its window, and where, as rows of ``[B, W, heads]``."""
-        assert self.runs is not None and self.tables is not None, "only inside tasks have none"
-        source, target = (runs.expand(table) for runs, table in zip(self.runs, self.tables, strict=True))
-        return source, target
 
 
 class Plan:
@@ -143,44 +137,40 @@ class Plan:
         self.shards, self.kv_heads, self.gates = shards, kv_heads, gates
         self.group = first.shape[1] // kv_heads
         self._question = Question(first, kv_heads, shards)
-        self._left_out: list[Tensor | None] = []
-        for segment, crossing in zip(shards.segments, self._question.crossing, strict=True):
-            far = None
-            if segment.start:
-                far = (crossing.amax(0) > _edge(segment)).repeat_interleave(self.group)
-            self._left_out.append(far)
+        self._crossing = self._question.crossing
 
     def inside(self, parts: int = 1) -> list[Placed]:
         """The tasks that need nothing of other ranks."""
-        return [self._placed(task) for task in plan_inside(self.shards, parts)]
-
-    def _placed(self, task: Task) -> Placed:
-        left_out = self._left_out[task.segment] if task.inside else None
-        return Placed(task, self.shards.rows[task.segment], _own_parts(task, self.shards), left_out)
+        placed = []
+        for task in plan_inside(self.shards, parts):
+            segment = self.shards.segments[task.segment]
+            crossing = self._crossing[task.segment] if segment.start else None
+            rows = self.shards.rows[task.segment]
+            placed.append(Placed(task, rows, crossing, _edge(segment), heads=self.kv_heads))
+        return placed
 
     def learn(self) -> None:
-        """Wait until it is known what is needed, and plan the rest: `fetch`, the `index` of rows to send, `others`."""
+        """Wait until it is known what is needed, and plan the rest: what to `fetch`, and `others`."""
         needs = self._question.answer()
-        device = self._question.crossing[0].device
         del self._question
-        self.fetch: Fetch = plan_fetch(needs, self.shards)
-        tasks = plan_others(needs, self.shards)
-        runs = [_received_rows(task, self.fetch, self.shards, self.kv_heads) for task in tasks]
-        tables = [self.fetch.rows.table()]
-        for task, (source, target) in zip(tasks, runs, strict=True):
+        device = self._crossing.device
+        fetch = plan_fetch(needs, self.shards)
+        self.others, tables = [], [fetch.runs.table]
+        for task in plan_others(needs, self.shards):
             chosen = np.arange(self.kv_heads) if task.heads is None else np.array(task.heads)
-            tables += [chosen, _members(chosen, self.group), _members(chosen, self.gates)]
-            tables += [source.table(), target.table()]
+            first = needs.first[self.shards.own[task.segment]][:, chosen]
+            own = _own_runs(task, chosen, first, self.shards)
+            received = _received_runs(task, chosen, first, fetch, self.shards)
+            self.others.append(Placed(task, self.shards.rows[task.segment], None, 0, own, received, len(chosen)))
+            tables += [own.table, received.table, _members(chosen, self.group), _members(chosen, self.gates)]
         index, *parts = to_device(tables, device)
-        self.index = self.fetch.rows.expand(index)
-        self.others = []
-        for i, (task, own_runs) in enumerate(zip(tasks, runs, strict=True)):
-            placed = self._placed(task)
-            heads, of_query, of_gate, sources, targets = parts[5 * i : 5 * i + 5]
-            if task.heads is not None:
-                placed.heads, placed.of_query, placed.of_gate = heads, of_query, of_gate
-            placed.runs, placed.tables = own_runs, (sources, targets)
-            self.others.append(placed)
+        self.fetch: Fetch = fetch._replace(runs=fetch.runs._replace(device=index))
+        for i, placed in enumerate(self.others):
+            of_own, of_received, of_query, of_gate = parts[4 * i : 4 * i + 4]
+            placed.own = placed.own._replace(device=of_own)
+            placed.received = placed.received._replace(device=of_received)
+            if placed.task.heads is not None:
+                placed.of_query, placed.of_gate = of_query, of_gate
 
 
 def _members(heads: np.ndarray, count: int) -> np.ndarray:
@@ -188,28 +178,26 @@ def _members(heads: np.ndarray, count: int) -> np.ndarray:
     return (heads[:, None] * count + np.arange(count)).ravel().astype(np.int64)
 
 
-def _received_rows(task: Task, fetch: Fetch, shards: Shards, kv_heads: int) -> tuple[Runs, Runs]:
-    """Which received rows are in the window ``[B, W, heads]`` of a task, and where."""
-    heads = np.arange(kv_heads) if task.heads is None else np.array(task.heads)
-    width = task.stop - task.start
-    sources, targets, counts = ([np.empty(0, np.int64)] for _ in range(3))
+def _own_runs(task: Task, heads: np.ndarray, first: np.ndarray, shards: Shards) -> Runs:
+    """From this rank's tokens to the window of a task: for each sequence and head what it keeps, from ``first`` on."""
+    batches, places = np.arange(len(first))[:, None], np.arange(len(heads))
+    runs = []
+    for (_, start, stop), rows in zip(shards.segments, shards.rows, strict=True):
+        begin = np.maximum(first, max(start, task.start))
+        source = Place(batches, rows.start + begin - start, heads)
+        target = Place(batches, begin - task.start, places)
+        runs.append(Runs.between(source, target, min(stop, task.stop) - begin))
+    return Runs.joined(runs)
+
+
+def _received_runs(task: Task, heads: np.ndarray, first: np.ndarray, fetch: Fetch, shards: Shards) -> Runs:
+    """From the rows that came to the window of a task."""
+    batches, places = np.arange(len(first))[:, None], np.arange(len(heads))
+    runs = []
     for segment in fetch.segments:
         if task.start < segment.stop <= shards.segments[task.segment].start:
-            first = segment.first[:, heads]
-            begin = np.maximum(first, task.start)
-            row = (np.arange(len(first))[:, None] * width + begin - task.start) * len(heads) + np.arange(len(heads))
-            sources.append((segment.row[:, heads] + begin - first).ravel())
-            targets.append(row.ravel())
-            counts.append((segment.stop - begin).ravel())
-    length = np.concatenate(counts)
-    return Runs(np.concatenate(sources), length, 1), Runs(np.concatenate(targets), length, len(heads))
-
-
-def _own_parts(task: Task, shards: Shards) -> list[tuple[slice, slice]]:
-    parts = []
-    for (_, start, stop), rows in zip(shards.segments, shards.rows, strict=True):
-        begin, end = max(start, task.start), min(stop, task.stop)
-        if begin < end:
-            inside = slice(begin - task.start, end - task.start)
-            parts.append((inside, slice(rows.start + begin - start, rows.start + end - start)))
-    return parts
+            came = segment.first[:, heads]
+            begin = np.maximum(came, np.maximum(first, task.start))
+            source = Place(0, segment.row[:, heads] + begin - came, 0)
+            runs.append(Runs.between(source, Place(batches, begin - task.start, places), segment.stop - begin))
+    return Runs.joined(runs)

@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-import foxlm.kernels.context_parallel as context_parallel
+from foxlm.kernels import context_parallel, sharded_attention
 from foxlm.kernels.attention import forgetting_attention
 from foxlm.kernels.context_attention import context_parallel_attention
 from foxlm.kernels.context_parallel import ContextParallel
@@ -79,7 +79,9 @@ def attention_errors(seeds: Sequence[int], longest: int = 700, head_dim: int = 8
         weights = torch.randn(expected.shape, generator=torch.Generator().manual_seed(seed))
         (expected * weights).sum().backward()
         own: dict[str, Any] = {name: shards.take(x).clone().requires_grad_() for name, x in inputs.items()}
-        out = context_parallel_attention(**own, context=context, length=tokens, **options)
+        # As of much to fetch, and of little.
+        with mock.patch.object(sharded_attention, "_WORTH_HIDING", 0 if seed % 2 else 1 << 29):
+            out = context_parallel_attention(**own, context=context, length=tokens, **options)
         (out * shards.take(weights)).sum().backward()
 
         errors = {"out": _error(expected, out, shards)}
