@@ -67,16 +67,27 @@ def _case(seed: int, ranks: int, longest: int, head_dim: int) -> tuple[dict[str,
     return inputs, options, split
 
 
-def attention_errors(seeds: Sequence[int], longest: int = 700, head_dim: int = 8) -> list[dict[str, Any]]:
-    """Of each random case, the largest errors on this rank of output and gradients, and what was drawn."""
-    found = []
+def attention_errors(
+    seeds: Sequence[int], longest: int = 700, head_dim: int = 8, on_gpus: bool = False
+) -> list[dict[str, Any]]:
+    """Of each random case, the largest errors on this rank of output and gradients, and what was drawn.
+
+    On GPUs, one for each rank, in bfloat16.
+    """
+    found, group = [], None
+    if on_gpus:
+        torch.cuda.set_device(dist.get_rank())
+        group = dist.new_group(backend="nccl")
     for seed in seeds:
         inputs, options, split = _case(seed, dist.get_world_size(), longest, head_dim)
+        if on_gpus:
+            inputs = {name: x.cuda() if name == "log_f" else x.cuda().bfloat16() for name, x in inputs.items()}
+            options = {name: x.cuda() if isinstance(x, Tensor) else x for name, x in options.items()}
         tokens = inputs["q"].shape[1]
-        shards = (context := ContextParallel(split=split)).shards(tokens)
+        shards = (context := ContextParallel(group, split=split)).shards(tokens)
         whole: dict[str, Any] = {name: x.clone().requires_grad_() for name, x in inputs.items()}
         expected = forgetting_attention(**whole, **options)
-        weights = torch.randn(expected.shape, generator=torch.Generator().manual_seed(seed))
+        weights = torch.randn(expected.shape, generator=torch.Generator().manual_seed(seed)).to(expected)
         (expected * weights).sum().backward()
         own: dict[str, Any] = {name: shards.take(x).clone().requires_grad_() for name, x in inputs.items()}
         # As of much to fetch, and of little.

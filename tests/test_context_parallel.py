@@ -41,6 +41,16 @@ def test_attention_on_interpreted_kernels() -> None:
             assert max(case["errors"].values()) < limit, case
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+@pytest.mark.parametrize(("head_dim", "seeds"), [(64, range(400, 412)), (128, range(412, 420)), (96, range(420, 424))])
+def test_attention_of_one_gpu(head_dim: int, seeds: range) -> None:
+    """By NCCL, within the rounding of bfloat16."""
+    for of_rank in run_ranks("context_checks:attention_errors", 2, seeds, 3000, head_dim, True):
+        for case in of_rank:
+            assert max(case["errors"].values()) < 2e-2, case
+
+
 @pytest.mark.slow
 def test_notices_gates_that_are_not_carried_over() -> None:
     found = run_ranks("context_checks:attention_errors_without_carry", 2, range(6))
