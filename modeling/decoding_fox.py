@@ -1,0 +1,223 @@
+"""Weights as decoding wants them: one product where projections have the same input, and no sharded tensors.
+
+A step of decoding multiplies a few rows by every weight, so what counts are launches, and how well each reads its
+weight: six projections of an attention layer's input are six small products, some of a dozen rows. And under tensor
+parallelism each sharded weight (`DTensor`) costs the host as much time as a small kernel takes.
+
+`FoxForCausalLM.generate` enters `decoding_weights`. Parameters stay what they are: their memory becomes rows of a
+larger tensor that only the layers see, and only within the context, so that nothing outside can be out of date.
+"""
+
+import contextlib
+import threading
+import weakref
+from collections.abc import Callable, Iterator
+from types import FunctionType
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.nn.modules import module as _module
+from torch.utils.dlpack import from_dlpack, to_dlpack
+
+from .parallel_fox import is_sharded, local_part, share_memory
+
+# Of a call in which projections are one product: its parts are strided, which longer calls would have to copy.
+FEW_TOKENS = 64
+# Bytes; kernels read weights in pieces so long, and want them to begin at a multiple.
+_ALIGNMENT = 16
+
+
+class FusedProjections(NamedTuple):
+    """Projections of one input as one product. Each of them is still there, its weight some of these rows.
+
+    Attributes:
+        names: of the projections, as their owner's submodules.
+        sizes: rows of each.
+        weight: ``[sum of sizes, in]``.
+        bias: ``[sum of sizes]``, zero for a projection without; None if all are.
+    """
+
+    names: tuple[str, ...]
+    sizes: tuple[int, ...]
+    # A Parameter, so that torch.compile takes its address for fixed.
+    weight: nn.Parameter
+    bias: nn.Parameter | None
+
+    def __reduce__(self) -> tuple:
+        # The copy of a model has weights of its own.
+        return type(None), ()
+
+
+def fused_products(owner: Any, x: Tensor) -> dict[str, Tensor]:
+    """``x`` through each of the owner's fused projections; empty where they are to be called one by one.
+
+    Args:
+        owner: a module with ``fused_projections``, its `FusedProjections` or None.
+        x: ``[..., in]``.
+
+    Returns:
+        ``[..., size]`` by name: views of one tensor.
+    """
+    fused: FusedProjections | None = owner.fused_projections
+    if fused is None or torch.is_grad_enabled() or x.shape[:-1].numel() > FEW_TOKENS:
+        return {}
+    products = nn.functional.linear(x, fused.weight, fused.bias).split(fused.sizes, dim=-1)
+    return dict(zip(fused.names, products, strict=True))
+
+
+# What a module's projections were last joined in. No more than that: a model that was moved must not hold the memory.
+_JOINED: "weakref.WeakKeyDictionary[nn.Module, dict[str, StorageWeakRef]]" = weakref.WeakKeyDictionary()
+_ENTERING = threading.Lock()
+
+
+@contextlib.contextmanager
+def decoding_weights(model: nn.Module) -> Iterator[None]:
+    """Within it, calls of up to 64 tokens without gradients run faster; `FoxForCausalLM.generate` enters it by itself.
+
+    For loops of your own. Projections of one input run as one product. The weights of a tensor-parallel model
+    (`DistributedConfig(tp_size=)`) are this rank's plain tensors, and small sums over ranks go through memory that the
+    GPUs of one host share; all ranks must enter together.
+
+    The first entry moves weights within the device's memory, a layer at a time. Parameters remain the same objects with
+    the same names and values, before, within and after. A layer is left as it is where a projection is more than a
+    matrix (LoRA, quantized), has hooks, is on another device or is shared, under FSDP and under autocast.
+
+    Within the context do not train, save, move or replace weights, or add hooks to projections.
+
+    Args:
+        model: a FoX model, or a module that has one; others are left as they are.
+
+    Example:
+        >>> model = FoxForCausalLM(FoxConfig.preset("pro-125m", num_hidden_layers=2)).eval()
+        >>> with torch.no_grad(), decoding_weights(model):
+        ...     cache = model(torch.tensor([[1, 2, 3]])).past_key_values
+        ...     logits = model(torch.tensor([[4]]), past_key_values=cache).logits
+    """
+    with contextlib.ExitStack() as undo:
+        with _ENTERING, torch.inference_mode(False), torch.no_grad():
+            _enter(model, undo.callback)
+        yield
+
+
+def _enter(model: nn.Module, on_exit: Callable[..., Any]) -> None:
+    modules = list(model.modules())
+    # FSDP's sharded weights are whole only while their layer runs.
+    if any(hasattr(type(module), "unshard") for module in modules):
+        return
+    taken: set[int] = set()
+    for module in modules:
+        # Set already by an entry around this one, which will also end it.
+        if hasattr(type(module), "projections") and module.fused_projections is None:
+            module.fused_projections = _fuse(module, taken)  # type: ignore[assignment]
+            on_exit(module.__dict__.pop, "fused_projections", None)
+    for module in modules:
+        # As transformers marks what its tensor parallelism calls. The embedding sums looked-up parts as they are.
+        if "_is_hooked" in module.__dict__ and not isinstance(module, nn.Embedding):
+            _use_local_parts(module, on_exit)
+
+
+def _use_local_parts(module: nn.Module, on_exit: Callable[..., Any]) -> None:
+    for name, weight in list(module._parameters.items()):
+        if not is_sharded(weight):
+            continue
+        if hasattr(module, "sums_through") and name == "weight":
+            module.sums_through = share_memory(weight)
+            on_exit(setattr, module, "sums_through", None)
+        part = nn.Parameter(local_part(weight), requires_grad=False)
+        module._parameters[name] = part
+        on_exit(_restore, module, name, part, weight)
+
+
+def _restore(module: nn.Module, name: str, part: nn.Parameter, weight: nn.Parameter) -> None:
+    # Unless somebody has put another weight there.
+    if module._parameters.get(name) is part:
+        module._parameters[name] = weight
+
+
+def _fuse(owner: Any, taken: set[int]) -> FusedProjections | None:
+    """The owner's projections joined, or None where they cannot be. ``taken`` are the weights of others."""
+    names = tuple(name for name in owner.projections if _submodule(owner, name) is not None)
+    linears = [_submodule(owner, name) for name in names]
+    if not all(_is_product(linear) for linear in linears):
+        return None
+    sharded = {is_sharded(linear.weight) for linear in linears}
+    if len(sharded) > 1 or (True in sharded and not owner.outputs_stay_sharded):
+        return None
+    # A sharded weight's memory is that of its part.
+    weights = [local_part(linear.weight) for linear in linears]
+    biases = [None if linear.bias is None else local_part(linear.bias) for linear in linears]
+    given = [x for x in (*weights, *biases) if x is not None]
+    if len({id(x) for x in given} - taken) < len(given) or not _can_be_joined(weights, biases):
+        return None
+    sizes = tuple(len(weight) for weight in weights)
+    kept = _JOINED.setdefault(owner, {})
+    joined = [
+        None if all(x is None for x in parts) else nn.Parameter(_join(parts, sizes, kept, kind), requires_grad=False)
+        for kind, parts in (("weight", weights), ("bias", biases))
+    ]
+    taken.update(id(x) for x in given)
+    assert joined[0] is not None, "a projection has a weight"
+    return FusedProjections(names, sizes, joined[0], joined[1])
+
+
+def _submodule(owner: nn.Module, name: str) -> Any:
+    for part in name.split("."):
+        owner = getattr(owner, part, None)  # type: ignore[assignment]
+    return owner
+
+
+def _is_product(linear: Any) -> bool:
+    """Whether calling a module does nothing but to multiply by its weight, and nobody watches."""
+    if type(linear) is not nn.Linear or "_hf_hook" in linear.__dict__:
+        return False
+    watched = (linear._forward_hooks, linear._forward_pre_hooks, _module._global_forward_hooks)
+    if any(watched) or _module._global_forward_pre_hooks:
+        return False
+    forward = linear.__dict__.get("forward")
+    if forward is not None and not _is_of_tensor_parallelism(forward):
+        return False
+    return all(is_sharded(x) or type(x) is nn.Parameter for x in linear._parameters.values() if x is not None)
+
+
+def _is_of_tensor_parallelism(forward: Any) -> bool:
+    """Whether transformers put it there; with a plain weight and no gradient that changes nothing."""
+    return isinstance(forward, FunctionType) and forward.__qualname__.startswith("TensorParallelLayer.install_forward.")
+
+
+def _can_be_joined(weights: list[Tensor], biases: list[Tensor | None]) -> bool:
+    first, given = weights[0], [x for x in (*weights, *biases) if x is not None]
+    if not (first.is_floating_point() and first.device.type in ("cpu", "cuda") and len(weights) > 1):
+        return False
+    # Its weights are cast once per autocast context; a joined one would be, once per call.
+    if torch.is_autocast_enabled(first.device.type):
+        return False
+    alike = all(x.dtype == first.dtype and x.device == first.device and x.is_contiguous() for x in given)
+    if not alike or any(x.ndim != 2 or x.shape[1] != first.shape[1] for x in weights):
+        return False
+    # Part of a larger memory (DeepSpeed, FSDP) or of another process's: it has to stay there.
+    owned = all(x.untyped_storage().nbytes() == x.nbytes for x in given)
+    shared = first.device.type == "cpu" and any(x.is_shared() for x in given)
+    aligned = all(x is None or x.nbytes % _ALIGNMENT == 0 for x in (*weights[:-1], *biases[:-1]))
+    return owned and not shared and aligned
+
+
+def _join(parts: list[Tensor | None], sizes: tuple[int, ...], kept: dict[str, StorageWeakRef], kind: str) -> Tensor:
+    """One tensor with ``parts`` as its rows, zero for None, whose memory becomes theirs; the last one if it still is."""
+    first = next(part for part in parts if part is not None)
+    shape = torch.Size((sum(sizes), *first.shape[1:]))
+    storage = torch.UntypedStorage._new_with_weak_ptr(kept[kind].cdata) if kind in kept else None
+    if storage is not None and storage.nbytes() == shape.numel() * first.itemsize and storage.device == first.device:
+        whole = torch.empty(0, dtype=first.dtype, device=first.device).set_(storage, 0, shape)
+        places = zip(parts, whole.split(sizes), strict=True)
+        if all(part is None or part.data_ptr() == rows.data_ptr() for part, rows in places):
+            return whole
+    whole = torch.zeros(shape, dtype=first.dtype, device=first.device)
+    for part, rows in zip(parts, whole.split(sizes), strict=True):
+        if part is not None:
+            rows.copy_(part)
+            # The same memory as a storage of its own: what saves weights drops all but one of those that share one.
+            part.data = from_dlpack(to_dlpack(rows))
+    kept[kind] = StorageWeakRef(whole.untyped_storage())
+    return whole
