@@ -11,7 +11,7 @@ larger tensor that only the layers see, and only within the context, so that not
 import contextlib
 import threading
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from types import FunctionType
 from typing import Any, NamedTuple
 
@@ -21,7 +21,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.nn.modules import module as _module
 from torch.utils.dlpack import from_dlpack, to_dlpack
 
-from .parallel_fox import is_sharded, local_part, share_memory
+from .parallel_fox import held_tensor, hold, is_sharded, share_memory
 
 # Of a call in which projections are one product: its parts are strided, which longer calls would have to copy.
 FEW_TOKENS = 64
@@ -115,17 +115,17 @@ def _enter(model: nn.Module, on_exit: Callable[..., Any]) -> None:
     for module in modules:
         # As transformers marks what its tensor parallelism calls. The embedding sums looked-up parts as they are.
         if "_is_hooked" in module.__dict__ and not isinstance(module, nn.Embedding):
-            _use_local_parts(module, on_exit)
+            _use_held_tensors(module, on_exit)
 
 
-def _use_local_parts(module: nn.Module, on_exit: Callable[..., Any]) -> None:
+def _use_held_tensors(module: nn.Module, on_exit: Callable[..., Any]) -> None:
     for name, weight in list(module._parameters.items()):
         if not is_sharded(weight):
             continue
         if hasattr(module, "sums_through") and name == "weight":
             module.sums_through = share_memory(weight)
             on_exit(setattr, module, "sums_through", None)
-        part = nn.Parameter(local_part(weight), requires_grad=False)
+        part = nn.Parameter(held_tensor(weight), requires_grad=False)
         module._parameters[name] = part
         on_exit(_restore, module, name, part, weight)
 
@@ -145,21 +145,20 @@ def _fuse(owner: Any, taken: set[int]) -> FusedProjections | None:
     sharded = {is_sharded(linear.weight) for linear in linears}
     if len(sharded) > 1 or (True in sharded and not owner.outputs_stay_sharded):
         return None
-    # A sharded weight's memory is that of its part.
-    weights = [local_part(linear.weight) for linear in linears]
-    biases = [None if linear.bias is None else local_part(linear.bias) for linear in linears]
-    given = [x for x in (*weights, *biases) if x is not None]
-    if len({id(x) for x in given} - taken) < len(given) or not _can_be_joined(weights, biases):
+    weights = [linear.weight for linear in linears]
+    biases = [linear.bias for linear in linears]
+    given = {id(x) for x in (*weights, *biases) if x is not None}
+    # Part of a larger memory, which an engine may train or send as one. Of a sharded weight it is what was loaded.
+    owned = True in sharded or all(_owns_its_memory(x) for x in (*weights, *biases) if x is not None)
+    if not owned or given & taken or not _can_be_joined(weights, biases):
         return None
-    sizes = tuple(len(weight) for weight in weights)
+    taken |= given
+    sizes = tuple(len(held_tensor(weight)) for weight in weights)
     kept = _JOINED.setdefault(owner, {})
-    joined = [
-        None if all(x is None for x in parts) else nn.Parameter(_join(parts, sizes, kept, kind), requires_grad=False)
-        for kind, parts in (("weight", weights), ("bias", biases))
-    ]
-    taken.update(id(x) for x in given)
-    assert joined[0] is not None, "a projection has a weight"
-    return FusedProjections(names, sizes, joined[0], joined[1])
+    weight = nn.Parameter(_join(weights, sizes, kept, "weight"), requires_grad=False)
+    if all(bias is None for bias in biases):
+        return FusedProjections(names, sizes, weight, None)
+    return FusedProjections(names, sizes, weight, nn.Parameter(_join(biases, sizes, kept, "bias"), requires_grad=False))
 
 
 def _submodule(owner: nn.Module, name: str) -> Any:
@@ -186,25 +185,33 @@ def _is_of_tensor_parallelism(forward: Any) -> bool:
     return isinstance(forward, FunctionType) and forward.__qualname__.startswith("TensorParallelLayer.install_forward.")
 
 
-def _can_be_joined(weights: list[Tensor], biases: list[Tensor | None]) -> bool:
-    first, given = weights[0], [x for x in (*weights, *biases) if x is not None]
-    if not (first.is_floating_point() and first.device.type in ("cpu", "cuda") and len(weights) > 1):
+def _owns_its_memory(x: Tensor) -> bool:
+    return x.untyped_storage().nbytes() == x.nbytes
+
+
+def _can_be_joined(weights: Sequence[Tensor], biases: Sequence[Tensor | None]) -> bool:
+    tensors = [held_tensor(x) for x in weights]
+    first, vectors = tensors[0], [held_tensor(x) for x in biases if x is not None]
+    if not (first.is_floating_point() and first.device.type in ("cpu", "cuda") and len(tensors) > 1):
         return False
     # Its weights are cast once per autocast context; a joined one would be, once per call.
     if torch.is_autocast_enabled(first.device.type):
         return False
-    alike = all(x.dtype == first.dtype and x.device == first.device and x.is_contiguous() for x in given)
-    if not alike or any(x.ndim != 2 or x.shape[1] != first.shape[1] for x in weights):
+    alike = all(x.dtype == first.dtype and x.device == first.device and x.is_contiguous() for x in tensors + vectors)
+    if not alike or any(x.ndim != 2 or x.shape[1] != first.shape[1] for x in tensors):
         return False
-    # Part of a larger memory (DeepSpeed, FSDP) or of another process's: it has to stay there.
-    owned = all(x.untyped_storage().nbytes() == x.nbytes for x in given)
-    shared = first.device.type == "cpu" and any(x.is_shared() for x in given)
-    aligned = all(x is None or x.nbytes % _ALIGNMENT == 0 for x in (*weights[:-1], *biases[:-1]))
-    return owned and not shared and aligned
+    # With another process: all memory of a GPU says so.
+    shared = first.device.type == "cpu" and any(x.is_shared() for x in tensors + vectors)
+    # Biases come first, if only some projections have one.
+    aligned = all(x.nbytes % _ALIGNMENT == 0 for x in (*tensors[:-1], *vectors[:-1]))
+    return aligned and not shared
 
 
-def _join(parts: list[Tensor | None], sizes: tuple[int, ...], kept: dict[str, StorageWeakRef], kind: str) -> Tensor:
-    """One tensor with ``parts`` as its rows, zero for None, whose memory becomes theirs; the last one if it still is."""
+def _join(
+    weights: Sequence[Tensor | None], sizes: tuple[int, ...], kept: dict[str, StorageWeakRef], kind: str
+) -> Tensor:
+    """One tensor with ``weights`` as rows, zero for None, whose memory becomes theirs; the last one if it still is."""
+    parts = [None if weight is None else held_tensor(weight) for weight in weights]
     first = next(part for part in parts if part is not None)
     shape = torch.Size((sum(sizes), *first.shape[1:]))
     storage = torch.UntypedStorage._new_with_weak_ptr(kept[kind].cdata) if kind in kept else None
@@ -214,10 +221,10 @@ def _join(parts: list[Tensor | None], sizes: tuple[int, ...], kept: dict[str, St
         if all(part is None or part.data_ptr() == rows.data_ptr() for part, rows in places):
             return whole
     whole = torch.zeros(shape, dtype=first.dtype, device=first.device)
-    for part, rows in zip(parts, whole.split(sizes), strict=True):
-        if part is not None:
+    for weight, part, rows in zip(weights, parts, whole.split(sizes), strict=True):
+        if weight is not None and part is not None:
             rows.copy_(part)
             # The same memory as a storage of its own: what saves weights drops all but one of those that share one.
-            part.data = from_dlpack(to_dlpack(rows))
+            hold(weight, from_dlpack(to_dlpack(rows)))
     kept[kind] = StorageWeakRef(whole.untyped_storage())
     return whole

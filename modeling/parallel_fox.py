@@ -63,6 +63,23 @@ def is_sharded(weight: Any) -> bool:
     return isinstance(weight, _SHARDED)
 
 
+def held_tensor(weight: Tensor) -> Tensor:
+    """What a weight that may be sharded holds its values in here: the very tensor, where `local_part` may be a view."""
+    return cast(Any, weight)._local_tensor if is_sharded(weight) else weight
+
+
+def hold(weight: Tensor, values: Tensor) -> None:
+    """Let a weight that may be sharded have its values, which stay the same, in the memory of ``values``."""
+    if is_sharded(weight):
+        mesh, placements = cast(Any, weight).device_mesh, cast(Any, weight).placements
+        sizes = {"shape": weight.shape, "stride": weight.stride()}
+        # Both what it says of its memory and what it holds: setting one leaves the other.
+        weight.data = DTensor.from_local(values, mesh, placements, run_check=False, **sizes)
+        cast(Any, weight)._local_tensor = values
+    else:
+        weight.data = values
+
+
 def local_part(weight: Tensor) -> Tensor:
     """What this rank holds of a weight that may be sharded over the heads."""
     # By its class: in torch.compile a sharded weight seems to have no method of its own.
@@ -119,20 +136,24 @@ def _(x: Tensor, group: str) -> Tensor:
     return torch.empty_like(x)
 
 
+def _may_share(mesh: Any) -> bool:
+    return mesh.ndim == 1 and mesh.device_type == "cuda"
+
+
 def share_memory(weight: Tensor) -> str | None:
     """The name of a sharded weight's group, if its GPUs can map each other's memory for `sum_small`.
 
     The first call for a group asks all ranks, which must be here together, and they decide alike.
     """
     mesh = cast(Any, weight).device_mesh
-    if mesh.ndim > 1 or mesh.device_type != "cuda":
+    if not _may_share(mesh):
         return None
     group = mesh.get_group()
     name = group.group_name
     known, memory = _SHARED_MEMORY.get(name, (lambda: None, None))
     # Names are used again once a group is gone.
     if known() is not group:
-        memory = _map_memory(group, local_part(weight).device)
+        memory = _map_memory(group, held_tensor(weight).device)
         _SHARED_MEMORY[name] = weakref.ref(group), memory
     return None if memory is None else name
 
