@@ -216,7 +216,7 @@ def _join(
     shape = torch.Size((sum(sizes), *first.shape[1:]))
     storage = torch.UntypedStorage._new_with_weak_ptr(kept[kind].cdata) if kind in kept else None
     if storage is not None and storage.nbytes() == shape.numel() * first.itemsize and storage.device == first.device:
-        whole = torch.empty(0, dtype=first.dtype, device=first.device).set_(storage, 0, shape)
+        whole = torch.empty(0, dtype=first.dtype, device=first.device).set_(storage).view(shape)
         places = zip(parts, whole.split(sizes), strict=True)
         if all(part is None or part.data_ptr() == rows.data_ptr() for part, rows in places):
             return whole

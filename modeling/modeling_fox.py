@@ -1,7 +1,7 @@
 """The Forgetting Transformer (FoX): decoder, language model and task heads."""
 
 import functools
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -266,7 +266,7 @@ class FoxForCausalLM(FoxPreTrainedModel, GenerationMixin):
         self.post_init()
 
     # Its signature is that of what it wraps.
-    @functools.wraps(GenerationMixin.generate, assigned=())
+    @cast(Any, functools.wraps(GenerationMixin.generate, assigned=()))
     def generate(self, *args, **kwargs):
         """As in [`~transformers.GenerationMixin.generate`], within `decoding_weights`."""
         with decoding_weights(self):

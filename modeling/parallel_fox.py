@@ -72,7 +72,7 @@ def hold(weight: Tensor, values: Tensor) -> None:
     """Let a weight that may be sharded have its values, which stay the same, in the memory of ``values``."""
     if is_sharded(weight):
         mesh, placements = cast(Any, weight).device_mesh, cast(Any, weight).placements
-        sizes = {"shape": weight.shape, "stride": weight.stride()}
+        sizes: dict[str, Any] = {"shape": weight.shape, "stride": weight.stride()}
         # Both what it says of its memory and what it holds: setting one leaves the other.
         weight.data = DTensor.from_local(values, mesh, placements, run_check=False, **sizes)
         cast(Any, weight)._local_tensor = values
@@ -166,7 +166,7 @@ def _map_memory(group: Any, device: torch.device) -> Tensor | None:
     if len(hosts) > 1 or len(devices) < len(here):
         return None
     # A failure of any kind, on any rank, leaves sums to NCCL. All take a step or none: they wait for each other.
-    memory: Tensor | None = None
+    memory: Any = None
     for step in (_allocate, _meet):
         done = False
         with contextlib.suppress(Exception):

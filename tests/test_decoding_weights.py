@@ -123,12 +123,12 @@ def test_memory_is_not_held_twice() -> None:
     moved = sum(old.data_ptr() != new.data_ptr() for old, new in zip(kept, storages, strict=True))
     assert moved == 2 * (6 + 3 + 2 + 2)
     with decoding_weights(model):
-        wholes = [x.fused_projections.weight for x in model.modules() if isinstance(x, OWNERS)]
+        fused = model.model.layers[0].self_attn.fused_projections
         q = model.model.layers[0].self_attn.q_proj.weight
-        assert wholes[0].data_ptr() == q.data_ptr()
+        assert fused.weight.data_ptr() == q.data_ptr()
         with torch.no_grad():
             q[0, 0] = 7.0
-        assert wholes[0][0, 0] == 7.0
+        assert fused.weight[0, 0] == 7.0
     assert all(
         new.data_ptr() == again.untyped_storage().data_ptr()
         for new, again in zip(storages, model.parameters(), strict=True)
