@@ -102,7 +102,7 @@ def decoding_weights(model: nn.Module) -> Iterator[None]:
 
 
 def _enter(model: nn.Module, on_exit: Callable[..., Any]) -> None:
-    modules = list(model.modules())
+    modules: list[Any] = list(model.modules())
     # FSDP's sharded weights are whole only while their layer runs.
     if any(hasattr(type(module), "unshard") for module in modules):
         return
@@ -110,15 +110,17 @@ def _enter(model: nn.Module, on_exit: Callable[..., Any]) -> None:
     for module in modules:
         # Set already by an entry around this one, which will also end it.
         if hasattr(type(module), "projections") and module.fused_projections is None:
-            module.fused_projections = _fuse(module, taken)  # type: ignore[assignment]
             on_exit(module.__dict__.pop, "fused_projections", None)
+            # Where a layer more does not fit, it stays as it is.
+            with contextlib.suppress(torch.OutOfMemoryError):
+                module.fused_projections = _fuse(module, taken)
     for module in modules:
         # As transformers marks what its tensor parallelism calls. The embedding sums looked-up parts as they are.
         if "_is_hooked" in module.__dict__ and not isinstance(module, nn.Embedding):
             _use_held_tensors(module, on_exit)
 
 
-def _use_held_tensors(module: nn.Module, on_exit: Callable[..., Any]) -> None:
+def _use_held_tensors(module: Any, on_exit: Callable[..., Any]) -> None:
     for name, weight in list(module._parameters.items()):
         if not is_sharded(weight):
             continue

@@ -328,6 +328,21 @@ def test_exceptions_and_nested_entries() -> None:
     assert not any(fused_layers(model))
 
 
+def test_a_layer_that_does_not_fit(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny_model()
+    expected, join = plain_logits(model), decoding_fox._join
+
+    def full(weights: Any, *arguments: Any) -> Tensor:
+        if weights[0] is model.model.layers[1].mlp.gate_proj.weight:
+            raise torch.OutOfMemoryError
+        return join(weights, *arguments)
+
+    monkeypatch.setattr(decoding_fox, "_join", full)
+    with decoding_weights(model):
+        assert fused_layers(model) == [True, True, True, False]
+    assert_close(logits(model), expected)
+
+
 def test_within_inference_mode() -> None:
     model = tiny_model()
     expected = plain_logits(model)
