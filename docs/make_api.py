@@ -19,6 +19,7 @@ SECTIONS = {
             "FoxForTokenClassification",
             "FoxForQuestionAnswering",
             "FoxPagedCache",
+            "decoding_weights",
         ],
     },
     "Attention and pruning": {

@@ -13,6 +13,7 @@ from foxlm.kernels.attention import forgetting_attention
 from foxlm.kernels.context_attention import context_parallel_attention
 from foxlm.kernels.context_parallel import ContextParallel
 from foxlm.modeling.configuration_fox import FoxConfig
+from foxlm.modeling.decoding_fox import decoding_weights
 from foxlm.modeling.modeling_fox import (
     FoxForCausalLM,
     FoxForQuestionAnswering,
@@ -39,5 +40,6 @@ __all__ = [
     "FoxPagedCache",
     "FoxPreTrainedModel",
     "context_parallel_attention",
+    "decoding_weights",
     "forgetting_attention",
 ]

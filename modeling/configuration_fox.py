@@ -18,6 +18,8 @@ from .bundle_fox import AUTO_MAP, write_bundle
 LAYER_TYPE = f"{__package__}.forgetting_attention"
 # The style of tensor parallelism of a weight that ranks share, each for heads of its own (`parallel_fox`).
 SHARED_BY_HEADS = "fox_shared_by_heads"
+# And of one whose outputs are summed over ranks, by another way in decoding.
+SUMMED_OVER_RANKS = "fox_summed_over_ranks"
 _SIZES = {
     # name: hidden size, layers, heads, as trained in the Forgetting Transformer paper (arXiv 2503.02130)
     "125m": (768, 12, 12),
@@ -259,7 +261,7 @@ class FoxConfig(PreTrainedConfig):
             **{f"layers.*.self_attn.{name}": style for name, style in self._attention_plan().items()},
             "layers.*.mlp.gate_proj": "colwise",
             "layers.*.mlp.up_proj": "colwise",
-            "layers.*.mlp.down_proj": "rowwise",
+            "layers.*.mlp.down_proj": SUMMED_OVER_RANKS,
         }
 
     def _attention_plan(self) -> dict[str, str]:
@@ -268,7 +270,7 @@ class FoxConfig(PreTrainedConfig):
             # Its norms need all heads of a token: ranks share the projections, and each computes the rest in full.
             gathered = dict.fromkeys(("q_proj", "k_proj", "v_proj"), "colwise_gather_output")
             return gathered | {"o_proj": "rowwise_split_input"}
-        plan = dict.fromkeys(("q_proj", "k_proj", "v_proj"), "colwise") | {"o_proj": "rowwise"}
+        plan = dict.fromkeys(("q_proj", "k_proj", "v_proj"), "colwise") | {"o_proj": SUMMED_OVER_RANKS}
         if self.qk_norm == "per_head":
             plan |= {"q_norm.weight": "colwise", "k_norm.weight": "colwise"}
         elif self.qk_norm == "shared":

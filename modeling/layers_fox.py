@@ -28,6 +28,7 @@ from ..kernels.decay import Decay, accumulate
 from .attention_fox import ALL_ATTENTION_FUNCTIONS, decodes, eager_attention_forward
 from .cache_fox import ForgettingLayer, layer_of
 from .configuration_fox import FoxConfig
+from .decoding_fox import FusedProjections, fused_products
 from .gates_fox import make_forget_gate
 from .layout_fox import TokenLayout
 from .parallel_fox import local_part, sum_gradients
@@ -111,7 +112,13 @@ class FoxTokenShift(nn.Module):
         self.proj = nn.Linear(hidden_size, heads, bias=False)
 
     def forward(
-        self, hidden_states: Tensor, states: Tensor, layout: TokenLayout, cache_layer: ForgettingLayer | None, name: str
+        self,
+        hidden_states: Tensor,
+        states: Tensor,
+        layout: TokenLayout,
+        cache_layer: ForgettingLayer | None,
+        name: str,
+        logits: Tensor | None = None,
     ) -> Tensor:
         """
         Args:
@@ -120,6 +127,7 @@ class FoxTokenShift(nn.Module):
             layout: where the tokens stand.
             cache_layer: the layer's cache, or None.
             name: what `cache_layer` keeps the unshifted states as.
+            logits: ``[B, T, G]``, those of alpha, where they are known.
         """
         if layout.shards is not None:
             before = layout.shards.states_before(states, layout.real_everywhere)
@@ -138,7 +146,8 @@ class FoxTokenShift(nn.Module):
             previous = extended[:, -states.shape[1] - 1 : -1]
         if layout.starts is not None:
             previous = previous.masked_fill(layout.starts[..., None, None], 0.0)
-        return keeping_inputs_only(_mix, states, previous, self.proj(hidden_states))
+        logits = self.proj(hidden_states) if logits is None else logits
+        return keeping_inputs_only(_mix, states, previous, logits)
 
 
 def _after(past: Tensor, states: Tensor, real: Tensor | None) -> Tensor:
@@ -162,6 +171,10 @@ def _mix(states: Tensor, previous: Tensor, logits: Tensor) -> Tensor:
 
 class FoxAttention(nn.Module):
     """Forgetting attention with its projections, gates, norms and token shift."""
+
+    # Of the same input, which are one product in decoding.
+    projections = ("q_proj", "k_proj", "v_proj", "output_gate", "key_shift.proj", "value_shift.proj")
+    fused_projections: FusedProjections | None = None
 
     def __init__(self, config: FoxConfig, layer_idx: int) -> None:
         super().__init__()
@@ -215,14 +228,17 @@ class FoxAttention(nn.Module):
             ``[B, T, hidden]`` and the attention weights ``[B, H, T, Tk]`` (None unless `eager`).
         """
         cache_layer = None if past_key_values is None else layer_of(past_key_values, self.layer_idx)
+        # In decoding all at once, else each where it is needed.
+        fused = fused_products(self, hidden_states)
+        q, k, v = (
+            fused[name] if fused else getattr(self, name)(hidden_states) for name in ("q_proj", "k_proj", "v_proj")
+        )
         # The number of heads is read from the projections: under tensor parallelism it is a share.
-        q = self.q_proj(hidden_states).unflatten(-1, (-1, self.head_dim))
-        k = self.k_proj(hidden_states).unflatten(-1, (-1, self.head_dim))
-        v = self.v_proj(hidden_states).unflatten(-1, (-1, self.head_dim))
+        q, k, v = (x.unflatten(-1, (-1, self.head_dim)) for x in (q, k, v))
         if self.config.use_key_shift:
-            k = self.key_shift(hidden_states, k, layout, cache_layer, "key")
+            k = self.key_shift(hidden_states, k, layout, cache_layer, "key", fused.get("key_shift.proj"))
         if self.config.use_value_shift:
-            v = self.value_shift(hidden_states, v, layout, cache_layer, "value")
+            v = self.value_shift(hidden_states, v, layout, cache_layer, "value", fused.get("value_shift.proj"))
         if self.config.qk_norm == "all_heads":
             q, k = (norm(x.flatten(-2)).view_as(x) for norm, x in ((self.q_norm, q), (self.k_norm, k)))
         elif self.config.qk_norm != "none":
@@ -257,8 +273,14 @@ class FoxAttention(nn.Module):
             out = self.output_norm(out)
         out = out.flatten(-2)
         if self.config.use_output_gate:
-            out = out * self.output_gate_act(self.output_gate(hidden_states))
+            gate = fused["output_gate"] if fused else self.output_gate(hidden_states)
+            out = out * self.output_gate_act(gate)
         return self.o_proj(out), weights
+
+    @property
+    def outputs_stay_sharded(self) -> bool:
+        """Whether under tensor parallelism each rank goes on with its own part of the projections."""
+        return self.config.qk_norm != "all_heads"
 
     def log_forget_gates(self, hidden_states: Tensor) -> Tensor:
         """``[B, T, hidden] -> [B, T, Hf]`` log forget gates, in float32 (float64 for a float64 model)."""
@@ -315,6 +337,16 @@ def _is_plain(module: nn.Module) -> bool:
 
 class FoxMLP(LlamaMLP):
     """Gated MLP, ``down(act(gate(x)) * up(x))``."""
+
+    projections = ("gate_proj", "up_proj")
+    fused_projections: FusedProjections | None = None
+    outputs_stay_sharded = True
+
+    def forward(self, x: Tensor) -> Tensor:
+        fused = fused_products(self, x)
+        if not fused:
+            return super().forward(x)
+        return self.down_proj(self.act_fn(fused["gate_proj"]) * fused["up_proj"])
 
 
 class FoxDecoderLayer(GradientCheckpointingLayer):

@@ -1,6 +1,7 @@
 """The Forgetting Transformer (FoX): decoder, language model and task heads."""
 
-from typing import cast
+import functools
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -26,6 +27,7 @@ from ..kernels.context_parallel import ContextParallel, Shards
 from .attention_fox import CONTEXT_PARALLEL_IMPLEMENTATIONS, DEFAULT_IMPLEMENTATION, IMPLEMENTATIONS
 from .cache_fox import check_cache
 from .configuration_fox import LAYER_TYPE, FoxConfig
+from .decoding_fox import decoding_weights
 from .gates_fox import FoxConstantGate, FoxForgetGate, decay_time_bias, share_remembered
 from .layers_fox import FoxAttention, FoxDecoderLayer, FoxRMSNorm, FoxRotaryEmbedding
 from .layout_fox import padding_mask, token_layout
@@ -262,6 +264,13 @@ class FoxForCausalLM(FoxPreTrainedModel, GenerationMixin):
         self.vocab_size = config.vocab_size
         self.lm_head = FoxLMHead(config.hidden_size, config.vocab_size, bias=False)
         self.post_init()
+
+    # Its signature is that of what it wraps.
+    @cast(Any, functools.wraps(GenerationMixin.generate, assigned=()))
+    def generate(self, *args, **kwargs):
+        """As in [`~transformers.GenerationMixin.generate`], within `decoding_weights`."""
+        with decoding_weights(self):
+            return super().generate(*args, **kwargs)
 
     @staticmethod
     def create_masks_for_generate(

@@ -1,6 +1,8 @@
 """What each rank of a tensor-parallel model computes for `test_tensor_parallel`, beside the same on one process."""
 
 import warnings
+from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -13,7 +15,8 @@ from torch.distributed.tensor import DTensor
 from transformers import StaticCache, Trainer, TrainingArguments
 from transformers.distributed import DistributedConfig
 
-from foxlm import FoxConfig, FoxForCausalLM, FoxPagedCache
+from foxlm import FoxConfig, FoxForCausalLM, FoxPagedCache, decoding_weights
+from foxlm.modeling import parallel_fox
 from foxlm.modeling.layers_fox import FoxDecoderLayer
 from fsdp_on_cpu import accelerate_shards
 from models import DECODING_VARIANTS, tokens
@@ -23,6 +26,8 @@ NEW = 6
 GENERATED = (*DECODING_VARIANTS, "shared-qk-norm", "fixed-key-value", "gateless", "multi-head", "biases", "tied")
 # Between them all modules that read a sharded weight themselves.
 COMPILED = ("pro", "bias-only")
+# With a bias of what is summed.
+SUMMED = "biases"
 # Long enough for pages to be freed, with decay times of 20 tokens at most.
 PAGED_PROMPT = 300
 
@@ -110,11 +115,19 @@ def compiled(sharded: FoxForCausalLM, single: FoxForCausalLM) -> Measured:
     ids, logits = tokens(2, 9), []
     torch.compiler.reset()
     step = torch.compile(sharded, backend="eager", fullgraph=True, dynamic=False)
-    for model, forward in ((sharded, step), (single, single)):
-        cache = StaticCache(config=model.config, max_cache_len=16)
-        model(ids, past_key_values=cache)
-        logits.append(forward(ids[:, :1].clone(), past_key_values=cache).logits)
-    return {"compiled step": difference(*logits)}
+    for model, forward, context in (
+        (single, single, nullcontext),
+        (sharded, step, nullcontext),
+        (sharded, step, partial(decoding_weights, sharded)),
+    ):
+        with context():
+            cache = StaticCache(config=model.config, max_cache_len=16)
+            model(ids, past_key_values=cache)
+            logits.append(forward(ids[:, :1].clone(), past_key_values=cache).logits)
+    return {
+        "compiled step": difference(logits[1], logits[0]),
+        "compiled step of decoding weights": difference(logits[2], logits[0]),
+    }
 
 
 @torch.no_grad()
@@ -173,6 +186,105 @@ def saved(sharded: FoxForCausalLM, single: FoxForCausalLM, folder: Path) -> Meas
     return {f"saved {name}": 0.0 if torch.equal(again[name], x) else 1.0 for name, x in expected.items()}
 
 
+def trained_after_generation(sharded: FoxForCausalLM, single: FoxForCausalLM) -> Measured:
+    """Losses of training that begins after generation, whose steps must reach the weights that generation reads."""
+    measured = {}
+    ids = tokens(2, 21)
+    for step in range(2):
+        losses = []
+        for model in (sharded, single):
+            optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
+            loss = model(ids, labels=ids).loss
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            losses.append(loss.detach())
+        measured[f"loss of step {step} after generation"] = difference(*losses)
+    with torch.no_grad():
+        outs = [torch.stack(generate(model, tokens(2, 9)).logits) for model in (sharded, single)]
+    return measured | {"generation after that": difference(*outs)}
+
+
+def within(sharded: FoxForCausalLM, single: FoxForCausalLM) -> Measured:
+    """What `decoding_weights` does to sharded weights, and that it undoes it."""
+    weights = dict(sharded.named_parameters())
+    values = {name: whole(x).detach().clone() for name, x in weights.items()}
+    measured = {}
+    for entry in range(2):
+        with decoding_weights(sharded), decoding_weights(sharded):
+            inside = {name: x for name, x in sharded.named_parameters() if isinstance(x, DTensor)}
+            # The embedding alone, which may be the head's weight too.
+            measured[f"sharded within {entry}"] = float(set(inside) - {"model.embed_tokens.weight"} != set())
+            layer = cast(FoxDecoderLayer, sharded.model.layers[0])
+            gathers = single.config.qk_norm == "all_heads"
+            fused = layer.self_attn.fused_projections, layer.mlp.fused_projections
+            measured[f"fused {entry}"] = float([x is None for x in fused] != [gathers, False])
+            assert fused[1] is not None
+            part = layer.mlp.gate_proj.weight
+            measured[f"one memory {entry}"] = float(part.data_ptr() != fused[1].weight.data_ptr())
+        after = dict(sharded.named_parameters())
+        measured[f"restored {entry}"] = float(any(after[name] is not x for name, x in weights.items()))
+    for name, x in after.items():
+        measured[f"value of {name}"] = 0.0 if torch.equal(whole(x), values[name]) else 1.0
+        if isinstance(x, DTensor) and "gate_proj" in name:
+            local = x.to_local()
+            measured[f"memory of {name}"] = float(local.untyped_storage().nbytes() != local.nbytes)
+    return measured
+
+
+def small_sums(sharded: FoxForCausalLM, single: FoxForCausalLM) -> Measured:
+    """Sums by shared memory, with gloo in its place; and that ranks decide alike where one of them cannot."""
+    library, summed = torch.library.Library("symm_mem", "IMPL"), []
+
+    def one_shot_all_reduce_copy(buffer: Tensor, x: Tensor, op: str, group: str) -> Tensor:
+        assert buffer.shape == x.shape and buffer.dtype == x.dtype and op == "sum"
+        buffer.copy_(x)
+        total = x.clone()
+        dist.all_reduce(total)
+        summed.append(x.numel())
+        return total
+
+    library.impl("one_shot_all_reduce_copy", one_shot_all_reduce_copy, "CPU")
+    hosts = iter(range(100))
+    device = torch.device("cpu", dist.get_rank())
+    ids, measured = tokens(2, 9), {}
+    for model in (sharded, single):
+        model.float()
+    expected = generate(single, ids)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(parallel_fox, "_may_share", lambda mesh: True)
+        patch.setattr(parallel_fox, "_meet", lambda memory, group, device: memory)
+        map_memory = parallel_fox._map_memory
+        patch.setattr(parallel_fox, "_map_memory", lambda group, _: map_memory(group, device))
+
+        def allocate(memory: Any, group: Any, device: Any) -> Tensor:
+            return torch.empty(parallel_fox._SMALL, dtype=torch.uint8)
+
+        def fail(memory: Any, group: Any, device: Any) -> Tensor:
+            if dist.get_rank() == 1:
+                raise RuntimeError("no peer access")
+            return memory
+
+        for name, hindrance in {
+            "other hosts": ("platform.node", lambda: f"host {dist.get_rank()}-{next(hosts)}"),
+            "one fails": ("_meet", fail),
+            "shared": ("_allocate", allocate),
+        }.items():
+            parallel_fox._SHARED_MEMORY.clear()
+            patch.setattr(parallel_fox, "_allocate", allocate)
+            with pytest.MonkeyPatch.context() as inner:
+                target = f"foxlm.modeling.parallel_fox.{hindrance[0]}"
+                inner.setattr(target, hindrance[1])
+                found = generate(sharded, ids)
+            measured[f"{name}: tokens"] = 0.0 if torch.equal(found.sequences, expected.sequences) else 1.0
+            off = difference(torch.stack(found.logits), torch.stack(expected.logits))
+            measured[f"{name}: logits"] = 0.0 if off < 1e-5 else off
+            measured[f"{name}: sums"] = float(bool(summed) != (name == "shared"))
+    # o_proj and down_proj of each layer and step, and the prompt.
+    measured["count"] = float(len(summed) != 2 * single.config.num_hidden_layers * NEW)
+    return measured
+
+
 def compare(folders: dict[str, Path]) -> dict[str, Measured]:
     """Every difference between a tensor-parallel model and the same on one process, by model."""
     quiet()
@@ -181,11 +293,15 @@ def compare(folders: dict[str, Path]) -> dict[str, Measured]:
         models = load(folder, dist.get_world_size()), load(folder)
         measured[variant] = training(*models) | caches(*models)
         if variant in GENERATED:
-            measured[variant] |= generation(*models) | saved(*models, folder / "saved")
+            measured[variant] |= within(*models) | generation(*models) | saved(*models, folder / "saved")
         if variant in DECODING_VARIANTS:
             measured[variant] |= paged(*models)
         if variant in COMPILED:
             measured[variant] |= compiled(*models)
+        if variant in GENERATED:
+            measured[variant] |= trained_after_generation(*models)
+        if variant == SUMMED:
+            measured[variant] |= small_sums(*models)
     return measured
 
 

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from foxlm import FoxForCausalLM
+from foxlm import FoxForCausalLM, decoding_weights
 
 from .bars import decode_bars
 from .logits import CHECKED_TOKENS, DTYPE, LogitsCheck
@@ -145,11 +145,13 @@ class _Bench:
         if "status" in record:
             return
         try:
-            fault = self._check(decoder, record) if first else None
-            if fault is None:
-                self._passes[decoder].append(self._time(decoder, record, first))
-            else:
-                record |= {"status": "wrong", "reason": fault}
+            # As `generate` does.
+            with decoding_weights(self._models[decoder.family]):
+                fault = self._check(decoder, record) if first else None
+                if fault is None:
+                    self._passes[decoder].append(self._time(decoder, record, first))
+                else:
+                    record |= {"status": "wrong", "reason": fault}
         except Exception as error:
             # Of any kind: a decoder that does not compile or fit must not end the others.
             record |= failure(error)
