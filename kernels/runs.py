@@ -94,7 +94,7 @@ def copy_rows(source: Rows, target: Rows, runs: Runs, *, add: bool = False, back
     if not len(runs.table):
         return
     if HAS_TRITON and runs_kernels(source.k) and source.k.dtype != torch.float64:
-        _launch(source, target, runs, add, back)
+        launch_copy(source, target, runs, add, back)
         return
     for *places, count in runs.table.tolist():
         ends = [(batch, slice(token, token + count), head) for batch, token, head in (places[:3], places[3:])]
@@ -185,7 +185,8 @@ if HAS_TRITON:
             rows, is_row, gates, gates < GATES, sc_t, sc_g, tc_t, tc_g, ADD,
         )  # fmt: skip
 
-    def _launch(source: Rows, target: Rows, runs: Runs, add: bool, back: bool) -> None:
+    def launch_copy(source: Rows, target: Rows, runs: Runs, add: bool, back: bool) -> None:
+        """`copy_rows` of some runs on the device."""
         head_dim, gates = source.k.shape[-1], source.c.shape[-1]
         grid = (len(runs.table), triton.cdiv(int(runs.table[:, 6].max()), _ROWS))
         with torch.cuda.device_of(source.k):

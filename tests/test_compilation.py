@@ -3,8 +3,10 @@
 import re
 import subprocess
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -23,6 +25,10 @@ import triton
 
 from ahead_of_time import compiling_only
 from foxlm.kernels.decode import decode_attention
+from foxlm.kernels.runs import Place, Rows, Runs, launch_copy
+from foxlm.kernels.sharded_kernels import carry_on_device, needs_on_device, window_first_on_device
+from foxlm.kernels.split_tables import split_tables
+from foxlm.kernels.token_split import NAMED_SPLITS, TokenSplit
 
 # Shared memory that one program can have, in KiB.
 SHARED_MEMORY = {80: 163, 86: 99, 89: 99, 90: 227, 100: 227}
@@ -47,6 +53,7 @@ KERNELS = {
     "_search_kernel",
     "_key_decay_kernel",
     "_ranges_kernel",
+    "_order_kernel",
     "_forward_kernel",
     "_stops_kernel",
     "_maxima_kernel",
@@ -132,6 +139,33 @@ def test_decoding_fits(dtype, head_dim, capability, tmp_path):
             used = resources(kernel, tmp_path)
             assert used["REG"] * 32 * kernel.metadata.num_warps <= REGISTERS
             assert used["STACK"] <= STACK, f"{heads}: {used}"
+
+
+@pytest.mark.parametrize("capability", [80, 90])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+def test_kernels_between_ranks_fit(dtype, capability, tmp_path):
+    split = TokenSplit(1024, 2, NAMED_SPLITS["balanced"](1024, 2))
+    tables = split_tables(split, 0, torch.device("cpu"))
+    shards: Any = SimpleNamespace(
+        split=split, segments=split.of(0), tables=lambda _: tables, gather=lambda x: x.new_empty(2, *x.shape)
+    )
+    first = torch.zeros(1, 4, 512, dtype=torch.int64)
+    rows = Rows(*torch.zeros(2, 1, 512, 2, 96, dtype=dtype), torch.zeros(1, 512, 2, 1, dtype=torch.float64))
+    runs = Runs.between(Place(0, np.arange(2), 0), Place(0, 0, 1), 5)
+    with compiling_only(capability) as kernels:
+        _, crossing = needs_on_device(first, 2, shards)
+        carry_on_device(first.double(), first, shards)
+        window_first_on_device(first, 64, 512, torch.arange(2), None, 0)
+        window_first_on_device(first, 0, 512, None, crossing[0], 128)
+        for add in (False, True):
+            launch_copy(rows, rows, runs._replace(device=torch.from_numpy(runs.table)), add, back=False)
+    names = ["needs", "ends", "carry", "window_first", "window_first", "copy", "copy"]
+    assert [kernel.metadata.name for kernel in kernels] == [f"_{name}_kernel" for name in names]
+    for kernel in kernels:
+        assert kernel.metadata.target.arch == capability
+        used = resources(kernel, tmp_path)
+        assert used["REG"] * 32 * kernel.metadata.num_warps <= REGISTERS
+        assert used["STACK"] == 0, kernel.metadata.name
 
 
 def test_dropout_and_packing_compile(monkeypatch):

@@ -23,7 +23,14 @@ from foxlm.kernels.hopper_backward import hopper_backward, hopper_backward_takes
 # By head size: bytes that a thread may keep in memory for want of registers. As fast as measured with 0 and 40 to 48.
 STACK = {64: 16, 128: 96}
 SHARED_MEMORY = 227 * 1024
-BEFORE = ["_ranges_kernel", "_stops_kernel", "_hopper_keys_kernel", "_maxima_kernel", "_hopper_rows_kernel"]
+BEFORE = [
+    "_ranges_kernel",
+    "_order_kernel",
+    "_stops_kernel",
+    "_hopper_keys_kernel",
+    "_maxima_kernel",
+    "_hopper_rows_kernel",
+]
 
 
 def launch(
