@@ -186,7 +186,9 @@ def test_convert_refuses_in_one_line_and_leaves_nothing(tmp_path: Path) -> None:
 def test_bench_has_the_commands_and_exit_codes_of_the_speed_benchmarks(tmp_path: Path) -> None:
     listed = invoke("bench", "--help")
     assert listed.exit_code == 0
-    assert all(name in listed.stdout for name in ("attention", "train", "prefill", "decode", "table", "plot"))
+    assert all(
+        name in listed.stdout for name in ("attention", "context", "train", "prefill", "decode", "table", "plot")
+    )
     assert "--largest-batch" in invoke("bench", "decode", "--help").stdout
     assert invoke("bench", "attention", "--device", "tpu").exit_code == 1
     assert invoke("bench", "nothing").exit_code == 2

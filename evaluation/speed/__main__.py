@@ -1,6 +1,6 @@
-"""``foxlm bench``: the speed of ``attention``, ``train``, ``prefill`` and ``decode``; ``table`` and ``plot`` show it.
+"""``foxlm bench``: the speed of ``attention``, ``context``, ``train``, ``prefill`` and ``decode``.
 
-Also ``python -m foxlm.evaluation.speed``.
+``table`` and ``plot`` show it. Also ``python -m foxlm.evaluation.speed``.
 """
 
 import itertools
@@ -17,6 +17,7 @@ from foxlm.evaluation.requirements import require_matplotlib
 from . import decode as decoding
 from . import options, prefill, report, tables
 from .attention import CASES, CPU_CASE, LONG_CASE, Settings, chosen, run_case, run_recorded
+from .context_command import context
 from .decode import Models
 from .implementations import EPS, TILE, with_names
 from .inputs import Case
@@ -127,6 +128,9 @@ def _recorded(
     workload = options.workload(settings.device, settings.seed, None, None, model, text, join)
     typer.echo("reading the text", err=True)
     return record_inputs(workload, rows, length, settings.dtype)
+
+
+app.command()(context)
 
 
 @app.command()

@@ -11,6 +11,11 @@ def subject(facts: Mapping[str, Any]) -> str:
     return f"`{facts['preset']}`" + (" in another shape" if facts.get("changed") else "")
 
 
+def shape_of(case: Mapping[str, Any]) -> str:
+    """Of a case, with room to be read."""
+    return case["case"].replace("x", " x ")
+
+
 def note(where: str, record: Mapping[str, Any]) -> str:
     """Why something has no row."""
     words = {"wrong": "failed its check and was not timed", "missing": "not run", "failed": "failed"}

@@ -98,11 +98,7 @@ def several(recipe: Recipe, gpus: int, host_gpus: int, host_bandwidth: float) ->
     Raises:
         ValueError: there are not so many, or a host of the predictions is none.
     """
-    on_cpu = recipe.device == "cpu"
-    there = CPU_RANKS if on_cpu else torch.cuda.device_count()
-    if gpus > there:
-        of = f"{there} processes with --device cpu" if on_cpu else f"the {there} that torch sees"
-        raise ValueError(f"--gpus must be at most {of}, got {gpus}")
+    require_gpus(recipe.device, gpus)
     require_positive("--host-gpus", host_gpus)
     bandwidth = 1e9 * positive_bandwidth(host_bandwidth)
     return SeveralRecipe(recipe, gpus, host_gpus=host_gpus, host_bandwidth=bandwidth)
@@ -121,6 +117,15 @@ def require_device(device: str) -> None:
         raise ValueError(f"--device must be cuda or cpu, got {device!r}")
     if device == "cuda" and not torch.cuda.is_available():
         raise ValueError("--device is cuda, but torch sees no CUDA GPU; --device cpu shows that all parts work")
+
+
+def require_gpus(device: str, gpus: int) -> None:
+    """Raise a `ValueError` unless ``device`` has so many for as many ranks."""
+    on_cpu = device == "cpu"
+    there = CPU_RANKS if on_cpu else torch.cuda.device_count()
+    if gpus > there:
+        of = f"{there} processes with --device cpu" if on_cpu else f"the {there} that torch sees"
+        raise ValueError(f"--gpus must be at most {of}, got {gpus}")
 
 
 def require_positive(name: str, *values: int) -> None:

@@ -1,8 +1,10 @@
 """Processes that measure together: one for each GPU, of this host, none of which outlives the others."""
 
+import json
 import os
 import re
 import sys
+import tempfile
 from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
@@ -16,6 +18,8 @@ import torch.multiprocessing as mp
 _PATIENCE = timedelta(minutes=10)
 # Seconds that ranks get to end when another has failed.
 _GRACE = 5.0
+# In the folder that ranks share.
+RECORDS = "records.json"
 
 
 class RankError(RuntimeError):
@@ -62,6 +66,27 @@ def run_ranks(function: Callable[..., None], ranks: int, device: str, folder: Pa
             if process.is_alive():
                 process.kill()
             process.join()
+
+
+def records_of(function: Callable[..., None], ranks: int, device: str, recipe: Any) -> dict[str, Any]:
+    """Call ``function(rank, recipe, folder)`` as `run_ranks` does, and read the `RECORDS` that it leaves in ``folder``.
+
+    Returns:
+        The records. If a process fails after it has left some, or on Ctrl-C, those, with an ``error`` and its
+        ``detail``.
+
+    Raises:
+        RankError: a process failed before there were any.
+    """
+    with tempfile.TemporaryDirectory(prefix="foxlm-") as folder:
+        try:
+            run_ranks(function, ranks, device, Path(folder), recipe, folder)
+            error = {}
+        except (RankError, KeyboardInterrupt) as failed:
+            if not (Path(folder) / RECORDS).exists():
+                raise
+            error = {"error": str(failed) or "interrupted", "detail": getattr(failed, "detail", "")}
+        return json.loads((Path(folder) / RECORDS).read_text(encoding="utf-8")) | error
 
 
 def _last_line(traceback: str) -> str:

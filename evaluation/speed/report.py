@@ -14,9 +14,14 @@ from ..provenance import provenance
 from ..results import write_whole
 
 SCHEMA = 1
-KINDS = ("attention", "train", "prefill", "decode")
+KINDS = ("attention", "context", "train", "prefill", "decode")
 # Lists that may come from several runs.
-_LISTS = {"attention": ("cases",), "prefill": ("prompts",), "decode": ("batches", "largest_batch")}
+_LISTS = {
+    "attention": ("cases",),
+    "context": ("cases",),
+    "prefill": ("prompts",),
+    "decode": ("batches", "largest_batch"),
+}
 # What must agree for results to stand in one table.
 _SAME_RUN = ("device", "commit", "torch", "triton", "cuda", "cudnn")
 
@@ -97,7 +102,7 @@ def read(path: Path) -> Results:
 
 
 def merged(several: Sequence[Results]) -> list[Results]:
-    """Results of attention with their cases together, as one, those of whole prompts and decoding likewise; others as
+    """Results of attention with their cases together, as one, those of the other kinds with lists likewise; others as
     they are.
 
     Raises:

@@ -9,8 +9,6 @@ Each GPU gets one sequence. Every rank runs `measure_on_rank`; what it measures,
 4. what a plain model of computing and sending makes of it, for this many GPUs and for more.
 """
 
-import json
-import tempfile
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, replace
 from datetime import timedelta
@@ -32,7 +30,7 @@ from .flops import StepWork, count, datasheet_peak, matmul_rate
 from .gradients import Reference, reference_gradients
 from .models import set_pruning
 from .observed import Shares, tiles_kept
-from .processes import RankError, run_ranks
+from .processes import RECORDS, records_of
 from .report import to_json
 from .runner import Record, failure
 from .scaling import Network, ShardedModel, StepModel
@@ -40,7 +38,6 @@ from .sharding import FSDP2, Layout, groups_of, measure_bandwidths
 from .timing import interleaved, release_memory
 from .train import Recipe, Variant, as_compiled, compile_regions, trainable
 
-RECORDS = "records.json"
 # More GPUs than are measured, for which steps are predicted.
 PREDICTED = (8, 64)
 
@@ -84,15 +81,7 @@ def run_several(recipe: SeveralRecipe) -> Record:
     Raises:
         RankError: a process failed before anything was measured.
     """
-    with tempfile.TemporaryDirectory(prefix="foxlm-") as folder:
-        try:
-            run_ranks(measure_on_rank, recipe.gpus, recipe.step.device, Path(folder), recipe, folder)
-            error: Record = {}
-        except (RankError, KeyboardInterrupt) as failed:
-            if not (Path(folder) / RECORDS).exists():
-                raise
-            error = {"error": str(failed) or "interrupted", "detail": getattr(failed, "detail", "")}
-        return json.loads((Path(folder) / RECORDS).read_text(encoding="utf-8")) | error
+    return records_of(measure_on_rank, recipe.gpus, recipe.step.device, recipe)
 
 
 def measure_on_rank(rank: int, recipe: SeveralRecipe, folder: str) -> None:

@@ -1,9 +1,9 @@
-"""The tables made from results of training on several GPUs, as Markdown."""
+"""The tables made from results on several GPUs, of training and of context parallelism, as Markdown."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-from .markdown import digits, gigabytes, note, noted, percent, subject, table
+from .markdown import digits, gigabytes, note, noted, percent, shape_of, subject, table
 
 Results = Mapping[str, Any]
 
@@ -93,3 +93,51 @@ def _predictions(results: Results) -> str:
         f"then what nothing hides. Hosts of {network['host_gpus']} GPUs; {bandwidth} into each from the others is "
         "assumed, not measured."
     )
+
+
+def render_context(results: Results) -> str:
+    """Times of attention on one GPU and on several, what was moved, and how near both are."""
+    settings = results["settings"]
+    gpus, pruned = settings["gpus"], "" if settings["rule"] == "none" else f", pruned by the rule `{settings['rule']}`"
+    what = (
+        f"One attention layer by context parallelism on {gpus} GPUs of one host, {settings['split']} split{pruned}: "
+        f"from idle GPUs, and {settings['calls_in_a_row']} calls in a row without waiting, as a model makes them. All "
+        f"together take as long as the slowest of them; one is the fastest of {gpus} that each compute the whole."
+    )
+    measured = [one for one in results["cases"] if "times" in one]
+    others = [one | {"name": "context parallelism"} for one in results["cases"] if "times" not in one]
+    notes = [note(shape_of(one), one) for one in others]
+    drawn = [_context_times(measured, gpus), _moved(measured)] if measured else []
+    return "\n\n".join([what, *drawn, *noted(notes)])
+
+
+def _context_times(cases: Sequence[Mapping[str, Any]], gpus: int) -> str:
+    columns = ["B x H x D x T", "part", "1 GPU ms", f"{gpus} GPUs ms", "times as fast"]
+    columns += ["in a row: 1 GPU ms", f"{gpus} GPUs ms", "times as fast"]
+    rows = []
+    for case in cases:
+        for name, part in (("forward", "forward"), ("fwd + bwd", "forward_backward")):
+            times, figures = case["times"][part], []
+            for how in ("idle", "in_a_row"):
+                figures += [digits(times[who][how]["ms"]) for who in ("one", "together")]
+                figures.append(digits(times["speedup"][how]))
+            rows.append([shape_of(case), name, *figures])
+    return table(columns, rows)
+
+
+def _moved(cases: Sequence[Mapping[str, Any]]) -> str:
+    columns = ["B x H x D x T", "moved MB", "by a ring MB", "share", "off one GPU: output", "dq", "dk", "dv", "gates"]
+    columns += ["worst head", "allowed", "same bits twice"]
+    rows = []
+    for case in cases:
+        traffic = case["traffic"]
+        figures = [digits(traffic[name] / 1e6) for name in ("moved", "ring")] + [f"{traffic['share']:.3f}"]
+        figures += [f"{case['errors'][name]:.1e}" for name in ("out", "q", "k", "v", "log_f")]
+        figures += [f"{max(case['errors_of_heads'].values()):.1e}", f"{case['limit']:.1e}"]
+        rows.append([shape_of(case), *figures, "yes" if case["same_bits"] else "no"])
+    legend = (
+        "Moved: keys, values and gate sums that all GPUs receive in a forward pass; backward moves as many, in "
+        "gradients. A ring moves all keys and values to all. Off one GPU: relative to the norm, of all heads together, "
+        "and of the one head where anything is off most."
+    )
+    return f"{table(columns, rows)}\n\n{legend}"

@@ -5,7 +5,7 @@ from typing import Any
 
 from . import several_tables
 from .bars import AUTHORS_DECODE_MS, AUTHORS_DECODE_SOURCE, prefill_kind
-from .markdown import digits, gigabytes, note, noted, percent, subject, table
+from .markdown import digits, gigabytes, note, noted, percent, shape_of, subject, table
 
 Results = Mapping[str, Any]
 
@@ -17,7 +17,8 @@ _ON_A_CPU = (
 
 def render(results: Results) -> str:
     """The tables as Markdown, under a line that says where the figures come from."""
-    body = {"attention": _attention, "train": _train, "prefill": _prefill, "decode": _decode}[results["kind"]]
+    bodies = {"attention": _attention, "context": several_tables.render_context, "train": _train}
+    body = (bodies | {"prefill": _prefill, "decode": _decode})[results["kind"]]
     # Results from before there was this fact are all of a GPU.
     parts = [] if results["run"].get("on_gpu", True) else [_ON_A_CPU]
     return "\n\n".join([*parts, _origin(results), body(results)])
@@ -50,7 +51,7 @@ def _attention(results: Results) -> str:
     columns += ["dense TFLOP/s", "of the matmul's rate", "peak GB"]
     rows, notes = [], []
     for case in results["cases"]:
-        shape = _shape(case)
+        shape = shape_of(case)
         if "recorded" in case:
             notes.append(_recorded(shape, case))
         if "error" in case:
@@ -104,7 +105,7 @@ def _attention_bars(cases: Sequence[Mapping[str, Any]]) -> str:
                 percent(bars["boundaries_of_forward"][rule]),
                 percent(bars["dropped"][rule]),
             ]
-            rows.append([_shape(case), f"`{rule}`", *figures])
+            rows.append([shape_of(case), f"`{rule}`", *figures])
     return table(columns, rows)
 
 
@@ -251,7 +252,3 @@ def _decode_bars(results: Results) -> str:
             rows.append([str(where.get("batch", "-")), words[name], digits(bar["value"]), *asked])
     columns = ["batch", "figure", "measured"] + (["wanted on an H100", "met"] if _has_targets(results) else [])
     return table(columns, rows) if rows else ""
-
-
-def _shape(case: Mapping[str, Any]) -> str:
-    return case["case"].replace("x", " x ")

@@ -53,7 +53,7 @@ def interleaved(
         device: ``"cpu"`` or ``"cuda"``.
         wall: time each from calling it until the device has finished instead, as who calls it waits.
     """
-    timed = _waited if wall else _timed
+    time_call = _waited if wall else timed
     for _ in range(_WARM_UP_ROUNDS):
         for call in calls.values():
             call()
@@ -63,13 +63,13 @@ def interleaved(
         marks: dict[Name, list[Callable[[], float]]] = {name: [] for name in calls}
         for _ in range(rounds):
             for name, call in calls.items():
-                marks[name].append(timed(call, device))
+                marks[name].append(time_call(call, device))
         synchronize(device)
         passes.append({name: [read() for read in reads] for name, reads in marks.items()})
     return {name: timing_of([one[name] for one in passes]) for name in calls}
 
 
-def _timed(call: Callable[[], object], device: str) -> Callable[[], float]:
+def timed(call: Callable[[], object], device: str) -> Callable[[], float]:
     """Run ``call``; the result tells how many milliseconds it took, once the device has finished."""
     if device != "cuda":
         began = time.perf_counter()
@@ -105,7 +105,7 @@ def device_ms(call: Callable[[], object]) -> float:
     """
     synchronize("cuda")
     torch.cuda._sleep(_HEAD_START)
-    read = _timed(call, "cuda")
+    read = timed(call, "cuda")
     synchronize("cuda")
     return read()
 
