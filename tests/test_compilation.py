@@ -150,7 +150,8 @@ def test_kernels_between_ranks_fit(dtype, capability, tmp_path):
         split=split, segments=split.of(0), tables=lambda _: tables, gather=lambda x: x.new_empty(2, *x.shape)
     )
     first = torch.zeros(1, 4, 512, dtype=torch.int64)
-    rows = Rows(*torch.zeros(2, 1, 512, 2, 96, dtype=dtype), torch.zeros(1, 512, 2, 1, dtype=torch.float64))
+    keys = torch.zeros(1, 512, 2, 96, dtype=dtype)
+    rows = Rows(keys, keys.clone(), torch.zeros(1, 512, 2, 1, dtype=torch.float64))
     runs = Runs.between(Place(0, np.arange(2), 0), Place(0, 0, 1), 5)
     with compiling_only(capability) as kernels:
         _, crossing = needs_on_device(first, 2, shards)
