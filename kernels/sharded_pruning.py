@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .backend import HAS_TRITON, runs_kernels
+from .backend import HAS_TRITON, rows_together, runs_kernels
 from .context_parallel import Shards
 from .decay import Decay
 from .pruning import Rule, check_rule, search_tight
@@ -65,6 +65,7 @@ def prune_shards(
     check_rule(eps, rule)
     heads, kv_heads = q.shape[2], k.shape[2]
     fast = runs_kernels(q) and q.dtype != torch.float64
+    q, k = rows_together(q), rows_together(k)
     rows, packed = _summarize(q, k, decay.key, scale, shards, fast)
     keys = _blocks_of_all(packed, decay.key.shape[:2], kv_heads, shards)
     logit_bound = _bound(logit_bound, rows, keys, kv_heads, shards) if rule == "paper" else None

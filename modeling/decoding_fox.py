@@ -63,6 +63,9 @@ def fused_products(owner: Any, x: Tensor) -> dict[str, Tensor]:
     fused: FusedProjections | None = owner.fused_projections
     if fused is None or torch.is_grad_enabled() or x.shape[:-1].numel() > FEW_TOKENS:
         return {}
+    # Hooks that offload move a model when it is called, which is within the context.
+    if fused.weight.device != x.device:
+        return {}
     products = nn.functional.linear(x, fused.weight, fused.bias).split(fused.sizes, dim=-1)
     return dict(zip(fused.names, products, strict=True))
 
@@ -82,7 +85,9 @@ def decoding_weights(model: nn.Module) -> Iterator[None]:
 
     The first entry moves weights within the device's memory, a layer at a time. Parameters remain the same objects with
     the same names and values, before, within and after. A layer is left as it is where a projection is more than a
-    matrix (LoRA, quantized), has hooks, is on another device or is shared, under FSDP and under autocast.
+    matrix (LoRA, quantized), has hooks, is on another device or is shared, under FSDP and under autocast; and where
+    other tensors have its memory, such as those of a ``state_dict()`` that somebody keeps. CUDA graphs of your own,
+    captured before the first entry, are to be captured again.
 
     Within the context do not train, save, move or replace weights, or add hooks to projections.
 
@@ -157,10 +162,13 @@ def _fuse(owner: Any, taken: set[int]) -> FusedProjections | None:
     taken |= given
     sizes = tuple(len(held_tensor(weight)) for weight in weights)
     kept = _JOINED.setdefault(owner, {})
-    weight = nn.Parameter(_join(weights, sizes, kept, "weight"), requires_grad=False)
-    if all(bias is None for bias in biases):
-        return FusedProjections(names, sizes, weight, None)
-    return FusedProjections(names, sizes, weight, nn.Parameter(_join(biases, sizes, kept, "bias"), requires_grad=False))
+    weight = _join(weights, sizes, kept, "weight")
+    has_bias = any(bias is not None for bias in biases)
+    bias = _join(biases, sizes, kept, "bias") if has_bias else None
+    if weight is None or (bias is None and has_bias):
+        return None
+    fixed_bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
+    return FusedProjections(names, sizes, nn.Parameter(weight, requires_grad=False), fixed_bias)
 
 
 def _submodule(owner: nn.Module, name: str) -> Any:
@@ -191,6 +199,12 @@ def _owns_its_memory(x: Tensor) -> bool:
     return x.untyped_storage().nbytes() == x.nbytes
 
 
+def _has_other_views(x: Tensor) -> bool:
+    """Whether another tensor has its memory: it would no longer see what is written to ``x`` after a move."""
+    # Beside it there is what was just made to look.
+    return not is_sharded(x) and torch._C._storage_Use_Count(x.untyped_storage()._cdata) > 2
+
+
 def _can_be_joined(weights: Sequence[Tensor], biases: Sequence[Tensor | None]) -> bool:
     tensors = [held_tensor(x) for x in weights]
     first, vectors = tensors[0], [held_tensor(x) for x in biases if x is not None]
@@ -211,8 +225,11 @@ def _can_be_joined(weights: Sequence[Tensor], biases: Sequence[Tensor | None]) -
 
 def _join(
     weights: Sequence[Tensor | None], sizes: tuple[int, ...], kept: dict[str, StorageWeakRef], kind: str
-) -> Tensor:
-    """One tensor with ``weights`` as rows, zero for None, whose memory becomes theirs; the last one if it still is."""
+) -> Tensor | None:
+    """One tensor with ``weights`` as rows, zero for None, whose memory becomes theirs; the last one if it still is.
+
+    None where memory would have to be moved that other tensors have too.
+    """
     parts = [None if weight is None else held_tensor(weight) for weight in weights]
     first = next(part for part in parts if part is not None)
     shape = torch.Size((sum(sizes), *first.shape[1:]))
@@ -222,6 +239,8 @@ def _join(
         places = zip(parts, whole.split(sizes), strict=True)
         if all(part is None or part.data_ptr() == rows.data_ptr() for part, rows in places):
             return whole
+    if any(weight is not None and _has_other_views(weight) for weight in weights):
+        return None
     whole = torch.zeros(shape, dtype=first.dtype, device=first.device)
     for weight, part, rows in zip(weights, parts, whole.split(sizes), strict=True):
         if weight is not None and part is not None:

@@ -280,6 +280,35 @@ def test_what_is_not_fused(reason: str) -> None:
         assert_close(logits(model), plain_logits(model))
 
 
+def test_memory_that_others_see_stays_theirs() -> None:
+    model, other = tiny_model(), tiny_model(seed=1)
+    other.load_state_dict(model.state_dict(), assign=True)
+    generate(model)
+    with torch.no_grad():
+        for mine, its in zip(model.parameters(), other.parameters(), strict=True):
+            mine.mul_(2.0)
+            assert torch.equal(mine, its)
+    del its, other
+    with decoding_weights(model):
+        assert all(fused_layers(model))
+    # What is joined already is not moved again.
+    kept = model.state_dict()
+    with decoding_weights(model):
+        assert all(fused_layers(model))
+    assert all(x.data_ptr() == kept[name].data_ptr() for name, x in model.named_parameters())
+
+
+def test_a_model_that_is_moved_when_it_is_called() -> None:
+    """As `accelerate.cpu_offload_with_hook` does."""
+    model = tiny_model()
+    model.model.register_forward_pre_hook(lambda model, _: model.to("meta") and None)
+    layer = model.model.layers[0].self_attn
+    with torch.no_grad(), decoding_weights(model):
+        assert fused_products(layer, torch.ones(1, 1, 32, dtype=model.dtype))
+        model.model(tokens(1, 3).to("meta"))
+        assert not fused_products(layer, torch.ones(1, 1, 32, dtype=model.dtype, device="meta"))
+
+
 def test_hooks_see_every_call() -> None:
     model, seen = tiny_model(), []
     for layer in model.model.layers:
@@ -332,7 +361,7 @@ def test_a_layer_that_does_not_fit(monkeypatch: pytest.MonkeyPatch) -> None:
     model = tiny_model()
     expected, join = plain_logits(model), decoding_fox._join
 
-    def full(weights: Any, *arguments: Any) -> Tensor:
+    def full(weights: Any, *arguments: Any) -> Tensor | None:
         if weights[0] is model.model.layers[1].mlp.gate_proj.weight:
             raise torch.OutOfMemoryError
         return join(weights, *arguments)

@@ -4,6 +4,7 @@ In PyTorch on the CPU, by kernels on a GPU, and by interpreted kernels where tes
 """
 
 import math
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -15,9 +16,12 @@ from torch import Tensor
 from attention_inputs import attention, draw_inputs, forgetting_attention, output_and_gradients, padding_mask
 from foxlm.kernels.attention import hide_padding
 from foxlm.kernels.backend import HAS_TRITON
+from foxlm.kernels.context_parallel import Shards
 from foxlm.kernels.decay import Decay, accumulate, sequence_starts
 from foxlm.kernels.pruning import Rule, centered, first_kept, prune
+from foxlm.kernels.sharded_pruning import prune_shards
 from foxlm.kernels.tiles import PRUNED_KEYS, PRUNED_QUERIES
+from foxlm.kernels.token_split import Segment, TokenSplit
 from kernel_device import INTERPRETED
 
 RULES: list[Rule] = ["paper", "tight"]
@@ -171,6 +175,34 @@ def test_what_all_keys_have_in_common_does_not_keep_them_once_centered(device, r
     )
     assert as_they_are < 0.8 * better
     assert better > 0.9 * without
+
+
+class Alone(Shards):
+    """All of a sequence, on one rank that has no group."""
+
+    def __init__(self, length: int) -> None:
+        context: Any = SimpleNamespace(rank=0)
+        super().__init__(context, TokenSplit(length, 1, [Segment(0, 0, length)]))
+
+    def gather(self, own: Tensor) -> Tensor:
+        return own[None]
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_a_shard_is_pruned_as_a_whole_with_any_strides(device, rule):
+    generator = torch.Generator().manual_seed(0)
+    q, k = (torch.randn(1, 384, heads, 16, generator=generator) for heads in (4, 2))
+    # What reads along another dimension takes some queries for short ones.
+    q[..., 8:] *= 6.0
+    log_f = -1.2 * torch.rand(1, 384, 2, generator=generator)
+    q, k, log_f = (x.to(device) for x in (q, k, log_f))
+    c, first = accumulate(log_f)
+    decay = Decay(c, c, first, torch.arange(384, device=device))
+    options: Any = {"eps": 1e-4, "rule": rule, "scale": 0.25}
+    expected = prune(decay, q, k, **options).first
+    assert expected.any()
+    for x, y in ((q, k), (q.mT.contiguous().mT, k.mT.contiguous().mT)):
+        assert torch.equal(prune_shards(decay, x, y, Alone(384), **options).first, expected)
 
 
 @pytest.mark.parametrize("rule", RULES)
