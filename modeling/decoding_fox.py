@@ -201,8 +201,12 @@ def _owns_its_memory(x: Tensor) -> bool:
 
 def _has_other_views(x: Tensor) -> bool:
     """Whether another tensor has its memory: it would no longer see what is written to ``x`` after a move."""
-    # Beside it there is what was just made to look.
-    return not is_sharded(x) and torch._C._storage_Use_Count(x.untyped_storage()._cdata) > 2
+    return not is_sharded(x) and _uses(x) > _uses(nn.Parameter(torch.empty(1)))
+
+
+def _uses(x: Tensor) -> int:
+    """How many have the memory of ``x``; among them what is made to look, whatever that is in this release of torch."""
+    return torch._C._storage_Use_Count(x.untyped_storage()._cdata)
 
 
 def _can_be_joined(weights: Sequence[Tensor], biases: Sequence[Tensor | None]) -> bool:
