@@ -13,8 +13,11 @@ from torch import Tensor
 
 if TYPE_CHECKING:
     from .context_parallel import Shards
+    from .runs import Rows, Runs
 
 _BLOCK = 1024
+# Of a run, by one program.
+_COPIED_ROWS = 64
 
 
 @triton.jit
@@ -223,3 +226,110 @@ def window_first_on_device(
             BLOCK=_BLOCK,
         )
     return out
+
+
+@triton.jit
+def _copy(SOURCE, TARGET, rows, is_row, columns, is_column, s_t, s_c, t_t, t_c, ADD: tl.constexpr):
+    mask = is_row[:, None] & is_column[None, :]
+    x = tl.load(SOURCE + rows[:, None] * s_t + columns[None, :] * s_c, mask=mask)
+    p = TARGET + rows[:, None] * t_t + columns[None, :] * t_c
+    if ADD:
+        # Of half precision in float32, and rounded once.
+        x = _sum(x, tl.load(p, mask=mask))
+    tl.store(p, x, mask=mask)
+
+
+@triton.jit
+def _sum(x, y):
+    if x.dtype == tl.float64:
+        return x + y
+    return (x.to(tl.float32) + y.to(tl.float32)).to(y.dtype)
+
+
+@triton.jit
+def _copy_kernel(
+    RUNS,
+    SK,
+    SV,
+    SC,
+    TK,
+    TV,
+    TC,
+    sk_b,
+    sk_t,
+    sk_h,
+    sv_b,
+    sv_t,
+    sv_h,
+    sc_b,
+    sc_t,
+    sc_h,
+    sc_g,
+    tk_b,
+    tk_t,
+    tk_h,
+    tv_b,
+    tv_t,
+    tv_h,
+    tc_b,
+    tc_t,
+    tc_h,
+    tc_g,
+    GATES,
+    HEAD_DIM: tl.constexpr,
+    PADDED_DIM: tl.constexpr,
+    PADDED_GATES: tl.constexpr,
+    ROWS: tl.constexpr,
+    SOURCE: tl.constexpr,
+    TARGET: tl.constexpr,
+    ADD: tl.constexpr,
+):
+    p = RUNS + tl.program_id(0).to(tl.int64) * 7
+    rows = (tl.program_id(1) * ROWS + tl.arange(0, ROWS)).to(tl.int64)
+    is_row = rows < tl.load(p + 6)
+    s_batch, s_token, s_head = tl.load(p + SOURCE), tl.load(p + SOURCE + 1), tl.load(p + SOURCE + 2)
+    t_batch, t_token, t_head = tl.load(p + TARGET), tl.load(p + TARGET + 1), tl.load(p + TARGET + 2)
+    columns = tl.arange(0, PADDED_DIM)
+    is_column = columns < HEAD_DIM
+    _copy(
+        SK + s_batch * sk_b + s_token * sk_t + s_head * sk_h,
+        TK + t_batch * tk_b + t_token * tk_t + t_head * tk_h,
+        rows, is_row, columns, is_column, sk_t, 1, tk_t, 1, ADD,
+    )  # fmt: skip
+    _copy(
+        SV + s_batch * sv_b + s_token * sv_t + s_head * sv_h,
+        TV + t_batch * tv_b + t_token * tv_t + t_head * tv_h,
+        rows, is_row, columns, is_column, sv_t, 1, tv_t, 1, ADD,
+    )  # fmt: skip
+    gates = tl.arange(0, PADDED_GATES)
+    _copy(
+        SC + s_batch * sc_b + s_token * sc_t + s_head * sc_h,
+        TC + t_batch * tc_b + t_token * tc_t + t_head * tc_h,
+        rows, is_row, gates, gates < GATES, sc_t, sc_g, tc_t, tc_g, ADD,
+    )  # fmt: skip
+
+
+def copy_on_device(source: "Rows", target: "Rows", runs: "Runs", add: bool, back: bool) -> None:
+    """`runs.copy_rows` of one run at least."""
+    head_dim, gates = source.k.shape[-1], source.c.shape[-1]
+    grid = (len(runs.table), triton.cdiv(int(runs.table[:, 6].max()), _COPIED_ROWS))
+    with torch.cuda.device_of(source.k):
+        _copy_kernel[grid](
+            runs.device,
+            *source,
+            *target,
+            *source.k.stride()[:3],
+            *source.v.stride()[:3],
+            *source.c.stride(),
+            *target.k.stride()[:3],
+            *target.v.stride()[:3],
+            *target.c.stride(),
+            gates,
+            HEAD_DIM=head_dim,
+            PADDED_DIM=triton.next_power_of_2(head_dim),
+            PADDED_GATES=triton.next_power_of_2(gates),
+            ROWS=_COPIED_ROWS,
+            SOURCE=3 if back else 0,
+            TARGET=0 if back else 3,
+            ADD=add,
+        )

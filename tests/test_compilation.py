@@ -25,8 +25,8 @@ import triton
 
 from ahead_of_time import compiling_only
 from foxlm.kernels.decode import decode_attention
-from foxlm.kernels.runs import Place, Rows, Runs, launch_copy
-from foxlm.kernels.sharded_kernels import carry_on_device, needs_on_device, window_first_on_device
+from foxlm.kernels.runs import Place, Rows, Runs
+from foxlm.kernels.sharded_kernels import carry_on_device, copy_on_device, needs_on_device, window_first_on_device
 from foxlm.kernels.split_tables import split_tables
 from foxlm.kernels.token_split import NAMED_SPLITS, TokenSplit
 
@@ -159,7 +159,7 @@ def test_kernels_between_ranks_fit(dtype, capability, tmp_path):
         window_first_on_device(first, 64, 512, torch.arange(2), None, 0)
         window_first_on_device(first, 0, 512, None, crossing[0], 128)
         for add in (False, True):
-            launch_copy(rows, rows, runs._replace(device=torch.from_numpy(runs.table)), add, back=False)
+            copy_on_device(rows, rows, runs._replace(device=torch.from_numpy(runs.table)), add, back=False)
     names = ["needs", "ends", "carry", "window_first", "window_first", "copy", "copy"]
     assert [kernel.metadata.name for kernel in kernels] == [f"_{name}_kernel" for name in names]
     for kernel in kernels:
