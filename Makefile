@@ -1,10 +1,11 @@
 PYTHON ?= python3
 WORKERS ?= 2
+SECONDS ?= 60
 
 SHELL := bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help venv demo docs test test-gpu sanitize lint typecheck format clean
+.PHONY: help venv demo docs test test-gpu fuzz sanitize lint typecheck format clean
 
 bin := .venv/bin
 stamp := .venv/.installed
@@ -38,6 +39,9 @@ test: $(stamp)  ## Run the tests on the CPU (WORKERS=2)
 
 test-gpu: $(stamp)  ## Run the tests that need a GPU
 	$(bin)/python -m pytest -m gpu
+
+fuzz: $(stamp)  ## Give each test marked fuzz new random cases for a while (SECONDS=60)
+	FOXLM_FUZZ_SECONDS=$(SECONDS) $(bin)/python -m pytest -m "fuzz and not gpu" -n $(WORKERS) --dist worksteal
 
 # Without torch's own cache of memory, so that each tensor has its bounds.
 sanitize: $(stamp)  ## Run every GPU kernel under compute-sanitizer, which comes with the CUDA toolkit
