@@ -407,10 +407,21 @@ class FoxForCausalLM(FoxPreTrainedModel, GenerationMixin):
         return part * share_remembered(gate_logits, None if real is None else shards.take(real), shards.sum)
 
 
+# The task heads of transformers make their decoder by `AutoModel.from_config`, which refuses code of a model's own
+# whatever the user trusts: here each makes its modules itself, under the same names.
+
+
 class FoxForSequenceClassification(GenericForSequenceClassification, FoxPreTrainedModel):
     """FoX with a classifier of whole sequences."""
 
     _sees_whole_sequences = True
+
+    def __init__(self, config: FoxConfig) -> None:
+        PreTrainedModel.__init__(self, config)
+        self.num_labels = config.num_labels
+        self.model = FoxModel(config)
+        self.score = nn.Linear(config.hidden_size, config.num_labels, bias=False)
+        self.post_init()
 
 
 class FoxForTokenClassification(GenericForTokenClassification, FoxPreTrainedModel):
@@ -418,11 +429,26 @@ class FoxForTokenClassification(GenericForTokenClassification, FoxPreTrainedMode
 
     _sees_whole_sequences = True
 
+    def __init__(self, config: FoxConfig) -> None:
+        PreTrainedModel.__init__(self, config)
+        self.num_labels = config.num_labels
+        self.model = FoxModel(config)
+        dropout = getattr(config, "classifier_dropout", None)
+        self.dropout = nn.Dropout(0.1 if dropout is None else dropout)
+        self.score = nn.Linear(config.hidden_size, config.num_labels)
+        self.post_init()
+
 
 class FoxForQuestionAnswering(GenericForQuestionAnswering, FoxPreTrainedModel):
     """FoX with an extractive question-answering head."""
 
     _sees_whole_sequences = True
+
+    def __init__(self, config: FoxConfig) -> None:
+        PreTrainedModel.__init__(self, config)
+        self.model = FoxModel(config)
+        self.qa_outputs = nn.Linear(config.hidden_size, 2)
+        self.post_init()
 
 
 __all__ = [

@@ -51,7 +51,7 @@ OUTPUTS = """
 import importlib.util, sys, torch
 from safetensors.torch import load_file, save_file
 from transformers import (
-    AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForTokenClassification, AutoTokenizer
+    AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer
 )
 torch.set_num_threads(1)
 ids = load_file("inputs.safetensors")["ids"]
@@ -99,8 +99,6 @@ for name in ("model", "again", "third"):
         save_file(model.state_dict(), "third/model.safetensors", metadata={"format": "pt"})
 decoder = AutoModel.from_pretrained("decoder", trust_remote_code=True)
 assert torch.equal(decoder(ids).last_hidden_state, model.model(ids).last_hidden_state)
-heads = AutoModelForTokenClassification.from_pretrained("decoder", trust_remote_code=True)
-assert type(heads).__name__ == "FoxForTokenClassification"
 fresh = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained("third", trust_remote_code=True),
                                          trust_remote_code=True)
 fresh.save_pretrained("fresh")
@@ -114,6 +112,42 @@ print(*sorted(name for name in sys.modules if name.partition(".")[0] == "foxlm")
         assert files == bundle(), name
         assert json.loads((saved / name / "config.json").read_text())["auto_map"] == AUTO_MAP, name
     assert load_file(saved / "again/model.safetensors").keys() == load_file(saved / "model/model.safetensors").keys()
+
+
+HEADS = ("SequenceClassification", "TokenClassification", "QuestionAnswering")
+
+
+def test_task_heads_load_without_foxlm(tmp_path: Path) -> None:
+    """As the first model of a process: no other has made the decoder's class known to `AutoModel` before."""
+    ids = tokens(1, 24)
+    save_file({"ids": ids}, tmp_path / "inputs.safetensors")
+    tiny_model(dtype=torch.float32).model.save_pretrained(tmp_path / "decoder")
+    for head in HEADS:
+        model = tiny_model(model_class=getattr(foxlm, f"FoxFor{head}"), num_labels=3, dtype=torch.float32).eval()
+        model.save_pretrained(tmp_path / head)
+        with torch.no_grad():
+            save_file({"first": model(ids).to_tuple()[0].contiguous()}, tmp_path / f"expected_{head}.safetensors")
+    code = """
+import sys, torch, transformers
+from safetensors.torch import load_file, save_file
+for head in HEADS:
+    auto = getattr(transformers, f"AutoModelFor{head}")
+    # Of its own folder, and as a new head on a decoder.
+    for name in (head, "decoder"):
+        model = auto.from_pretrained(name, trust_remote_code=True).eval()
+        assert type(model).__module__.startswith("transformers_modules."), type(model).__module__
+        assert type(model.model).__module__ == type(model).__module__
+        if name == head:
+            with torch.no_grad():
+                first = model(load_file("inputs.safetensors")["ids"]).to_tuple()[0]
+            save_file({"first": first.contiguous()}, f"found_{head}.safetensors")
+            model.save_pretrained(f"{head}_again")
+""".replace("HEADS", repr(HEADS))
+    run_without(("foxlm",), code, tmp_path)
+    for head in HEADS:
+        assert_same(tmp_path / f"found_{head}.safetensors", tmp_path / f"expected_{head}.safetensors")
+        again = load_file(tmp_path / f"{head}_again/model.safetensors")
+        assert again.keys() == load_file(tmp_path / f"{head}/model.safetensors").keys()
 
 
 def test_model_of_the_hub_works_without_foxlm_and_triton(saved: Path) -> None:
