@@ -14,6 +14,7 @@ from safetensors.torch import save_file
 from foxlm.conversion.authors import AUTHORS
 from foxlm.conversion.fla import FLA
 from foxlm.conversion.layout import Layout, one_kind_of_error
+from foxlm.conversion.links import check_links
 from foxlm.conversion.new_folder import check_new, copy_text_files, new_folder
 from foxlm.conversion.stored_weights import WEIGHTS_INDEX, StoredWeights, read_fields
 from foxlm.conversion.weight_map import EMBEDDINGS, Plan, make_model, plan_to_ours, plan_to_theirs
@@ -37,6 +38,7 @@ def convert_checkpoint(folder: str | Path, *, allow_pickle: bool = False) -> Fox
         ValueError: it is no such checkpoint, or does not fit; the message names what stands in the way.
     """
     model, plan = _read_theirs(read_fields(Path(folder)))
+    check_links(Path(folder))
     stored = StoredWeights(Path(folder), allow_pickle)
     plan.check(stored.headers, stored.load)
     return make_model(plan, model.config, stored.load, _dtype(stored))
@@ -55,18 +57,17 @@ def convert_to_folder(source: str | Path, out: str | Path, *, to: str = "fox", a
         allow_pickle: whether ``pytorch_model*.bin`` will do, read as weights and nothing else.
 
     Raises:
-        ValueError: ``out`` is there already; ``source`` is no such checkpoint, or does not fit, or computes what the
-            other layout cannot express; the message names what stands in the way.
+        ValueError: ``out`` is there already, or in ``source``; ``source`` is no such checkpoint, or does not fit, or
+            computes what the other layout cannot express; the message names what stands in the way.
         OSError: ``out`` cannot be written.
     """
     source, out = Path(source), Path(out)
     if to not in ("fox", *LAYOUTS):
         raise ValueError(f"to must be one of {['fox', *LAYOUTS]}, got {to!r}")
     # Before anything is read, and again when the folder is made.
-    check_new(out)
-    if source.resolve() in out.resolve().parents:
-        raise ValueError(f"OUT must not lie in the source, got {out}")
+    check_new(out, source)
     fields = read_fields(source)
+    check_links(source)
     write_config: Callable[[Path, str], None]
     if to == "fox":
         model, plan = _read_theirs(fields)

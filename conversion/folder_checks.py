@@ -5,19 +5,25 @@ import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from pathlib import Path
 
 import torch
 import yaml
 from huggingface_hub import ModelCard
+from huggingface_hub.utils import validate_repo_id
 from safetensors.torch import load_file
 from transformers import AutoTokenizer
 
+from foxlm.conversion.foreign_code import foreign_code
 from foxlm.conversion.fox_folder import TASKS, architecture_of, read_config
+from foxlm.conversion.hub_files import refused_by_the_hub, uploaded_files
+from foxlm.conversion.links import is_inside
 from foxlm.conversion.model_card import MISSING
 from foxlm.conversion.new_folder import TEXT_FILES
+from foxlm.conversion.secret_scan import secret_in, secret_rules
 from foxlm.conversion.stored_weights import WEIGHTS_INDEX, StoredWeights, read_fields
+from foxlm.conversion.unsafe_content import what_runs
 from foxlm.conversion.weight_map import Plan, distinct_weights, few
 from foxlm.modeling import modeling_fox
 from foxlm.modeling.bundle_fox import AUTO_MAP, bundle, stale_files
@@ -33,22 +39,15 @@ _EXPECTED = (
     ".gitattributes",
     *(f"*.{kind}" for kind in ("png", "jpg", "jpeg", "svg", "gif", "webp")),
 )
-# The Hub's client leaves these out of what it uploads.
-_NOT_UPLOADED = (".git", ".cache")
 _PICKLES = {".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle", ".joblib", ".npy", ".npz", ".h5", ".msgpack"}
-# How files of `pickle` (protocols 2 to 5) and of `torch.save` begin, whatever their name.
-_PICKLE_BEGINNINGS = (*(bytes([0x80, protocol]) for protocol in range(2, 6)), b"PK\x03\x04")
-_SECRETS = re.compile(
-    rb"\bhf_[A-Za-z0-9]{30,}|\bgh[pousr]_[A-Za-z0-9]{30,}|\bAKIA[0-9A-Z]{16}\b|-----BEGIN [A-Z ]*PRIVATE KEY-----"
-)
 
 
-def check_configuration(folder: Path) -> str:
+def check_configuration(folder: Path, allowed: Collection[str] = ()) -> str:
     """A valid configuration of one of our classes."""
     return architecture_of(read_config(folder))
 
 
-def check_weights(folder: Path) -> str:
+def check_weights(folder: Path, allowed: Collection[str] = ()) -> str:
     """Every weight of the model, no others, of its shape, finite; in the files that the index names."""
     config, stored = read_config(folder), StoredWeights(folder)
     named = set(stored.files.values()) if (folder / WEIGHTS_INDEX).is_file() else {folder / "model.safetensors"}
@@ -69,12 +68,12 @@ def check_weights(folder: Path) -> str:
     return f"{len(headers)} weights, {count:,} numbers, {' and '.join(dtypes)}, all finite"
 
 
-def check_tokenizer(folder: Path) -> str:
-    """A tokenizer that needs no code of its own and whose tokens the model knows."""
+def check_tokenizer(folder: Path, allowed: Collection[str] = ()) -> str:
+    """A tokenizer whose tokens the model knows, and that needs no code but what is allowed."""
     if not (folder / "tokenizer_config.json").is_file():
         raise ValueError("there is none: save it beside the model, tokenizer.save_pretrained(folder)")
     try:
-        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=bool(allowed))
     except Exception as error:  # whatever a tokenizer's own library raises
         raise ValueError(f"it cannot be loaded: {error}") from error
     vocab_size = read_config(folder).vocab_size
@@ -84,13 +83,13 @@ def check_tokenizer(folder: Path) -> str:
     return f"{type(tokenizer).__name__}, {largest + 1:,} tokens of {vocab_size:,}"
 
 
-def check_code(folder: Path) -> str:
-    """The model's code as this version of foxlm writes it."""
+def check_code(folder: Path, allowed: Collection[str] = ()) -> str:
+    """The model's code as this version of foxlm writes it, and no other but what is allowed."""
     renew = f"foxlm bundle {folder} writes them anew"
-    files = bundle()
+    own, files = bundle(), uploaded_files(folder)
     # A directory or an unreadable name is as wrong as another text.
     wrong = [
-        name for name in files if not (folder / name).is_file() or (folder / name).read_bytes() != files[name].encode()
+        name for name in own if not (folder / name).is_file() or (folder / name).read_bytes() != own[name].encode()
     ]
     _none(f"files are missing or are not those of this version ({renew})", wrong)
     _none(f"files are left over from another version ({renew})", stale_files(folder))
@@ -99,36 +98,52 @@ def check_code(folder: Path) -> str:
         f"entries of auto_map in config.json are wrong ({renew})",
         [x for x in AUTO_MAP if auto_map.get(x) != AUTO_MAP[x]],
     )
-    return f"{len(files)} files, {sum(map(len, files.values())) / 1e3:.0f} kB"
+    _none("--allow-code names what is not there", [x for x in allowed if "--" not in x and x not in files])
+    _none(
+        "code is not foxlm's own (move it elsewhere, or name it by --allow-code once you have read it)",
+        foreign_code(files, allowed),
+    )
+    templates = [name for name in files if name.endswith(".jinja")]
+    also = [*allowed, *(f"{name} (a template, which transformers runs in a sandbox)" for name in templates)]
+    return f"{len(own)} files, {sum(map(len, own.values())) / 1e3:.0f} kB" + "".join(f"; {name}" for name in also)
 
 
-def check_files(folder: Path) -> str:
-    """No pickles, no secrets, nothing that a model does not need."""
-    files = [path for path in sorted(folder.rglob("*")) if path.relative_to(folder).parts[0] not in _NOT_UPLOADED]
-    pickles, secrets, unexpected = [], [], []
-    for path in files:
-        name = path.relative_to(folder).as_posix()
-        if path.is_dir() and not path.is_symlink():
-            continue
-        if not path.is_file():
-            unexpected.append(name)
-            continue
-        with path.open("rb") as content:
-            beginning = content.read(4)
-        if path.suffix in _PICKLES or beginning.startswith(_PICKLE_BEGINNINGS):
-            pickles.append(name)
-        elif path.suffix != ".safetensors" and _SECRETS.search(path.read_bytes()):
-            secrets.append(name)
-        elif not any(Path(name).match(pattern) for pattern in _EXPECTED) or "/" in name:
-            unexpected.append(name)
-    _none("files may be pickles, which run code when they are loaded (move them elsewhere)", pickles)
-    _none("files hold what looks like a password or key", secrets)
-    _none("files are none of a model's (move them elsewhere)", sorted(set(unexpected) - bundle().keys()))
-    size = sum(path.stat().st_size for path in files if path.is_file())
-    return f"{sum(path.is_file() for path in files)} files, {size / 1e6:,.1f} MB"
+def check_files(folder: Path, allowed: Collection[str] = ()) -> str:
+    """Nothing that a model does not need, that lies elsewhere, or that the Hub would refuse."""
+    files = uploaded_files(folder)
+    _none(
+        "files are links that leave the folder, or lead nowhere", [x for x in files if not is_inside(files[x], folder)]
+    )
+    unexpected = [name for name in files if "/" in name or not any(Path(name).match(x) for x in _EXPECTED)]
+    _none("files are none of a model's (move them elsewhere)", {*unexpected} - bundle().keys() - {*allowed})
+    _none("the Hub cannot take", refused_by_the_hub(files))
+    return f"{len(files)} files, {sum(path.stat().st_size for path in files.values()) / 1e6:,.1f} MB"
 
 
-def check_card(folder: Path) -> str:
+def check_contents(folder: Path, allowed: Collection[str] = ()) -> str:
+    """No file that may run code when it is opened, by what it holds or by what its name says."""
+    files = {name: path for name, path in uploaded_files(folder).items() if path.is_file()}
+    named = {name: "a pickle by its name" for name in files if Path(name).suffix.lower() in _PICKLES}
+    found = {name: reason for name, path in files.items() if name not in allowed and (reason := what_runs(path))}
+    _none(
+        "files may run code when they are opened (move them elsewhere)",
+        [f"{name} ({reason})" for name, reason in (named | found).items()],
+    )
+    return "no pickles, archives, programs or active drawings"
+
+
+def check_secrets(folder: Path, allowed: Collection[str] = ()) -> str:
+    """No passwords, tokens or keys, in any file."""
+    rules = secret_rules()
+    files = {name: path for name, path in uploaded_files(folder).items() if path.is_file() and name not in bundle()}
+    _none(
+        "files hold what looks like a password or key",
+        [f"{name} ({kind})" for name, path in files.items() if (kind := secret_in(path, rules))],
+    )
+    return f"none of {len(rules)} kinds in {len(files)} files"
+
+
+def check_card(folder: Path, allowed: Collection[str] = ()) -> str:
     """A card that says what the Hub and a reader need, with nothing left to fill in."""
     file = folder / "README.md"
     if not file.is_file():
@@ -144,6 +159,10 @@ def check_card(folder: Path) -> str:
     license = str(card.data.license)
     if not re.fullmatch(r"[a-z0-9][a-z0-9.+-]*", license):
         raise ValueError(f"license must be written as on the Hub, apache-2.0 for example, or other, got {license!r}")
+    for field in ("base_model", "datasets"):
+        given = card.data.get(field) or []
+        names = given if isinstance(given, list) else [given]
+        _none(f"{field} in README.md must be names on the Hub, got", [repr(x) for x in names if not _is_hub_name(x)])
     lines = [f"line {number}" for number, line in enumerate(card.content.splitlines(), 1) if MISSING in line]
     _none(f"README.md still has {MISSING}", lines)
     if "trust_remote_code=True" not in card.text:
@@ -151,7 +170,7 @@ def check_card(folder: Path) -> str:
     return f"license {license}"
 
 
-def check_loading(folder: Path) -> str:
+def check_loading(folder: Path, allowed: Collection[str] = ()) -> str:
     """The same logits in a fresh process with foxlm, and in one where only the folder's own code can be imported."""
     auto_class = TASKS[architecture_of(read_config(folder))][0]
     program = Path(__file__).with_name("fresh_process.py").read_text(encoding="utf-8")
@@ -160,7 +179,8 @@ def check_loading(folder: Path) -> str:
         environment = os.environ | {"HF_MODULES_CACHE": f"{scratch}/modules", "HF_HUB_OFFLINE": "1"}
         for source in ("foxlm", "folder"):
             out = Path(scratch) / f"{source}.safetensors"
-            command = [sys.executable, "-c", program, str(folder.resolve()), str(out), auto_class, source]
+            trust = "tokenizer" if allowed else ""
+            command = [sys.executable, "-c", program, str(folder.resolve()), str(out), auto_class, source, trust]
             done = subprocess.run(command, cwd=scratch, env=environment, capture_output=True, text=True, check=False)
             if done.returncode:
                 last = (done.stderr.strip().splitlines() or ["no message"])[-1]
@@ -171,6 +191,14 @@ def check_loading(folder: Path) -> str:
     if not first["logits"].isfinite().all():
         raise ValueError("the model's logits are not finite")
     return "with foxlm and with the folder's own code; the same logits, bit for bit"
+
+
+def _is_hub_name(name: str) -> bool:
+    try:
+        validate_repo_id(name)
+    except ValueError:
+        return False
+    return True
 
 
 def _none(what: str, names: Iterable[str]) -> None:

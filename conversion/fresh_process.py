@@ -1,7 +1,8 @@
 """Load a model in a process of its own and write what it computes.
 
 This file's text is the program of that process (``python -c``), so that it holds also where foxlm cannot be imported.
-Its arguments: the model's folder, the file to write, the Auto class, and ``foxlm`` or ``folder``, whose code to use.
+Its arguments: the model's folder, the file to write, the Auto class, ``foxlm`` or ``folder``, whose code to use, and
+``tokenizer`` if the tokenizer may use code of its own.
 """
 
 import sys
@@ -15,7 +16,7 @@ class _WithoutFoxlm:
             raise ModuleNotFoundError(f"No module named {name!r}", name=name)
 
 
-def _main(folder: str, out: str, auto_class: str, source: str) -> None:
+def _main(folder: str, out: str, auto_class: str, source: str, trusted: str) -> None:
     if source == "folder":
         sys.meta_path.insert(0, _WithoutFoxlm())
     else:
@@ -36,7 +37,7 @@ def _main(folder: str, out: str, auto_class: str, source: str) -> None:
         results = {"logits": model(input_ids=ids, use_cache=False).to_tuple()[0].contiguous()}
         if model.can_generate():
             results["generated"] = model.generate(ids, max_new_tokens=8, do_sample=False, eos_token_id=None)
-    tokenizer = transformers.AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder, trust_remote_code=trusted == "tokenizer")
     results["tokens"] = torch.tensor(tokenizer("Forgetting is half of remembering.").input_ids)
     save_file(results, out)
 

@@ -26,6 +26,7 @@ from transformers import (
 )
 
 from foxlm.conversion.bases import base_config, base_of
+from foxlm.conversion.links import check_links
 from foxlm.conversion.new_folder import TEXT_FILES, check_new, copy_text_files, new_folder
 from foxlm.conversion.weight_map import Plan, Rename, distinct_weights, make_model, plan_to_ours
 from foxlm.modeling.configuration_fox import FoxConfig
@@ -119,11 +120,11 @@ def graft_to_folder(source: str | Path, out: str | Path, **options: Any) -> None
         options: of `graft`.
 
     Raises:
-        ValueError: ``out`` is there already; or as `graft`.
+        ValueError: ``out`` is there already, or in ``source``; or as `graft`.
         OSError: as `graft`.
     """
     # Before anything is fetched or read, and again when the folder is made.
-    check_new(Path(out))
+    check_new(Path(out), Path(source))
     source = _folder_of(source)
     model = graft(source, **options)
     with new_folder(out) as folder:
@@ -185,6 +186,7 @@ def _folder_of(source: str | Path) -> Path:
             ) from error
     if not (folder / "config.json").is_file():
         raise ValueError(f"folder must hold a config.json, got {folder}")
+    check_links(folder)
     return folder
 
 

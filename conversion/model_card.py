@@ -7,6 +7,7 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from foxlm.conversion.evaluation_results import Pruning, Results, read_results
 from foxlm.conversion.fox_folder import TASKS, architecture_of, read_config
+from foxlm.conversion.links import check_links
 from foxlm.conversion.stored_weights import StoredWeights
 from foxlm.modeling.configuration_fox import FoxConfig
 
@@ -75,7 +76,9 @@ def write_model_card(
     """
     folder = Path(folder)
     card = folder / "README.md"
-    config, stored = read_config(folder), StoredWeights(folder)
+    config = read_config(folder)
+    check_links(folder)
+    stored = StoredWeights(folder)
     if card.exists() and not overwrite:
         raise ValueError(f"{card} is there already; --overwrite replaces it, with what was written by hand")
     architecture = architecture_of(config)
@@ -152,8 +155,10 @@ from transformers import {auto_class}, AutoTokenizer
 
 folder = "path/to/this/folder"  # or its name on the Hub
 model = {auto_class}.from_pretrained(folder, trust_remote_code=True)
-tokenizer = AutoTokenizer.from_pretrained(folder)
-```"""
+tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+```
+
+The tokenizer has no code of its own; without `trust_remote_code=False` transformers asks all the same."""
 
 
 def _architecture(config: FoxConfig, parameters: int) -> str:

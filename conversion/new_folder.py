@@ -7,14 +7,17 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-# What turns text to tokens and back, chats and samples; as it was.
+# What turns text to tokens and back, chats and samples; as it was. None of it is code.
 TEXT_FILES = (
-    "tokenizer*",
+    "tokenizer*.json",
+    "tokenizer*.model",
     "special_tokens_map.json",
     "added_tokens.json",
-    "vocab.*",
+    "vocab.json",
+    "vocab.txt",
     "merges.txt",
-    "chat_template*",
+    "chat_template*.json",
+    "chat_template*.jinja",
     "generation_config.json",
 )
 
@@ -38,14 +41,19 @@ def new_folder(out: str | Path) -> Iterator[Path]:
         folder.rename(out)
 
 
-def check_new(out: Path) -> None:
-    """Raise a `ValueError` if there is anything at ``out``, be it a link to nowhere."""
+def check_new(out: Path, source: Path | None = None) -> None:
+    """Raise a `ValueError` if there is anything at ``out``, be it a link to nowhere, or if it lies in ``source``."""
     if os.path.lexists(out):
         raise ValueError(f"OUT must be a new folder, got {out}, which is there already")
+    if source is not None and source.resolve() in out.resolve().parents:
+        raise ValueError(f"OUT must not lie in the source, got {out}")
 
 
 def copy_text_files(source: str | Path, folder: Path) -> None:
-    """Copy tokenizer, chat template and generation settings from a model's folder to another, over what is there."""
+    """Copy tokenizer, chat template and generation settings from a model's folder to another, over what is there.
+
+    Links are followed: `check_links` comes first.
+    """
     for pattern in TEXT_FILES:
         for file in filter(Path.is_file, Path(source).glob(pattern)):
             shutil.copy2(file, folder / file.name)

@@ -1,25 +1,28 @@
 """Check a model's folder, and upload it to the Hub if told to."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from huggingface_hub import HfApi
+from huggingface_hub import HfApi, ModelCard
 
 import foxlm
 from foxlm.conversion import folder_checks
 
-_CHECKS: dict[str, Callable[[Path], str]] = {
+_CHECKS: dict[str, Callable[[Path, Collection[str]], str]] = {
     "configuration": folder_checks.check_configuration,
+    "files": folder_checks.check_files,
+    "contents": folder_checks.check_contents,
+    "secrets": folder_checks.check_secrets,
+    "code": folder_checks.check_code,
     "weights": folder_checks.check_weights,
     "tokenizer": folder_checks.check_tokenizer,
-    "code": folder_checks.check_code,
-    "files": folder_checks.check_files,
     "card": folder_checks.check_card,
     "loading": folder_checks.check_loading,
 }
-# A model is loaded, which runs the folder's code, only if these are in order.
-_BEFORE_LOADING = {"configuration", "weights", "tokenizer", "code"}
+# The folder's code is run only if these are in order.
+_BEFORE_CODE = {"configuration", "files", "contents", "code"}
+_BEFORE = {"tokenizer": _BEFORE_CODE, "loading": _BEFORE_CODE | {"weights", "tokenizer"}}
 
 
 @dataclass(frozen=True)
@@ -37,8 +40,13 @@ class Check:
     found: str
 
 
-def check_folder(folder: str | Path) -> Iterator[Check]:
+def check_folder(folder: str | Path, allow_code: Collection[str] = ()) -> Iterator[Check]:
     """Run every check, one after the other; the last takes some seconds more than loading the model twice.
+
+    Args:
+        folder: the model's.
+        allow_code: code beside the library's own that may be there, and is run by the last check: names of files in
+            ``folder``, or references such as ``"owner/name--module.Class"``.
 
     Raises:
         ValueError: there is no such folder.
@@ -48,11 +56,11 @@ def check_folder(folder: str | Path) -> Iterator[Check]:
         raise ValueError(f"folder must be one that save_pretrained made, got {folder}")
     failed: set[str] = set()
     for name, check in _CHECKS.items():
-        if name == "loading" and failed & _BEFORE_LOADING:
-            yield Check(name, False, f"not tried, because of {', '.join(sorted(failed & _BEFORE_LOADING))}")
+        if unready := failed & _BEFORE.get(name, set()):
+            yield Check(name, False, f"not tried, because of {', '.join(sorted(unready))}")
             continue
         try:
-            found = Check(name, True, check(folder))
+            found = Check(name, True, check(folder, allow_code))
         except ValueError as error:
             failed.add(name)
             found = Check(name, False, str(error))
@@ -79,6 +87,8 @@ def push_folder(folder: str | Path, repo_id: str, private: bool = False) -> str:
     """
     hub = HfApi()
     try:
+        # The Hub's own judgement of the card, before a repository is made.
+        ModelCard.load(Path(folder) / "README.md").validate()
         repo_id = hub.create_repo(repo_id, private=True if private else None, exist_ok=True).repo_id
         public = private and not hub.model_info(repo_id).private
         if not public:

@@ -30,7 +30,11 @@ def read_fields(folder: Path) -> dict[str, Any]:
     """The ``config.json`` of a folder; raises a `ValueError` if there is none."""
     if not (folder / "config.json").is_file():
         raise ValueError(f"the source must be a folder with a config.json, got {folder}")
-    return read_json(folder / "config.json")
+    fields = read_json(folder / "config.json")
+    # transformers takes it for one.
+    if not isinstance(fields.get("auto_map") or {}, dict):
+        raise ValueError(f"auto_map in {folder / 'config.json'} must be an object, got {fields['auto_map']!r:.60}")
+    return fields
 
 
 class StoredWeights:

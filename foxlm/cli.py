@@ -194,9 +194,11 @@ def bundle(folder: _ModelFolder) -> None:
 
     save_pretrained does so by itself; this is for folders saved by another version of foxlm.
     """
+    from foxlm.conversion.links import check_links
     from foxlm.modeling.bundle_fox import write_bundle
 
     try:
+        check_links(folder)
         write_bundle(folder)
     except (ValueError, OSError) as error:
         _fail(error)
@@ -213,8 +215,16 @@ def publish(
         ),
     ] = None,
     private: Annotated[bool, typer.Option("--private", help="Make that repository private.")] = False,
+    allow_code: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="FILE",
+            help="Code beside foxlm's own that is meant to be there: a file of the folder, or a reference such as "
+            "OWNER/NAME--module.Class. Loading the model may run it. Repeatable.",
+        ),
+    ] = None,
 ) -> None:
-    """Check that a model's folder is ready for others: weights, tokenizer, code, card, and that it loads everywhere.
+    """Check that a model's folder is ready for others: that it is whole, holds nothing else, and loads everywhere.
 
     Uploads nothing without --push.
     """
@@ -228,7 +238,7 @@ def publish(
         if push is not None:
             validate_repo_id(push)
         failed = []
-        for check in check_folder(folder):
+        for check in check_folder(folder, allow_code or ()):
             typer.echo(f"{'ok  ' if check.passed else 'FAIL'}  {check.name:13}  {check.found}")
             if not check.passed:
                 failed.append(check.name)

@@ -34,20 +34,28 @@ def write_bundle(folder: str | os.PathLike) -> None:
     """Write the model's code into a folder that holds its ``config.json``, and name it there; replaces older code.
 
     Raises:
-        ValueError: ``folder`` holds no configuration of a FoX model.
+        ValueError: ``folder`` holds no configuration of a FoX model, or its ``auto_map`` is none.
     """
     folder = Path(folder)
     file = folder / "config.json"
     fields = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
     if not isinstance(fields, dict) or fields.get("model_type") != "fox":
         raise ValueError(f"folder must hold a config.json with model_type 'fox', got {folder}")
-    files = bundle()
-    for name, source in files.items():
-        (folder / name).write_bytes(source.encode())
+    others = fields.get("auto_map") or {}
+    if not isinstance(others, dict):
+        raise ValueError(f"auto_map in {file} must be an object, got a {type(others).__name__}")
+    for name, source in bundle().items():
+        _write(folder / name, source)
     for name in stale_files(folder):
         (folder / name).unlink()
-    fields["auto_map"] = {**(fields.get("auto_map") or {}), **AUTO_MAP}
-    file.write_text(json.dumps(fields, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    _write(file, json.dumps({**fields, "auto_map": {**others, **AUTO_MAP}}, indent=2, sort_keys=True) + "\n")
+
+
+def _write(file: Path, text: str) -> None:
+    """Write a file, in place of a link and not through it, which may lead into the Hub's cache."""
+    if file.is_symlink():
+        file.unlink()
+    file.write_bytes(text.encode())
 
 
 def stale_files(folder: Path) -> list[str]:
