@@ -1,6 +1,5 @@
 """The public function: forgetting attention over whole sequences, on whatever device the inputs are."""
 
-import math
 from collections.abc import Callable
 from typing import Literal, NamedTuple, overload
 
@@ -9,17 +8,16 @@ from torch import Tensor
 
 from .backend import HAS_TRITON
 from .decay import Decay, accumulate, sequence_starts
-from .pruning import Rule, check_rule, prune
+from .pruning import Rule, prune
 from .reference import backward_pass as reference_backward
 from .reference import forward_pass as reference_forward
 from .reference import reference_attention
+from .validation import check_gates, check_inputs, check_options, check_packing, real_tokens
 
 if HAS_TRITON:
     from .triton_attention import backward_pass as triton_backward
     from .triton_attention import forward_pass as triton_forward
     from .triton_attention import supports, triton_attention
-
-_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 @overload
@@ -82,8 +80,8 @@ def forgetting_attention(
     (Forgetting Transformer, arXiv 2503.02130). The queries are the last ``Tq`` of the ``Tk`` tokens.
     Memory is linear in ``Tk``. On an NVIDIA GPU, for heads up to 256 and types up to float32, this runs on Triton
     kernels, which give the same bits each time; elsewhere in PyTorch. Differentiable once, in reverse mode, in ``q``,
-    ``k``, ``v`` and ``log_f``; not inside torch.func's transforms (a model does all that with
-    ``attn_implementation="eager"``).
+    ``k``, ``v`` and ``log_f``. Forward mode, second derivatives and torch.func's transforms raise
+    `NotImplementedError` (a model has all of them with ``attn_implementation="eager"``).
 
     Args:
         q: ``[B, Tq, H, D]`` queries; float16, bfloat16, float32 or float64.
@@ -95,7 +93,8 @@ def forgetting_attention(
             the check would wait for the device, and the result is undefined.
         scale: multiplies the logits; ``1 / sqrt(D)`` by default.
         attention_mask: ``[B, Tk]``, nonzero for real tokens and zero for padding, which may stand anywhere. A padding
-            token is not attended to, does not decay anything, and its own output is zero; it may hold NaN.
+            token is not attended to, does not decay anything, and its own output is zero; ``q``, ``k``, ``v`` and
+            ``log_f`` may hold NaN there, and get gradients of zero.
         cu_seqlens: ``[N + 1]`` int32 or int64 offsets of the sequences packed in a batch of one,
             ``0 = o_0 <= ... <= o_N = Tk``. No sequence sees or decays another.
         dropout: probability of dropping an attention weight, in ``[0, 1)``.
@@ -120,18 +119,15 @@ def forgetting_attention(
         torch.Size([1, 8, 2, 16])
     """
     check_inputs(q, k, v, log_f)
-    if scale is not None and not math.isfinite(scale):
-        raise ValueError(f"scale must be a finite number, got {scale}")
-    if eps is not None:
-        check_rule(eps, rule)
-    if not 0.0 <= dropout < 1.0:
-        raise ValueError(f"dropout must be in [0, 1), got {dropout}")
+    check_options(scale=scale, dropout=dropout, eps=eps, rule=rule)
     starts = real = None
     if cu_seqlens is not None:
-        starts = _packed_starts(cu_seqlens, log_f)
+        check_packing(cu_seqlens, len(q), k.shape[1])
+        starts = sequence_starts(cu_seqlens.to(log_f.device), k.shape[1])
     if attention_mask is not None:
-        real = _real_tokens(attention_mask, log_f)
+        real = real_tokens(attention_mask, "[B, Tk]", (len(q), k.shape[1]), log_f.device)
         log_f = log_f.masked_fill(~real[..., None], 0.0)
+    check_gates(log_f)
     decay = _last_queries(q.shape[1], log_f, starts)
     if real is not None:
         decay = hide_padding(decay, real)
@@ -177,33 +173,6 @@ def _last_queries(queries: int, log_f: Tensor, starts: Tensor | None) -> Decay:
     return Decay(c[..., keys - queries :], c, first[..., keys - queries :], last)
 
 
-def _packed_starts(cu_seqlens: Tensor, log_f: Tensor) -> Tensor:
-    batch, keys, _ = log_f.shape
-    if batch != 1:
-        raise ValueError(f"cu_seqlens packs sequences in a batch of one, got a batch of {batch}")
-    check_cu_seqlens("cu_seqlens", cu_seqlens, keys)
-    return sequence_starts(cu_seqlens.to(log_f.device), keys)
-
-
-def _real_tokens(attention_mask: Tensor, log_f: Tensor) -> Tensor:
-    if attention_mask.shape != log_f.shape[:2]:
-        raise ValueError(
-            f"attention_mask must have shape [B, Tk] = {list(log_f.shape[:2])}, got {list(attention_mask.shape)}"
-        )
-    return as_bool_mask(attention_mask, log_f.device)
-
-
-def as_bool_mask(attention_mask: Tensor, device: torch.device) -> Tensor:
-    """True where ``attention_mask`` is nonzero; a `ValueError` for an additive mask, which would mean the opposite.
-
-    The values are read on a CPU only: elsewhere that would wait for the device.
-    """
-    readable = attention_mask.device.type == "cpu" and not torch.compiler.is_compiling()
-    if attention_mask.is_floating_point() and readable and (attention_mask < 0).any():
-        raise ValueError("attention_mask must be nonzero for real tokens and zero for padding, got an additive mask")
-    return attention_mask.to(device=device, dtype=torch.bool)
-
-
 def hide_padding(decay: Decay, real: Tensor) -> Decay:
     """Hide padding from every query, and everything from the queries that are padding.
 
@@ -231,65 +200,3 @@ def without_padding(q: Tensor, k: Tensor, v: Tensor, decay: Decay) -> tuple[Tens
     sees_nothing = (decay.first > decay.last).all(1)[..., None, None]
     hidden = ~decay.real[..., None, None]
     return q.masked_fill(sees_nothing, 0.0), k.masked_fill(hidden, 0.0), v.masked_fill(hidden, 0.0)
-
-
-def check_inputs(q: Tensor, k: Tensor, v: Tensor, log_f: Tensor) -> None:
-    """Raise a `ValueError` unless the tensors are as `forgetting_attention` takes them; the message names which."""
-    for name, x in (("q", q), ("k", k), ("v", v), ("log_f", log_f)):
-        if not isinstance(x, Tensor):
-            raise ValueError(f"{name} must be a tensor, got {type(x).__name__}")
-    for name, x in (("q", q), ("k", k), ("v", v)):
-        if x.ndim != 4:
-            raise ValueError(f"{name} must have shape [B, T, heads, D], got {list(x.shape)}")
-        if x.dtype not in _DTYPES:
-            raise ValueError(f"{name} must be float16, bfloat16, float32 or float64, got {x.dtype}")
-        if x.dtype != q.dtype or x.device != q.device:
-            raise ValueError(
-                f"{name} must have the type and device of q, {q.dtype} on {q.device}, got {x.dtype} on {x.device}"
-            )
-    batch, queries, heads, head_dim = q.shape
-    keys, kv_heads = k.shape[1], k.shape[2]
-    if k.shape != (batch, keys, kv_heads, head_dim):
-        raise ValueError(
-            f"k must have the batch size and head size of q, [{batch}, Tk, G, {head_dim}], got {list(k.shape)}"
-        )
-    if v.shape != k.shape:
-        raise ValueError(f"v must have the shape of k, {list(k.shape)}, got {list(v.shape)}")
-    if queries > keys:
-        raise ValueError(f"q must not have more tokens than k: got {queries} queries for {keys} keys")
-    if kv_heads == 0 or heads == 0 or heads % kv_heads or head_dim == 0:
-        raise ValueError(
-            f"q must have a positive multiple of the heads of k and a positive head size, "
-            f"got {heads} query heads, {kv_heads} key/value heads, head size {head_dim}"
-        )
-    accepted = sorted({1, kv_heads, heads})
-    if log_f.ndim != 3 or log_f.shape[:2] != (batch, keys) or log_f.shape[2] not in accepted:
-        raise ValueError(
-            f"log_f must have shape [B, Tk, Hf] = [{batch}, {keys}, one of {accepted}], got {list(log_f.shape)}"
-        )
-    if log_f.dtype not in (torch.float32, torch.float64) or log_f.device != q.device:
-        raise ValueError(
-            f"log_f must be float32 or float64 on {q.device}, got {log_f.dtype} on {log_f.device}: "
-            "gates in half precision lose the long decays (convert the gate's logits before logsigmoid)"
-        )
-    if log_f.device.type == "cpu" and not torch.compiler.is_compiling() and not (log_f <= 0.0).all():
-        raise ValueError(
-            "log_f must be <= 0 and not NaN: it is the log of a gate in [0, 1], as logsigmoid gives it; "
-            f"got a largest value of {log_f.max().item()}"
-        )
-
-
-def check_cu_seqlens(name: str, cu_seqlens: Tensor, length: int) -> None:
-    """Raise a `ValueError` about argument ``name`` unless it holds offsets that rise from 0 to ``length``.
-
-    The values are read on a CPU only: elsewhere that would wait for the device.
-    """
-    if cu_seqlens.ndim != 1 or cu_seqlens.dtype not in (torch.int32, torch.int64) or len(cu_seqlens) < 2:
-        raise ValueError(
-            f"{name} must be int32 or int64 of shape [N + 1] with N >= 1, "
-            f"got {cu_seqlens.dtype} of shape {list(cu_seqlens.shape)}"
-        )
-    if cu_seqlens.device.type == "cpu" and not torch.compiler.is_compiling():
-        offsets = cu_seqlens.tolist()
-        if offsets[0] != 0 or offsets[-1] != length or offsets != sorted(offsets):
-            raise ValueError(f"{name} must rise from 0 to the number of tokens, {length}, got {offsets}")

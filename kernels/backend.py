@@ -21,8 +21,9 @@ HAS_GLUON = HAS_TRITON and not _INTERPRETED and triton.__version__.startswith(("
 NAMESPACE = re.sub(r"\W", "_", __package__ or "foxlm_kernels", flags=re.ASCII)
 
 ONLY_REVERSE_MODE = (
-    "forgetting attention is differentiable once, in reverse mode; "
-    "a model has other derivatives with attn_implementation='eager'"
+    "forgetting attention is differentiable once, in reverse mode by torch.autograd, and takes no part in torch.func's "
+    "transforms (fold what vmap would map over into the batch); "
+    "a model has all of them with attn_implementation='eager'"
 )
 
 
@@ -40,9 +41,17 @@ def rows_together(x: Tensor) -> Tensor:
     return x if x.stride(-1) == 1 else x.contiguous()
 
 
-def refuse_forward_mode(*inputs: Tensor) -> None:
-    """Raise `NotImplementedError` if an input carries a tangent: operators without a rule drop it without a word."""
-    if any(torch.autograd.forward_ad.unpack_dual(x).tangent is not None for x in inputs):
+def is_transformed(x: Tensor) -> bool:
+    """Whether ``x`` carries a tangent of forward mode, which operators without a rule drop without a word, or is what a
+    transform of torch.func makes of a tensor."""
+    if torch.compiler.is_compiling():
+        return False
+    return torch.func.debug_unwrap(x) is not x or torch.autograd.forward_ad.unpack_dual(x).tangent is not None
+
+
+def refuse_transforms(*inputs: Tensor | None) -> None:
+    """Raise `NotImplementedError` if an input `is_transformed`."""
+    if any(x is not None and is_transformed(x) for x in inputs):
         raise NotImplementedError(ONLY_REVERSE_MODE)
 
 

@@ -1,15 +1,14 @@
 """The public function of context parallelism: forgetting attention of a sequence that lies on several ranks."""
 
-import math
-
 from torch import Tensor
 
-from .attention import as_bool_mask, check_cu_seqlens, check_inputs, hide_padding, without_padding
+from .attention import hide_padding, without_padding
 from .context_parallel import ContextParallel
 from .decay import Decay, sequence_starts
-from .pruning import Rule, check_rule
+from .pruning import Rule
 from .sharded_attention import sharded_attention
 from .sharded_pruning import prune_shards
+from .validation import check_gates, check_inputs, check_options, check_packing, real_tokens
 
 
 def context_parallel_attention(
@@ -56,25 +55,15 @@ def context_parallel_attention(
         raise ValueError(
             f"q, k and v must have this rank's {tokens} of {length} tokens, got {q.shape[1]} and {k.shape[1]}"
         )
-    if scale is not None and not math.isfinite(scale):
-        raise ValueError(f"scale must be a finite number, got {scale}")
-    if eps is not None:
-        check_rule(eps, rule)
-    if not 0.0 <= dropout < 1.0:
-        raise ValueError(f"dropout must be in [0, 1), got {dropout}")
+    check_options(scale=scale, dropout=dropout, eps=eps, rule=rule)
     starts = real = None
     if cu_seqlens is not None:
-        if len(q) != 1:
-            raise ValueError(f"cu_seqlens packs sequences in a batch of one, got a batch of {len(q)}")
-        check_cu_seqlens("cu_seqlens", cu_seqlens, length)
+        check_packing(cu_seqlens, len(q), length)
         starts = shards.take(sequence_starts(cu_seqlens.to(q.device), length))
     if attention_mask is not None:
-        if attention_mask.shape != (len(q), length):
-            raise ValueError(
-                f"attention_mask must have shape [B, length] = {[len(q), length]}, got {list(attention_mask.shape)}"
-            )
-        real = shards.take(as_bool_mask(attention_mask, q.device))
+        real = shards.take(real_tokens(attention_mask, "[B, length]", (len(q), length), q.device))
         log_f = log_f.masked_fill(~real[..., None], 0.0)
+    check_gates(log_f)
     c, first = shards.accumulate(log_f, starts)
     decay = Decay(c, c, first, shards.tables(q.device).positions, shards=shards)
     if real is not None:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch import Tensor
 
-from .backend import HAS_TRITON, runs_kernels
+from .backend import HAS_TRITON, is_transformed, runs_kernels
 
 if HAS_TRITON:
     from .scan import sum_gates
@@ -119,7 +119,7 @@ def accumulate(
     unbroken = carry is None and isinstance(offset, int) and offset == 0
     # Far enough below zero that no offset makes it an index.
     no_reset = 0 if unbroken else -(1 << 31)
-    if runs_kernels(log_f) and log_f.shape[1] > _FEW:
+    if runs_kernels(log_f) and log_f.shape[1] > _FEW and not is_transformed(log_f):
         c, first = sum_gates(log_f, starts, LOG_ZERO_GATE, no_reset)
     else:
         c, first = _sum_gates_in_pytorch(log_f, starts, no_reset)

@@ -25,8 +25,9 @@ from torch import Tensor
 from .backend import NAMESPACE, rows_together, runs_kernels
 from .decay import Decay, KeySummary
 from .forward import dot_precision, load_rows
-from .pruning import Rule, check_rule
+from .pruning import Rule
 from .tiles import LARGEST_HEAD_DIM, PRUNED_KEYS, padded_head_dim
+from .validation import check_rule
 
 LARGEST_ROWS, LARGEST_QUERIES = 64, 16
 

@@ -26,19 +26,12 @@ from torch import Tensor
 from .backend import HAS_TRITON, runs_kernels
 from .decay import Decay, KeySummary, accumulate
 from .tiles import PRUNED_KEYS, PRUNED_QUERIES
+from .validation import check_rule
 
 if HAS_TRITON:
     from .boundaries import raise_first
 
 Rule = Literal["paper", "tight"]
-
-
-def check_rule(eps: float, rule: str) -> None:
-    """Raise a `ValueError` unless ``eps`` and ``rule`` are as `first_kept` takes them."""
-    if not 0.0 < eps < 1.0:
-        raise ValueError(f"eps must be in (0, 1), got {eps}")
-    if rule not in ("paper", "tight"):
-        raise ValueError(f"rule must be 'paper' or 'tight', got {rule!r}")
 
 
 def first_kept(

@@ -23,7 +23,7 @@ Two places decide whether accuracy survives long sequences:
 import torch
 from torch import Tensor
 
-from .backend import NAMESPACE, refuse_forward_mode, refuse_second_derivative
+from .backend import NAMESPACE, refuse_second_derivative, refuse_transforms
 from .decay import Decay
 
 # Scores held at a time, in elements: 16 MiB in float32, small enough to stay near the caches of a CPU.
@@ -56,8 +56,7 @@ def reference_attention(
     Returns:
         Output ``[B, Tq, H, D]`` in the type of ``q`` and log-sum-exp ``[B, H, Tq]`` in float32 (float64 for float64).
     """
-    if not torch.compiler.is_compiling():
-        refuse_forward_mode(q, k, v, decay.query, decay.key)
+    refuse_transforms(q, k, v, decay.query, decay.key)
     # The seed is a tensor so that a compiled graph draws a new one at each call.
     seed = torch.randint(2**62, (), dtype=torch.int64) if dropout > 0.0 else None
     return _forward(q, k, v, decay.query, decay.key, decay.first, decay.last, scale, dropout, seed)

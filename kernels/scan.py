@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .backend import NAMESPACE, refuse_second_derivative
+from .backend import NAMESPACE
 
 _CHUNK = 1024
 
@@ -130,7 +130,7 @@ def _reversed_gradients(DC, chunk, row, c_b, c_h, c_t, T, HF, CHUNK: tl.constexp
 
 
 def sum_gates(log_f: Tensor, starts: Tensor | None, log_zero: float, no_reset: int) -> tuple[Tensor, Tensor]:
-    """Running sums of log gates, and the last reset up to each token. Differentiable once in ``log_f``.
+    """Running sums of log gates, and the last reset up to each token. Differentiable in ``log_f``, twice too.
 
     Args:
         log_f: ``[B, T, Hf]`` float32 or float64.
@@ -201,4 +201,18 @@ def _autograd(ctx, dc: Tensor, _):
 
 
 _sum_gates.register_autograd(_autograd, setup_context=_save_for_backward)
-_sum_gates_backward.register_autograd(refuse_second_derivative)
+
+
+def _save_for_second_derivative(ctx, inputs, output) -> None:
+    _, log_f, ctx.log_zero = inputs
+    ctx.save_for_backward(log_f)
+
+
+def _second_derivative(ctx, d: Tensor):
+    # A gradient is linear in ``dc``; and no number below a gate of minus infinity is a reset.
+    (log_f,) = ctx.saved_tensors
+    ddc, _ = _sum_gates(d.masked_fill(log_f < ctx.log_zero, 0.0), None, float("-inf"), 0)
+    return ddc, None, None
+
+
+_sum_gates_backward.register_autograd(_second_derivative, setup_context=_save_for_second_derivative)

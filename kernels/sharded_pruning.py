@@ -14,9 +14,10 @@ from torch import Tensor
 from .backend import HAS_TRITON, rows_together, runs_kernels
 from .context_parallel import Shards
 from .decay import Decay
-from .pruning import Rule, check_rule, search_tight
+from .pruning import Rule, search_tight
 from .split_tables import most_blocks
 from .tiles import PRUNED_KEYS, PRUNED_QUERIES
+from .validation import check_rule
 
 if HAS_TRITON:
     from .boundaries import Blocks, Queries, decay_by_blocks, join_blocks, join_largest, norms, search

@@ -8,7 +8,7 @@ the dispatcher must know of them. Float32 products run in TF32 if torch is told 
 import torch
 from torch import Tensor
 
-from .backend import HAS_GLUON, NAMESPACE, refuse_forward_mode, refuse_second_derivative, rows_together, runs_kernels
+from .backend import HAS_GLUON, NAMESPACE, refuse_second_derivative, refuse_transforms, rows_together, runs_kernels
 from .backward import backward
 from .decay import Decay
 from .forward import forward
@@ -39,8 +39,7 @@ def triton_attention(
 
     float16, bfloat16 or float32; heads up to 256. Results are the same bits each time.
     """
-    if not torch.compiler.is_compiling():
-        refuse_forward_mode(q, k, v, decay.query, decay.key)
+    refuse_transforms(q, k, v, decay.query, decay.key)
     seed = torch.randint(2**62, (), dtype=torch.int64, device=q.device) if dropout > 0.0 else None
     out, lse = _forward(q, k, v, decay.query, decay.key, decay.first, decay.last, scale, dropout, seed)
     return out, lse.float()

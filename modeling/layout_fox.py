@@ -7,10 +7,10 @@ from torch import Tensor, nn
 from transformers.cache_utils import Cache
 from transformers.utils.import_utils import is_torchdynamo_compiling
 
-from ..kernels.attention import as_bool_mask, check_cu_seqlens
 from ..kernels.context_parallel import Shards
 from ..kernels.decay import sequence_starts
 from ..kernels.tiles import PRUNED_KEYS
+from ..kernels.validation import bool_mask, check_cu_seqlens
 from .configuration_fox import LAYER_TYPE
 
 
@@ -181,6 +181,6 @@ def padding_mask(
             f"attention_mask must cover the tokens in the cache and the new ones, [B, Tk] = {[batch, expected]}, "
             f"got {list(attention_mask.shape)}"
         )
-    mask = as_bool_mask(attention_mask, device)
+    mask = bool_mask(attention_mask, device)
     # A static cache is longer than its tokens; the keys to come are hidden by causality.
     return nn.functional.pad(mask, (0, keys - mask.shape[1]), value=True)

@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.autograd.functional import hessian as autograd_hessian
 
 from attention_inputs import (
     attention,
@@ -18,7 +19,7 @@ from attention_inputs import (
 )
 from eager import eager_attention
 from foxlm.kernels import triton_attention
-from foxlm.kernels.decay import accumulate
+from foxlm.kernels.decay import LOG_ZERO_GATE, _sum_gates_in_pytorch, accumulate
 from kernel_device import DEVICE, INTERPRETED, ON_KERNELS, SOME_DTYPES, on_device
 
 pytestmark = ON_KERNELS
@@ -273,7 +274,29 @@ def test_second_derivatives_and_forward_mode_are_errors():
     (gradient,) = torch.autograd.grad(forgetting_attention(*inputs).sum(), inputs[:1], create_graph=True)
     with pytest.raises(NotImplementedError, match="eager"):
         gradient.sum().backward()
-    with torch.autograd.forward_ad.dual_level():
-        q = torch.autograd.forward_ad.make_dual(inputs[0].detach(), torch.ones_like(inputs[0]))
-        with pytest.raises(NotImplementedError, match="eager"):
-            forgetting_attention(q, *inputs[1:])
+    for i in range(4):
+        with torch.autograd.forward_ad.dual_level():
+            dual = torch.autograd.forward_ad.make_dual(inputs[i].detach(), torch.ones_like(inputs[i]))
+            with pytest.raises(NotImplementedError, match="eager"):
+                forgetting_attention(*inputs[:i], dual, *inputs[i + 1 :])
+
+
+@pytest.mark.parametrize(
+    "derivatives",
+    [torch.func.grad, torch.func.jacfwd, torch.func.hessian, lambda f: functools.partial(autograd_hessian, f)],
+)
+def test_sums_of_gates_have_every_derivative(derivatives):
+    """So that a model with `eager` attention has them, whose gates are summed by kernels too."""
+    log_f = -torch.rand(2, 20, 2, dtype=torch.float64, device=DEVICE)
+    log_f[:, ::7] = 2.0 * LOG_ZERO_GATE
+
+    def squares(sum_gates, x):
+        # Of what is linear second derivatives are zero.
+        return (sum_gates(x)[0] ** 2).sum()
+
+    actual, expected = (
+        derivatives(functools.partial(squares, f))(log_f)
+        for f in (accumulate, lambda x: _sum_gates_in_pytorch(x, None, 0))
+    )
+    torch.testing.assert_close(actual, expected)
+    assert expected.count_nonzero() > 0

@@ -3,6 +3,7 @@
 import re
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -30,6 +31,35 @@ NAN_GATES, POSITIVE_GATES, INFINITE_GATES = (torch.full((2, 10, 4), x) for x in 
 
 # The argument the message must begin with, what it must also say, and the inputs.
 BAD = {
+    "q-list": ("q", "list", {"q": [[[[1.0]]]]}),
+    "k-numpy": ("k", "ndarray", {"k": np.zeros((2, 10, 2, 8), np.float32)}),
+    "v-string": ("v", "str", {"v": "v"}),
+    "log_f-number": ("log_f", "int", {"log_f": 0}),
+    "q-sparse": ("q", "sparse", {"q": torch.zeros(2, 6, 4, 8).to_sparse()}),
+    "k-nested": (
+        "k",
+        "nested: True",
+        {"k": torch.nested.nested_tensor([torch.zeros(10, 2, 8)] * 2, layout=torch.jagged)},
+    ),
+    "scale-string": ("scale", "'1'", {"scale": "1"}),
+    "scale-tensor": ("scale", "tensor(1.)", {"scale": torch.tensor(1.0)}),
+    "scale-bool": ("scale", "True", {"scale": True}),
+    "scale-infinite": ("scale", "inf", {"scale": -torch.inf}),
+    "eps-string": ("eps", "'x'", {"eps": "x"}),
+    "eps-tensor": ("eps", "tensor(0.1", {"eps": torch.tensor(0.1)}),
+    "rule-number": ("rule", "1", {"eps": 0.1, "rule": 1}),
+    "rule-none": ("rule", "None", {"eps": 0.1, "rule": None}),
+    "rule-without-eps": ("rule", "'tihgt'", {"rule": "tihgt"}),
+    "dropout-none": ("dropout", "None", {"dropout": None}),
+    "dropout-string": ("dropout", "'0.1'", {"dropout": "0.1"}),
+    "mask-list": ("attention_mask", "list", {"attention_mask": [[1] * 10] * 2}),
+    "mask-none-shape": ("attention_mask", "[]", {"attention_mask": torch.tensor(True)}),
+    "mask-complex": ("attention_mask", "complex64", {"attention_mask": torch.ones(2, 10, dtype=torch.complex64)}),
+    "mask-nan": ("attention_mask", "nan", {"attention_mask": torch.full((2, 10), torch.nan)}),
+    "mask-device": ("attention_mask", "meta", {"attention_mask": torch.ones(2, 10, device="meta")}),
+    "mask-bool-shape": ("attention_mask", "[10, 2]", {"attention_mask": torch.ones(10, 2, dtype=torch.bool)}),
+    "cu_seqlens-list": ("cu_seqlens", "list", {"cu_seqlens": [0, 10]} | {name: x[:1] for name, x in good().items()}),
+    "cu_seqlens-number": ("cu_seqlens", "int", {"cu_seqlens": 10} | {name: x[:1] for name, x in good().items()}),
     "log_f-none": ("log_f", "NoneType", {"log_f": None}),
     "additive-mask": ("attention_mask", "additive", {"attention_mask": torch.zeros(2, 10) - 1e9}),
     "scale-nan": ("scale", "nan", {"scale": torch.nan}),
@@ -153,7 +183,7 @@ def test_inputs_are_left_as_they_were():
 
 
 @pytest.mark.parametrize("kind", ["left", "right", "holes", "empty"])
-@pytest.mark.parametrize("names", ["q", "k", "v", "qkv"])
+@pytest.mark.parametrize("names", ["q", "k", "v", "f", "qkvf"])
 def test_nan_in_padding_reaches_nothing(kind, names):
     """Padding may be memory that nobody wrote: its numbers are not to be looked at, forward or backward."""
     inputs, mask = draw_inputs(70), padding_mask(kind, 2, 70)
@@ -162,12 +192,30 @@ def test_nan_in_padding_reaches_nothing(kind, names):
     torch.testing.assert_close(actual, expected, rtol=0.0, atol=0.0)
 
 
-def test_nan_gates_in_padding_are_an_error():
-    """Documented: the check reads all gates, padding or not."""
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf, 1.0])
+def test_padding_may_hold_anything(value):
+    inputs, mask = draw_inputs(20), padding_mask("holes", 2, 20)
+    expected = output_and_gradients(attention, inputs, attention_mask=mask)
+    with torch.no_grad():
+        for x in inputs:
+            x[mask == 0] = value
+    actual = output_and_gradients(attention, inputs, attention_mask=mask)
+    torch.testing.assert_close(actual, expected, rtol=0.0, atol=0.0)
+
+
+def test_nan_gates_beside_padding_are_an_error():
+    """Negative control: only those of padding are not looked at."""
     q, k, v, log_f = (x.detach() for x in draw_inputs(20))
-    log_f[0, 0] = torch.nan
+    log_f[0, -1] = torch.nan
     with pytest.raises(ValueError, match="log_f"):
         forgetting_attention(q, k, v, log_f, attention_mask=padding_mask("left", 2, 20))
+
+
+@pytest.mark.parametrize("number", [np.float32(0.3), np.float64(0.3), 1])
+def test_numbers_of_numpy_are_numbers(number):
+    inputs = [x.detach() for x in draw_inputs(20)]
+    out = forgetting_attention(*inputs, scale=number)
+    torch.testing.assert_close(out, forgetting_attention(*inputs, scale=float(number)), rtol=0.0, atol=0.0)
 
 
 @pytest.mark.parametrize("name", ["q", "k", "v"])

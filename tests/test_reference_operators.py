@@ -237,6 +237,35 @@ def test_scores_held_at_a_time_stay_within_the_budget(monkeypatch):
     assert sizes == {1: 60, 2: 30, 100: 8}
 
 
+TRANSFORMS: dict[str, Callable[..., object]] = {
+    "grad": lambda f, x: torch.func.grad(lambda y: f(y).sum())(x),
+    "vjp": lambda f, x: torch.func.vjp(f, x),
+    "jacrev": lambda f, x: torch.func.jacrev(f)(x),
+    "jvp": lambda f, x: torch.func.jvp(f, (x,), (x,)),
+    "jacfwd": lambda f, x: torch.func.jacfwd(f)(x),
+    "hessian": lambda f, x: torch.func.hessian(lambda y: f(y).sum())(x),
+    "vmap": lambda f, x: torch.func.vmap(f)(torch.stack([x, x])),
+    "autograd.hessian": lambda f, x: torch.autograd.functional.hessian(lambda y: f(y).sum(), x),
+    "autograd.jvp": lambda f, x: torch.autograd.functional.jvp(f, x, x),
+}
+
+
+@pytest.mark.parametrize("name", ["q", "k", "v", "log_f"])
+@pytest.mark.parametrize("transform", TRANSFORMS)
+def test_transforms_are_an_error_that_says_what_to_do(transform, name):
+    inputs = {x: torch.randn(1, 20, 2, 4) for x in ("q", "k", "v")} | {"log_f": -torch.rand(1, 20, 2)}
+    with pytest.raises(NotImplementedError, match=r"torch\.func's transforms.*eager"):
+        TRANSFORMS[transform](lambda x: forgetting_attention(**(inputs | {name: x})), inputs[name])
+
+
+def test_jacobians_of_reverse_mode_work():
+    inputs = [x.detach() for x in draw_inputs(5, batch=1)]
+    looped, batched = (
+        torch.autograd.functional.jacobian(forgetting_attention, tuple(inputs), vectorize=x) for x in (False, True)
+    )
+    torch.testing.assert_close(looped, batched)
+
+
 @pytest.mark.parametrize("name", ["q", "k", "v", "log_f"])
 def test_forward_mode_is_an_error_not_a_zero(name):
     inputs = {x: torch.randn(1, 5, 2, 4) for x in ("q", "k", "v")} | {"log_f": -torch.rand(1, 5, 2)}
