@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from foxlm.modeling.paged_cache_fox import FoxPagedCache
+from foxlm.modeling.versions_fox import CACHE, cache_of
 
 _LOGITS_AT_ONCE = 4096
 
@@ -73,8 +74,8 @@ def _chunked(model: PreTrainedModel, row: Tensor, chunk: int) -> Tensor:
     cache, losses = new_cache(model, len(row)), []
     # The last token predicts nothing.
     for part, target in zip(row[:-1].split(chunk), row[1:].split(chunk), strict=True):
-        out = model(input_ids=part[None], past_key_values=cache, use_cache=True)
-        cache = out.past_key_values
+        out = model(input_ids=part[None], use_cache=True, **{CACHE: cache})
+        cache = cache_of(out)
         pairs = zip(out.logits[0].split(_LOGITS_AT_ONCE), target.split(_LOGITS_AT_ONCE), strict=True)
         losses += [_cross_entropy(*pair).cpu() for pair in pairs]
     return torch.cat(losses)

@@ -16,6 +16,8 @@ from torch import Tensor, nn
 from tqdm import tqdm
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+from foxlm.modeling.versions_fox import CACHE, cache_of
+
 from .loading import load_model, load_tokenizer, model_name, position_limit, pruning_used, trained_length
 from .loss_by_position import new_cache
 from .needle_prompts import MODES, STARTS, Prompt, PromptMaker, draw_needle, haystack_tokens
@@ -256,9 +258,9 @@ def answer_scores(
         cache = new_cache(model, whole.shape[1])
         for part in whole[:, :kept].split(chunk, dim=1):
             # Positions that no logits are wanted of.
-            out = model(input_ids=part, past_key_values=cache, use_cache=True, logits_to_keep=1)
-            cache = out.past_key_values
-        logits = model(input_ids=whole[:, kept:], past_key_values=cache, use_cache=True).logits
+            out = model(input_ids=part, use_cache=True, logits_to_keep=1, **{CACHE: cache})
+            cache = cache_of(out)
+        logits = model(input_ids=whole[:, kept:], use_cache=True, **{CACHE: cache}).logits
     else:
         logits = model(input_ids=whole, use_cache=False, logits_to_keep=longest).logits
     found = []

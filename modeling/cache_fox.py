@@ -24,6 +24,7 @@ from ..kernels.tiles import PRUNED_KEYS
 from .configuration_fox import LAYER_TYPE
 from .layout_fox import TokenLayout
 from .paged_cache_fox import FoxPagedCache, PagedForgettingLayer
+from .versions_fox import CACHE
 
 _ACCEPTED = (
     "DynamicCache(config=model.config), StaticCache(config=model.config, max_cache_len=...) "
@@ -363,22 +364,22 @@ def check_cache(cache: Cache, num_layers: int) -> None:
     """Refuse a cache whose layers would drop the gates; give an empty `DynamicCache()` the right layers.
 
     Raises:
-        ValueError: ``past_key_values`` cannot hold what ``num_layers`` layers of FoX need.
+        ValueError: ``cache`` cannot hold what ``num_layers`` layers of FoX need.
     """
     layers = getattr(cache, "layers", None)
     if not isinstance(cache, Cache) or layers is None:
-        raise ValueError(f"past_key_values must be {_ACCEPTED}, got {type(cache).__name__}")
+        raise ValueError(f"{CACHE} must be {_ACCEPTED}, got {type(cache).__name__}")
     if isinstance(cache, DynamicCache) and not layers and cache.layer_class_to_replicate is DynamicLayer:
         cache.layer_class_to_replicate = DynamicForgettingLayer
     grows = cache.layer_class_to_replicate is DynamicForgettingLayer
     foreign = {type(x).__name__ for x in layers if not isinstance(x, _LAYERS)}
     if foreign or not (layers or grows):
         raise ValueError(
-            f"past_key_values must keep the forget gates: pass {_ACCEPTED}, got {type(cache).__name__} "
+            f"{CACHE} must keep the forget gates: pass {_ACCEPTED}, got {type(cache).__name__} "
             f"of {sorted(foreign) or 'no layers'}"
         )
     if len(layers) < num_layers and not grows:
-        raise ValueError(f"past_key_values must have the model's {num_layers} layers, got {len(layers)}")
+        raise ValueError(f"{CACHE} must have the model's {num_layers} layers, got {len(layers)}")
 
 
 def layer_of(cache: Cache, layer_idx: int) -> ForgettingLayer:

@@ -147,7 +147,7 @@ class FoxConfig(PreTrainedConfig):
         "num_layers": "num_hidden_layers",
         "norm_eps": "rms_norm_eps",
     }
-    keys_to_ignore_at_inference = ["past_key_values"]
+    keys_to_ignore_at_inference = ["cache", "past_key_values"]
     # One RoPE for all layers: transformers' tools would otherwise look for one per entry of `layer_types`.
     _rope_type_labels: ClassVar[None] = None
 

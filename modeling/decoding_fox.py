@@ -96,9 +96,10 @@ def decoding_weights(model: nn.Module) -> Iterator[None]:
 
     Example:
         >>> model = FoxForCausalLM(FoxConfig.preset("pro-125m", num_hidden_layers=2)).eval()
+        >>> cache = FoxPagedCache(model.config, max_cache_len=4096)
         >>> with torch.no_grad(), decoding_weights(model):
-        ...     cache = model(torch.tensor([[1, 2, 3]])).past_key_values
-        ...     logits = model(torch.tensor([[4]]), past_key_values=cache).logits
+        ...     for ids in torch.tensor([[1, 2, 3]]), torch.tensor([[4]]):
+        ...         logits = model(ids, cache=cache).logits
     """
     with contextlib.ExitStack() as undo:
         with _ENTERING, torch.inference_mode(False), torch.no_grad():

@@ -32,6 +32,7 @@ from .decoding_fox import FusedProjections, fused_products
 from .gates_fox import make_forget_gate
 from .layout_fox import TokenLayout
 from .parallel_fox import local_part, sum_gradients
+from .versions_fox import one_cache
 
 # From this many elements on a tensor's float32 copies are worth computing twice.
 _LARGE = 1 << 22
@@ -214,6 +215,8 @@ class FoxAttention(nn.Module):
         hidden_states: Tensor,
         layout: TokenLayout,
         position_embeddings: tuple[Tensor, Tensor] | None = None,
+        cache: Cache | None = None,
+        *,
         past_key_values: Cache | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> tuple[Tensor, Tensor | None]:
@@ -222,12 +225,14 @@ class FoxAttention(nn.Module):
             hidden_states: ``[B, T, hidden]``.
             layout: where the tokens stand.
             position_embeddings: cosines and sines ``[B or 1, T, rotated size]``, with RoPE.
-            past_key_values: cache of earlier tokens; takes in these.
+            cache: of earlier tokens; takes in these.
+            past_key_values: the older name of ``cache``.
 
         Returns:
             ``[B, T, hidden]`` and the attention weights ``[B, H, T, Tk]`` (None unless `eager`).
         """
-        cache_layer = None if past_key_values is None else layer_of(past_key_values, self.layer_idx)
+        cache = one_cache(cache, past_key_values)
+        cache_layer = None if cache is None else layer_of(cache, self.layer_idx)
         # In decoding all at once, else each where it is needed.
         fused = fused_products(self, hidden_states)
         q, k, v = (
@@ -251,7 +256,7 @@ class FoxAttention(nn.Module):
         if layout.real is not None:
             log_f = log_f.masked_fill(~layout.real[..., None], 0.0)
         q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-        if past_key_values is None or cache_layer is None:
+        if cache is None or cache_layer is None:
             sum_gates = accumulate if layout.shards is None else layout.shards.accumulate
             c, first = sum_gates(log_f, starts=layout.starts)
             decay = Decay(c, c, first, layout.positions, shards=layout.shards)
@@ -259,7 +264,7 @@ class FoxAttention(nn.Module):
             # The first tokens have nothing to search, and no pages yet.
             few = cache_layer.is_initialized and self._few_queries(q, k)
             cache_layer.append_gates(log_f, layout)
-            k, v = past_key_values.update(k, v, self.layer_idx, few=few)
+            k, v = cache.update(k, v, self.layer_idx, few=few)
             decay = cache_layer.decay(few, own_block=self._bound_needs_keys())
         if (real := layout.real_keys) is not None:
             # A mask may be as long as a cache of fixed size, where the keys are those so far.

@@ -12,6 +12,7 @@ from ..kernels.decay import sequence_starts
 from ..kernels.tiles import PRUNED_KEYS
 from ..kernels.validation import bool_mask, check_cu_seqlens
 from .configuration_fox import LAYER_TYPE
+from .versions_fox import CACHE
 
 
 class TokenLayout(NamedTuple):
@@ -70,7 +71,7 @@ def token_layout(
     seen = _read_if_free(past)
     if seen is not None and seen + length > keys:
         raise ValueError(
-            f"past_key_values holds {seen} tokens and has room for {keys}: {length} more do not fit (max_cache_len)"
+            f"{CACHE} holds {seen} tokens and has room for {keys}: {length} more do not fit (max_cache_len)"
         )
     if position_ids is not None and position_ids.shape not in ((1, length), (batch, length)):
         raise ValueError(f"position_ids must be [B or 1, T] = [{batch} or 1, {length}], got {list(position_ids.shape)}")
@@ -89,7 +90,7 @@ def token_layout(
     if queries is not None:
         if batch != 1 or not fresh:
             raise ValueError(
-                "cu_seq_lens_q packs sequences in a batch of one, without earlier tokens in past_key_values; "
+                f"cu_seq_lens_q packs sequences in a batch of one, without earlier tokens in {CACHE}; "
                 f"got a batch of {batch}, earlier tokens: {not fresh}"
             )
         check_cu_seqlens("cu_seq_lens_q", queries, length)

@@ -35,6 +35,7 @@ from .loss_fox import FoxLMHead, loss_in_chunks, targets_of_shard
 from .paged_cache_fox import FoxPagedCache
 from .parallel_fox import check_processes, check_tensor_parallel
 from .peft_defaults import register_peft_defaults
+from .versions_fox import CACHE, CACHE_NAMES, cache_of, one_cache, with_one_cache
 
 
 class FoxPreTrainedModel(PreTrainedModel):
@@ -45,7 +46,7 @@ class FoxPreTrainedModel(PreTrainedModel):
     base_model_prefix = "model"
     supports_gradient_checkpointing = True
     _no_split_modules = ["FoxDecoderLayer"]
-    _skip_keys_device_placement = ["past_key_values"]
+    _skip_keys_device_placement = list(CACHE_NAMES)
     _supports_sdpa = True
     _supports_flash_attn = False
     _supports_flex_attn = False
@@ -155,9 +156,11 @@ class FoxModel(FoxPreTrainedModel):
         input_ids: Tensor | None = None,
         attention_mask: Tensor | dict[str, Tensor | None] | None = None,
         position_ids: Tensor | None = None,
-        past_key_values: Cache | None = None,
+        cache: Cache | None = None,
         inputs_embeds: Tensor | None = None,
         use_cache: bool | None = None,
+        *,
+        past_key_values: Cache | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> BaseModelOutputWithPast:
         """
@@ -167,9 +170,10 @@ class FoxModel(FoxPreTrainedModel):
                 A 4-D mask is refused: a branch that a query may not see would still decay what it may see.
             position_ids: ``[B or 1, T]``; read by RoPE, and where they restart, with an empty cache, a new
                 packed sequence begins.
-            past_key_values: cache of earlier tokens.
+            cache: of earlier tokens; takes in these.
             inputs_embeds: ``[B, T, hidden]`` instead of tokens.
             use_cache: whether to return a cache.
+            past_key_values: the older name of ``cache``.
             cu_seq_lens_q (in ``kwargs``): ``[N + 1]`` offsets of the sequences packed in a batch of one, as
                 `DataCollatorWithFlattening(return_flash_attn_kwargs=True)` gives them.
 
@@ -179,6 +183,7 @@ class FoxModel(FoxPreTrainedModel):
         Raises:
             ValueError: an argument is not as above; the message names it.
         """
+        cache = one_cache(cache, past_key_values)
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("exactly one of input_ids and inputs_embeds must be given")
         name, given = ("input_ids", input_ids) if input_ids is not None else ("inputs_embeds", inputs_embeds)
@@ -193,25 +198,25 @@ class FoxModel(FoxPreTrainedModel):
             self.context_parallel.check_same(
                 tokens=given, attention_mask=mask, position_ids=position_ids, cu_seq_lens_q=packing
             )
-            shards = self._shards(self.context_parallel, tokens[1], past_key_values)
+            shards = self._shards(self.context_parallel, tokens[1], cache)
             given, use_cache = shards.take(given), False
         inputs_embeds = cast(Tensor, self.embed_tokens(given) if input_ids is not None else given)
-        if past_key_values is not None:
-            check_cache(past_key_values, self.config.num_hidden_layers)
-            if self.gradient_checkpointing and self.training and past_key_values.get_seq_length() > 0:
+        if cache is not None:
+            check_cache(cache, self.config.num_hidden_layers)
+            if self.gradient_checkpointing and self.training and cache.get_seq_length() > 0:
                 # transformers takes the cache from checkpointed layers: tokens would stand after keys that are gone.
-                raise ValueError("past_key_values must be empty in training with gradient checkpointing")
+                raise ValueError(f"{CACHE} must be empty in training with gradient checkpointing")
         elif use_cache:
-            past_key_values = DynamicCache(config=self.config)
+            cache = DynamicCache(config=self.config)
 
         cu_seqlens = (kwargs.get("cu_seq_lens_q"), kwargs.get("cu_seq_lens_k"))
-        if isinstance(past_key_values, FoxPagedCache) and not is_torchdynamo_compiling():
-            if not past_key_values.is_initialized:
-                past_key_values.set_logit_bounds([cast(FoxDecoderLayer, x).logit_bounds() for x in self.layers])
+        if isinstance(cache, FoxPagedCache) and not is_torchdynamo_compiling():
+            if not cache.is_initialized:
+                cache.set_logit_bounds([cast(FoxDecoderLayer, x).logit_bounds() for x in self.layers])
             if not isinstance(attention_mask, dict):
                 # Else `create_masks_for_generate` has done it.
-                past_key_values.reserve(inputs_embeds.shape[1])
-        layout = token_layout(tokens, inputs_embeds.device, attention_mask, position_ids, cu_seqlens, past_key_values)
+                cache.reserve(inputs_embeds.shape[1])
+        layout = token_layout(tokens, inputs_embeds.device, attention_mask, position_ids, cu_seqlens, cache)
         if shards is not None:
             layout = layout.shard(shards)
         position_embeddings = None
@@ -228,18 +233,18 @@ class FoxModel(FoxPreTrainedModel):
                 hidden_states,
                 layout=layout,
                 position_embeddings=position_embeddings,
-                past_key_values=past_key_values,
+                **{CACHE: cache},
                 **kwargs,
             )
         return BaseModelOutputWithPast(
             last_hidden_state=self.norm(hidden_states),
-            past_key_values=past_key_values if use_cache else None,
+            **{CACHE: cache if use_cache else None},
         )
 
     def _shards(self, context: ContextParallel, length: int, cache: Cache | None) -> Shards:
         if cache is not None:
             raise ValueError(
-                "past_key_values must be None with context parallelism, which is for whole sequences; "
+                f"{CACHE} must be None with context parallelism, which is for whole sequences; "
                 "set_context_parallel(None) before generate"
             )
         implementation = self.config._attn_implementation
@@ -270,14 +275,16 @@ class FoxForCausalLM(FoxPreTrainedModel, GenerationMixin):
     def generate(self, *args, **kwargs):
         """As in [`~transformers.GenerationMixin.generate`], within `decoding_weights`."""
         with decoding_weights(self):
-            return super().generate(*args, **kwargs)
+            return super().generate(*args, **with_one_cache(kwargs))
 
     @staticmethod
     def create_masks_for_generate(
         config: FoxConfig,
         inputs_embeds: Tensor,
         attention_mask: Tensor | None,
-        past_key_values: Cache | None,
+        cache: Cache | None = None,
+        *,
+        past_key_values: Cache | None = None,
         **kwargs,
     ) -> dict[str, Tensor | None]:
         """The padding mask at the fixed length of a static cache, so that a compiled step sees one shape.
@@ -285,14 +292,15 @@ class FoxForCausalLM(FoxPreTrainedModel, GenerationMixin):
         Called by `generate` before each step where the cache can be compiled; so a paged cache makes room here, outside
         of what is compiled.
         """
+        cache = one_cache(cache, past_key_values)
         batch, length = inputs_embeds.shape[:2]
-        keys = length if past_key_values is None else past_key_values.get_mask_sizes(length, 0)[0]
-        past = 0 if past_key_values is None else past_key_values.get_seq_length()
+        keys = length if cache is None else cache.get_mask_sizes(length, 0)[0]
+        past = 0 if cache is None else cache.get_seq_length()
         mask = padding_mask(attention_mask, batch, past, length, keys, inputs_embeds.device)
         if mask is not None and mask.all():
             mask = None
-        if isinstance(past_key_values, FoxPagedCache):
-            past_key_values.reserve(length)
+        if isinstance(cache, FoxPagedCache):
+            cache.reserve(length)
         return {LAYER_TYPE: mask}
 
     def _prepare_cache_for_generation(
@@ -301,10 +309,10 @@ class FoxForCausalLM(FoxPreTrainedModel, GenerationMixin):
         # Assisted decoding takes back more tokens than pages allow.
         assisted = generation_mode == GenerationMode.ASSISTED_GENERATION or generation_config.is_assistant
         wanted = self.config.free_dead_cache and generation_config.use_cache is not False and not assisted
-        if wanted and model_kwargs.get("past_key_values") is None and generation_config.cache_implementation is None:
+        if wanted and model_kwargs.get(CACHE) is None and generation_config.cache_implementation is None:
             # Room to go on with the cache in a later turn costs little.
             room = max(max_cache_length, generation_config.max_cache_len or 0, self.config.max_position_embeddings)
-            model_kwargs["past_key_values"] = FoxPagedCache(self.config, room)
+            model_kwargs[CACHE] = FoxPagedCache(self.config, room)
             return
         super()._prepare_cache_for_generation(
             generation_config, model_kwargs, generation_mode, batch_size, max_cache_length
@@ -316,11 +324,13 @@ class FoxForCausalLM(FoxPreTrainedModel, GenerationMixin):
         input_ids: Tensor | None = None,
         attention_mask: Tensor | dict[str, Tensor | None] | None = None,
         position_ids: Tensor | None = None,
-        past_key_values: Cache | None = None,
+        cache: Cache | None = None,
         inputs_embeds: Tensor | None = None,
         labels: Tensor | None = None,
         use_cache: bool | None = None,
         logits_to_keep: int | Tensor = 0,
+        *,
+        past_key_values: Cache | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> CausalLMOutputWithPast:
         """Arguments as for [`FoxModel.forward`], and
@@ -341,7 +351,7 @@ class FoxForCausalLM(FoxPreTrainedModel, GenerationMixin):
             input_ids=input_ids,
             attention_mask=attention_mask,
             position_ids=position_ids,
-            past_key_values=past_key_values,
+            cache=one_cache(cache, past_key_values),
             inputs_embeds=inputs_embeds,
             use_cache=use_cache,
             **kwargs,
@@ -373,9 +383,9 @@ class FoxForCausalLM(FoxPreTrainedModel, GenerationMixin):
         return CausalLMOutputWithPast(
             loss=loss,
             logits=logits,
-            past_key_values=outputs.past_key_values,
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
+            **{CACHE: cache_of(outputs)},
         )
 
     def _share_remembered(

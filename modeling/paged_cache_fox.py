@@ -24,6 +24,7 @@ from ..kernels.summary import Running, empty_summary, extend_summary, running_be
 from ..kernels.tiles import PRUNED_KEYS as PAGE
 from .configuration_fox import FoxConfig
 from .layout_fox import TokenLayout
+from .versions_fox import CACHE
 
 # How many of each head are handed out in advance: looking for dead ones takes as long as several steps.
 _PAGES_AHEAD = 4
@@ -206,7 +207,7 @@ class PagedForgettingLayer(CacheLayerMixin):
         length = past + tokens
         if length > self.max_cache_len:
             raise ValueError(
-                f"past_key_values holds {past} tokens and has room for {self.max_cache_len}: "
+                f"{CACHE} holds {past} tokens and has room for {self.max_cache_len}: "
                 f"{tokens} more do not fit (max_cache_len)"
             )
         heads = self.pages.shape[1]
@@ -436,7 +437,7 @@ class FoxPagedCache(Cache):
     Example:
         >>> model = FoxForCausalLM(FoxConfig.preset("pro-125m", num_hidden_layers=2)).eval()
         >>> cache = FoxPagedCache(model.config, max_cache_len=4096)
-        >>> tokens = model.generate(torch.tensor([[1, 2, 3]]), max_new_tokens=5, past_key_values=cache)
+        >>> tokens = model.generate(torch.tensor([[1, 2, 3]]), max_new_tokens=5, cache=cache)
     """
 
     def __init__(self, config: FoxConfig, max_cache_len: int) -> None:
@@ -471,8 +472,7 @@ class FoxPagedCache(Cache):
         room = self.get_max_length()
         if length + tokens > room:
             raise ValueError(
-                f"past_key_values holds {length} tokens and has room for {room}: "
-                f"{tokens} more do not fit (max_cache_len)"
+                f"{CACHE} holds {length} tokens and has room for {room}: {tokens} more do not fit (max_cache_len)"
             )
         if length == 0 or tokens > PAGE:
             # A prompt makes room for itself: only for what it needs.

@@ -18,6 +18,7 @@ from foxlm.kernels.attention import forgetting_attention
 from foxlm.kernels.context_attention import context_parallel_attention
 from foxlm.kernels.context_parallel import ContextParallel
 from foxlm.kernels.token_split import Segment
+from foxlm.modeling.versions_fox import cache_of
 from models import tiny_model
 
 
@@ -231,7 +232,7 @@ def refusals() -> dict[str, str]:
     said = {}
     for name, call in {
         "generate": lambda: model.generate(ids, max_new_tokens=2),
-        "cache": lambda: model(ids, past_key_values=tiny_model()(ids, use_cache=True).past_key_values),
+        "cache": lambda: model(ids, cache=cache_of(tiny_model()(ids, use_cache=True))),
         "logits_to_keep": lambda: model(ids, logits_to_keep=1),
         "short": lambda: model(ids[:, :1]),
         "sdpa": lambda: _with_implementation(model, "sdpa")(ids),

@@ -10,6 +10,7 @@ from transformers.configuration_utils import PreTrainedConfig
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 
 from foxlm.evaluation.demo.tokenizer import byte_tokenizer
+from foxlm.modeling.versions_fox import CACHE, cache_of
 
 VOCABULARY = 258
 
@@ -61,15 +62,15 @@ class Recalling(PreTrainedModel, GenerationMixin):
         return self.embed
 
     def forward(
-        self, input_ids: Tensor, past_key_values: Any = None, use_cache=None, logits_to_keep: int = 0, **kwargs: Any
+        self, input_ids: Tensor, use_cache=None, logits_to_keep: int = 0, **kwargs: Any
     ) -> CausalLMOutputWithPast:
-        everything, cache = _with_earlier(input_ids, past_key_values, use_cache)
+        everything, cache = _with_earlier(input_ids, kwargs.get(CACHE), use_cache)
         kept = logits_to_keep or input_ids.shape[1]
         logits = torch.zeros(len(everything), kept, VOCABULARY)
         for row, tokens in enumerate(everything.tolist()):
             for index in range(kept):
                 logits[row, index, self._next(tokens[: len(tokens) - kept + index + 1])] = 20.0
-        return CausalLMOutputWithPast(logits=logits, past_key_values=cache)
+        return CausalLMOutputWithPast(logits=logits, **{CACHE: cache})
 
     def _next(self, tokens: list[int]) -> int:
         seen = "".join(map(chr, tokens[-self.config.window :]))
@@ -85,14 +86,14 @@ class _Counter(PreTrainedModel):
         self.embed = nn.Embedding(VOCABULARY, 1)
         self.post_init()
 
-    def forward(self, input_ids: Tensor, past_key_values=None, use_cache=None, **kwargs) -> BaseModelOutputWithPast:
-        everything, cache = _with_earlier(input_ids, past_key_values, use_cache)
+    def forward(self, input_ids: Tensor, use_cache=None, **kwargs) -> BaseModelOutputWithPast:
+        everything, cache = _with_earlier(input_ids, kwargs.get(CACHE), use_cache)
         end = everything.shape[1]
         before = torch.arange(end - input_ids.shape[1], end) + 1
         states = nn.functional.one_hot((input_ids + 1) % 256, VOCABULARY).float()
         states = states * (self.config.slope * before)[:, None]
         states[:, before >= self.config.nan_from] = float("nan")
-        return BaseModelOutputWithPast(last_hidden_state=states, past_key_values=cache)
+        return BaseModelOutputWithPast(last_hidden_state=states, **{CACHE: cache})
 
 
 class Counting(PreTrainedModel, GenerationMixin):
@@ -113,12 +114,10 @@ class Counting(PreTrainedModel, GenerationMixin):
     def get_output_embeddings(self) -> nn.Module:
         return self.lm_head
 
-    def forward(
-        self, input_ids: Tensor, past_key_values: Any = None, use_cache=None, **kwargs: Any
-    ) -> CausalLMOutputWithPast:
-        out = self.model(input_ids, past_key_values, use_cache)
+    def forward(self, input_ids: Tensor, use_cache=None, **kwargs: Any) -> CausalLMOutputWithPast:
+        out = self.model(input_ids, use_cache, **kwargs)
         logits = self.config.scale * self.lm_head(out.last_hidden_state)
-        return CausalLMOutputWithPast(logits=logits, past_key_values=out.past_key_values)
+        return CausalLMOutputWithPast(logits=logits, **{CACHE: cache_of(out)})
 
 
 def counting_losses(length: int, slope: float = 0.01) -> Tensor:

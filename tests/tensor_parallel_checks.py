@@ -18,6 +18,7 @@ from transformers.distributed import DistributedConfig
 from foxlm import FoxConfig, FoxForCausalLM, FoxPagedCache, decoding_weights
 from foxlm.modeling import parallel_fox
 from foxlm.modeling.layers_fox import FoxDecoderLayer
+from foxlm.modeling.versions_fox import cache_of
 from fsdp_on_cpu import accelerate_shards
 from models import DECODING_VARIANTS, tokens
 
@@ -122,8 +123,8 @@ def compiled(sharded: FoxForCausalLM, single: FoxForCausalLM) -> Measured:
     ):
         with context():
             cache = StaticCache(config=model.config, max_cache_len=16)
-            model(ids, past_key_values=cache)
-            logits.append(forward(ids[:, :1].clone(), past_key_values=cache).logits)
+            model(ids, cache=cache)
+            logits.append(forward(ids[:, :1].clone(), cache=cache).logits)
     return {
         "compiled step": difference(logits[1], logits[0]),
         "compiled step of decoding weights": difference(logits[2], logits[0]),
@@ -134,7 +135,7 @@ def compiled(sharded: FoxForCausalLM, single: FoxForCausalLM) -> Measured:
 def caches(sharded: FoxForCausalLM, single: FoxForCausalLM) -> Measured:
     """Keys and values of this rank's heads, and no others; bounds of their logits."""
     ids = tokens(2, 21)
-    actual, expected = (model(ids, use_cache=True).past_key_values for model in (sharded, single))
+    actual, expected = (cache_of(model(ids, use_cache=True)) for model in (sharded, single))
     # One norm over all heads needs all of them.
     own = (lambda x, dim: x) if single.config.qk_norm == "all_heads" else of_this_rank
     measured = {}
@@ -161,12 +162,12 @@ def paged(sharded: FoxForCausalLM, single: FoxForCausalLM) -> Measured:
     measured = {}
     for name, hows in {
         "paged": ({}, {}),
-        "given cache": tuple({"past_key_values": cache} for cache in given),
+        "given cache": tuple({"cache": cache} for cache in given),
     }.items():
         actual, expected = (generate(model, ids, **how) for model, how in zip((sharded, single), hows, strict=True))
         measured[f"{name} tokens"] = 0.0 if torch.equal(actual.sequences, expected.sequences) else 1.0
         measured[f"{name} logits"] = difference(torch.stack(actual.logits), torch.stack(expected.logits))
-        assert isinstance(actual.past_key_values, FoxPagedCache)
+        assert isinstance(cache_of(actual), FoxPagedCache)
     freed = 0
     own = (lambda x, dim: x) if single.config.qk_norm == "all_heads" else of_this_rank
     for index, (a, e) in enumerate(zip(given[0].layers, given[1].layers, strict=True)):

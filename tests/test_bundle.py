@@ -33,7 +33,7 @@ def save_with_expectations(folder: Path) -> None:
             "logits": model(ids).logits,
             "dynamic": model.generate(ids, **GREEDY),
             "static": model.generate(ids, cache_implementation="static", **GREEDY),
-            "paged": model.generate(ids, past_key_values=paged, **GREEDY),
+            "paged": model.generate(ids, cache=paged, **GREEDY),
         },
         folder / "expected.safetensors",
     )
@@ -64,7 +64,7 @@ def outputs(model):
         "logits": model(ids).logits,
         "dynamic": model.generate(ids, **GREEDY),
         "static": model.generate(ids, cache_implementation="static", **GREEDY),
-        "paged": model.generate(ids, past_key_values=paged, **GREEDY),
+        "paged": model.generate(ids, cache=paged, **GREEDY),
     }
 """
 
@@ -189,7 +189,7 @@ for namespace in (NAMESPACE, backend.NAMESPACE):
 assert NAMESPACE != backend.NAMESPACE
 assert type(AutoModelForCausalLM.from_pretrained("model")) is foxlm.FoxForCausalLM
 try:
-    installed(ids, past_key_values=copy(ids, use_cache=True).past_key_values)
+    installed(ids, cache=cache_of(copy(ids, use_cache=True)))
 except ValueError:
     print("refused")
 """
@@ -363,6 +363,7 @@ import json, sys, torch
 from safetensors.torch import load_file, save_file
 from torch.profiler import ProfilerActivity, profile
 from transformers import AutoModelForCausalLM
+from foxlm.modeling.versions_fox import cache_of
 
 if OWN:
     import foxlm

@@ -24,6 +24,7 @@ from transformers.cache_utils import DynamicLayer, StaticLayer
 
 from foxlm.modeling.cache_fox import DynamicForgettingLayer, FoxPagedCache, StaticForgettingLayer
 from foxlm.modeling.layout_fox import TokenLayout
+from foxlm.modeling.versions_fox import CACHE, cache_of
 from models import DECODING_VARIANTS, SIZES, VARIANTS, assert_close, tiny_model, tokens
 
 
@@ -48,8 +49,8 @@ class Run:
         self.real = torch.cat([self.real, real], dim=1)
         positions = (self.real.cumsum(-1) - 1).clamp(min=0)[:, -count:]
         mask = None if self.real.all() else self.real
-        out = self.model(new, attention_mask=mask, position_ids=positions, past_key_values=self.cache, use_cache=True)
-        assert out.past_key_values is self.cache
+        out = self.model(new, attention_mask=mask, position_ids=positions, cache=self.cache, use_cache=True)
+        assert cache_of(out) is self.cache
         for row, keep in enumerate(self.real.bool()):
             expected = self.model(self.ids[row, keep][None], use_cache=False).logits[0] if keep.any() else None
             kept = real[row].bool()
@@ -169,13 +170,13 @@ class TestDynamicCache:
 
 def test_use_cache_returns_a_cache_of_the_right_layers() -> None:
     model = MODELS["pro"]
-    cache = model(tokens(1, 4), use_cache=True).past_key_values
+    cache = cache_of(model(tokens(1, 4), use_cache=True))
     assert isinstance(cache, DynamicCache)
     assert [type(layer) for layer in cache.layers] == [DynamicForgettingLayer] * 2
     assert [type(layer) for layer in StaticCache(config=model.config, max_cache_len=8).layers] == [
         StaticForgettingLayer
     ] * 2
-    assert model(tokens(1, 4), use_cache=False).past_key_values is None
+    assert cache_of(model(tokens(1, 4), use_cache=False)) is None
 
 
 @pytest.mark.parametrize("length", [9, 200])
@@ -243,7 +244,7 @@ def test_gradients_of_queries_alone_through_a_cache() -> None:
     gradients = []
     for parts in (ids.split(3, 1), [ids]):
         cache = DynamicCache(config=model.config)
-        losses = [model(part, past_key_values=cache, use_cache=True).logits.square().sum() for part in parts]
+        losses = [model(part, cache=cache, use_cache=True).logits.square().sum() for part in parts]
         model.zero_grad()
         torch.stack(losses).sum().backward()
         gradients.append(model.model.layers[0].self_attn.q_proj.weight.grad.clone())
@@ -372,7 +373,7 @@ def test_any_operations_on_a_static_cache(variant: str, operations: list[tuple])
 
 def llama_cache() -> DynamicCache:
     llama = LlamaForCausalLM(LlamaConfig(**{k: v for k, v in SIZES.items() if not k.startswith("decay")}))
-    return llama(tokens(2, 3), use_cache=True).past_key_values
+    return cache_of(llama(tokens(2, 3), use_cache=True))
 
 
 @pytest.mark.parametrize(
@@ -389,8 +390,8 @@ def llama_cache() -> DynamicCache:
     ids=["encoder-decoder", "dynamic", "static", "llama-static", "llama", "tuples", "list"],
 )
 def test_cache_that_would_lose_the_gates_is_refused(make: Any) -> None:
-    with pytest.raises(ValueError, match=r"past_key_values must .*got"):
-        MODELS["pro"](tokens(2, 4), past_key_values=make(), use_cache=True)
+    with pytest.raises(ValueError, match=rf"{CACHE} must .*got"):
+        MODELS["pro"](tokens(2, 4), cache=make(), use_cache=True)
 
 
 def test_quantized_cache_of_fox_is_refused() -> None:
@@ -400,8 +401,8 @@ def test_quantized_cache_of_fox_is_refused() -> None:
 
 def test_cache_of_fewer_layers_is_refused() -> None:
     short = DynamicCache(config=tiny_model(num_hidden_layers=1).config)
-    with pytest.raises(ValueError, match=r"past_key_values.*layers"):
-        MODELS["pro"](tokens(2, 4), past_key_values=short, use_cache=True)
+    with pytest.raises(ValueError, match=rf"{CACHE}.*layers"):
+        MODELS["pro"](tokens(2, 4), cache=short, use_cache=True)
 
 
 def test_wrong_masks_beside_a_cache_are_refused() -> None:
@@ -410,7 +411,7 @@ def test_wrong_masks_beside_a_cache_are_refused() -> None:
         run = make().extend(5)
         for shape in [(2, 1, 3, 8), (2, 3), (3, 8), (2, 41)]:
             with pytest.raises(ValueError, match=r"attention_mask must"):
-                model(tokens(2, 3), attention_mask=torch.ones(shape), past_key_values=run.cache, use_cache=True)
+                model(tokens(2, 3), attention_mask=torch.ones(shape), cache=run.cache, use_cache=True)
 
 
 def test_static_cache_that_is_full_is_refused() -> None:

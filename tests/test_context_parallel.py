@@ -6,6 +6,7 @@ import torch
 from foxlm import FoxForSequenceClassification
 from foxlm.kernels.context_parallel import ContextParallel, Traffic
 from foxlm.kernels.token_split import NAMED_SPLITS, Segment, TokenSplit
+from foxlm.modeling.versions_fox import CACHE
 from kernel_device import INTERPRETED
 from models import tiny_model
 from ranks import run_ranks
@@ -86,8 +87,8 @@ def test_traffic_dropout_and_refusals() -> None:
     assert error < 1e-6
     said = run_ranks("context_checks:refusals", 2)[0]
     for name, part in {
-        "generate": "past_key_values must be None with context parallelism",
-        "cache": "past_key_values must be None with context parallelism",
+        "generate": f"{CACHE} must be None with context parallelism",
+        "cache": f"{CACHE} must be None with context parallelism",
         "logits_to_keep": "logits_to_keep must be 0",
         "short": "split must give every rank a token, got none of 1 for",
         "sdpa": "attn_implementation must be one of ['fox', 'fox_reference'], got 'sdpa'",

@@ -59,7 +59,7 @@ def feed(model: FoxForCausalLM, cache: Cache, ids: Tensor, mask: Tensor | None, 
     for part in ids[:, : sum(steps)].split(steps, dim=1):
         end += part.shape[1]
         seen = None if mask is None else mask[:, :end]
-        parts.append(model(part, attention_mask=seen, past_key_values=cache).logits)
+        parts.append(model(part, attention_mask=seen, cache=cache).logits)
     return torch.cat(parts, dim=1)
 
 
@@ -149,8 +149,8 @@ def test_gradients_take_the_other_kernels(decoded: list) -> None:
     model = forgetful_model("pro").to(DEVICE)
     cache = DynamicCache(config=model.config)
     ids = tokens(1, 70).to(DEVICE)
-    model(ids, past_key_values=cache)
-    model(ids[:, :1], past_key_values=cache).logits.sum().backward()
+    model(ids, cache=cache)
+    model(ids[:, :1], cache=cache).logits.sum().backward()
     assert not decoded
     assert model.model.layers[0].self_attn.q_proj.weight.grad.isfinite().all()
 
@@ -192,11 +192,11 @@ def test_one_graph_for_all_steps(cache: str) -> None:
     torch.compiler.reset()
     step = torch.compile(model.forward, mode="reduce-overhead", fullgraph=True, dynamic=False)
     with torch.no_grad():
-        model(ids[:, :100].to(DEVICE), past_key_values=held)
+        model(ids[:, :100].to(DEVICE), cache=held)
         for i in range(100, LENGTH):
             if isinstance(held, FoxPagedCache):
                 held.reserve(1)
-            found = step(ids[:, i : i + 1].to(DEVICE), past_key_values=held).logits[:, 0].cpu()
+            found = step(ids[:, i : i + 1].to(DEVICE), cache=held).logits[:, 0].cpu()
             assert worst(found, expected[:, i]) < 10 * EPS
             torch._dynamo.config.error_on_recompile = i > 100
     torch._dynamo.config.error_on_recompile = False
@@ -221,10 +221,10 @@ def test_memory_of_freed_pages_is_returned() -> None:
     counts = []
     with torch.no_grad():
         for start in range(0, 96_000, 4_000):
-            model(tokens(1, 4_000, seed=start).to(DEVICE), past_key_values=held, logits_to_keep=1)
+            model(tokens(1, 4_000, seed=start).to(DEVICE), cache=held, logits_to_keep=1)
             torch.cuda.synchronize()
             counts.append(torch.cuda.memory_allocated())
         for token in tokens(1, 300).to(DEVICE).split(1, dim=1):
-            model(token, past_key_values=held)
+            model(token, cache=held)
         counts.append(torch.cuda.memory_allocated())
     assert max(counts[2:]) - min(counts[2:]) < 1 << 20

@@ -411,6 +411,6 @@ def test_a_loop_of_ones_own() -> None:
     with torch.no_grad(), decoding_weights(model):
         cache = DynamicCache(config=model.config)
         for _ in range(NEW):
-            out.append(model(ids, past_key_values=cache).logits[:, -1].float())
+            out.append(model(ids, cache=cache).logits[:, -1].float())
             ids = out[-1].argmax(-1, keepdim=True)
     assert_close(torch.stack(out), plain_logits(model))

@@ -15,6 +15,7 @@ from safetensors import safe_open
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from foxlm import FoxPagedCache
+from foxlm.modeling.versions_fox import cache_of
 
 pytest.importorskip("lm_eval")
 pytest.importorskip("matplotlib")
@@ -130,9 +131,9 @@ def test_freeing_dead_keys_changes_no_greedy_token(out: Path) -> None:
     prompt = torch.tensor([list(text[:700]), list(text[700:1400])])
     greedy = {"max_new_tokens": 300, "do_sample": False, "eos_token_id": None, "return_dict_in_generate": True}
     expected = model.generate(prompt, output_logits=True, **greedy)
-    freeing = model.generate(prompt, past_key_values=FoxPagedCache(model.config, 1000), **greedy)
-    held = freeing.past_key_values.held_bytes() / sum(
-        layer.keys.nbytes + layer.values.nbytes for layer in expected.past_key_values.layers
+    freeing = model.generate(prompt, cache=FoxPagedCache(model.config, 1000), **greedy)
+    held = cache_of(freeing).held_bytes() / sum(
+        layer.keys.nbytes + layer.values.nbytes for layer in cache_of(expected).layers
     )
     assert held < 0.9, "nothing to speak of was freed"
     for row in range(2):

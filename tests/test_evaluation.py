@@ -34,6 +34,7 @@ from foxlm.evaluation.gates import (
 from foxlm.evaluation.provenance import provenance
 from foxlm.evaluation.recording import AttentionInputs, record_attention
 from foxlm.modeling.attention_fox import ALL_ATTENTION_FUNCTIONS
+from foxlm.modeling.versions_fox import cache_of
 
 
 def tiny_model(**overrides) -> FoxForCausalLM:
@@ -117,9 +118,9 @@ def test_recording_refuses_what_it_would_misread() -> None:
     positions = torch.arange(40).remainder(20)[None]
     with pytest.raises(ValueError, match="packing"), record_attention(model):
         model(tokens(1), position_ids=positions, use_cache=False)
-    cache = model(tokens(), use_cache=True).past_key_values
+    cache = cache_of(model(tokens(), use_cache=True))
     with pytest.raises(ValueError, match="earlier tokens"), record_attention(model):
-        model(tokens(), past_key_values=cache)
+        model(tokens(), cache=cache)
     with pytest.raises(ValueError, match="FoX"), record_attention(torch.nn.Linear(2, 2)):
         pass
 

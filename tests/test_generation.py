@@ -10,6 +10,7 @@ from transformers import CompileConfig, DynamicCache, StaticCache
 from transformers.cache_utils import DynamicLayer
 
 from foxlm.modeling.cache_fox import DynamicForgettingLayer
+from foxlm.modeling.versions_fox import CACHE, cache_of
 from models import DECODING_VARIANTS, tiny_model, tokens
 from test_cache import restart_sum
 
@@ -67,7 +68,7 @@ def test_prefill_in_chunks(variant: str, size: int, search: str) -> None:
 def test_cache_of_the_caller(variant: str, search: str, make: Any) -> None:
     model = MODELS[variant]
     cache = make(model.config)
-    assert_same_tokens(model, tokens(2, 7), SEARCHES[search], {"past_key_values": cache})
+    assert_same_tokens(model, tokens(2, 7), SEARCHES[search], {"cache": cache})
     assert cache.get_seq_length() == 7 + NEW - 1
 
 
@@ -76,7 +77,7 @@ def test_static_cache_longer_than_the_text_used_twice(variant: str) -> None:
     model = MODELS[variant]
     cache = StaticCache(config=model.config, max_cache_len=50)
     for seed in (0, 1):
-        assert_same_tokens(model, tokens(2, 7, seed=seed), {}, {"past_key_values": cache})
+        assert_same_tokens(model, tokens(2, 7, seed=seed), {}, {"cache": cache})
         cache.reset()
 
 
@@ -158,7 +159,7 @@ def test_conversation_of_two_turns(variant: str, kind: str) -> None:
     ids, mask = tokens(2, 6), torch.ones(2, 6, dtype=torch.long)
     mask[0, :2] = 0
     for turn in range(3):
-        out = generate(model, ids, attention_mask=mask, past_key_values=cache, max_new_tokens=5)
+        out = generate(model, ids, attention_mask=mask, cache=cache, max_new_tokens=5)
         mask = torch.cat([mask, torch.ones(2, 5, dtype=torch.long)], dim=1)
         for row in range(2):
             alone = generate(model, ids[row, mask[row, : ids.shape[1]].bool()][None], use_cache=False, max_new_tokens=5)
@@ -173,14 +174,14 @@ def test_conversation_of_two_turns(variant: str, kind: str) -> None:
 def test_prefix_shared_by_several_questions(variant: str) -> None:
     model = MODELS[variant]
     prefix = tokens(1, 8)
-    cache = model(prefix, past_key_values=DynamicCache(config=model.config), use_cache=True).past_key_values
+    cache = cache_of(model(prefix, cache=DynamicCache(config=model.config), use_cache=True))
     cache.batch_repeat_interleave(3)
     ids = torch.cat([prefix.expand(3, -1), tokens(3, 4, seed=5)], dim=1)
-    assert torch.equal(generate(model, ids, past_key_values=cache), generate(model, ids, use_cache=False))
+    assert torch.equal(generate(model, ids, cache=cache), generate(model, ids, use_cache=False))
     # The cache rolled back to the prefix serves the next question.
     cache.crop(8 - cache.get_seq_length())
     ids = torch.cat([prefix.expand(3, -1), tokens(3, 2, seed=6)], dim=1)
-    assert torch.equal(generate(model, ids, past_key_values=cache), generate(model, ids, use_cache=False))
+    assert torch.equal(generate(model, ids, cache=cache), generate(model, ids, use_cache=False))
 
 
 # In chunks, transformers cuts the positions by the tokens, of which there are none: no model can.
@@ -218,8 +219,8 @@ def test_cache_that_generate_cannot_use_is_refused() -> None:
     model = MODELS["pro"]
     with pytest.raises(ValueError, match="forgetting_attention"):
         generate(model, tokens(1, 5), cache_implementation="quantized", cache_config={"backend": "quanto"})
-    with pytest.raises(ValueError, match=r"past_key_values"):
-        generate(model, tokens(1, 5), past_key_values=((torch.zeros(1), torch.zeros(1)),))
+    with pytest.raises(ValueError, match=CACHE):
+        generate(model, tokens(1, 5), cache=((torch.zeros(1), torch.zeros(1)),))
 
 
 # Each of these breaks one thing; the comparisons above must see it.

@@ -63,7 +63,7 @@ def count(model: FoxForCausalLM, cache: Cache, parts: list[int]) -> Counter:
     """What the last of ``parts`` takes."""
     for part in parts:
         with Counter() as counter:
-            model(tokens(1, part), past_key_values=cache, use_cache=True)
+            model(tokens(1, part), cache=cache, use_cache=True)
     return counter
 
 

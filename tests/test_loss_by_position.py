@@ -10,6 +10,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from foxlm.evaluation import loss_by_position as module
 from foxlm.evaluation.loss_by_position import bootstrap_means, by_interval, loss_by_position, row_losses
+from foxlm.modeling.versions_fox import CACHE
 from models import tiny_model, tokens
 from oracles import Counting, CountingConfig, counting_losses
 
@@ -63,9 +64,7 @@ def test_parts_through_a_cache_give_the_losses_of_one_pass(variant: str, chunk: 
     assert (whole - parts).abs().max() <= 1e-5
     # That it would show: a cache that begins anew with each part.
     if chunk == 7:
-        model.register_forward_pre_hook(
-            lambda _, args, kwargs: (args, kwargs | {"past_key_values": None}), with_kwargs=True
-        )
+        model.register_forward_pre_hook(lambda _, args, kwargs: (args, kwargs | {CACHE: None}), with_kwargs=True)
         assert (whole - loss_by_position(model, rows, chunk)).abs().max() > 1e-2
 
 

@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 from transformers import DataCollatorWithFlattening, DynamicCache, Trainer, TrainingArguments
 
+from foxlm.modeling.versions_fox import cache_of
 from models import IMPLEMENTATIONS, assert_close, tiny_model, tokens
 
 LENGTHS = (5, 1, 8, 3)
@@ -66,10 +67,10 @@ def test_packed_is_separate(variant: str, implementation: str, flash: bool) -> N
 def test_packed_and_cached_goes_on_from_the_last_sequence(flash: bool) -> None:
     model = tiny_model()
     batch = {k: v for k, v in packed(flash).items() if k != "labels"}
-    cache = model(**batch, use_cache=True).past_key_values
+    cache = cache_of(model(**batch, use_cache=True))
     new = tokens(1, 4, seed=9)
     position_ids = torch.arange(LENGTHS[-1], LENGTHS[-1] + 4)[None]
-    logits = model(new, past_key_values=cache, position_ids=position_ids, use_cache=True).logits
+    logits = model(new, cache=cache, position_ids=position_ids, use_cache=True).logits
     expected = model(torch.cat([sequences()[-1][None], new], dim=1)).logits[:, -4:]
     assert_close(logits, expected)
 
@@ -169,9 +170,9 @@ def test_offsets_beside_a_batch_or_a_cache_are_refused() -> None:
     offsets = torch.tensor([0, 4, 6])
     with pytest.raises(ValueError, match=r"cu_seq_lens_q .*batch of 2"):
         model(tokens(2, 6), cu_seq_lens_q=offsets)
-    cache = model(tokens(1, 3), past_key_values=DynamicCache(config=model.config), use_cache=True).past_key_values
+    cache = cache_of(model(tokens(1, 3), cache=DynamicCache(config=model.config), use_cache=True))
     with pytest.raises(ValueError, match=r"cu_seq_lens_q .*earlier tokens: True"):
-        model(tokens(1, 6), cu_seq_lens_q=offsets, past_key_values=cache, use_cache=True)
+        model(tokens(1, 6), cu_seq_lens_q=offsets, cache=cache, use_cache=True)
 
 
 class Documents(Dataset):

@@ -15,6 +15,7 @@ from foxlm import FoxForCausalLM
 from foxlm.kernels.tiles import PRUNED_KEYS
 from foxlm.modeling.layers_fox import FoxDecoderLayer
 from foxlm.modeling.paged_cache_fox import FoxPagedCache, PagedForgettingLayer
+from foxlm.modeling.versions_fox import cache_of
 from models import tiny_model, tokens
 
 EPS = 1e-4
@@ -33,7 +34,7 @@ def forgetful_model(variant: str = "pro", rule: str = "tight", bias: float = -0.
 @torch.no_grad()
 def feed(model: FoxForCausalLM, cache: Any, ids: Tensor, sizes: list[int]) -> Tensor:
     """Logits of ``ids`` fed in parts of these sizes."""
-    parts = [model(part, past_key_values=cache).logits for part in ids.split(sizes, dim=1)]
+    parts = [model(part, cache=cache).logits for part in ids.split(sizes, dim=1)]
     return torch.cat(parts, dim=1)
 
 
@@ -131,7 +132,7 @@ def test_memory_is_bounded_however_long_the_sequence() -> None:
     held = []
     with torch.no_grad():
         for part in ids.split(400, dim=1):
-            model(part, past_key_values=cache, logits_to_keep=1)
+            model(part, cache=cache, logits_to_keep=1)
             held.append(cache.held_bytes())
     assert len(set(held[2:])) == 1
     in_use = int((layers_of(cache)[0].pages >= 0).sum())
@@ -247,7 +248,7 @@ def test_left_padding_and_a_longer_second_turn() -> None:
     cache = FoxPagedCache(model.config, 400)
     with torch.no_grad():
         for begin, end in ((0, 250), (250, 251), (251, 400)):
-            out = model(ids[:, begin:end], attention_mask=mask[:, :end], past_key_values=cache, use_cache=True).logits
+            out = model(ids[:, begin:end], attention_mask=mask[:, :end], cache=cache, use_cache=True).logits
     alone = model(ids[:1, 70:], use_cache=False).logits
     other = model(ids[1:], use_cache=False).logits
     assert (out[0] - alone[0, -149:]).abs().max() <= 10 * EPS
@@ -265,7 +266,7 @@ def test_generate_with_the_configuration_switch(options: dict[str, Any]) -> None
         model.config.free_dead_cache = free
         torch.manual_seed(0)
         result = model.generate(ids, max_new_tokens=40, return_dict_in_generate=True, **options)
-        assert isinstance(result.past_key_values, FoxPagedCache) == free
+        assert isinstance(cache_of(result), FoxPagedCache) == free
         found[free] = result.sequences
     assert torch.equal(found[False], found[True])
 
@@ -275,9 +276,7 @@ def test_generate_in_chunks_of_the_prompt() -> None:
     ids = tokens(1, 300)
     expected = model.generate(ids, max_new_tokens=10)
     for cache in (FoxPagedCache(model.config, 310), DynamicCache(config=model.config)):
-        assert torch.equal(
-            model.generate(ids, max_new_tokens=10, past_key_values=cache, prefill_chunk_size=64), expected
-        )
+        assert torch.equal(model.generate(ids, max_new_tokens=10, cache=cache, prefill_chunk_size=64), expected)
 
 
 def test_assisted_decoding_rolls_back() -> None:
@@ -296,7 +295,7 @@ def test_generate_goes_on_with_the_returned_cache() -> None:
         model.config.free_dead_cache = free
         turn = model.generate(ids, max_new_tokens=10, return_dict_in_generate=True)
         longer = torch.cat([turn.sequences, tokens(1, 20, seed=1)], dim=1)
-        sequences[free] = model.generate(longer, max_new_tokens=20, past_key_values=turn.past_key_values)
+        sequences[free] = model.generate(longer, max_new_tokens=20, cache=cache_of(turn))
     assert torch.equal(sequences[False], sequences[True])
 
 
@@ -381,12 +380,12 @@ def test_bad_arguments() -> None:
         FoxPagedCache(model.config, 0)
     cache = FoxPagedCache(model.config, 100)
     with pytest.raises(RuntimeError, match=r"torch\.no_grad"):
-        model(tokens(1, 5), past_key_values=cache)
+        model(tokens(1, 5), cache=cache)
     cache = FoxPagedCache(model.config, 100)
     feed(model, cache, tokens(1, 98), [98])
     for count in (3, 70):
         with pytest.raises(ValueError, match="has room for 100"), torch.no_grad():
-            model(tokens(1, count), past_key_values=cache)
+            model(tokens(1, count), cache=cache)
     feed(model, cache, tokens(1, 2), [1, 1])
 
 

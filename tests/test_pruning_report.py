@@ -232,7 +232,7 @@ def test_held_pages_are_those_of_the_cache(variant: str, rule: Rule) -> None:
     for length in (200, LENGTH):
         cache = FoxPagedCache(model.config, LENGTH)
         with torch.no_grad():
-            model(ids[:, :length], past_key_values=cache)
+            model(ids[:, :length], cache=cache)
         layers = recorded(model, ids)
         for layer, block, cached in zip(layers, model.model.layers, cache.layers, strict=True):
             bounds = cast(FoxDecoderLayer, block).logit_bounds()

@@ -17,6 +17,7 @@ from transformers import (
     TrainingArguments,
 )
 
+from foxlm.modeling.versions_fox import CACHE, cache_of
 from models import IMPLEMENTATIONS, assert_close, tiny_model, tokens
 
 
@@ -245,7 +246,7 @@ def test_checkpointing_beside_earlier_tokens_is_refused() -> None:
     """transformers takes the cache from checkpointed layers: their queries would see tokens to come."""
     model = tiny_model().train()
     model.gradient_checkpointing_enable()
-    model(tokens(1, 4), past_key_values=DynamicCache(config=model.config)).logits.sum().backward()
-    cache = tiny_model()(tokens(1, 4), use_cache=True).past_key_values
-    with pytest.raises(ValueError, match=r"past_key_values must be empty"):
-        model(tokens(1, 4), past_key_values=cache)
+    model(tokens(1, 4), cache=DynamicCache(config=model.config)).logits.sum().backward()
+    cache = cache_of(tiny_model()(tokens(1, 4), use_cache=True))
+    with pytest.raises(ValueError, match=rf"{CACHE} must be empty"):
+        model(tokens(1, 4), cache=cache)

@@ -10,6 +10,7 @@ from transformers import Cache, DynamicCache, PreTrainedModel, StaticCache
 
 from foxlm import FoxForCausalLM, FoxPagedCache
 from foxlm.kernels.pruning import Rule
+from foxlm.modeling.versions_fox import CACHE
 
 from .models import set_pruning
 from .own import own_name
@@ -69,7 +70,7 @@ DECODERS = (
 
 def greedy_step(model: PreTrainedModel, cache: Cache, ids: Tensor) -> tuple[Tensor, Tensor]:
     """The `Step` without compilation."""
-    logits = model(input_ids=ids, past_key_values=cache, use_cache=True).logits
+    logits = model(input_ids=ids, use_cache=True, **{CACHE: cache}).logits
     return logits, logits.argmax(-1)
 
 
@@ -105,7 +106,7 @@ class Session:
         forward = self._model if forward is None else forward
         chunk = max(1, min(_LONGEST_CHUNK, _TOKENS_AT_ONCE // len(ids))) if chunk is None else chunk
         for part in ids.split(chunk, dim=1):
-            logits = forward(input_ids=part, past_key_values=self.cache, use_cache=True, logits_to_keep=1).logits
+            logits = forward(input_ids=part, use_cache=True, logits_to_keep=1, **{CACHE: self.cache}).logits
         self.ids.copy_(logits.argmax(-1))
         return logits[:, -1]
 
