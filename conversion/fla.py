@@ -1,6 +1,6 @@
 """Checkpoints of flash-linear-attention: `model_type` ``forgetting_transformer``.
 
-All its releases with this model, 0.2.0 to 0.5.2, compute the same under the same names.
+All its releases with this model, 0.2.0 to 0.6.0, compute the same under the same names.
 """
 
 import math

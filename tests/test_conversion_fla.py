@@ -49,6 +49,33 @@ VARIANTS: dict[str, dict[str, Any]] = {
         "torch_dtype": "float64",
         "transformers_version": "4.51.3",
     },
+    # Every field that 0.6.0 writes with transformers 5.24, in the values of a model as it comes.
+    "a file of 0.6.0": {
+        "architectures": ["ForgettingTransformerForCausalLM"],
+        "attnres_block_size": None,
+        "bos_token_id": 1,
+        "dtype": "float64",
+        "elementwise_affine": True,
+        "eos_token_id": 2,
+        "fuse_cross_entropy": True,
+        "fuse_linear_cross_entropy": False,
+        "fuse_norm": True,
+        "fuse_swiglu": True,
+        "hidden_act": "swish",
+        "hidden_ratio": 4,
+        "initializer_range": 0.02,
+        "norm_eps": 1e-6,
+        "num_kv_heads": None,
+        "pad_token_id": None,
+        "qk_norm": False,
+        "qkv_bias": False,
+        "tie_word_embeddings": False,
+        "transformers_version": "5.24.0",
+        "use_cache": True,
+        "use_l2warp": False,
+        "use_output_gate": False,
+        "window_size": None,
+    },
 }
 
 
