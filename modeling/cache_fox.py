@@ -3,27 +3,38 @@
 Decoding needs the running sum of log gates of every key, the first key that is still visible, with token shift the
 last unshifted key and value, and, where kernels run, what they need to find the keys worth reading
 (`..kernels.summary`). transformers' caches hold one layer object per model layer and build them by layer type; the two
-classes here are what they build for our `LAYER_TYPE`, so that ``DynamicCache(config=...)``,
-``StaticCache(config=...)`` and ``generate`` work as for any model. Every operation moves the extra state too, except
-offloading: it is read before the layer's turn to be fetched back, and is a twentieth of the keys and values. Static
-layers have the operations of transformers' `StaticLayer`: no cropping, repeating or selecting. A third kind, which
-frees memory, is in `paged_cache_fox`.
+classes here are what they build for a `FoxConfig`, so that ``DynamicCache(config=...)``, ``StaticCache(config=...)``
+and ``generate`` work as for any model. Every operation moves the extra state too, except offloading: it is read before
+the layer's turn to be fetched back, and is a twentieth of the keys and values. Static layers have the operations of
+transformers' `StaticLayer`: no cropping, repeating or selecting. A third kind, which frees memory, is in
+`paged_cache_fox`.
+
+transformers' exporters take for the state of a cache what ``vars(layer)`` holds, and want it alike after every step.
+What is derived from it, or lives for one forward pass, is in slots.
 """
 
+import copy
+import functools
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
-from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, StaticLayer
-from transformers.utils.import_utils import is_torchdynamo_compiling
+from transformers.cache_utils import (
+    DYNAMIC_LAYER_TYPE_MAPPING,
+    STATIC_LAYER_TYPE_MAPPING,
+    Cache,
+    DynamicCache,
+    DynamicLayer,
+)
+from transformers.utils.import_utils import is_torchdynamo_compiling, is_torchdynamo_exporting
 
-from ..kernels.backend import runs_kernels
 from ..kernels.decay import CachedKeys, Decay, KeySummary, accumulate
 from ..kernels.summary import Running, empty_summary, extend_summary, running_before
 from ..kernels.tiles import PRUNED_KEYS
-from .configuration_fox import LAYER_TYPE
+from .configuration_fox import LAYER_TYPE, FoxConfig
 from .layout_fox import TokenLayout
 from .paged_cache_fox import FoxPagedCache, PagedForgettingLayer
+from .static_cache_fox import StaticForgettingLayer, check_gates
 from .versions_fox import CACHE
 
 _ACCEPTED = (
@@ -44,16 +55,28 @@ class DynamicForgettingLayer(DynamicLayer):
         summary: of the first `summarized` keys, and over them; None before the kernels of decoding need it.
     """
 
-    _layer_type = LAYER_TYPE
+    __slots__ = ("_new", "_reordered", "_rooms", "summarized", "summary")
 
     keys: Any
     values: Any
+    summary: tuple[KeySummary, Running] | None
+    summarized: int
+    # Larger tensors that begin with what is held, and how much of them is taken.
+    _rooms: dict[str, tuple[Tensor, int]]
+    _reordered: bool
+    _new: Decay | None
 
     # Token shift needs the unshifted key before the next token. Keeping this many of them makes any shorter rollback
     # exact, at the memory of 2 x this many tokens; a longer one must be announced by `activate_past_recording`.
     rollback_window: ClassVar[int] = 64
     # Least number of tokens to make room for.
     least_room: ClassVar[int] = 256
+
+    def __new__(cls, *args: Any, **kwargs: Any) -> "DynamicForgettingLayer":
+        # Not in __init__: exporters make a layer without it.
+        layer = super().__new__(cls)
+        layer._forget_derived()
+        return layer
 
     def __init__(self, **kwargs) -> None:
         super().__init__()
@@ -63,12 +86,22 @@ class DynamicForgettingLayer(DynamicLayer):
         self.gates: tuple[Tensor, Tensor] | None = None
         self.unshifted: dict[str, Tensor] = {}
         self.record_past = False
-        self.summary: tuple[KeySummary, Running] | None = None
-        self.summarized = 0
-        # Larger tensors that begin with what is held, and how much of them is taken.
-        self._rooms: dict[str, tuple[Tensor, int]] = {}
-        self._reordered = False
-        self._new: Decay | None = None
+        self._forget_derived()
+
+    def _forget_derived(self) -> None:
+        self.summary, self.summarized = None, 0
+        self._rooms, self._reordered, self._new = {}, False, None
+
+    def __deepcopy__(self, memo: dict) -> "DynamicForgettingLayer":
+        """A copy of what is held without the room behind it, each tensor contiguous, as a traced step makes them."""
+        layer = copy.copy(self)
+        layer._forget_derived()
+        layer.unshifted = {name: _compact(x) for name, x in self.unshifted.items()}
+        if self.gates is not None:
+            layer.gates = _compact(self.gates[0]), _compact(self.gates[1])
+        if self.is_initialized:
+            layer.keys, layer.values = _compact(self.keys), _compact(self.values)
+        return layer
 
     def append_gates(self, log_f: Tensor, layout: TokenLayout) -> None:
         """Take in the gates of new tokens, before their keys and values.
@@ -89,10 +122,18 @@ class DynamicForgettingLayer(DynamicLayer):
         self._new = Decay(c, self.gates[0], first, layout.positions)
 
     def update(self, key_states: Tensor, value_states: Tensor, *args, **kwargs) -> tuple[Tensor, Tensor]:
-        past = self.get_seq_length()
-        if past == 0:
+        """As `DynamicLayer.update`, for keys whose gates `append_gates` has taken in.
+
+        Raises:
+            ValueError: it has not: someone else than the model hands over keys.
+        """
+        check_gates(self._new)
+        if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
-            self.keys, self.values = key_states, value_states
+        if self.keys.numel() == 0:
+            # A graph is traced for the strides of what it is given, which must be those of what it returns.
+            traced = is_torchdynamo_compiling()
+            self.keys, self.values = (x.contiguous() if traced else x for x in (key_states, value_states))
         else:
             self.keys = self._join("keys", self.keys, key_states, -2)
             self.values = self._join("values", self.values, value_states, -2)
@@ -159,8 +200,11 @@ class DynamicForgettingLayer(DynamicLayer):
 
     def remember(self, name: str, states: Tensor, layout: TokenLayout) -> None:
         """Take in the unshifted ``name`` of new tokens, ``[B, W + T, G, D]``: behind what `before` gave."""
+        if is_torchdynamo_exporting():
+            # As many at any length: two, since a size of one would be a case of its own. Nobody crops there.
+            states = states[:, -2:]
         # Trimmed at twice the window, so that a step of decoding seldom copies it once more.
-        if not self.record_past and states.shape[1] > 2 * self.rollback_window:
+        elif not self.record_past and states.shape[1] > 2 * self.rollback_window:
             states = states[:, -self.rollback_window :].clone()
         # Not in place: a shallow copy of this layer may have the same dictionary.
         self.unshifted = self.unshifted | {name: states}
@@ -245,111 +289,27 @@ class DynamicForgettingLayer(DynamicLayer):
         self._select_batch(lambda x: x[indices.to(x.device) if isinstance(indices, Tensor) else indices, ...])
 
 
-class StaticForgettingLayer(StaticLayer):
-    """Buffers of a fixed length, written in place, for compiled decoding.
+def register_layer_type(config: FoxConfig) -> str:
+    """Have transformers' caches build layers for ``config``; returns the layer type that they know them by.
 
-    Attributes:
-        gates: running sum of log gates at each key, ``[B, Hf, max_cache_len]`` float64 (keys to come are hidden by
-            causality), that at the last token, ``[B, Hf]`` float64, and the first key visible from the last token,
-            ``[B, Hf]`` int64; None before any token.
-        unshifted: by name, ``[B, 1, G, D]`` key and value of the last token before token shift.
-        summary: of the keys, and over all of them; None before any token and where no kernels run.
+    A type is all that they tell a layer, and a static one has to know how much state there will be.
     """
-
-    _layer_type = LAYER_TYPE
-
-    def __init__(self, max_cache_len: int, **kwargs) -> None:
-        super().__init__(max_cache_len=max_cache_len)
-        self.gates: tuple[Tensor, Tensor, Tensor] | None = None
-        self.unshifted: dict[str, Tensor] = {}
-        self.summary: tuple[KeySummary, Running] | None = None
-        self._new: Decay | None = None
-
-    def append_gates(self, log_f: Tensor, layout: TokenLayout) -> None:
-        """As `DynamicForgettingLayer.append_gates`: before `update`, which moves the length that is read here."""
-        if self.gates is None:
-            batch, _, gates = log_f.shape
-            self.gates = (
-                self._buffer(log_f, (batch, gates, self.max_cache_len), torch.float64),
-                self._buffer(log_f, (batch, gates), torch.float64),
-                self._buffer(log_f, (batch, gates), torch.int64),
-            )
-        past = self.cumulative_length.to(log_f.device)
-        all_c, last_c, last_first = self.gates
-        c, first = accumulate(log_f, past, (last_c, last_first), layout.starts)
-        # transformers' exporters hand the cache over in the type of the model.
-        all_c.index_copy_(2, layout.positions, c.to(all_c.dtype))
-        last_c.copy_(c[..., -1])
-        last_first.copy_(first[..., -1])
-        self._new = Decay(c, all_c, first, layout.positions)
-
-    def update(self, key_states: Tensor, value_states: Tensor, *args, **kwargs) -> tuple[Tensor, Tensor]:
-        keys, values = super().update(key_states, value_states)
-        if self._new is not None and runs_kernels(key_states):
-            self._summarize(self._new.query, key_states.detach(), self._new.last[0])
-        return keys, values
-
-    def decay(self, few: bool, own_block: bool = False) -> Decay:
-        """As `DynamicForgettingLayer.decay`; the keys are the whole buffer."""
-        decay, self._new = self._new, None
-        assert decay is not None, "called once after append_gates and update"
-        if not few or self.summary is None:
-            return decay
-        return decay._replace(cached=CachedKeys(decay.key, self.summary[0]))
-
-    def _summarize(self, c: Tensor, keys: Tensor, position: Tensor) -> None:
-        if self.summary is None:
-            summary, running = empty_summary(c, keys, self.max_cache_len)
-            for buffer in (*summary, *running):
-                self._fix_address(buffer)
-            self.summary = summary, running
-        summary, running = self.summary
-        for held, new in zip(running, extend_summary(summary, running, c, keys, position), strict=True):
-            held.copy_(new)
-
-    def before(self, name: str, layout: TokenLayout) -> Tensor | None:
-        """``[B, 1, G, D]`` unshifted ``name`` of the last token (zeros at the start), or None before any token."""
-        states = self.unshifted.get(name)
-        # The buffer is written in place below, while the caller still reads what was there.
-        return None if states is None else states.clone()
-
-    def remember(self, name: str, states: Tensor, layout: TokenLayout) -> None:
-        """Take in the unshifted ``name`` of new tokens, ``[B, 1 + T, G, D]``: behind what `before` gave, or zero."""
-        if name not in self.unshifted:
-            self.unshifted[name] = self._buffer(states, (states.shape[0], 1, *states.shape[2:]), states.dtype)
-        self.unshifted[name].copy_(states[:, -1:])
-
-    @classmethod
-    def _buffer(cls, like: Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-        buffer = torch.zeros(shape, dtype=dtype, device=like.device)
-        cls._fix_address(buffer)
-        return buffer
-
-    @staticmethod
-    def _fix_address(buffer: Tensor) -> None:
-        # So that CUDA graphs take in-place writes; not possible while tracing.
-        if not is_torchdynamo_compiling():
-            torch._dynamo.mark_static_address(buffer)
-
-    def _buffers(self) -> list[Tensor]:
-        summary, running = self.summary or ((), ())
-        return [*(self.gates or ()), *self.unshifted.values(), *summary, *running]
-
-    def reset(self) -> None:
-        super().reset()
-        for buffer in self._buffers():
-            buffer.zero_()
-        if self.summary is not None:
-            self.summary[1][0].fill_(float("-inf"))
-
-    def reorder_cache(self, beam_idx: Tensor) -> None:
-        super().reorder_cache(beam_idx)
-        for buffer in self._buffers():
-            buffer.copy_(buffer.index_select(0, beam_idx.to(buffer.device)))
+    # Also of a configuration that is not valid: it is read before it is checked.
+    gates = config.num_forget_gates, config.num_key_value_heads
+    switches = {"key": config.use_key_shift, "value": config.use_value_shift}
+    shifted = tuple(name for name, used in switches.items() if used)
+    layer_type = "-".join(map(str, (LAYER_TYPE, *gates, *shifted)))
+    DYNAMIC_LAYER_TYPE_MAPPING[layer_type] = DynamicForgettingLayer
+    STATIC_LAYER_TYPE_MAPPING[layer_type] = functools.partial(StaticForgettingLayer, gates=gates, shifted=shifted)
+    return layer_type
 
 
 ForgettingLayer = DynamicForgettingLayer | StaticForgettingLayer | PagedForgettingLayer
 _LAYERS = (DynamicForgettingLayer, StaticForgettingLayer, PagedForgettingLayer)
+
+
+def _compact(x: Tensor) -> Tensor:
+    return x.clone(memory_format=torch.contiguous_format)
 
 
 def _is_beginning(x: Tensor, whole: Tensor, dim: int) -> bool:

@@ -4,7 +4,7 @@ import difflib
 import math
 import os
 from pathlib import Path
-from typing import ClassVar, Literal
+from typing import ClassVar, Literal, cast
 
 from huggingface_hub.dataclasses import strict
 from transformers.activations import ACT2FN
@@ -248,7 +248,10 @@ class FoxConfig(PreTrainedConfig):
     @property
     def layer_types(self) -> list[str]:
         """What each layer caches, for transformers' cache classes; all layers are alike and it is not saved."""
-        return [LAYER_TYPE] * self.num_hidden_layers
+        # Here, since caches import this module.
+        from .cache_fox import register_layer_type
+
+        return [register_layer_type(self)] * self.num_hidden_layers
 
     @property
     def heads(self) -> tuple[int, int, int]:
@@ -318,8 +321,7 @@ class FoxConfig(PreTrainedConfig):
         """Gates per token and layer; without gates one, shared by all heads, that never forgets."""
         if self.forget_gate == "none":
             return 1
-        query_heads, kv_heads, _ = self.heads
-        return query_heads if self.forget_gate_heads == "query" else kv_heads
+        return self.num_attention_heads if self.forget_gate_heads == "query" else cast(int, self.num_key_value_heads)
 
     @property
     def gates_learn(self) -> bool:

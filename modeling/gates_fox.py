@@ -52,7 +52,9 @@ class FoxForgetGate(nn.Linear):
         with maybe_autocast(x.device.type, enabled=False):
             dtype = torch.promote_types(x.dtype, torch.float32)
             x, weight, bias = x.to(dtype), self.weight.to(dtype), self.bias.to(dtype)
-            if torch.compiler.is_compiling() and not torch.is_grad_enabled() and x.shape[:-1].numel() <= _FEW_TOKENS:
+            # An exported program is for any number of tokens, and must not be traced for one side of the limit.
+            traced = torch.compiler.is_compiling() and not torch.compiler.is_exporting()
+            if traced and not torch.is_grad_enabled() and x.shape[:-1].numel() <= _FEW_TOKENS:
                 # In a step of decoding: fused with what is around, where a float32 product would be two more launches.
                 return (x[..., None, :] * weight).sum(-1) + bias
             return nn.functional.linear(x, weight, bias)

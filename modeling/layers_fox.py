@@ -32,6 +32,7 @@ from .decoding_fox import FusedProjections, fused_products
 from .gates_fox import make_forget_gate
 from .layout_fox import TokenLayout
 from .parallel_fox import local_part, sum_gradients
+from .static_cache_fox import StaticForgettingLayer
 from .versions_fox import one_cache
 
 # From this many elements on a tensor's float32 copies are worth computing twice.
@@ -240,6 +241,10 @@ class FoxAttention(nn.Module):
         )
         # The number of heads is read from the projections: under tensor parallelism it is a share.
         q, k, v = (x.unflatten(-1, (-1, self.head_dim)) for x in (q, k, v))
+        # The first tokens have nothing to search, and no pages yet.
+        searches = cache_layer is not None and cache_layer.is_initialized
+        if isinstance(cache_layer, StaticForgettingLayer) and not searches:
+            cache_layer.lazy_initialization(k.transpose(1, 2), v.transpose(1, 2))
         if self.config.use_key_shift:
             k = self.key_shift(hidden_states, k, layout, cache_layer, "key", fused.get("key_shift.proj"))
         if self.config.use_value_shift:
@@ -261,8 +266,7 @@ class FoxAttention(nn.Module):
             c, first = sum_gates(log_f, starts=layout.starts)
             decay = Decay(c, c, first, layout.positions, shards=layout.shards)
         else:
-            # The first tokens have nothing to search, and no pages yet.
-            few = cache_layer.is_initialized and self._few_queries(q, k)
+            few = searches and self._few_queries(q, k)
             cache_layer.append_gates(log_f, layout)
             k, v = cache.update(k, v, self.layer_idx, few=few)
             decay = cache_layer.decay(few, own_block=self._bound_needs_keys())

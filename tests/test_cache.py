@@ -420,6 +420,21 @@ def test_static_cache_that_is_full_is_refused() -> None:
         run.extend(2)
 
 
+@pytest.mark.parametrize("make", [dynamic, static])
+def test_keys_without_gates_are_refused(make: Any) -> None:
+    cache, states = make().cache, torch.zeros(2, 2, 3, 8, dtype=torch.float64)
+    with pytest.raises(ValueError, match=rf"{CACHE} takes in keys.*call model\("):
+        cache.update(states, states, 0)
+
+
+def test_copies_are_compact_and_independent_of_the_room_behind() -> None:
+    run = dynamic().extend(5).extend(1)
+    layer = copy.deepcopy(run.cache).layers[0]
+    for x in (layer.keys, layer.values, *layer.gates, *layer.unshifted.values()):
+        assert x.is_contiguous() and x.untyped_storage().nbytes() == x.nbytes
+    assert not {"_rooms", "summary"} & vars(layer).keys()
+
+
 # Each of these breaks one thing; the comparison above must see it.
 
 

@@ -122,7 +122,7 @@ def test_arguments_of_transformers_itself_are_kept() -> None:
 def test_derived_fields() -> None:
     config = FoxConfig(hidden_size=96, num_attention_heads=6)
     assert (config.num_key_value_heads, config.head_dim) == (6, 16)
-    assert config.layer_types == ["foxlm.modeling.forgetting_attention"] * 12
+    assert config.layer_types == ["foxlm.modeling.forgetting_attention-6-6-key-value"] * 12
 
 
 @pytest.mark.parametrize(

@@ -117,6 +117,8 @@ def test_what_parts_copy_does_not_grow_with_their_number() -> None:
     """The cache is copied to a larger place after each eighth that it grows: so each token nine times at most."""
     layer = DynamicForgettingLayer()
     part = torch.randn(1, 1, 512, 8)
+    positions = torch.arange(512)
+    layer.append_gates(torch.zeros(1, 512, 1), TokenLayout(positions, None, None, None, positions))
     with torch.no_grad(), Counter() as counter:
         for _ in range(200):
             layer.update(part, part)
