@@ -15,7 +15,7 @@ What is derived from it, or lives for one forward pass, is in slots.
 
 import copy
 import functools
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -42,6 +42,8 @@ _ACCEPTED = (
     "or FoxPagedCache(model.config, max_cache_len=...)"
 )
 
+_NOT_EXPORTED = ("_new", "_reordered", "_rooms", "summarized", "summary")
+
 
 class DynamicForgettingLayer(DynamicLayer):
     """Grows with the sequence, in place while there is room and by an eighth when there is none.
@@ -55,7 +57,7 @@ class DynamicForgettingLayer(DynamicLayer):
         summary: of the first `summarized` keys, and over them; None before the kernels of decoding need it.
     """
 
-    __slots__ = ("_new", "_reordered", "_rooms", "summarized", "summary")
+    __slots__ = _NOT_EXPORTED
 
     keys: Any
     values: Any
@@ -295,7 +297,7 @@ def register_layer_type(config: FoxConfig) -> str:
     A type is all that they tell a layer, and a static one has to know how much state there will be.
     """
     # Also of a configuration that is not valid: it is read before it is checked.
-    gates = config.num_forget_gates, config.num_key_value_heads
+    gates = config.num_forget_gates, cast(int, config.num_key_value_heads)
     switches = {"key": config.use_key_shift, "value": config.use_value_shift}
     shifted = tuple(name for name, used in switches.items() if used)
     layer_type = "-".join(map(str, (LAYER_TYPE, *gates, *shifted)))

@@ -14,6 +14,9 @@ from ..kernels.summary import Running, empty_summary, extend_summary
 from .layout_fox import TokenLayout
 from .versions_fox import CACHE
 
+# See `cache_fox`.
+_NOT_EXPORTED = ("_new", "summary")
+
 
 class GateSums(tuple):
     """Tensors, floating-point ones float64 whatever they were.
@@ -50,8 +53,7 @@ class StaticForgettingLayer(StaticLayer):
         summary: of the keys, and over all of them; None before any token and where no kernels run.
     """
 
-    # Not part of what is exported: see `cache_fox`.
-    __slots__ = ("_new", "summary")
+    __slots__ = _NOT_EXPORTED
 
     summary: tuple[KeySummary, Running] | None
     _new: Decay | None
