@@ -31,7 +31,7 @@ from .configuration_fox import FoxConfig
 from .decoding_fox import FusedProjections, fused_products
 from .gates_fox import make_forget_gate
 from .layout_fox import TokenLayout
-from .parallel_fox import local_part, sum_gradients
+from .parallel_fox import is_sharded, local_part, sum_gradients
 from .static_cache_fox import StaticForgettingLayer
 from .versions_fox import one_cache
 
@@ -340,8 +340,10 @@ class FoxAttention(nn.Module):
 
 
 def _is_plain(module: nn.Module) -> bool:
-    """Whether ``module`` is a product with its weight and nothing else."""
-    return type(module) is nn.Linear and module.weight.is_floating_point() and not parametrize.is_parametrized(module)
+    """Whether ``module`` is a product with its weight and nothing else; torchao's weights say that they are float."""
+    if type(module) is not nn.Linear or parametrize.is_parametrized(module):
+        return False
+    return is_sharded(module.weight) or type(module.weight) is nn.Parameter
 
 
 class FoxMLP(LlamaMLP):

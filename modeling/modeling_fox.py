@@ -61,6 +61,18 @@ class FoxPreTrainedModel(PreTrainedModel):
     _sees_whole_sequences = False
     # A gate's bias sets its decay time, which bfloat16 would move by percents.
     _keep_in_fp32_modules_strict = ["forget_gate"]
+    # What quantizers leave out, which match suffixes of the names of modules, or in torchao of parameters. Token-shift
+    # projections have one row per head: they hold next to no memory, and 4-bit matmuls want multiples of 16 or 32.
+    _keep_in_fp32_modules = [
+        name
+        for module in ("forget_gate", "key_shift.proj", "value_shift.proj")
+        for name in (module, f"{module}.weight")
+    ]
+
+    def _get_dtype_plan(self, dtype: torch.dtype) -> dict[str, torch.dtype]:
+        # transformers would keep all that quantizers leave out in float32 in a float16 model.
+        plan = super()._get_dtype_plan(dtype)
+        return {name: kept for name, kept in plan.items() if name in self._keep_in_fp32_modules_strict}
 
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)
