@@ -42,6 +42,7 @@ test-gpu: $(stamp)  ## Run the tests that need a GPU
 
 fuzz: $(stamp)  ## Give each test marked fuzz new random cases for a while (SECONDS=60)
 	FOXLM_FUZZ_SECONDS=$(SECONDS) $(bin)/python -m pytest -m "fuzz and not gpu" -n $(WORKERS) --dist worksteal
+	TRITON_INTERPRET=1 CUDA_VISIBLE_DEVICES= FOXLM_FUZZ_SECONDS=$(SECONDS) $(bin)/python -m pytest -m "fuzz and gpu" -n $(WORKERS) --dist worksteal
 
 # Without torch's own cache of memory, so that each tensor has its bounds.
 sanitize: $(stamp)  ## Run every GPU kernel under compute-sanitizer, which comes with the CUDA toolkit

@@ -23,6 +23,7 @@ RUNS = {
     "test_decoding_on_kernels.py": [],
     "test_prune.py": ["-m", "not gpu"],
     "test_runs.py": ["-m", "gpu"],
+    "test_attention_fuzz.py": ["-m", "gpu"],
 }
 
 
