@@ -18,6 +18,8 @@ SECTIONS = {
             "FoxForSequenceClassification",
             "FoxForTokenClassification",
             "FoxForQuestionAnswering",
+            "FoxAttention",
+            "FoxDecoderLayer",
             "FoxPagedCache",
             "decoding_weights",
         ],

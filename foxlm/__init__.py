@@ -14,6 +14,7 @@ from foxlm.kernels.context_attention import context_parallel_attention
 from foxlm.kernels.context_parallel import ContextParallel
 from foxlm.modeling.configuration_fox import FoxConfig
 from foxlm.modeling.decoding_fox import decoding_weights
+from foxlm.modeling.layers_fox import FoxAttention, FoxDecoderLayer
 from foxlm.modeling.modeling_fox import (
     FoxForCausalLM,
     FoxForQuestionAnswering,
@@ -31,7 +32,9 @@ __version__ = "0.1.0"
 
 __all__ = [
     "ContextParallel",
+    "FoxAttention",
     "FoxConfig",
+    "FoxDecoderLayer",
     "FoxForCausalLM",
     "FoxForQuestionAnswering",
     "FoxForSequenceClassification",

@@ -168,6 +168,7 @@ def eager_attention_forward(
     **kwargs,
 ) -> tuple[Tensor, Tensor]:
     """Attention written out, as `reference_attention_forward`; returns the weights ``[B, H, Tq, Tk]`` too."""
+    query, key, value = _without_padding(query, key, value, decay)
     groups = query.shape[1] // key.shape[1]
     key, value = (x.repeat_interleave(groups, dim=1) for x in (key, value))
     bias, sees_nothing = _dense_bias(decay, query)
@@ -196,7 +197,7 @@ def sdpa_forward(
     # In float32 throughout: SDPA wants the mask in the type of the queries, and rounded to bfloat16 a decay of -5 would
     # be off by 2% in the weight.
     bias, _ = _dense_bias(decay, query)
-    query, key, value = (x.to(bias.dtype) for x in (query, key, value))
+    query, key, value = (x.to(bias.dtype) for x in _without_padding(query, key, value, decay))
     with maybe_autocast(query.device.type, enabled=False):
         out, _ = sdpa_attention_forward(
             module, query, key, value, bias, dropout=dropout, scaling=scaling, is_causal=False
@@ -209,6 +210,12 @@ def _warn_of_attentions(kwargs: dict) -> None:
         logger.warning_once(
             "output_attentions=True has no effect: only attn_implementation='eager' holds the attention weights"
         )
+
+
+def _without_padding(query: Tensor, key: Tensor, value: Tensor, decay: Decay) -> tuple[Tensor, ...]:
+    """`without_padding` of heads before tokens, as these functions have them."""
+    q, k, v = (x.transpose(1, 2) for x in (query, key, value))
+    return tuple(x.transpose(1, 2) for x in without_padding(q, k, v, decay))
 
 
 def _dense_bias(decay: Decay, query: Tensor) -> tuple[Tensor, Tensor]:

@@ -78,7 +78,10 @@ class FoxConstantGate(nn.Module):
 def make_forget_gate(config: FoxConfig) -> FoxForgetGate | FoxConstantGate:
     """The gate that ``config.forget_gate`` names; any but ``none``."""
     if config.forget_gate == "full":
-        return FoxForgetGate(config.hidden_size, config.num_forget_gates)
+        gate = FoxForgetGate(config.hidden_size, config.num_forget_gates)
+        with torch.no_grad():
+            gate.bias.copy_(decay_time_bias(config))
+        return gate
     return FoxConstantGate(config)
 
 

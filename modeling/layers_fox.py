@@ -25,15 +25,16 @@ from transformers.utils import TransformersKwargs
 
 from ..kernels.attention import hide_padding
 from ..kernels.decay import Decay, accumulate
-from .attention_fox import ALL_ATTENTION_FUNCTIONS, decodes, eager_attention_forward
-from .cache_fox import ForgettingLayer, layer_of
+from .attention_fox import ALL_ATTENTION_FUNCTIONS, DEFAULT_IMPLEMENTATION, decodes, eager_attention_forward
+from .cache_fox import ForgettingLayer, check_cache, layer_of
 from .configuration_fox import FoxConfig
 from .decoding_fox import FusedProjections, fused_products
 from .gates_fox import make_forget_gate
-from .layout_fox import TokenLayout
+from .layout_fox import TokenLayout, token_layout
+from .paged_cache_fox import FoxPagedCache
 from .parallel_fox import is_sharded, local_part, sum_gradients
 from .static_cache_fox import StaticForgettingLayer
-from .versions_fox import one_cache
+from .versions_fox import CACHE, one_cache
 
 # From this many elements on a tensor's float32 copies are worth computing twice.
 _LARGE = 1 << 22
@@ -172,7 +173,21 @@ def _mix(states: Tensor, previous: Tensor, logits: Tensor) -> Tensor:
 
 
 class FoxAttention(nn.Module):
-    """Forgetting attention with its projections, gates, norms and token shift."""
+    """Forgetting attention with its projections, gates, norms and token shift; in a FoX model or in one of your own.
+
+    Args:
+        config: sizes and parts; beside them ``attn_implementation`` (by default ``fox``) and what pruning may drop.
+        layer_idx: which layer of a cache is this one's, from 0; and with ``nope_layers`` whether it has RoPE.
+
+    Example:
+        >>> attention = FoxAttention(FoxConfig(hidden_size=64, num_attention_heads=4, num_hidden_layers=1), layer_idx=0)
+        >>> cache = DynamicCache(config=attention.config)
+        >>> with torch.no_grad():
+        ...     prompt, _ = attention(torch.randn(2, 10, 64), cache=cache)
+        ...     step, _ = attention(torch.randn(2, 1, 64), cache=cache)
+        >>> prompt.shape, step.shape
+        (torch.Size([2, 10, 64]), torch.Size([2, 1, 64]))
+    """
 
     # Of the same input, which are one product in decoding.
     projections = ("q_proj", "k_proj", "v_proj", "output_gate", "key_shift.proj", "value_shift.proj")
@@ -188,6 +203,9 @@ class FoxAttention(nn.Module):
         self.scaling = self.head_dim**-0.5
         self.attention_dropout = config.attention_dropout
         self.is_causal = True
+        # For a layer without its model, which otherwise computes the angles once for all layers.
+        if self.use_rope:
+            self.rotary_emb = FoxRotaryEmbedding(config)
 
         self.q_proj = nn.Linear(hidden, heads * self.head_dim, bias=config.attention_bias)
         self.k_proj = nn.Linear(hidden, kv_heads * self.head_dim, bias=config.attention_bias)
@@ -214,25 +232,53 @@ class FoxAttention(nn.Module):
     def forward(
         self,
         hidden_states: Tensor,
-        layout: TokenLayout,
-        position_embeddings: tuple[Tensor, Tensor] | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
         cache: Cache | None = None,
         *,
+        position_embeddings: tuple[Tensor, Tensor] | None = None,
+        cu_seq_lens_q: Tensor | None = None,
+        cu_seq_lens_k: Tensor | None = None,
         past_key_values: Cache | None = None,
+        layout: TokenLayout | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> tuple[Tensor, Tensor | None]:
         """
         Args:
             hidden_states: ``[B, T, hidden]``.
-            layout: where the tokens stand.
-            position_embeddings: cosines and sines ``[B or 1, T, rotated size]``, with RoPE.
-            cache: of earlier tokens; takes in these.
+            attention_mask: ``[B, Tk]``, nonzero for real tokens and zero for padding anywhere, over all tokens so far.
+            position_ids: ``[B or 1, T]``; read by RoPE, and where they restart, with an empty cache, a new packed
+                sequence begins.
+            cache: of earlier tokens; takes in these. ``DynamicCache(config=config)`` or ``StaticCache(config=config,
+                max_cache_len=...)``, of which this layer uses the part of its ``layer_idx``.
+            position_embeddings: cosines and sines ``[B or 1, T, rotated size]``, with RoPE; by default those of
+                ``position_ids``.
+            cu_seq_lens_q, cu_seq_lens_k: ``[N + 1]`` offsets of the sequences packed in a batch of one.
             past_key_values: the older name of ``cache``.
+            layout: what the arguments before say, found once for all layers of a model.
 
         Returns:
             ``[B, T, hidden]`` and the attention weights ``[B, H, T, Tk]`` (None unless `eager`).
+
+        Raises:
+            ValueError: an argument is not as above; the message names it.
         """
         cache = one_cache(cache, past_key_values)
+        if layout is None:
+            self._check_alone(hidden_states, cache)
+            layout = token_layout(
+                (hidden_states.shape[0], hidden_states.shape[1]),
+                hidden_states.device,
+                attention_mask,
+                position_ids,
+                (cu_seq_lens_q, cu_seq_lens_k),
+                cache,
+                self.layer_idx,
+            )
+        if self.use_rope and position_embeddings is None:
+            position_embeddings = self.rotary_emb(
+                hidden_states, layout.positions[None] if position_ids is None else position_ids
+            )
         cache_layer = None if cache is None else layer_of(cache, self.layer_idx)
         # In decoding all at once, else each where it is needed.
         fused = fused_products(self, hidden_states)
@@ -253,7 +299,8 @@ class FoxAttention(nn.Module):
             q, k = (norm(x.flatten(-2)).view_as(x) for norm, x in ((self.q_norm, q), (self.k_norm, k)))
         elif self.config.qk_norm != "none":
             q, k = self.q_norm(q), self.k_norm(k)
-        if self.use_rope and position_embeddings is not None:
+        if self.use_rope:
+            assert position_embeddings is not None, "given, or made above"
             # Back to the type of v: under autocast the angles are float32, and keys are cached beside values.
             q, k = (x.to(v.dtype) for x in apply_rotary(q, k, *position_embeddings))
 
@@ -274,7 +321,7 @@ class FoxAttention(nn.Module):
             # A mask may be as long as a cache of fixed size, where the keys are those so far.
             decay = hide_padding(decay, real if decay.cached is not None else real[:, : decay.key.shape[-1]])
 
-        attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention_forward)
+        attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.implementation, eager_attention_forward)
         dropout = self.attention_dropout if self.training else 0.0
         out, weights = attend(self, q, k, v, None, decay=decay, scaling=self.scaling, dropout=dropout, **kwargs)
 
@@ -285,6 +332,26 @@ class FoxAttention(nn.Module):
             gate = fused["output_gate"] if fused else self.output_gate(hidden_states)
             out = out * self.output_gate_act(gate)
         return self.o_proj(out), weights
+
+    def _check_alone(self, hidden_states: Tensor, cache: Cache | None) -> None:
+        """Raise a `ValueError` unless a layer without its model can take these."""
+        size = self.config.hidden_size
+        if hidden_states.ndim != 3 or hidden_states.shape[1] == 0 or hidden_states.shape[2] != size:
+            raise ValueError(
+                f"hidden_states must be [B, T, {size}] with at least one token, got shape {list(hidden_states.shape)}"
+            )
+        if cache is not None:
+            check_cache(cache, self.layer_idx + 1)
+            if isinstance(cache, FoxPagedCache):
+                raise ValueError(
+                    f"{CACHE} must be a DynamicCache or a StaticCache for a layer without its model: "
+                    "the pages of a FoxPagedCache are those of all layers"
+                )
+
+    @property
+    def implementation(self) -> str:
+        """The attention implementation; the configuration of a layer without its model may name none."""
+        return self.config._attn_implementation or DEFAULT_IMPLEMENTATION
 
     @property
     def outputs_stay_sharded(self) -> bool:
@@ -336,7 +403,7 @@ class FoxAttention(nn.Module):
         """Whether the kernels of decoding take these, ``[B, H, Tq, D]`` and ``[B, G, T, D]``."""
         differentiable = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad)
         dropout = self.training and self.attention_dropout > 0.0
-        return self.config._attn_implementation == "fox" and not differentiable and not dropout and decodes(q, k)
+        return self.implementation == DEFAULT_IMPLEMENTATION and not differentiable and not dropout and decodes(q, k)
 
 
 def _is_plain(module: nn.Module) -> bool:
@@ -361,6 +428,11 @@ class FoxMLP(LlamaMLP):
 
 
 class FoxDecoderLayer(GradientCheckpointingLayer):
+    """Attention and MLP, each with its norm and a residual connection: the block of a FoX model, or of one of your own.
+
+    Arguments as for `FoxAttention`, of its `forward` too, which returns ``[B, T, hidden]``.
+    """
+
     def __init__(self, config: FoxConfig, layer_idx: int) -> None:
         super().__init__()
         self.norms_first = config.norm_position == "pre"

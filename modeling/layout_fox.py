@@ -50,6 +50,7 @@ def token_layout(
     position_ids: Tensor | None,
     cu_seqlens: tuple[Tensor | None, Tensor | None],
     cache: Cache | None,
+    layer_idx: int = 0,
 ) -> TokenLayout:
     """Check and combine what a caller says of its tokens.
 
@@ -61,13 +62,14 @@ def token_layout(
         cu_seqlens: ``[N + 1]`` offsets of the sequences packed in a batch of one, of queries and of keys; the latter
             may be None.
         cache: earlier tokens.
+        layer_idx: which layer of it knows how many: any that has not taken in the new ones.
 
     Raises:
         ValueError: an argument does not fit; the message names it.
     """
     batch, length = tokens
-    past = 0 if cache is None else cache.get_seq_length()
-    keys = length if cache is None else cache.get_mask_sizes(length, 0)[0]
+    past = 0 if cache is None else cache.get_seq_length(layer_idx)
+    keys = length if cache is None else cache.get_mask_sizes(length, layer_idx)[0]
     seen = _read_if_free(past)
     if seen is not None and seen + length > keys:
         raise ValueError(

@@ -1,4 +1,4 @@
-"""Forgetting attention of hostile random inputs is its definition, in PyTorch and by kernels (or in their interpreter)."""
+"""Forgetting attention of hostile random inputs is its definition, in PyTorch and by kernels, interpreted or not."""
 
 import math
 import random
