@@ -1,6 +1,7 @@
 """The code that is saved beside a model: what it holds, and that it works where foxlm is not installed."""
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -151,13 +152,16 @@ for head in HEADS:
 
 
 def test_model_of_the_hub_works_without_foxlm_and_triton(saved: Path) -> None:
-    """As the Hub's cache holds it: there transformers asks of every file that what it imports is installed."""
+    """As the Hub's cache holds it, each file a link to one of another name: there transformers asks of every file that what it imports is installed."""
     commit = "0123456789abcdef0123456789abcdef01234567"
     repository = saved / "hub/models--someone--a.fox-1"
     (repository / "refs").mkdir(parents=True)
     (repository / "refs/main").write_text(commit)
-    (repository / "snapshots").mkdir()
-    (repository / "snapshots" / commit).symlink_to(saved / "model")
+    (repository / "blobs").mkdir()
+    (repository / "snapshots" / commit).mkdir(parents=True)
+    for number, file in enumerate(sorted((saved / "model").iterdir())):
+        shutil.copy(file, repository / f"blobs/{number}")
+        (repository / "snapshots" / commit / file.name).symlink_to(f"../../blobs/{number}")
     code = """
 model = AutoModelForCausalLM.from_pretrained("someone/a.fox-1", trust_remote_code=True)
 save_file(outputs(model), "found_hub.safetensors")

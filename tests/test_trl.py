@@ -24,7 +24,7 @@ PAIRS = [{"prompt": f"w{i}", "chosen": f" w{i + 1} w{i + 2}", "rejected": f" w{i
 
 
 def model_for(model_class: Any = FoxForCausalLM, **overrides: Any) -> Any:
-    sizes = {"initializer_range": 0.1, "eos_token_id": 2}
+    sizes: dict[str, Any] = {"initializer_range": 0.1, "eos_token_id": 2}
     return tiny_model(model_class=model_class, dtype=torch.float32, **sizes, **overrides)
 
 
