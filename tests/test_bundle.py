@@ -152,7 +152,10 @@ for head in HEADS:
 
 
 def test_model_of_the_hub_works_without_foxlm_and_triton(saved: Path) -> None:
-    """As the Hub's cache holds it, each file a link to one of another name: there transformers asks of every file that what it imports is installed."""
+    """As the Hub's cache holds it, each file a link to one of another name.
+
+    There transformers asks of every file that what it imports is installed.
+    """
     commit = "0123456789abcdef0123456789abcdef01234567"
     repository = saved / "hub/models--someone--a.fox-1"
     (repository / "refs").mkdir(parents=True)
