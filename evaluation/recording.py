@@ -86,7 +86,7 @@ def record_attention(
                     f"got {query.shape[2]} queries for {key.shape[2]} keys"
                 )
             q, k, v = (x.detach().transpose(1, 2) for x in (query, key, value))
-            centers, bound = module.config.qk_norm == "none", module.logit_bound()
+            centers, bound = module.config.qk_norm == "none", module.logit_bound(query.dtype)
             keep(AttentionInputs(module.layer_idx, q, k, v, log_f, kwargs["scaling"], centers, bound))
         return attend(module, query, key, value, attention_mask, **kwargs)
 

@@ -101,7 +101,9 @@ def forgetting_attention(
         eps: Adaptive Computation Pruning: leave out keys of which it is proven that no row loses more than this of its
             attention weight in total, in ``(0, 1)``; ``exp(-10)`` in its paper. None leaves out nothing.
         rule: how that is proven, ``"tight"`` or ``"paper"``: see `foxlm.kernels.pruning`.
-        logit_bound: ``U`` of the rule ``paper``, a bound of ``|scale * q . k|``, a number or ``[H]``; found by default.
+        logit_bound: ``U`` of the rule ``paper``, a bound of ``|scale * q . k|``, a number, ``[H]`` or ``[B, H]``,
+            finite and at least 0; found by default. If it is too small by ``x``, rows may lose up to ``exp(2 x) eps``.
+            On a GPU its values are not checked: where they are not as said, nothing is left out.
         return_lse: also return the log-sum-exp of each row's logits.
         return_first: also return the first key that each query keeps.
 

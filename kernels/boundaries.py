@@ -5,7 +5,6 @@ takes norms, a scan over blocks of keys takes what the rules need of all keys be
 its boundary among the blocks by bisection. A block of queries keeps what any of its rows keeps.
 """
 
-import math
 from typing import NamedTuple
 
 import torch
@@ -16,6 +15,8 @@ from torch import Tensor
 from .backend import NAMESPACE, rows_together
 from .decay import Decay
 from .forward import load_rows
+from .predicates import lengths, may_drop_paper, may_drop_tight, query_bounds, raised
+from .rounding import decay_margin, log_allowed, logit_margin
 from .tiles import PRUNED_KEYS, PRUNED_QUERIES, padded_head_dim
 
 _QUERY_BLOCK = tl.constexpr(PRUNED_QUERIES)
@@ -39,6 +40,7 @@ def _norms_kernel(
     k_t,
     k_h,
     scale,
+    margin,
     TQ,
     TK,
     H,
@@ -47,7 +49,7 @@ def _norms_kernel(
     HEAD_DIM: tl.constexpr,
     PADDED_DIM: tl.constexpr,
 ):
-    """Of a block of keys and the queries at its tokens: the largest ``|k|``, each ``|q|`` and ``q . k``, scaled."""
+    """Of a block of keys and the queries at its tokens: the largest ``|k|`` and `query_bounds`."""
     head, block = tl.program_id(0), tl.program_id(1)
     b, h = (head // H).to(tl.int64), head % H
     g = h // (H // G)
@@ -58,9 +60,11 @@ def _norms_kernel(
     k = load_rows(p_k, keys, k_t, keys < TK, HEAD_DIM, PADDED_DIM, True).to(tl.float32)
     q = load_rows(Q + b * q_b + h.to(tl.int64) * q_h, rows, q_t, is_row, HEAD_DIM, PADDED_DIM, True).to(tl.float32)
     p_row = head.to(tl.int64) * TQ + rows
-    tl.store(Q_NORM + p_row, tl.sqrt(tl.sum(q * q, 1)) * tl.abs(scale), mask=is_row)
-    tl.store(OWN + p_row, tl.sum(q * k, 1) * scale, mask=is_row)
-    tl.store(K_MAX + (b * G + g) * NB + block, tl.sqrt(tl.max(tl.sum(k * k, 1), 0)), mask=h % (H // G) == 0)
+    k_length = lengths(k)
+    norm, own = query_bounds(q, k, k_length, scale, margin)
+    tl.store(Q_NORM + p_row, norm, mask=is_row)
+    tl.store(OWN + p_row, own, mask=is_row)
+    tl.store(K_MAX + (b * G + g) * NB + block, tl.max(k_length, 0), mask=h % (H // G) == 0)
 
 
 @triton.jit
@@ -147,6 +151,8 @@ def _search_kernel(
     bound_b,
     bound_h,
     log_eps,
+    c_margin,
+    bound_margin,
     TQ,
     H,
     HF,
@@ -164,7 +170,7 @@ def _search_kernel(
     rows = block * _QUERY_BLOCK + tl.arange(0, _QUERY_BLOCK)
     is_row = rows < TQ
     position = tl.load(LAST + rows, mask=is_row, other=0).to(tl.int32)
-    c = tl.load(C_Q + b64 * c_b + gate.to(tl.int64) * c_h + rows, mask=is_row, other=0.0)
+    c = raised(tl.load(C_Q + b64 * c_b + gate.to(tl.int64) * c_h + rows, mask=is_row, other=0.0), c_margin)
     p_first = FIRST + b64 * first_b + (h // FIRST_GROUP).to(tl.int64) * first_h
     first = tl.load(p_first + rows, mask=is_row, other=2147483647)
     p_row = head.to(tl.int64) * TQ + rows
@@ -174,7 +180,7 @@ def _search_kernel(
         norm = tl.load(Q_NORM + p_row, mask=is_row, other=0.0)
         own = tl.load(OWN + p_row, mask=is_row, other=0.0)
     else:
-        threshold = log_eps - 2.0 * tl.load(BOUND + b * bound_b + h * bound_h)
+        bound = tl.load(BOUND + b * bound_b + h * bound_h)
 
     # Blocks before `low` may be dropped, from `high` on they may not; a query never drops its own block.
     low = tl.zeros([_QUERY_BLOCK], tl.int32)
@@ -189,10 +195,9 @@ def _search_kernel(
         decay = tl.where(end == _INF, -_INF, c - tl.where(end == _INF, 0.0, end))
         if TIGHT:
             largest = tl.load(p_largest + last).to(tl.float32)
-            weight = (decay + tl.load(p_sum + last)).to(tl.float32) + norm * largest - own
-            droppable = weight <= log_eps
+            droppable = may_drop_tight(norm, own, decay + tl.load(p_sum + last), largest, log_eps)
         else:
-            droppable = decay.to(tl.float32) < threshold
+            droppable = may_drop_paper(decay, bound, bound_margin, log_eps)
         # With nothing left between them, low stays.
         low = tl.where(droppable & (low < high), middle, low)
         high = tl.where(droppable, high, middle - 1)
@@ -255,7 +260,7 @@ def _launch(
             logit_bound = q_norm.amax(-1) * largest.amax(-1).repeat_interleave(q.shape[2] // k.shape[2], dim=1)
     rows = Queries(decay.query, decay.first, decay.last, q_norm, own)
     blocks = Blocks(end, log_sum, largest)
-    log_eps = math.log(eps) if tight else math.log(eps) - math.log(keys)
+    log_eps = log_allowed(eps, torch.float32, 1 if tight else keys)
     return search(rows, blocks, q.shape[2], k.shape[2], log_eps, None if tight else logit_bound)
 
 
@@ -266,8 +271,8 @@ class Queries(NamedTuple):
         c: ``[B, Hf, Tq]`` float64 running sums.
         first: ``[B, H or Hf or 1, Tq]`` int64 first key that each may see anyway; beyond its own if none.
         last: ``[Tq]`` int64 own keys.
-        norm: ``[B, H, Tq]`` float32 ``scale |q|``; this and the next are only needed by the rule ``tight``.
-        own: ``[B, H, Tq]`` float32 logits with their own keys.
+        norm: ``[B, H, Tq]`` float32, at least ``scale |q|``; this and the next are only needed by the rule ``tight``.
+        own: ``[B, H, Tq]`` float32, at most the logits with their own keys.
         own_block: ``[Tq]`` int64 block of keys that each one's own key is in; None if it is that of ``last``.
     """
 
@@ -285,7 +290,8 @@ class Blocks(NamedTuple):
     Attributes:
         end: ``[B, Hf, N]`` float64 running sum at the last visible key.
         log_sum: ``[B, Hf, N]`` float64 ``log sum_j exp(end - c_j)``.
-        largest: ``[B, G, N]`` float32 or float64 ``max |k|``; only needed by the rule ``tight``.
+        largest: ``[B, G, N]`` float32 or float64 ``max |k|``, at least `rounding.SHORTEST_LENGTH`; only needed by the
+            rule ``tight``.
         starts: ``[N]`` int64 first key of each; None if all but the last are full. With ``own_block``.
     """
 
@@ -345,6 +351,7 @@ def norms(q: Tensor, k: Tensor, last: Tensor, scale: float, out: Tensor | None =
         *q.stride()[:3],
         *k.stride()[:3],
         scale,
+        logit_margin(head_dim, torch.float32),
         queries,
         keys,
         heads,
@@ -364,8 +371,8 @@ def search(
     Args:
         rows, blocks: queries, and the keys that ``last`` counts.
         heads, kv_heads: how many.
-        log_eps: for ``paper`` minus the log of the number of keys.
-        logit_bound: ``U``, ``[B, H]`` float32 with any strides.
+        log_eps: as `rounding.log_allowed` gives it, for ``paper`` with the number of keys.
+        logit_bound: ``U``, ``[B, H]`` float32, any strides. Where it is NaN, infinite or negative nothing is dropped.
     """
     batch, gates, queries = rows.c.shape
     first = torch.empty(batch, heads, queries, dtype=torch.int64, device=rows.c.device)
@@ -387,6 +394,8 @@ def search(
         *rows.first.stride()[:2],
         *((0, 0) if logit_bound is None else logit_bound.stride()),
         log_eps,
+        decay_margin(count * PRUNED_KEYS),
+        logit_margin(0, torch.float32),
         queries,
         heads,
         gates,

@@ -36,7 +36,7 @@ class KeySummary(NamedTuple):
     Attributes:
         c: ``[B, Hf, N]`` float64, running sum at the last key of each block.
         log_decays: ``[B, Hf, N]`` float64, ``log sum_j exp(-c_j)`` over all keys up to there.
-        largest: ``[B, G, N]`` float32, ``max_j |k_j|`` over the same keys.
+        largest: ``[B, G, N]`` float32, ``max_j |k_j|`` over the same keys, at least `rounding.SHORTEST_LENGTH`.
     """
 
     c: Tensor

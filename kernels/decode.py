@@ -14,7 +14,6 @@ then has a running maximum and an output of its own, which are only joined at th
 """
 
 import functools
-import math
 from typing import NamedTuple
 
 import torch
@@ -25,9 +24,11 @@ from torch import Tensor
 from .backend import NAMESPACE, rows_together, runs_kernels
 from .decay import Decay, KeySummary
 from .forward import dot_precision, load_rows
+from .predicates import lengths, may_drop_paper, may_drop_tight, query_bounds, raised
 from .pruning import Rule
+from .rounding import decay_margin, log_allowed, logit_margin
 from .tiles import LARGEST_HEAD_DIM, PRUNED_KEYS, padded_head_dim
-from .validation import check_rule
+from .validation import check_logit_bound, check_rule
 
 LARGEST_ROWS, LARGEST_QUERIES = 64, 16
 
@@ -37,8 +38,6 @@ _LOG2_E = tl.constexpr(1.4426950408889634)
 _LN_2 = tl.constexpr(0.6931471805599453)
 _INF = tl.constexpr(float("inf"))
 _LARGEST_INT = tl.constexpr(2147483647)
-# A bound of logits is that much larger than its float32 numbers say, so that their rounding never drops a key too many.
-_ROUNDED = tl.constexpr(1.0 + 2.0**-20)
 _NOT_PRUNED, _TIGHT, _PAPER = 0, 1, 2
 # Counts of blocks that are summed at a time; boundaries that one step of the search looks at, for all rows together.
 _SCAN = 1024
@@ -115,6 +114,9 @@ def _ranges_kernel(
     scale,
     bound,
     log_eps,
+    margin,
+    c_margin,
+    bound_margin,
     TQ,
     H,
     HF,
@@ -142,7 +144,7 @@ def _ranges_kernel(
 
     if RULE != 0:
         gate = h // (H // HF)
-        c = tl.load(C_Q + b * cq_b + gate.to(tl.int64) * cq_h + t, mask=is_row, other=0.0)
+        c = raised(tl.load(C_Q + b * cq_b + gate.to(tl.int64) * cq_h + t, mask=is_row, other=0.0), c_margin)
         p_c = C + b * c_b + gate.to(tl.int64) * c_h
         if RULE == 1:
             columns = tl.arange(0, PADDED_DIM)
@@ -157,15 +159,15 @@ def _ranges_kernel(
                 p_k = K + page.to(tl.int64) * k_b + (last % _BLOCK).to(tl.int64) * k_t
                 held = page >= 0
             k = tl.load(p_k[:, None] + columns[None, :], mask=held[:, None] & is_column, other=0.0).to(tl.float64)
-            own = tl.sum(q * k, 1) * scale
-            norm = tl.sqrt(tl.sum(q * q, 1)) * tl.abs(scale) * _ROUNDED
+            norm, own = query_bounds(q, k, lengths(k), scale, margin)
             p_decays = LOG_DECAYS + b * decays_b + gate.to(tl.int64) * decays_h
             p_largest = LARGEST + b * largest_b + g.to(tl.int64) * largest_h
         else:
             if BOUND is not None:
                 bound = tl.load(BOUND + b * bound_b + h.to(tl.int64) * bound_h, mask=is_row, other=0.0)
             seen = (last + 1).to(tl.float32).to(tl.float64)
-            threshold = log_eps - tl.log(seen) - 2.0 * _ROUNDED * (bound + tl.zeros([ROWS], tl.float64))
+            allowed = log_eps - tl.log(seen)
+            bound += tl.zeros([ROWS], tl.float64)
 
         # Keys before block `low` may be dropped; those before any block after `high` may not.
         low = tl.zeros([ROWS], tl.int32)
@@ -180,9 +182,9 @@ def _ranges_kernel(
             if RULE == 1:
                 decays = tl.load(p_decays[:, None] + before, mask=inside, other=-_INF)
                 largest = tl.load(p_largest + before, mask=inside, other=0.0).to(tl.float64)
-                droppable = c[:, None] + decays + norm[:, None] * largest - own[:, None] <= log_eps
+                droppable = may_drop_tight(norm[:, None], own[:, None], c[:, None] + decays, largest, log_eps)
             else:
-                droppable = decay < threshold[:, None]
+                droppable = may_drop_paper(decay, bound[:, None], bound_margin, allowed[:, None])
             low = tl.maximum(low, tl.max(tl.where(inside & droppable, candidates, 0), 1))
             high = tl.minimum(high, low + step - 1)
         begin = tl.maximum(begin, low)
@@ -467,7 +469,7 @@ def decode_attention(
         eps: with ``summary``, leave out keys of which it is proven that no row loses more than this of its attention
             weight in total, in ``(0, 1)``.
         rule: how that is proven, ``"tight"`` or ``"paper"``: see `pruning`.
-        logit_bound: ``U`` of the rule ``paper``, a number, ``[H]`` or ``[B, H]``.
+        logit_bound: ``U`` of the rule ``paper``, a number, ``[H]`` or ``[B, H]``, as for `forgetting_attention`.
         pages: ``[B, G, N]`` int32 page of each block of 64 tokens; -1 where there is none. A row that must read such a
             block becomes NaN.
         start: ``[B, G]`` int32 first block that is still held; those before are not read.
@@ -477,19 +479,20 @@ def decode_attention(
         that see nothing.
 
     Raises:
-        ValueError: ``eps`` or ``rule`` is not as above, or ``paper`` lacks its bound.
+        ValueError: ``eps``, ``rule`` or ``logit_bound`` is not as above, or ``paper`` lacks its bound.
     """
     code, log_eps, bound = _NOT_PRUNED, 0.0, 0.0
     c = log_decays = largest = bounds = None
     if eps is not None:
         check_rule(eps, rule)
+        check_logit_bound(logit_bound, q.shape[0], q.shape[2])
         if rule == "paper" and logit_bound is None:
             raise ValueError("logit_bound must be given for the rule 'paper'")
     if eps is not None and summary is not None:
-        code, log_eps = _TIGHT if rule == "tight" else _PAPER, math.log(eps)
+        code, log_eps = _TIGHT if rule == "tight" else _PAPER, log_allowed(eps, torch.float32)
         c, log_decays, largest = summary
         if isinstance(logit_bound, Tensor):
-            bounds = logit_bound.to(torch.float32).expand(q.shape[0], q.shape[2])
+            bounds = logit_bound.expand(q.shape[0], q.shape[2])
         elif logit_bound is not None:
             bound = float(logit_bound)
     return _decode(
@@ -585,6 +588,9 @@ def _decode(
             scale,
             bound,
             log_eps,
+            logit_margin(head_dim, torch.float32),
+            decay_margin(blocks * PRUNED_KEYS),
+            logit_margin(0, torch.float32),
             queries,
             heads,
             gates,

@@ -14,19 +14,40 @@ with ``j`` and falls with ``i``, so what a query keeps is one range that ends at
     ``paper`` drops where ``U`` is the true maximum of ``scale |q| |k|``.
 
 Both hold for `centered` keys as well. `first_kept` is the definition, in plain PyTorch, for analysis; `prune` is what
-attention runs, on a GPU by kernels (`boundaries`).
+attention runs, on a GPU by kernels (`boundaries`). `may_drop` is both rules, and `predicates` the same for kernels.
+
+**In floating point** the guarantee is about the exact attention weights of ``q``, ``k``, ``log_f`` as they are given:
+attention rounds with pruning as it does without. Every number that a rule reads is rounded to the safe side, by what
+it, and all that is still done with it, may be off (`rounding`). ``u``, half of ``finfo.eps``, is 2^-24 for inputs up
+to float32, in which kernels compute (PyTorch, and sums of gates everywhere, are float64), and 2^-53 for float64.
+
+* Inputs in half precision are exact in float32. A dot product of ``D`` terms, in any order, is off by at most
+  ``D u |q| |k|``, a length by ``(D / 2 + 2) u`` of itself (by as much again if squares underflow, since lengths count
+  as 2^-51 at least), ``scale`` and each further operation by a few ``u``. ``scale |q|`` raised by ``m = 2 (D + 32) u``
+  of itself, and ``s_ii`` lowered by ``m scale |q_i| |k_i|``, cover that, what the rule does with them, logits as
+  products in float32 accumulate them, and the subtraction in `centered`, of ``u`` in each element.
+* Sums over ``n`` gates, in any order, are off by ``n u |c|`` with ``u = 2^-53``, differences of two by twice that, and
+  ``P_n`` by ``n u (|c| + log n + 2)`` more: ``c_i`` is raised by ``4 n u (|c_i| + 32)``. What kernels take in float32
+  of a block of 64 keys is relative to its last one, so the sum is at least 1, and its log off by at most 100 ``u``.
+* Where a rule is about to drop, ``|c_i + P_n|``, or ``-D_ij``, is at most twice the sum of all other terms, or it drops
+  anyhow. So the rounding of that term is covered by the first margin and by ``log eps`` lowered by
+  ``256 u (1 + |log eps|)``, as are its own and those 100 ``u``.
+* ``U`` is raised by ``64 u``. As a product of lengths it is one of upper bounds; a bound by weights must hold for ``q``
+  and ``k`` as the model rounds them (`FoxAttention.logit_bound`); one that is given must be one.
+
+An overflow, or any NaN, makes a comparison false, which keeps keys. So does a ``U`` that is NaN, infinite or negative.
 """
 
-import math
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
 from .backend import HAS_TRITON, runs_kernels
 from .decay import Decay, KeySummary, accumulate
+from .rounding import decay_margin, log_allowed, logit_margin
 from .tiles import PRUNED_KEYS, PRUNED_QUERIES
-from .validation import check_rule
+from .validation import check_logit_bound, check_rule, check_scale
 
 if HAS_TRITON:
     from .boundaries import raise_first
@@ -54,20 +75,25 @@ def first_kept(
         log_f: ``[B, Tk, Hf]`` log forget gates, ``Hf`` in ``{H, G, 1}``.
         eps: largest attention weight that a row may lose in total, in ``(0, 1)``.
         rule: ``"paper"`` or ``"tight"``.
-        scale: multiplies the logits; ``1 / sqrt(D)`` by default.
-        logit_bound: ``U`` of the rule ``paper``, a number or ``[H]``, e.g. from QK-norm weights; by default
-            ``scale * max |q| * max |k|`` per sequence and head.
+        scale: multiplies the logits, finite; ``1 / sqrt(D)`` by default.
+        logit_bound: ``U`` of the rule ``paper``, a number, ``[H]`` or ``[B, H]``, finite and at least 0, e.g. from
+            QK-norm weights; by default ``scale * max |q| * max |k|`` per sequence and head. If some
+            ``|scale * q . k|`` exceeds it by ``x``, rows may lose up to ``exp(2 x) eps``. Values on a GPU are not
+            checked: nothing is dropped where they are NaN, infinite or negative.
         block_q, block_k: queries and keys are dropped in blocks of these sizes; 1 is per query and key.
 
     Returns:
         ``[B, H, ceil(Tq / block_q)]`` int64, multiples of ``block_k``. Keys hidden by a hard reset count as dropped.
 
     Raises:
-        ValueError: ``eps`` or ``rule`` is not as above.
+        ValueError: ``eps``, ``rule``, ``scale`` or ``logit_bound`` is not as above.
     """
     check_rule(eps, rule)
-    heads, queries, keys = q.shape[2], q.shape[1], k.shape[1]
-    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    batch, queries, heads, head_dim = q.shape
+    keys = k.shape[1]
+    check_logit_bound(logit_bound, batch, heads)
+    check_scale(scale)
+    scale = head_dim**-0.5 if scale is None else scale
     c, first = accumulate(log_f)
     last = torch.arange(keys - queries, keys, device=c.device)
     decay = Decay(c[..., keys - queries :], c, first[..., keys - queries :], last)
@@ -101,6 +127,7 @@ def prune(
     """
     check_rule(eps, rule)
     batch, queries, heads, _ = q.shape
+    check_logit_bound(logit_bound, batch, heads)
     if k.shape[1] <= PRUNED_KEYS or q.numel() == 0:
         return decay
     if runs_kernels(q) and q.dtype != torch.float64:
@@ -133,8 +160,94 @@ def centered(k: Tensor) -> Tensor:
     return wide - wide[:, :PRUNED_KEYS].mean(1, keepdim=True)
 
 
+class QueryBounds(NamedTuple):
+    """What the rules read of queries, ``[B, H, Tq]`` each, rounded to the safe side as the proof says.
+
+    Attributes:
+        c: float64, at least the running sum.
+        norm: at least ``scale |q|``.
+        own: at most the logit with the own key.
+    """
+
+    c: Tensor
+    norm: Tensor
+    own: Tensor
+
+
+def query_bounds(q: Tensor, own_key: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    """``norm`` and ``own`` of `QueryBounds`, in float64.
+
+    Args:
+        q: ``[B, Tq, H, D]``.
+        own_key: ``[B, Tq, G, D]``.
+        scale: multiplies the logits.
+    """
+    margin = logit_margin(q.shape[-1], margin_dtype(own_key))
+    q, own_key = (x.double().transpose(1, 2) for x in (q, own_key))
+    own_key = _per_query_head(own_key, q.shape[1])
+    norm = q.norm(dim=-1) * (abs(scale) * (1.0 + margin))
+    return norm, scale * (q * own_key).sum(-1) - margin * norm * own_key.norm(dim=-1)
+
+
+def margin_dtype(k: Tensor) -> torch.dtype:
+    """Whose rounding counts for keys ``k``."""
+    return torch.promote_types(k.dtype, torch.float32)
+
+
+def raised(c: Tensor, keys: int) -> Tensor:
+    """``c`` of `QueryBounds` from running sums over at most so many keys."""
+    return c + decay_margin(keys) * (32.0 - c)
+
+
+def may_drop(query: QueryBounds, keys: KeySummary, log_eps: float, logit_bound: Tensor | None) -> Tensor:
+    """The rules: whether a query may drop all keys that an entry of ``keys`` counts. False where a number is NaN.
+
+    Args:
+        query, keys: of shapes that broadcast.
+        log_eps: as `rounding.log_allowed` gives it, for ``paper`` with the number of keys.
+        logit_bound: ``U`` of the rule ``paper``; None is the rule ``tight``.
+    """
+    if logit_bound is None:
+        return (query.c + keys.log_decays) + query.norm * keys.largest - query.own <= log_eps
+    threshold = log_eps - 2.0 * (1.0 + logit_margin(0, torch.float32)) * logit_bound
+    return (logit_bound >= 0.0) & (query.c - keys.c < threshold)
+
+
+def most_droppable(
+    query: QueryBounds, keys: KeySummary, most: Tensor, log_eps: float, logit_bound: Tensor | None
+) -> Tensor:
+    """How many leading keys, or blocks of them, each row may drop, by bisection: ``[B, H, Tq]`` int64.
+
+    Args:
+        query: of the rows.
+        keys: ``[B, H, N]``, of each key or block and all before.
+        most: ``[Tq]`` int64, not more than these may be dropped.
+        log_eps: as for `may_drop`.
+        logit_bound: as for `may_drop`, ``[B, H]``.
+    """
+    low = torch.zeros_like(query.norm, dtype=torch.int64)
+    high = most.expand_as(low)
+    bound = None if logit_bound is None else logit_bound[..., None]
+    for _ in range(keys.c.shape[-1].bit_length()):
+        middle = (low + high + 1) // 2
+        before = (middle - 1).clamp(min=0)
+        droppable = may_drop(query, KeySummary(*(x.gather(-1, before) for x in keys)), log_eps, bound)
+        low = torch.where(droppable, middle, low)
+        high = torch.where(droppable, high, middle - 1)
+        high = torch.maximum(low, high)
+    return low
+
+
 def first_dead_block(
-    c: Tensor, summary: KeySummary, bounds: tuple[Tensor, Tensor], blocks: int, *, eps: float, rule: Rule, keys: int
+    c: Tensor,
+    summary: KeySummary,
+    bounds: tuple[Tensor, Tensor],
+    blocks: int,
+    *,
+    eps: float,
+    rule: Rule,
+    keys: int,
+    head_dim: int,
 ) -> Tensor:
     """First block of 64 keys that a query to come may need; every later one may drop all before.
 
@@ -145,11 +258,12 @@ def first_dead_block(
         c: ``[B, Hf]`` float64 running sum at some token.
         summary: of the keys.
         bounds: of any query from that token on: ``scale |q|`` and ``-scale q . k`` with its own key are at most these,
-            ``[H]`` each; the second also bounds any ``|scale q . k|``.
+            ``[H]`` each; the second also bounds any ``|scale q . k|``. Where one is negative or NaN, nothing is dead.
         blocks: how many blocks lie wholly before that token.
         eps: as for `first_kept`.
         rule: as for `first_kept`.
         keys: most keys there will ever be.
+        head_dim: size of a head.
 
     Returns:
         ``[B, G]`` int32, at most ``blocks``: the least over the query heads of a key/value head.
@@ -157,13 +271,14 @@ def first_dead_block(
     check_rule(eps, rule)
     query_bound, own_bound = (x.double()[:, None] for x in bounds)
     heads, kv_heads = len(query_bound), summary.largest.shape[1]
-    c, c_end, log_decays, largest = (
-        _per_query_head(x, heads) for x in (c[..., None], *(x[..., :blocks] for x in summary))
-    )
-    if rule == "tight":
-        dead = query_bound * largest + c + log_decays + own_bound <= math.log(eps)
-    else:
-        dead = c - c_end < math.log(eps) - math.log(keys) - 2.0 * own_bound
+    c, *entries = (_per_query_head(x, heads) for x in (c[..., None], *(x[..., :blocks] for x in summary)))
+    # The largest norms are float32.
+    margin = logit_margin(head_dim, torch.float32)
+    query = QueryBounds(raised(c, keys), query_bound * (1.0 + margin), -own_bound * (1.0 + margin))
+    paper = rule == "paper"
+    log_eps = log_allowed(eps, torch.float32, keys if paper else 1)
+    dead = may_drop(query, KeySummary(*entries), log_eps, own_bound if paper else None)
+    dead = dead & (query_bound >= 0.0) & (own_bound >= 0.0)
     return dead.int().cumprod(-1).sum(-1, dtype=torch.int32).unflatten(1, (kv_heads, -1)).amin(2)
 
 
@@ -186,7 +301,7 @@ def share_skipped(first: Tensor, length: int, block_q: int = 1, block_k: int = 1
 
 
 def _per_query_head(x: Tensor, heads: int) -> Tensor:
-    """``[B, Hf, T] -> [B, H, T]``."""
+    """``[B, Hf, T, ...] -> [B, H, T, ...]``."""
     return x if x.shape[1] == heads else x.repeat_interleave(heads // x.shape[1], dim=1)
 
 
@@ -195,56 +310,19 @@ def _kept(
 ) -> Tensor:
     """First key that each query keeps by the rule alone, ``[B, H, Tq]``; never after its own."""
     batch, _, heads, _ = q.shape
-    keys = k.shape[1]
+    length = k.shape[1]
     c_q, c_k = (_per_query_head(x, heads) for x in (decay.query, decay.key))
-    hidden = torch.isposinf(c_k)
-    q_norm = q.double().norm(dim=-1).transpose(1, 2) * abs(scale)
-    k_norm = _per_query_head(k.double().norm(dim=-1).transpose(1, 2), heads).masked_fill(hidden, 0.0)
+    norm, own = query_bounds(q, k.index_select(1, decay.last), scale)
+    k_norm = _per_query_head(k.double().norm(dim=-1).transpose(1, 2), heads).masked_fill(torch.isposinf(c_k), 0.0)
+    # A hidden key goes with the last one before it that is not.
+    keys = KeySummary(c_k.cummin(-1).values, torch.logcumsumexp(-c_k, dim=-1), k_norm.cummax(-1).values)
+    bound = None
     if rule == "paper":
         if logit_bound is None:
-            logit_bound = q_norm.amax(-1) * k_norm.amax(-1)
+            logit_bound = norm.amax(-1) * k_norm.amax(-1)
         bound = torch.as_tensor(logit_bound, dtype=torch.float64, device=c_q.device).expand(batch, heads)
-        threshold = -2.0 * bound - math.log(keys) + math.log(eps)
-        # A hidden key goes with the last one before it that is not.
-        falling = c_k.cummin(-1).values
-        kept = torch.searchsorted(-falling.contiguous(), (threshold[..., None] - c_q).contiguous())
-        return torch.minimum(kept, decay.last)
-    own = k.index_select(1, decay.last).double().repeat_interleave(heads // k.shape[2], dim=2)
-    own_logit = scale * (q.double() * own).sum(-1).transpose(1, 2)
-    # In float64 the sums, of large numbers, stay exact to 1e-10.
-    log_decays = torch.logcumsumexp(-c_k, dim=-1)
-    return search_tight(q_norm, own_logit, c_q, log_decays, k_norm.cummax(-1).values, decay.last, math.log(eps))
-
-
-def search_tight(
-    q_norm: Tensor, own: Tensor, c_q: Tensor, log_decays: Tensor, largest: Tensor, most: Tensor, log_eps: float
-) -> Tensor:
-    """How many leading keys, or blocks of them, each row may drop by the rule ``tight``, by bisection.
-
-    Args:
-        q_norm, own, c_q: ``[B, H, Tq]`` ``scale |q|``, logit with the own key, and running sum of each row.
-        log_decays, largest: ``[B, H, N]`` ``log sum exp(-c_j)`` and ``max |k_j|`` of each key or block and all before.
-        most: ``[Tq]`` int64, not more than these may be dropped.
-        log_eps: log of the weight that a row may lose.
-
-    Returns:
-        ``[B, H, Tq]`` int64.
-    """
-    # Entry n describes the keys before n.
-    before_none = torch.full_like(log_decays[..., :1], float("-inf"))
-    log_decays = torch.cat([before_none, log_decays], dim=-1)
-    largest = torch.cat([torch.zeros_like(largest[..., :1]), largest], dim=-1)
-
-    low = torch.zeros_like(q_norm, dtype=torch.int64)
-    high = most.expand_as(low)
-    for _ in range(log_decays.shape[-1].bit_length()):
-        middle = (low + high + 1) // 2
-        weight = q_norm * largest.gather(-1, middle) + c_q + log_decays.gather(-1, middle) - own
-        droppable = weight <= log_eps
-        low = torch.where(droppable, middle, low)
-        high = torch.where(droppable, high, middle - 1)
-        high = torch.maximum(low, high)
-    return low
+    log_eps = log_allowed(eps, margin_dtype(k), length if rule == "paper" else 1)
+    return most_droppable(QueryBounds(raised(c_q, length), norm, own), keys, decay.last, log_eps, bound)
 
 
 def _blocks_minimum(x: Tensor, block: int) -> Tensor:

@@ -5,7 +5,6 @@ bytes of keys and values), and each finds what its own queries keep. With segmen
 so of 64, it is what one device would find.
 """
 
-import math
 from typing import NamedTuple
 
 import torch
@@ -13,11 +12,12 @@ from torch import Tensor
 
 from .backend import HAS_TRITON, rows_together, runs_kernels
 from .context_parallel import Shards
-from .decay import Decay
-from .pruning import Rule, search_tight
+from .decay import Decay, KeySummary
+from .pruning import QueryBounds, Rule, margin_dtype, most_droppable, query_bounds, raised
+from .rounding import log_allowed
 from .split_tables import most_blocks
 from .tiles import PRUNED_KEYS, PRUNED_QUERIES
-from .validation import check_rule
+from .validation import check_logit_bound, check_rule
 
 if HAS_TRITON:
     from .boundaries import Blocks, Queries, decay_by_blocks, join_blocks, join_largest, norms, search
@@ -34,7 +34,7 @@ class _Keys(NamedTuple):
 
 
 class _Rows(NamedTuple):
-    """Queries of this rank: ``scale |q|`` and the logit with their own keys, ``[B, H, T]``."""
+    """Queries of this rank, ``[B, H, T]``: see `pruning.QueryBounds`."""
 
     norm: Tensor
     own: Tensor
@@ -65,12 +65,13 @@ def prune_shards(
     """
     check_rule(eps, rule)
     heads, kv_heads = q.shape[2], k.shape[2]
+    check_logit_bound(logit_bound, len(q), heads)
     fast = runs_kernels(q) and q.dtype != torch.float64
     q, k = rows_together(q), rows_together(k)
     rows, packed = _summarize(q, k, decay.key, scale, shards, fast)
     keys = _blocks_of_all(packed, decay.key.shape[:2], kv_heads, shards)
     logit_bound = _bound(logit_bound, rows, keys, kv_heads, shards) if rule == "paper" else None
-    log_eps = math.log(eps) if rule == "tight" else math.log(eps) - math.log(shards.split.length)
+    log_eps = log_allowed(eps, margin_dtype(k), shards.split.length if rule == "paper" else 1)
 
     first = decay.first
     if first.shape[1] != heads:
@@ -115,15 +116,12 @@ def _summarize_on_device(q: Tensor, k: Tensor, c_k: Tensor, scale: float, shards
 
 
 def _summarize_in_pytorch(q: Tensor, k: Tensor, c_k: Tensor, scale: float, shards: Shards) -> tuple[_Rows, Tensor]:
-    heads, kv_heads = q.shape[2], k.shape[2]
-    q, k = q.double(), k.double()
-    own = scale * (q * k.repeat_interleave(heads // kv_heads, dim=2)).sum(-1).transpose(1, 2)
     c = _blocks(c_k, float("inf"))
     end = c.amin(-1)
     log_sum = torch.logsumexp((end[..., None] - c).masked_fill(torch.isposinf(c), float("-inf")), -1)
-    largest = _blocks(k.norm(dim=-1).transpose(1, 2), 0.0).amax(-1)
+    largest = _blocks(k.double().norm(dim=-1).transpose(1, 2), 0.0).amax(-1)
     packed = torch.cat([x.flatten(0, 1) for x in (end, log_sum, largest)])
-    return _Rows(q.norm(dim=-1).transpose(1, 2) * abs(scale), own), packed
+    return _Rows(*query_bounds(q, k, scale)), packed
 
 
 def _blocks(x: Tensor, filling: float) -> Tensor:
@@ -185,13 +183,10 @@ def _search_in_pytorch(
     c_q, end, log_sum, largest = (x.repeat_interleave(heads // x.shape[1], dim=1) for x in (c_q, *keys))
     tables = shards.tables(c_q.device)
     last, own_block = tables.positions[part], tables.own_blocks[part]
-    if logit_bound is None:
-        log_decays = torch.logcumsumexp(log_sum - end.masked_fill(torch.isposinf(end), 0.0), -1)
-        kept = search_tight(rows.norm, rows.own, c_q, log_decays, largest.cummax(-1).values, own_block, log_eps)
-    else:
-        threshold = log_eps - 2.0 * logit_bound.double()
-        kept = torch.searchsorted(-end.cummin(-1).values.contiguous(), (threshold[..., None] - c_q).contiguous())
-        kept = torch.minimum(kept, own_block)
+    log_decays = torch.logcumsumexp(log_sum - end.masked_fill(torch.isposinf(end), 0.0), -1)
+    keys_before = KeySummary(end.cummin(-1).values, log_decays, largest.cummax(-1).values)
+    query = QueryBounds(raised(c_q, shards.split.length), rows.norm, rows.own)
+    kept = most_droppable(query, keys_before, own_block, log_eps, logit_bound)
     sees_nothing = first > last
     kept = kept.masked_fill(sees_nothing, _NEVER)
     padding = kept[..., -1:].expand(*kept.shape[:-1], -kept.shape[-1] % PRUNED_QUERIES)

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from .decay import KeySummary
+from .rounding import SHORTEST_LENGTH
 from .tiles import PRUNED_KEYS
 
 Running = tuple[Tensor, Tensor]
@@ -26,7 +27,7 @@ def empty_summary(c: Tensor, k: Tensor, tokens: int) -> tuple[KeySummary, Runnin
     last_c, log_decays = (c.new_zeros(*c.shape[:2], blocks, dtype=torch.float64) for _ in range(2))
     largest = k.new_zeros(*k.shape[:2], blocks, dtype=torch.float32)
     no_decays = c.new_full(c.shape[:2], float("-inf"), dtype=torch.float64)
-    return KeySummary(last_c, log_decays, largest), (no_decays, largest.new_zeros(k.shape[:2]))
+    return KeySummary(last_c, log_decays, largest), (no_decays, largest.new_full(k.shape[:2], SHORTEST_LENGTH))
 
 
 def extend_summary(summary: KeySummary, running: Running, c: Tensor, k: Tensor, position: int | Tensor) -> Running:
@@ -93,7 +94,7 @@ def running_before(summary: KeySummary, block: int) -> Running:
     if block:
         return summary.log_decays[..., block - 1], summary.largest[..., block - 1]
     nothing = summary.log_decays.new_full(summary.log_decays.shape[:2], float("-inf"))
-    return nothing, summary.largest.new_zeros(summary.largest.shape[:2])
+    return nothing, summary.largest.new_full(summary.largest.shape[:2], SHORTEST_LENGTH)
 
 
 def _write(summary: KeySummary, blocks: int | Tensor, values: tuple[Tensor, Tensor, Tensor]) -> None:

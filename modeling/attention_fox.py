@@ -25,6 +25,7 @@ from ..kernels.backend import HAS_TRITON
 from ..kernels.decay import CachedKeys, Decay
 from ..kernels.pruning import Rule, centered, prune
 from ..kernels.reference import reference_attention
+from ..kernels.rounding import logit_margin
 from ..kernels.sharded_attention import sharded_attention
 from ..kernels.sharded_pruning import prune_shards
 from ..kernels.tiles import PRUNED_KEYS
@@ -56,7 +57,7 @@ def fox_attention_forward(
     _warn_of_attentions(kwargs)
     config = module.config
     prunes = config.acp_eps is not None and config.forget_gate != "none"
-    bound = module.logit_bound() if prunes and config.acp_rule == "paper" else None
+    bound = module.logit_bound(query.dtype) if prunes and config.acp_rule == "paper" else None
     if decay.cached is not None:
         options = {"eps": config.acp_eps, "rule": config.acp_rule, "logit_bound": bound} if prunes else {}
         return _decode(query, key, value, decay, decay.cached, scaling, **options), None
@@ -104,8 +105,9 @@ def _decode(
     if rule == "paper" and logit_bound is None:
         # Of these queries and all keys so far.
         largest = cached.summary.largest.index_select(-1, decay.last[-1:] // PRUNED_KEYS)
-        norms = torch.linalg.vector_norm(q, dim=-1, dtype=torch.float32).amax(1)
-        logit_bound = norms * abs(scale) * largest[..., 0].repeat_interleave(q.shape[2] // largest.shape[1], dim=1)
+        norms = torch.linalg.vector_norm(q, dim=-1, dtype=torch.float64).amax(1)
+        norms = norms * (abs(scale) * (1.0 + logit_margin(q.shape[-1], torch.float32)))
+        logit_bound = norms * largest[..., 0].repeat_interleave(q.shape[2] // largest.shape[1], dim=1)
     out, _ = decode_attention(
         q,
         key,

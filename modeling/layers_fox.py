@@ -25,6 +25,7 @@ from transformers.utils import TransformersKwargs
 
 from ..kernels.attention import hide_padding
 from ..kernels.decay import Decay, accumulate
+from ..kernels.rounding import logit_margin, stored_margin
 from .attention_fox import ALL_ATTENTION_FUNCTIONS, DEFAULT_IMPLEMENTATION, decodes, eager_attention_forward
 from .cache_fox import ForgettingLayer, check_cache, layer_of
 from .configuration_fox import FoxConfig
@@ -38,8 +39,11 @@ from .versions_fox import CACHE, one_cache
 
 # From this many elements on a tensor's float32 copies are worth computing twice.
 _LARGE = 1 << 22
-# Norms and projections round, in bfloat16 each number by 2^-9 at most.
-_ROUNDED = 1.0 + 2.0**-7
+# How often RoPE rounds a pair of numbers: cosine and sine, which scales the pair; its products, which may lean together
+# and count as the square root of 2; and their sum.
+_ROPE_ROUNDINGS = 2.0 + 2.0**0.5
+# Of inputs, weights and partial sums of a projection, by TF32, autocast to bfloat16 or sums in it.
+_PRODUCT_MARGIN = 2.0**-7
 
 
 def keeping_inputs_only(function: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
@@ -51,6 +55,12 @@ def keeping_inputs_only(function: Callable[..., Tensor], *inputs: Tensor) -> Ten
     if torch.compiler.is_compiling() or not torch.is_grad_enabled() or inputs[0].numel() < _LARGE:
         return function(*inputs)
     return checkpoint(function, *inputs, use_reentrant=False, preserve_rng_state=False)
+
+
+def activation_dtype(hidden_states: Tensor) -> torch.dtype:
+    """Type of what a projection of ``hidden_states`` gives here and now."""
+    device = hidden_states.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden_states.dtype
 
 
 class FoxRMSNorm(nn.Module):
@@ -369,29 +379,51 @@ class FoxAttention(nn.Module):
         """Whether the rule of pruning needs a bound of the logits that the weights do not give."""
         return self.config.acp_rule == "paper" and (self.config.qk_norm == "none" or self.rope_stretches)
 
-    def logit_bound(self) -> Tensor | None:
-        """Bound of ``|scale * q . k|`` by the weights of QK-norm: ``[H]``, or ``[1]``; None as `norm_bounds`."""
-        bounds = self.norm_bounds()
+    def logit_bound(self, dtype: torch.dtype) -> Tensor | None:
+        """Bound of ``|scale * q . k|`` by the weights of QK-norm: ``[H]``, or ``[1]``; None as `norm_bounds`.
+
+        Args:
+            dtype: of queries and keys; of their exact product, however it is computed, this is a bound.
+        """
+        bounds = self.norm_bounds(dtype)
         return None if bounds is None else bounds[0] * bounds[1] * abs(self.scaling)
 
-    def norm_bounds(self) -> tuple[Tensor, Tensor] | None:
+    def norm_bounds(self, dtype: torch.dtype) -> tuple[Tensor, Tensor] | None:
         """Largest lengths of a query and of its keys after QK-norm, both ``[H]``, ``[1]`` if heads share the weights.
 
-        What is normalized has length ``sqrt(size)`` at most, its weights stretch it, and RoPE turns it. If all heads
-        are normalized together, one of them may have all the length. None without QK-norm, and where RoPE stretches.
+        What is normalized has length ``sqrt(size)`` at most, its weights stretch it, RoPE turns it, and each of them
+        rounds it to ``dtype``. If all heads are normalized together, one of them may have all the length. None without
+        QK-norm, and where RoPE stretches.
         """
         if self.config.qk_norm == "none" or self.rope_stretches:
             return None
-        query, key = (self._norm_bound(norm) for norm in (self.q_norm, self.k_norm))
+        query, key = (self._norm_bound(norm, dtype) for norm in (self.q_norm, self.k_norm))
         if len(key) < len(query):
             key = key.repeat_interleave(len(query) // len(key))
         return query, key
 
-    def _norm_bound(self, norm: FoxRMSNorm) -> Tensor:
+    def _norm_bound(self, norm: FoxRMSNorm, dtype: torch.dtype) -> Tensor:
         weight = local_part(norm.weight).detach()
-        weight = weight.to(torch.promote_types(weight.dtype, torch.float32)).abs()
         size = len(weight) if self.config.qk_norm == "all_heads" else self.head_dim
-        return weight.view(-1, self.head_dim).amax(-1) * size**0.5
+        weight = weight.view(-1, self.head_dim)
+        wide = torch.promote_types(weight.dtype, torch.float32)
+        largest = torch.linalg.vector_norm(weight, ord=float("inf"), dim=-1, dtype=wide)
+        return self.stored(largest, size, dtype, roundings=1)
+
+    def stored(self, largest: Tensor, size: int, dtype: torch.dtype, roundings: int) -> Tensor:
+        """Lengths of queries or keys as they are stored, at most.
+
+        Args:
+            largest: before any rounding, in units of ``sqrt(size)``.
+            size: how many elements were normalized together, in float32.
+            dtype: of queries and keys.
+            roundings: to ``dtype``, before RoPE.
+        """
+        count = roundings + (_ROPE_ROUNDINGS if self.use_rope else 0.0)
+        factor = size**0.5 * (1.0 + logit_margin(size, torch.float32)) * (1.0 + stored_margin(dtype, count))
+        # What is subnormal, in float16 up to 6e-5, is rounded by a fixed amount.
+        least = torch.finfo(dtype).smallest_normal * torch.finfo(dtype).eps
+        return largest * factor + count * least * self.head_dim**0.5
 
     @property
     def rope_stretches(self) -> bool:
@@ -455,44 +487,53 @@ class FoxDecoderLayer(GradientCheckpointingLayer):
         return hidden_states + self.post_feedforward_layernorm(self.mlp(hidden_states))
 
     @torch.no_grad()
-    def logit_bounds(self) -> tuple[Tensor, Tensor] | None:
+    def logit_bounds(self, dtype: torch.dtype) -> tuple[Tensor, Tensor] | None:
         """Bounds of ``scale |q|`` and of ``|scale * q . k|`` by the weights, for any input: ``[H]`` or ``[1]`` float32.
 
         Those of QK-norm; without it, that a normalized input has length ``sqrt(hidden)`` and a projection stretches it
         by its largest singular value at most, which is sound but far more than what happens. None where the weights do
         not tell: RoPE that stretches, weights that are elsewhere, inputs that are not normalized or projections that
         are more than a matrix (LoRA), both without QK-norm.
+
+        Args:
+            dtype: of queries and keys.
         """
         if not hasattr(self, "unshard"):
-            return self._logit_bounds()
+            return self._logit_bounds(dtype)
         # With FSDP a layer's weights are whole only while it runs, and this is asked before.
         self.unshard()
-        bounds = self._logit_bounds()
+        bounds = self._logit_bounds(dtype)
         self.reshard()
         return bounds
 
-    def _logit_bounds(self) -> tuple[Tensor, Tensor] | None:
+    def _logit_bounds(self, dtype: torch.dtype) -> tuple[Tensor, Tensor] | None:
         attention = self.self_attn
-        bounds = attention.norm_bounds() if attention.config.qk_norm != "none" else self._projection_bounds()
+        normalized = attention.config.qk_norm != "none"
+        bounds = attention.norm_bounds(dtype) if normalized else self._projection_bounds(dtype)
         if bounds is None or any(x.is_meta for x in bounds):
             return None
-        query, key = (x.float() * _ROUNDED for x in bounds)
+        query, key = (x.float() for x in bounds)
         return query * abs(attention.scaling), query * key * abs(attention.scaling)
 
-    def _projection_bounds(self) -> tuple[Tensor, Tensor] | None:
+    def _projection_bounds(self, dtype: torch.dtype) -> tuple[Tensor, Tensor] | None:
         """Largest lengths of a query and of its keys, ``[H]``, where nothing normalizes them."""
         attention = self.self_attn
         projections = (attention.q_proj, attention.k_proj)
         if attention.rope_stretches or not self.norms_first or not all(_is_plain(x) for x in projections):
             return None
-        query, key = (self._largest_output(x) for x in projections)
+        query, key = (self._largest_output(x, dtype) for x in projections)
         return query, key.repeat_interleave(attention.num_key_value_groups)
 
-    def _largest_output(self, proj: nn.Linear) -> Tensor:
+    def _largest_output(self, proj: nn.Linear, dtype: torch.dtype) -> Tensor:
         """Largest length of each head of ``proj`` of a normalized input, ``[heads]``."""
-        size, norm = self.self_attn.head_dim, self.input_layernorm
+        size, norm, hidden = self.self_attn.head_dim, self.input_layernorm, proj.weight.shape[1]
         weight = local_part(proj.weight).float() * local_part(norm.weight).float()
-        largest = torch.linalg.matrix_norm(weight.unflatten(0, (-1, size)), ord=2) * weight.shape[1] ** 0.5
+        weight = weight.unflatten(0, (-1, size))
+        # A rounding of an element is a share of all the products in it.
+        margin = logit_margin(hidden, torch.float32) + (0.0 if dtype == torch.float64 else _PRODUCT_MARGIN)
+        largest = torch.linalg.matrix_norm(weight, ord=2) + margin * torch.linalg.matrix_norm(weight)
         if self.self_attn.config.attention_bias:
-            largest += torch.linalg.vector_norm(local_part(proj.bias).float().unflatten(0, (-1, size)), dim=-1)
-        return largest
+            bias = local_part(proj.bias).float().unflatten(0, (-1, size))
+            largest += torch.linalg.vector_norm(bias, dim=-1) / hidden**0.5
+        # Of the normalized input, the product, the bias and token shift.
+        return self.self_attn.stored(largest, hidden, dtype, roundings=4)

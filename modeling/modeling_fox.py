@@ -29,7 +29,7 @@ from .cache_fox import check_cache
 from .configuration_fox import LAYER_TYPE, FoxConfig
 from .decoding_fox import decoding_weights
 from .gates_fox import FoxConstantGate, FoxForgetGate, decay_time_bias, share_remembered
-from .layers_fox import FoxAttention, FoxDecoderLayer, FoxRMSNorm, FoxRotaryEmbedding
+from .layers_fox import FoxAttention, FoxDecoderLayer, FoxRMSNorm, FoxRotaryEmbedding, activation_dtype
 from .layout_fox import padding_mask, token_layout
 from .loss_fox import FoxLMHead, loss_in_chunks, targets_of_shard
 from .paged_cache_fox import FoxPagedCache
@@ -224,7 +224,8 @@ class FoxModel(FoxPreTrainedModel):
         cu_seqlens = (kwargs.get("cu_seq_lens_q"), kwargs.get("cu_seq_lens_k"))
         if isinstance(cache, FoxPagedCache) and not is_torchdynamo_compiling():
             if not cache.is_initialized:
-                cache.set_logit_bounds([cast(FoxDecoderLayer, x).logit_bounds() for x in self.layers])
+                dtype = activation_dtype(inputs_embeds)
+                cache.set_logit_bounds([cast(FoxDecoderLayer, x).logit_bounds(dtype) for x in self.layers])
             if not isinstance(attention_mask, dict):
                 # Else `create_masks_for_generate` has done it.
                 cache.reserve(inputs_embeds.shape[1])

@@ -20,6 +20,7 @@ from transformers.utils.import_utils import is_torchdynamo_compiling
 
 from ..kernels.decay import CachedKeys, Decay, KeySummary, accumulate
 from ..kernels.pruning import Rule, first_dead_block
+from ..kernels.rounding import logit_margin
 from ..kernels.summary import Running, empty_summary, extend_summary, running_before
 from ..kernels.tiles import PRUNED_KEYS as PAGE
 from .configuration_fox import FoxConfig
@@ -28,8 +29,6 @@ from .versions_fox import CACHE
 
 # How many of each head are handed out in advance: looking for dead ones takes as long as several steps.
 _PAGES_AHEAD = 4
-# Room for rounding to half precision.
-_ROUNDED = 1.0 + 2.0**-7
 
 LogitBounds = tuple[Tensor, Tensor]
 """Of any query: ``scale |q|`` and ``|scale q . k|`` with any key are at most these, ``[H]`` or ``[1]`` float32 each."""
@@ -247,8 +246,12 @@ class PagedForgettingLayer(CacheLayerMixin):
         pages = self.pages[..., :blocks]
         missing = (pages < 0)[..., None, None]
         pages = pages.clamp(min=0).long()
-        largest = self.summary.largest[..., :blocks, None, None] * _ROUNDED
-        largest = torch.nn.functional.pad(largest, (0, self.keys.shape[-1] - 1))
+        size = self.keys.shape[-1]
+        # As rounded to the type of the keys.
+        margin = torch.finfo(self.keys.dtype).eps + logit_margin(size, torch.float32)
+        largest = torch.nn.functional.pad(
+            self.summary.largest[..., :blocks, None, None] * (1.0 + margin), (0, size - 1)
+        )
         keys = torch.where(missing, largest.to(self.keys.dtype), self.keys[pages])
         values = self.values[pages].masked_fill(missing, 0.0)
         log_decays = self._by_head(self.summary.log_decays[..., :blocks])
@@ -305,7 +308,14 @@ class PagedForgettingLayer(CacheLayerMixin):
         heads = self.group * self.pages.shape[1]
         query, logit = (x.to(c_then.device).expand(heads) for x in self.bounds)
         dead = first_dead_block(
-            c_then, self.summary, (query, logit), token // PAGE, eps=self.eps, rule=self.rule, keys=self.max_cache_len
+            c_then,
+            self.summary,
+            (query, logit),
+            token // PAGE,
+            eps=self.eps,
+            rule=self.rule,
+            keys=self.max_cache_len,
+            head_dim=self.keys.shape[-1],
         )
         if first_then is not None:
             hidden = (first_then // PAGE).int()

@@ -145,7 +145,7 @@ def caches(sharded: FoxForCausalLM, single: FoxForCausalLM) -> Measured:
         (c, *_), (all_c, *_) = a.gates, e.gates
         measured[f"gates of layer {index}"] = difference(c, all_c if all_c.shape[1] == 1 else own(all_c, 1))
     for index, (a, e) in enumerate(zip(sharded.model.layers, single.model.layers, strict=True)):
-        found, wanted = (cast(FoxDecoderLayer, layer).logit_bounds() for layer in (a, e))
+        found, wanted = (cast(FoxDecoderLayer, layer).logit_bounds(torch.float64) for layer in (a, e))
         assert (found is None) == (wanted is None)
         for x, y in zip(found or (), wanted or (), strict=True):
             measured[f"bounds of layer {index}"] = difference(x, y if len(y) == 1 else own(y, 0))

@@ -22,6 +22,7 @@ RUNS = {
     "test_decode_kernels.py": [],
     "test_decoding_on_kernels.py": [],
     "test_prune.py": ["-m", "not gpu"],
+    "test_rounding.py": ["-m", "not gpu"],
     "test_runs.py": ["-m", "gpu"],
     "test_attention_fuzz.py": ["-m", "gpu"],
 }

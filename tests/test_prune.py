@@ -4,7 +4,6 @@ In PyTorch on the CPU, by kernels on a GPU, and by interpreted kernels where tes
 """
 
 import math
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -16,13 +15,12 @@ from torch import Tensor
 from attention_inputs import attention, draw_inputs, forgetting_attention, output_and_gradients, padding_mask
 from foxlm.kernels.attention import hide_padding
 from foxlm.kernels.backend import HAS_TRITON
-from foxlm.kernels.context_parallel import Shards
 from foxlm.kernels.decay import Decay, accumulate, sequence_starts
 from foxlm.kernels.pruning import Rule, centered, first_kept, prune
 from foxlm.kernels.sharded_pruning import prune_shards
 from foxlm.kernels.tiles import PRUNED_KEYS, PRUNED_QUERIES
-from foxlm.kernels.token_split import Segment, TokenSplit
 from kernel_device import INTERPRETED
+from one_rank import Alone
 
 RULES: list[Rule] = ["paper", "tight"]
 GPU = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")]
@@ -175,17 +173,6 @@ def test_what_all_keys_have_in_common_does_not_keep_them_once_centered(device, r
     )
     assert as_they_are < 0.8 * better
     assert better > 0.9 * without
-
-
-class Alone(Shards):
-    """All of a sequence, on one rank that has no group."""
-
-    def __init__(self, length: int) -> None:
-        context: Any = SimpleNamespace(rank=0)
-        super().__init__(context, TokenSplit(length, 1, [Segment(0, 0, length)]))
-
-    def gather(self, own: Tensor) -> Tensor:
-        return own[None]
 
 
 @pytest.mark.parametrize("rule", RULES)

@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn.functional import normalize
 
+from attention_inputs import forgetting_attention
 from foxlm.kernels.pruning import Rule, first_kept, share_skipped
 
 RULES: list[Rule] = ["paper", "tight"]
@@ -128,8 +129,34 @@ def test_bound_from_norm_weights_is_used():
     assert (loose <= found).all() and (loose < found).any()
 
 
-@pytest.mark.parametrize(("name", "value"), [("eps", 0.0), ("eps", 1.0), ("eps", math.nan), ("rule", "loose")])
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("eps", 0.0), ("eps", 1.0), ("eps", math.nan), ("rule", "loose"), ("scale", math.nan), ("scale", math.inf)],
+)
 def test_bad_input_is_named(name, value):
     q, k, log_f = random_case(0, 4, 4, 2, 2, 2, 1.0, 1.0)
     with pytest.raises(ValueError, match=name):
         first_kept(q, k, log_f, **({"eps": 0.1, "rule": "paper"} | {name: value}))
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        *(math.nan, -1.0, math.inf, torch.tensor([1.0, math.nan]), torch.tensor([1.0, -1.0]), torch.tensor([math.inf])),
+        *("3", [3.0, 3.0], torch.ones(3), torch.ones(2, 1, 2), torch.ones(2, dtype=torch.int64)),
+    ],
+    ids=str,
+)
+def test_bad_logit_bounds_are_named(value):
+    q, k, log_f = random_case(0, 70, 70, 2, 2, 2, 1.0, 1.0)
+    with pytest.raises(ValueError, match="logit_bound must be"):
+        first_kept(q, k, log_f, eps=0.1, rule="paper", logit_bound=value)
+    with pytest.raises(ValueError, match="logit_bound must be"):
+        forgetting_attention(q, k, k, log_f, eps=0.1, rule="paper", logit_bound=value)
+
+
+@pytest.mark.parametrize("shape", [(), (1,), (2,), (2, 2), (2, 1)], ids=str)
+def test_logit_bounds_of_every_shape_are_taken(shape):
+    q, k, log_f = random_case(0, 50, 50, 2, 2, 2, 5.0, 1.0)
+    expected = first_kept(q, k, log_f, eps=1e-3, rule="paper", logit_bound=20)
+    assert torch.equal(first_kept(q, k, log_f, eps=1e-3, rule="paper", logit_bound=torch.full(shape, 20.0)), expected)

@@ -235,7 +235,7 @@ def test_held_pages_are_those_of_the_cache(variant: str, rule: Rule) -> None:
             model(ids[:, :length], cache=cache)
         layers = recorded(model, ids)
         for layer, block, cached in zip(layers, model.model.layers, cache.layers, strict=True):
-            bounds = cast(FoxDecoderLayer, block).logit_bounds()
+            bounds = cast(FoxDecoderLayer, block).logit_bounds(torch.float64)
             found = held_pages(layer, bounds, (length,), EPS, rule, LENGTH)
             held = cast(PagedForgettingLayer, cached)
             assert found.pages.tolist() == (held.pages[0] >= 0).sum(-1)[None].tolist()

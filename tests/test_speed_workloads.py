@@ -184,7 +184,9 @@ def test_attention_of_a_model_is_what_enters_it(variant: str, tmp_path: Path) ->
     torch.testing.assert_close(inputs.log_f, torch.cat([one.log_f for one in layers]), rtol=1e-4, atol=1e-4)
     assert inputs.centers == (variant == "llama") == (inputs.logit_bound is None)
     if isinstance(inputs.logit_bound, Tensor):
-        expected = torch.stack([fox.model.layers[n // 2].self_attn.logit_bound().expand(4) for n in range(4)])
+        expected = torch.stack(
+            [fox.model.layers[n // 2].self_attn.logit_bound(torch.float32).expand(4) for n in range(4)]
+        )
         torch.testing.assert_close(inputs.logit_bound, expected)
     bench = Bench(inputs, "cpu", seed=0)
     for one in (own(None), *(own(rule) for rule in RULES)):

@@ -51,7 +51,16 @@ def held_pages(
         if bounds is not None and token >= PAGE:
             query, logit = (x.to(c.device).expand(heads) for x in bounds)
             then = c[..., token]
-            dead = first_dead_block(then, summary, (query, logit), token // PAGE, eps=eps, rule=rule, keys=room)[0]
+            dead = first_dead_block(
+                then,
+                summary,
+                (query, logit),
+                token // PAGE,
+                eps=eps,
+                rule=rule,
+                keys=room,
+                head_dim=k.shape[-1],
+            )[0]
         pages.append(-(-length // PAGE) - dead.cpu().long())
     gates = max(1, c.shape[1] // kv_heads)
     numbers = (layer.k.shape[-1] + layer.v.shape[-1]) * layer.k.element_size() + gates * c.element_size()

@@ -215,7 +215,7 @@ def _plan(options: Options, eps: float, rule: Rule, length: int, pieces: list[st
 def _measure(model: PreTrainedModel, texts: list[np.ndarray], plan: Plan) -> list[list[Findings]]:
     """Findings of each text and layer. A layer's tensors are gone before the next one's are there."""
     base = model.base_model
-    bounds: Bounds = [cast(FoxDecoderLayer, layer).logit_bounds() for layer in base.layers]
+    bounds: Bounds = [cast(FoxDecoderLayer, layer).logit_bounds(model.dtype) for layer in base.layers]
     findings: list[list[Findings]] = [[] for _ in texts]
     total = len(texts) * len(bounds)
     with tqdm(total=total, desc="measuring", unit="layer") as bar:

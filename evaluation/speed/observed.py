@@ -62,7 +62,7 @@ def _observed(model: PreTrainedModel, share: Callable[[Decay], float]) -> Iterat
     def observing(module, query, key, value, attention_mask, *, decay, scaling, **kwargs):
         q, k = query.transpose(1, 2), key.transpose(1, 2)
         for rule in RULES:
-            bound = module.logit_bound() if rule == "paper" else None
+            bound = module.logit_bound(query.dtype) if rule == "paper" else None
             # As in `fox_attention_forward`; a decoding step does not center what is in its cache.
             centers = rule == "tight" and module.config.qk_norm == "none" and q.shape[1] == k.shape[1]
             keys = centered(k) if centers else k
