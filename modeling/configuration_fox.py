@@ -1,6 +1,5 @@
 """Configuration of the Forgetting Transformer (FoX)."""
 
-import difflib
 import math
 import os
 from pathlib import Path
@@ -12,6 +11,17 @@ from transformers.configuration_utils import PreTrainedConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS, RopeParameters
 
 from .bundle_fox import AUTO_MAP, write_bundle
+from .config_fields_fox import (
+    LARGEST,
+    LARGEST_LABELS,
+    drop_empty_foreign,
+    is_dtype,
+    is_foreign,
+    is_labels,
+    near_miss,
+    unknown_fields,
+    warn_unknown,
+)
 
 # Caches of transformers know one class for each type of layer: a copy of this code under another package's name, loaded
 # from a model's folder, has a type of its own, so that neither gets the other's.
@@ -39,21 +49,6 @@ _LLAMA_PARTS = {
     "use_value_shift": False,
     "use_output_gate": False,
     "use_output_norm": False,
-}
-_FOREIGN_FIELDS = {
-    "num_heads": "use num_attention_heads",
-    "num_kv_heads": "use num_key_value_heads",
-    "num_layers": "use num_hidden_layers",
-    "norm_eps": "use rms_norm_eps",
-    "hidden_ratio": "use mlp_ratio",
-    "use_rope": "set rope_parameters",
-    "rope_base": "set rope_parameters",
-    "fgate_type": "use forget_gate",
-    "use_k_shift": "use use_key_shift",
-    "use_v_shift": "use use_value_shift",
-    "layer_types": "it is derived, all layers are forgetting attention",
-    "sliding_window": "the forget gates bound what a head sees",
-    "no_rope_layers": "use nope_layers, the indices of the layers without RoPE",
 }
 
 
@@ -129,7 +124,9 @@ class FoxConfig(PreTrainedConfig):
 
     Raises:
         `ValueError`, or huggingface_hub's `StrictDataclassError` for a wrong type or value: the message names the
-        field, what came and what is accepted.
+        field, what came and what is accepted. Sizes have upper limits, such as 4,096 layers, far beyond any model.
+        A field that is none is an error where it looks like one of ours, else a warning; in a file, which may be of a
+        newer version, always a warning.
 
     ```python
     >>> from foxlm import FoxConfig, FoxForCausalLM
@@ -215,6 +212,9 @@ class FoxConfig(PreTrainedConfig):
 
     def __post_init__(self, **kwargs):
         self._refuse_foreign(kwargs)
+        self._check_inherited(kwargs)
+        # Here too: what follows makes lists of so many.
+        self._check_sizes()
         if self.num_key_value_heads is None:
             self.num_key_value_heads = self.num_attention_heads
         if self.head_dim is None and self.num_attention_heads > 0:
@@ -231,7 +231,7 @@ class FoxConfig(PreTrainedConfig):
 
     def _derive_intermediate_size(self) -> None:
         ratio = self.mlp_ratio
-        self._require("mlp_ratio", ratio is None or 0 < ratio < math.inf, "a positive number")
+        self._require("mlp_ratio", ratio is None or 0 < ratio <= 1e4, "a positive number up to 1e4")
         if self.intermediate_size is None and ratio is None:
             ratio = 3.5 if self.use_output_gate else 4.0
         if ratio is None:
@@ -328,19 +328,58 @@ class FoxConfig(PreTrainedConfig):
         """Whether there are gates, and training changes them."""
         return self.forget_gate in ("full", "bias_only")
 
+    @classmethod
+    def from_dict(cls, config_dict: dict, **kwargs):
+        """As in transformers, but that values in ``kwargs`` are checked, and fields derived from them, too.
+
+        A field that the class does not have is said in a warning, since a file may be of a newer version; in
+        ``kwargs``, or where another library's name of a field of ours is meant, it is an error.
+        """
+        unknown = unknown_fields(config_dict, cls, cls.__dataclass_fields__)
+        later = {name: config_dict[name] for name in unknown if not is_foreign(name)}
+        for name in later:
+            warn_unknown(name, near_miss(name, cls.__dataclass_fields__), cls)
+        given = {name: value for name, value in config_dict.items() if name not in later}
+        for name in list(kwargs):
+            field = cls.attribute_map.get(name, name)
+            if field in cls.__dataclass_fields__ and field != "dtype":
+                given[field] = kwargs.pop(name)
+            elif unknown_fields([name], cls, ()) and (hint := near_miss(name, cls.__dataclass_fields__)):
+                raise ValueError(f"{name} is not a field of {cls.__name__}: {hint}")
+        found = super().from_dict(given, **kwargs)
+        config = found[0] if isinstance(found, tuple) else found
+        for name, value in later.items():
+            setattr(config, name, value)
+        return found
+
     def _refuse_foreign(self, kwargs: dict) -> None:
         """transformers keeps any unknown argument as an attribute; one that means a field of ours would be ignored."""
-        # Given as None they say nothing: other models' configurations carry them so.
-        for name in [name for name, value in kwargs.items() if name in _FOREIGN_FIELDS and value is None]:
-            del kwargs[name]
-        known = [*type(self).__dataclass_fields__, *_FOREIGN_FIELDS]
-        for name in kwargs:
-            if name in _FOREIGN_FIELDS:
-                raise ValueError(f"{name} is not a field of {type(self).__name__}: {_FOREIGN_FIELDS[name]}")
-            close = difflib.get_close_matches(name, known, n=1, cutoff=0.85)
-            if close and not hasattr(type(self), name):
-                hint = _FOREIGN_FIELDS.get(close[0], f"did you mean {close[0]}?")
+        drop_empty_foreign(kwargs)
+        for name in unknown_fields(kwargs, type(self), self.__dataclass_fields__):
+            hint = near_miss(name, self.__dataclass_fields__)
+            if hint is not None:
                 raise ValueError(f"{name} is not a field of {type(self).__name__}: {hint}")
+            warn_unknown(name, None, type(self))
+
+    def _check_inherited(self, kwargs: dict) -> None:
+        """Fields of transformers' own that a model is built by, which its class takes as they come."""
+        for name, value in (("dtype", self.dtype), ("torch_dtype", kwargs.get("torch_dtype"))):
+            if value is not None and not is_dtype(value):
+                raise ValueError(f"{name} must be a floating-point type of torch, such as bfloat16, got {value!r}")
+        labels, count = self.id2label, kwargs.get("num_labels", 2)
+        self._require("id2label", labels is None or is_labels(labels), "a dict from whole numbers to names")
+        if type(count) is not int or not 0 < count <= LARGEST_LABELS:
+            raise ValueError(f"num_labels must be a whole number from 1 to {LARGEST_LABELS:,}, got {count!r}")
+        named = self.architectures
+        named_well = named is None or (isinstance(named, list) and all(isinstance(name, str) for name in named))
+        self._require("architectures", named_well, "a list of names of classes")
+
+    def _check_sizes(self) -> None:
+        for field, largest in LARGEST.items():
+            value = getattr(self, field)
+            # Before `@strict` has seen it, it may be anything.
+            if isinstance(value, int):
+                self._require(field, 0 < value <= largest, f"a positive integer up to {largest:,}")
 
     def convert_rope_params_to_dict(self, **kwargs):
         # transformers turns None into a default RoPE; here None means no RoPE.
@@ -358,6 +397,10 @@ class FoxConfig(PreTrainedConfig):
         accepted = ["default", *ROPE_INIT_FUNCTIONS]
         if rope_type not in accepted:
             raise ValueError(f"rope_parameters must have a rope_type in {accepted}, got {rope_type!r}")
+        for name in ("rope_theta", "factor", "partial_rotary_factor", "original_max_position_embeddings"):
+            value = self.rope_parameters.get(name, 1)
+            if type(value) not in (int, float) or not 0 < value < math.inf:
+                raise ValueError(f"rope_parameters must have a positive number as {name}, got {value!r}")
         factor = self.rope_parameters.get("partial_rotary_factor", 1.0)
         if not 0 < factor <= 1:
             raise ValueError(f"rope_parameters must have a partial_rotary_factor in (0, 1], got {factor!r}")
@@ -368,17 +411,7 @@ class FoxConfig(PreTrainedConfig):
 
     def validate_architecture(self) -> None:
         """Part of `@strict`'s validation: sizes that contradict each other."""
-        for field in (
-            "vocab_size",
-            "hidden_size",
-            "intermediate_size",
-            "num_hidden_layers",
-            "num_attention_heads",
-            "num_key_value_heads",
-            "head_dim",
-            "max_position_embeddings",
-        ):
-            self._require(field, getattr(self, field) > 0, "a positive integer")
+        self._check_sizes()
         self._require(
             "num_key_value_heads",
             self.num_attention_heads % self.heads[1] == 0,
@@ -400,7 +433,9 @@ class FoxConfig(PreTrainedConfig):
                 f"forget_aux_loss_coef has no effect with forget_gate {self.forget_gate!r}: no gate learns"
             )
         chunk = self.loss_chunk_size
-        self._require("loss_chunk_size", chunk is None or chunk > 0, "None or a positive number of tokens")
+        self._require(
+            "loss_chunk_size", chunk is None or 0 < chunk <= 2**31, "None or a positive number of tokens up to 2**31"
+        )
         self._require("acp_eps", self.acp_eps is None or 0 < self.acp_eps < 1, "None or a number in (0, 1)")
         # An upper bound beyond any sequence, below which exp(1 / T) - 1 is exact enough in float32 arithmetic.
         self._require("decay_time_min", 0 < self.decay_time_min <= 1e9, "a number of tokens in (0, 1e9]")

@@ -1,6 +1,8 @@
 """What a configuration accepts, derives, refuses and keeps over a round trip."""
 
 import math
+import random
+from typing import Any
 
 import pytest
 import torch
@@ -8,6 +10,8 @@ from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig
 
 from foxlm import FoxConfig, FoxForCausalLM
+from fuzz import fuzz
+from hostile_values import any_value
 from models import ROPE, ROPE_TYPES, SIZES, VARIANTS, assert_close, rope, tiny_config, tiny_model, tokens
 
 # What `@strict` raises for a type is no ValueError, and for a missing RoPE parameter transformers raises a KeyError.
@@ -62,6 +66,21 @@ WRONG = [
     ("nope_layers", {"nope_layers": [0.0]} | ROPE, "0.0", "int"),
     ("norm_position", {"norm_position": "both"}, "both", "'post'"),
     ("pad_token_id", {"pad_token_id": "a"}, "a", "int"),
+    *((field, {field: 10**9}, "1000000000", "up to") for field in ("vocab_size", "hidden_size", "num_hidden_layers")),
+    *((field, {field: 10**400}, "1000", "up to") for field in ("num_hidden_layers", "head_dim", "intermediate_size")),
+    *((field, {field: 1e30}, "1e+30", "int") for field in ("num_hidden_layers", "vocab_size", "head_dim")),
+    ("max_position_embeddings", {"max_position_embeddings": 10**10}, "10000000000", "up to"),
+    ("mlp_ratio", {"mlp_ratio": 1e30, "intermediate_size": None}, "1e+30", "up to 1e4"),
+    ("loss_chunk_size", {"loss_chunk_size": 10**19}, "10000000000000000000", "up to 2**31"),
+    *(("dtype", {"dtype": x}, str(x), "bfloat16") for x in ("float99", "int8", 3, ["float32"], "nn")),
+    ("torch_dtype", {"torch_dtype": "float99"}, "float99", "bfloat16"),
+    *(("id2label", {"id2label": x}, str(x), "dict") for x in (7, ["a"], {"a": "b"})),
+    *(("num_labels", {"num_labels": x}, str(x), "whole number") for x in (0, 10**12, 2.0, "two")),
+    ("architectures", {"architectures": "FoxForCausalLM"}, "FoxForCausalLM", "list"),
+    *(
+        ("rope_parameters", {"rope_parameters": ROPE["rope_parameters"] | {"rope_theta": x}}, str(x), "rope_theta")
+        for x in (0, NAN, "a")
+    ),
 ]
 
 
@@ -110,6 +129,50 @@ def test_pad_token_outside_the_vocabulary_is_refused() -> None:
 def test_unknown_argument_that_looks_like_a_field_is_refused(name: str, instead: str) -> None:
     with pytest.raises(ValueError, match=rf"{name} is not a field of FoxConfig.*{instead}"):
         FoxConfig(**(SIZES | {name: 2}))
+
+
+@pytest.mark.parametrize(
+    ("field", "value"), [("num_hidden_layers", 10**9), ("num_attention_heads", 0), ("acp_eps", 2.0)]
+)
+def test_wrong_value_over_a_file_is_refused(field: str, value: Any, tmp_path) -> None:
+    tiny_config().save_pretrained(tmp_path)
+    with pytest.raises(REFUSED, match=field):
+        FoxConfig.from_pretrained(tmp_path, **{field: value})
+    assert AutoConfig.from_pretrained(tmp_path, num_hidden_layers=3).num_hidden_layers == 3
+    with pytest.raises(ValueError, match=r"acp_epss is not a field of FoxConfig: did you mean acp_eps\?"):
+        FoxConfig.from_pretrained(tmp_path, acp_epss=0.1)
+
+
+def test_unknown_fields_are_said_and_kept(caplog: pytest.LogCaptureFixture) -> None:
+    """In a file, which may be of a newer version, also those that look like a field."""
+    more = {"acp_epss": 0.5, "haze": [1], "num_labels": 2, "tokenizer_class": None}
+    config = FoxConfig.from_dict(tiny_config().to_dict() | more)
+    assert (config.acp_eps, config.acp_epss, config.haze) == (tiny_config().acp_eps, 0.5, [1])
+    assert [record.getMessage() for record in caplog.records] == [
+        "FoxConfig has no field 'acp_epss', which changes nothing (did you mean acp_eps?)",
+        "FoxConfig has no field 'haze', which changes nothing; is it of a newer version of foxlm?",
+    ]
+    assert FoxConfig.from_dict(config.to_dict()).haze == [1]
+    with pytest.raises(ValueError, match="num_heads is not a field of FoxConfig: use num_attention_heads"):
+        FoxConfig.from_dict(tiny_config().to_dict() | {"num_heads": 4})
+
+
+@pytest.mark.fuzz
+def test_any_value_makes_a_configuration_or_an_error_that_names_its_field() -> None:
+    # What transformers takes as it comes, and what nothing of ours reads.
+    others = ("_plan", "_files", "_key", "_defaults", "attribute_map", "model_type")
+    fields = sorted(name for name in FoxConfig.__dataclass_fields__ if not name.endswith(others))
+
+    def case(rng: random.Random) -> None:
+        field, value = rng.choice(fields), any_value(rng)
+        try:
+            made = FoxConfig(**(SIZES | {field: value}))
+        except REFUSED as error:
+            assert field in str(error), (field, value, error)
+        else:
+            assert made.num_hidden_layers <= 2**12
+
+    fuzz(case)
 
 
 def test_arguments_of_transformers_itself_are_kept() -> None:
