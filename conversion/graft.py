@@ -19,8 +19,6 @@ from huggingface_hub import snapshot_download
 from torch import Tensor
 from transformers import (
     MODEL_FOR_CAUSAL_LM_MAPPING,
-    AutoConfig,
-    AutoModelForCausalLM,
     PreTrainedConfig,
     PreTrainedModel,
 )
@@ -28,6 +26,7 @@ from transformers import (
 from foxlm.conversion.bases import base_config, base_of
 from foxlm.conversion.links import check_links
 from foxlm.conversion.new_folder import TEXT_FILES, check_new, copy_text_files, new_folder
+from foxlm.conversion.pretrained import read_config, read_model
 from foxlm.conversion.weight_map import Plan, Rename, distinct_weights, make_model, plan_to_ours
 from foxlm.modeling.configuration_fox import FoxConfig
 from foxlm.modeling.gates_fox import bias_for_times, log_spaced_times
@@ -197,7 +196,7 @@ def _recorded(time: Tensor) -> float:
 
 def _config_of(model: PreTrainedModel | Path) -> PreTrainedConfig:
     if isinstance(model, Path):
-        return AutoConfig.from_pretrained(model)
+        return read_config(model)
     if not isinstance(model, PreTrainedModel):
         raise ValueError(
             f"model must be a model of transformers, a folder or a name on the Hub, got {type(model).__name__}; "
@@ -213,9 +212,7 @@ def _config_of(model: PreTrainedModel | Path) -> PreTrainedConfig:
 
 def _load(source: Path) -> PreTrainedModel:
     # Weights that are missing or misshapen are made up, those that are too many left out: reported, and refused here.
-    model, found = AutoModelForCausalLM.from_pretrained(
-        source, dtype="auto", output_loading_info=True, ignore_mismatched_sizes=True
-    )
+    model, found = read_model(source, dtype="auto", ignore_mismatched_sizes=True)
     for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
         if names := sorted(map(str, found[kind])):
             raise ValueError(f"model must be complete, got {source} with {kind} {', '.join(names[:5])}")

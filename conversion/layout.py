@@ -107,7 +107,8 @@ def one_kind_of_error() -> Iterator[None]:
     try:
         yield
     except (StrictDataclassError, TypeError, AttributeError, LookupError, ArithmeticError, RuntimeError) as error:
-        raise ValueError(f"config.json does not describe a model: {' '.join(str(error).split())}") from error
+        said = error.__cause__ if isinstance(error, StrictDataclassError) and error.__cause__ else error
+        raise ValueError(f"config.json does not describe a model: {' '.join(str(said).split())}") from error
 
 
 # How fast something is computed, what training pays for, where a model came from, and what is kept under another name.

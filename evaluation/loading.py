@@ -5,9 +5,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
-from transformers.configuration_utils import PreTrainedConfig
+from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
+from foxlm.conversion.pretrained import read_config, read_model, reason
 from foxlm.kernels.attention import best_attention
 from foxlm.kernels.reference import reference_attention
 from foxlm.modeling.attention_fox import DEFAULT_IMPLEMENTATION
@@ -52,20 +52,10 @@ def load_model(
     if isinstance(config, FoxConfig):
         config.validate()
     kind = dtype if dtype == "auto" else DTYPES[dtype]
-    return AutoModelForCausalLM.from_pretrained(source, config=config, dtype=kind).to(device).eval()
-
-
-def read_config(source: str) -> PreTrainedConfig:
-    """The configuration of a model.
-
-    Raises:
-        OSError, ValueError: there is none, or of no kind that transformers knows.
-    """
-    try:
-        return AutoConfig.from_pretrained(source)
-    except OSError as error:
-        reason = str(error).splitlines()[0]
-        raise OSError(f"{source} is no model's folder, and on the Hugging Face Hub none is found: {reason}") from None
+    model, found = read_model(source, config=config, dtype=kind)
+    if missing := sorted(found["missing_keys"]):
+        raise ValueError(f"{source} lacks {len(missing)} weights of its model, such as {missing[0]}")
+    return model.to(device).eval()
 
 
 def load_tokenizer(source: str) -> PreTrainedTokenizerBase:
@@ -75,10 +65,9 @@ def load_tokenizer(source: str) -> PreTrainedTokenizerBase:
         ValueError: there is none.
     """
     try:
-        return AutoTokenizer.from_pretrained(source)
-    except (OSError, ValueError) as error:
-        reason = str(error).splitlines()[0]
-        raise ValueError(f"{source} has no tokenizer that can be loaded: {reason}") from None
+        return AutoTokenizer.from_pretrained(source, trust_remote_code=False)
+    except Exception as error:  # tokenizers raises exceptions of no type of their own
+        raise ValueError(f"{source} has no tokenizer that can be loaded: {reason(error)}") from error
 
 
 def resolve_device(device: str) -> str:

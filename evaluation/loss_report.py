@@ -28,8 +28,8 @@ from .loading import (
 )
 from .loss_by_position import bootstrap_means, row_losses
 from .provenance import provenance
-from .results import fingerprint, read_json, require_folder, require_same, write_json
-from .text import rows
+from .results import fingerprint, read_json, reading, require_folder, require_same, write_json
+from .text import LONGEST, rows
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -182,7 +182,11 @@ def read_losses(path: Path) -> dict[str, Any]:
     Raises:
         ValueError, OSError: there is no such file, or it holds something else.
     """
-    return read_json(path, "loss", ("settings", "text", "rows_wanted", "models"))
+    report = read_json(path, "loss", ("settings", "text", "rows_wanted", "models"))
+    with reading(path):
+        for model in report["models"]:
+            dict(model["settings"]), len(model["row_means"]), model["not_finite"], model["name"].encode()
+    return report
 
 
 def summarize(report: dict[str, Any]) -> list[dict[str, Any]]:
@@ -265,8 +269,8 @@ def bin_edges(spec: str, length: int) -> list[int]:
     Raises:
         ValueError: it is none of these, or the edges do not ascend within 1 to ``length``.
     """
-    if length < 2:
-        raise ValueError(f"length must be at least 2, got {length}")
+    if not 2 <= length <= LONGEST:
+        raise ValueError(f"length must be from 2 to {LONGEST:,}, got {length}")
     if spec == "log":
         edges = sorted({x for power in range(length.bit_length()) for x in (2**power, 3 * 2**power // 2)})
         edges = [x for x in edges if x < length]

@@ -22,7 +22,8 @@ from .loading import load_model, load_tokenizer, model_name, position_limit, pru
 from .loss_by_position import new_cache
 from .needle_prompts import MODES, STARTS, Prompt, PromptMaker, draw_needle, haystack_tokens
 from .provenance import provenance
-from .results import fingerprint, read_json, require_folder, require_same, write_json
+from .results import fingerprint, read_json, reading, require_folder, require_same, write_json
+from .text import LONGEST
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -71,6 +72,8 @@ def measure_needle(options: NeedleOptions) -> dict[str, Any]:
     trained = options.trained_length or trained_length(options.model)
     tokenizer = load_tokenizer(options.model)
     lengths = list(options.lengths) or [int(share * (trained or 8192)) for share in _DEFAULT_LENGTHS]
+    if not max(lengths) <= LONGEST:
+        raise ValueError(f"lengths must be at most {LONGEST:,} tokens, got {max(lengths)}; give --lengths")
     haystack, repeats = haystack_tokens(options.text, tokenizer, max(lengths) + STARTS, options.seed)
     _require_tokens(haystack, len(tokenizer), options.text)
     maker = PromptMaker(tokenizer, options.mode, haystack, options.seed)
@@ -327,7 +330,10 @@ def read_needle(path: Path) -> dict[str, Any]:
     Raises:
         ValueError, OSError: there is no such file, or it holds something else.
     """
-    return read_json(path, "needle", ("settings", "name", "trained_length", "cells"))
+    report = read_json(path, "needle", ("settings", "name", "trained_length", "cells"))
+    with reading(path):
+        sorted((cell["length"] + 0, cell["depth"] + 0) for cell in report["cells"])
+    return report
 
 
 def needle_table(report: dict[str, Any]) -> str:

@@ -2,12 +2,13 @@
 
 import hashlib
 import json
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from .loading import read_config
+from foxlm.conversion.pretrained import read_config
 
 _WEIGHTS = ("*.safetensors", "*.bin", "*.pt")
 _SAMPLES, _SAMPLE_BYTES = 64, 4096
@@ -26,8 +27,12 @@ def write_whole(path: Path, text: str) -> None:
     """Write ``text`` to ``path``, making its folder; a reader sees the old file or the new one, never a part."""
     path.parent.mkdir(parents=True, exist_ok=True)
     unfinished = path.with_name(f"{path.name}.unfinished")
-    unfinished.write_text(text, encoding="utf-8")
-    unfinished.replace(path)
+    try:
+        unfinished.write_text(text, encoding="utf-8")
+        unfinished.replace(path)
+    except OSError as error:
+        # A full disk names no file.
+        raise OSError(error.errno, error.strerror, str(path)) from error
 
 
 def require_folder(out: Path) -> None:
@@ -47,10 +52,7 @@ def read_json(path: Path, kind: str, fields: Sequence[str]) -> dict[str, Any]:
         ValueError: the file holds something else.
         OSError: it cannot be read.
     """
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path} is not JSON: {error}") from None
+    content = parse_json(path)
     if not isinstance(content, dict) or content.get("kind") != kind or not all(field in content for field in fields):
         raise ValueError(f"{path} holds no results of foxlm {kind}")
     if not isinstance(content.get("settings", {}), dict):
@@ -58,16 +60,45 @@ def read_json(path: Path, kind: str, fields: Sequence[str]) -> dict[str, Any]:
     return content
 
 
+def parse_json(path: Path) -> Any:
+    """What a JSON file holds, all of its numbers finite.
+
+    Raises:
+        ValueError: it is not JSON, or holds a NaN, an infinity, or a number beyond those of float64.
+        OSError: it cannot be read.
+    """
+    try:
+        text = path.read_text(encoding="utf-8")
+        return json.loads(text, parse_constant=_finite, parse_float=_finite, parse_int=_whole)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path} is not JSON: {error}") from None
+
+
+def _finite(text: str) -> float:
+    number = float(text)
+    if not math.isfinite(number):
+        raise ValueError(f"numbers must be finite, got {text:.20}")
+    return number
+
+
+def _whole(text: str) -> int:
+    _finite(text)
+    return int(text)
+
+
 @contextmanager
-def reading(path: Path) -> Iterator[None]:
+def reading(*paths: Path) -> Iterator[None]:
     """Where old results are read: what they lack is said of the file, and is no error of the program.
 
     Raises:
-        ValueError: something is missing in ``path`` or of another kind.
+        ValueError: something is missing in one of ``paths`` or of another kind, or was refused in the block.
     """
+    path = ", ".join(map(str, paths))
     try:
         yield
-    except (LookupError, TypeError, AttributeError) as error:
+    except ValueError as error:
+        raise ValueError(str(error) if path in str(error) else f"{path}: {error}") from error
+    except (ArithmeticError, AttributeError, LookupError, RecursionError, TypeError) as error:
         raise ValueError(f"{path} is damaged ({type(error).__name__}: {error})") from error
 
 

@@ -7,6 +7,9 @@ from pathlib import Path
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
+# Tokens of a row. Nothing that runs takes in as many; more are a slip of the hand, refused before memory is asked for.
+LONGEST = 2**27
+
 
 def documents(path: Path, tokenizer: PreTrainedTokenizerBase | None) -> Iterator[np.ndarray]:
     """Tokens of each document of a file, ``[N]`` int64, read one at a time.
@@ -113,8 +116,8 @@ def rows(
     Raises:
         ValueError: not one row is long enough; the message has the longest there is.
     """
-    if length < 2 or count < 1:
-        raise ValueError(f"length must be at least 2 and count at least 1, got {length} and {count}")
+    if not 2 <= length <= LONGEST or count < 1:
+        raise ValueError(f"length must be from 2 to {LONGEST:,} and count at least 1, got {length} and {count}")
     end = getattr(tokenizer, "eos_token_id", None)
     separator = np.array([] if end is None else [end], dtype=np.int64)
     waiting = np.array([], dtype=np.int64)

@@ -2,20 +2,19 @@
 
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Annotated, NoReturn
+from typing import Annotated
 
 import typer
 
+from foxlm.command_line import CommandLine
 from foxlm.evaluation.commands.eval import evaluate
 from foxlm.evaluation.commands.loss import loss
 from foxlm.evaluation.commands.needle import needle
 from foxlm.evaluation.commands.report import report
 
-app = typer.Typer(
-    help="Forgetting Transformers (FoX) for the Hugging Face ecosystem.",
-    no_args_is_help=True,
-    add_completion=False,
-    pretty_exceptions_enable=False,
+app = CommandLine(
+    help="Forgetting Transformers (FoX) for the Hugging Face ecosystem.\n\n"
+    "FOXLM_TRACEBACK=1 in the environment shows where in the code an error is from."
 )
 
 
@@ -60,10 +59,7 @@ def demo(
     """Train a small FoX on Python's own sources, evaluate it, and write a page about it. No network needed."""
     from foxlm.evaluation.demo.run import Options, run_demo
 
-    try:
-        run_demo(Options(out=out, minutes=minutes, steps=steps, seed=seed, device=device, quick=quick))
-    except (ValueError, ImportError, RuntimeError, OSError) as error:
-        _fail(error)
+    run_demo(Options(out=out, minutes=minutes, steps=steps, seed=seed, device=device, quick=quick))
 
 
 @app.command()
@@ -80,10 +76,7 @@ def convert(
     """Convert a checkpoint of the FoX authors' code, or of flash-linear-attention, for from_pretrained; or back."""
     from foxlm.conversion.convert import convert_to_folder
 
-    try:
-        convert_to_folder(source, out, to=to, allow_pickle=allow_pickle)
-    except (ValueError, OSError) as error:
-        _fail(error)
+    convert_to_folder(source, out, to=to, allow_pickle=allow_pickle)
     typer.echo(f"wrote {out}")
 
 
@@ -113,18 +106,15 @@ def graft(
     """Put forget gates on a pretrained Transformer, for finetuning: a FoX model of the same weights."""
     from foxlm.conversion.graft import graft_to_folder
 
-    try:
-        graft_to_folder(
-            source,
-            out,
-            decay_times=_decay_times(decay_times),
-            forget_gate=forget_gate,
-            forget_gate_heads=forget_gate_heads,
-            output_gate=output_gate,
-            keep_rope=not remove_rope,
-        )
-    except (ValueError, OSError) as error:
-        _fail(error)
+    graft_to_folder(
+        source,
+        out,
+        decay_times=_decay_times(decay_times),
+        forget_gate=forget_gate,
+        forget_gate_heads=forget_gate_heads,
+        output_gate=output_gate,
+        keep_rope=not remove_rope,
+    )
     typer.echo(f"wrote {out}")
 
 
@@ -170,20 +160,17 @@ def card(
     """
     from foxlm.conversion.model_card import MISSING, write_model_card
 
-    try:
-        written = write_model_card(
-            folder,
-            name=name,
-            license=license,
-            languages=language or (),
-            base_model=base_model,
-            datasets=dataset or (),
-            training_data=training_data,
-            evaluations=evaluation or (),
-            overwrite=overwrite,
-        )
-    except (ValueError, OSError) as error:
-        _fail(error)
+    written = write_model_card(
+        folder,
+        name=name,
+        license=license,
+        languages=language or (),
+        base_model=base_model,
+        datasets=dataset or (),
+        training_data=training_data,
+        evaluations=evaluation or (),
+        overwrite=overwrite,
+    )
     missing = written.read_text(encoding="utf-8").count(MISSING)
     typer.echo(f"wrote {written}" + (f"; places to fill in: {missing}" if missing else ""))
 
@@ -197,11 +184,8 @@ def bundle(folder: _ModelFolder) -> None:
     from foxlm.conversion.links import check_links
     from foxlm.modeling.bundle_fox import write_bundle
 
-    try:
-        check_links(folder)
-        write_bundle(folder)
-    except (ValueError, OSError) as error:
-        _fail(error)
+    check_links(folder)
+    write_bundle(folder)
     typer.echo(f"wrote the code into {folder}")
 
 
@@ -232,24 +216,21 @@ def publish(
 
     from foxlm.conversion.publish import check_folder, push_folder
 
-    try:
-        if private and push is None:
-            raise ValueError("--private needs --push REPO_ID")
-        if push is not None:
-            validate_repo_id(push)
-        failed = []
-        for check in check_folder(folder, allow_code or ()):
-            typer.echo(f"{'ok  ' if check.passed else 'FAIL'}  {check.name:13}  {check.found}")
-            if not check.passed:
-                failed.append(check.name)
-        if failed:
-            raise ValueError(f"{folder} is not ready ({', '.join(failed)}); nothing was uploaded")
-        if push is None:
-            typer.echo("ready; --push REPO_ID uploads it")
-        else:
-            typer.echo(f"uploaded to {push_folder(folder, push, private)}")
-    except (ValueError, RuntimeError, OSError) as error:
-        _fail(error)
+    if private and push is None:
+        raise ValueError("--private needs --push REPO_ID")
+    if push is not None:
+        validate_repo_id(push)
+    failed = []
+    for check in check_folder(folder, allow_code or ()):
+        typer.echo(f"{'ok  ' if check.passed else 'FAIL'}  {check.name:13}  {check.found}")
+        if not check.passed:
+            failed.append(check.name)
+    if failed:
+        raise ValueError(f"{folder} is not ready ({', '.join(failed)}); nothing was uploaded")
+    if push is None:
+        typer.echo("ready; --push REPO_ID uploads it")
+    else:
+        typer.echo(f"uploaded to {push_folder(folder, push, private)}")
 
 
 app.command("eval")(evaluate)
@@ -268,11 +249,6 @@ def bench(context: typer.Context) -> None:
     from foxlm.evaluation.speed.__main__ import app as speed
 
     speed(context.args, prog_name="foxlm bench")
-
-
-def _fail(error: Exception) -> NoReturn:
-    typer.echo(f"error: {error}", err=True)
-    raise typer.Exit(1)
 
 
 def main() -> None:

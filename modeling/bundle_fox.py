@@ -38,7 +38,10 @@ def write_bundle(folder: str | os.PathLike) -> None:
     """
     folder = Path(folder)
     file = folder / "config.json"
-    fields = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    try:
+        fields = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{file} is not valid JSON: {error}") from error
     if not isinstance(fields, dict) or fields.get("model_type") != "fox":
         raise ValueError(f"folder must hold a config.json with model_type 'fox', got {folder}")
     others = fields.get("auto_map") or {}

@@ -213,7 +213,7 @@ def test_a_fox_model_of_real_text(tmp_path: Path, folder: Path) -> None:
     [
         ([], "models to measure, --text and --length must be given, or --redraw"),
         (["{slow}", "--length", "64"], "models to measure, --text and --length must be given"),
-        (["{slow}", "--text", "{text}", "--length", "1"], "length must be at least 2, got 1"),
+        (["{slow}", "--text", "{text}", "--length", "1"], "length must be from 2 to 134,217,728, got 1"),
         (["{slow}", "--text", "{text}", "--length", "9999"], "has no 9999 tokens in a row, at most 760"),
         (["{slow}", "--text", "nowhere.txt", "--length", "64"], "nowhere.txt"),
         (["nowhere", "--text", "{text}", "--length", "64"], "nowhere"),

@@ -99,7 +99,10 @@ def test_control_what_is_wrong_is_not_timed_and_what_fails_leaves_the_rest() -> 
         (["--gpus", "1"], "--gpus must be 2 or more, which share a sequence, got 1"),
         (["--gpus", "-2"], "--gpus must be 2 or more, which share a sequence, got -2"),
         (["--gpus", "9"], "--gpus must be at most 8 processes with --device cpu, got 9"),
-        (["--case", "1x24x64"], "--case must be four positive integers BxHxDxT such as 2x24x64x16384, got '1x24x64'"),
+        (
+            ["--case", "1x24x64"],
+            "--case must be four positive integers BxHxDxT such as 2x24x64x16384, each below 10**9, got '1x24x64'",
+        ),
         (["--gpus", "4", "--case", "1x1x8x3"], "--case must have a token for each of 4 GPUs, got '1x1x8x3' with 3"),
         (["--split", "zigzag"], "--split must be one of balanced, contiguous, got 'zigzag'"),
         (["--rule", "loose"], "--rule must be one of paper, tight, none, got 'loose'"),

@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from .options import Device, Dtype, Eps, Model, Overwrite, Rule, Seed, fail
+from .options import Device, Dtype, Eps, Model, Overwrite, Rule, Seed
 
 
 def evaluate(
@@ -66,34 +66,31 @@ def evaluate(
     from ..harness.suites import parse_lengths
 
     folder = out or Path("foxlm-eval") / (Path(model).resolve() if Path(model).exists() else Path(model)).name
-    try:
-        options = Options(
-            model=model,
-            out=folder,
-            suite=suite,
-            tasks=tuple(name.strip() for name in tasks.split(",") if name.strip()) if tasks else (),
-            text=text,
-            lengths=parse_lengths(lengths) if lengths else None,
-            batch_size=batch_size,
-            max_length=max_length,
-            limit=limit,
-            shots=shots,
-            eps=eps,
-            rule=rule,
-            device=device,
-            dtype=dtype,
-            cache=not no_cache,
-            seed=seed,
-            include_path=include_path,
-            samples=samples,
-            overwrite=overwrite,
-        ).checked()
-        # Only now what takes seconds to import.
-        from ..harness.run import evaluate as run
+    options = Options(
+        model=model,
+        out=folder,
+        suite=suite,
+        tasks=tuple(name.strip() for name in tasks.split(",") if name.strip()) if tasks else (),
+        text=text,
+        lengths=parse_lengths(lengths) if lengths else None,
+        batch_size=batch_size,
+        max_length=max_length,
+        limit=limit,
+        shots=shots,
+        eps=eps,
+        rule=rule,
+        device=device,
+        dtype=dtype,
+        cache=not no_cache,
+        seed=seed,
+        include_path=include_path,
+        samples=samples,
+        overwrite=overwrite,
+    ).checked()
+    # Only now what takes seconds to import.
+    from ..harness.run import evaluate as run
 
-        outcome = run(options, say=lambda line: typer.echo(line, err=True))
-    except (ValueError, OSError, ImportError, RuntimeError) as error:
-        fail(error)
+    outcome = run(options, say=lambda line: typer.echo(line, err=True))
     if outcome.rows:
         typer.echo(table(outcome.rows))
     typer.echo(f"results in {folder}", err=True)

@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 
 from .figures import save_figure
-from .options import Device, Dtype, Eps, Join, Overwrite, Rule, Text, fail, require_nothing_else
+from .options import Device, Dtype, Eps, Join, Overwrite, Rule, Text, require_nothing_else
 
 
 def loss(
@@ -58,39 +58,34 @@ def loss(
     from ..loss_report import LossOptions, draw_losses, loss_table, measure_losses, read_losses
     from ..results import reading
 
-    try:
-        if redraw is not None:
-            require_nothing_else(context)
-            results = redraw / "loss.json" if redraw.is_dir() else redraw
-            report = read_losses(results)
-            with reading(results):
-                table = loss_table(report)
-        else:
-            if not models or text is None or length is None:
-                raise ValueError("models to measure, --text and --length must be given, or --redraw")
-            results = out / "loss.json"
-            report = measure_losses(
-                LossOptions(
-                    models=models,
-                    text=text,
-                    length=length,
-                    out=out,
-                    names=name or (),
-                    rows=rows,
-                    join=join,
-                    edges=edges,
-                    chunk=chunk,
-                    trained_length=trained_length,
-                    save_losses=save_losses,
-                    device=device,
-                    dtype=dtype,
-                    eps=eps,
-                    rule=rule,
-                    overwrite=overwrite,
-                )
+    if redraw is not None:
+        require_nothing_else(context)
+        results = redraw / "loss.json" if redraw.is_dir() else redraw
+        report = read_losses(results)
+    else:
+        if not models or text is None or length is None:
+            raise ValueError("models to measure, --text and --length must be given, or --redraw")
+        results = out / "loss.json"
+        report = measure_losses(
+            LossOptions(
+                models=models,
+                text=text,
+                length=length,
+                out=out,
+                names=name or (),
+                rows=rows,
+                join=join,
+                edges=edges,
+                chunk=chunk,
+                trained_length=trained_length,
+                save_losses=save_losses,
+                device=device,
+                dtype=dtype,
+                eps=eps,
+                rule=rule,
+                overwrite=overwrite,
             )
-            table = loss_table(report)
-        typer.echo(table)
+        )
+    with reading(results):
+        typer.echo(loss_table(report))
         save_figure("loss", results, lambda: draw_losses(report))
-    except (ValueError, OSError, ImportError, RuntimeError) as error:
-        fail(error)

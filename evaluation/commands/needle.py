@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 
 from .figures import save_figure
-from .options import Device, Dtype, Eps, OptionalModel, Overwrite, Rule, Seed, fail, require_nothing_else
+from .options import Device, Dtype, Eps, OptionalModel, Overwrite, Rule, Seed, require_nothing_else
 
 
 def needle(
@@ -73,41 +73,36 @@ def needle(
     from ..needle_prompts import parse_numbers
     from ..results import reading
 
-    try:
-        if redraw is not None:
-            require_nothing_else(context)
-            results = redraw / "needle.json" if redraw.is_dir() else redraw
-            report = read_needle(results)
-            with reading(results):
-                table = needle_table(report)
-        else:
-            if model is None:
-                raise ValueError("a model to measure must be given, or --redraw")
-            results = out / "needle.json"
-            report = measure_needle(
-                NeedleOptions(
-                    model=model,
-                    out=out,
-                    lengths=parse_numbers("lengths", lengths, int) if lengths is not None else (),
-                    depths=parse_numbers("depths", depths, float),
-                    samples=samples,
-                    mode=mode,
-                    text=text,
-                    answer_tokens=answer_tokens,
-                    score_only=score_only,
-                    seed=seed,
-                    batch=batch,
-                    chunk=chunk,
-                    trained_length=trained_length,
-                    device=device,
-                    dtype=dtype,
-                    eps=eps,
-                    rule=rule,
-                    overwrite=overwrite,
-                )
+    if redraw is not None:
+        require_nothing_else(context)
+        results = redraw / "needle.json" if redraw.is_dir() else redraw
+        report = read_needle(results)
+    else:
+        if model is None:
+            raise ValueError("a model to measure must be given, or --redraw")
+        results = out / "needle.json"
+        report = measure_needle(
+            NeedleOptions(
+                model=model,
+                out=out,
+                lengths=parse_numbers("lengths", lengths, int) if lengths is not None else (),
+                depths=parse_numbers("depths", depths, float),
+                samples=samples,
+                mode=mode,
+                text=text,
+                answer_tokens=answer_tokens,
+                score_only=score_only,
+                seed=seed,
+                batch=batch,
+                chunk=chunk,
+                trained_length=trained_length,
+                device=device,
+                dtype=dtype,
+                eps=eps,
+                rule=rule,
+                overwrite=overwrite,
             )
-            table = needle_table(report)
-        typer.echo(table)
+        )
+    with reading(results):
+        typer.echo(needle_table(report))
         save_figure("needle", results, lambda: draw_needle_map(report))
-    except (ValueError, OSError, ImportError, RuntimeError) as error:
-        fail(error)

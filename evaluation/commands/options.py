@@ -1,7 +1,7 @@
 """What several commands take, and how they end."""
 
 from pathlib import Path
-from typing import Annotated, NoReturn
+from typing import Annotated
 
 import typer
 
@@ -39,9 +39,3 @@ def require_nothing_else(context: typer.Context) -> None:
         source = context.get_parameter_source(parameter.name or "")
         if parameter.name != "redraw" and source is not None and source.name == "COMMANDLINE":
             raise ValueError(f"--redraw measures nothing: leave out {parameter.opts[0]}")
-
-
-def fail(error: Exception) -> NoReturn:
-    """One line that says what went wrong, and exit status 1."""
-    typer.echo(f"error: {error}", err=True)
-    raise typer.Exit(1)

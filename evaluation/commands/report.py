@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from .options import Device, Dtype, Eps, Join, OptionalModel, Overwrite, Rule, Seed, Text, fail, require_nothing_else
+from .options import Device, Dtype, Eps, Join, OptionalModel, Overwrite, Rule, Seed, Text, require_nothing_else
 
 
 def report(
@@ -44,33 +44,30 @@ def report(
     """
     from ..pruning_report.run import Options, draw, read_report, run_report
 
-    try:
-        if redraw is not None:
-            require_nothing_else(context)
-            typer.echo(f"wrote {draw(read_report(redraw), redraw if redraw.is_dir() else redraw.parent)}")
-            return
-        if model is None or text is None:
-            raise ValueError("MODEL and --text are needed, or --redraw with a report that is there")
-        found = run_report(
-            Options(
-                model=model,
-                text=text,
-                out=out,
-                length=length,
-                count=rows,
-                join=join,
-                eps=eps,
-                rule=rule,
-                device=device,
-                dtype=dtype,
-                bench=bench,
-                sampled=sampled,
-                seed=seed,
-                overwrite=overwrite,
-            )
+    if redraw is not None:
+        require_nothing_else(context)
+        typer.echo(f"wrote {draw(read_report(redraw), redraw if redraw.is_dir() else redraw.parent)}")
+        return
+    if model is None or text is None:
+        raise ValueError("MODEL and --text are needed, or --redraw with a report that is there")
+    found = run_report(
+        Options(
+            model=model,
+            text=text,
+            out=out,
+            length=length,
+            count=rows,
+            join=join,
+            eps=eps,
+            rule=rule,
+            device=device,
+            dtype=dtype,
+            bench=bench,
+            sampled=sampled,
+            seed=seed,
+            overwrite=overwrite,
         )
-    except (ValueError, OSError, ImportError, RuntimeError) as error:
-        fail(error)
+    )
     try:
         typer.echo(f"wrote {out / 'report.json'} and {draw(found, out)}")
     except ImportError as error:

@@ -8,7 +8,7 @@ from numbers import Real
 from pathlib import Path
 from typing import Any
 
-from ..results import write_whole
+from ..results import parse_json, write_whole
 from .suites import Unit
 
 SUMMARY = "evaluation.json"
@@ -50,7 +50,7 @@ def earlier_results(folder: Path, overwrite: bool) -> dict[str, dict[str, Any]]:
     found: dict[str, dict[str, Any]] = {}
     for path in sorted(folder.glob("results_*.json")):
         try:
-            content = json.loads(path.read_text(encoding="utf-8"))
+            content = parse_json(path)
             content["foxlm"]["settings"], content["results"]
         except (ValueError, KeyError, TypeError):
             raise ValueError(

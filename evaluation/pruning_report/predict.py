@@ -8,7 +8,6 @@ the tiles it kept, with. What is no matrix product (norms, optimizer, launches) 
 without pruning, so a real gain is smaller.
 """
 
-import json
 import math
 from pathlib import Path
 from typing import Any
@@ -18,6 +17,7 @@ from transformers import PreTrainedModel
 
 from foxlm.kernels.pruning import Rule
 
+from ..results import parse_json
 from ..speed.inputs import Case
 from ..speed.own import own_name
 
@@ -84,10 +84,7 @@ def predict_times(
         ValueError: ``bench`` holds something else, or not the rates of this library without pruning and by ``rule``.
         OSError: it cannot be read.
     """
-    try:
-        results = json.loads(bench.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{bench} is not JSON: {error}") from None
+    results = parse_json(bench)
     if not isinstance(results, dict) or results.get("kind") != "attention" or "cases" not in results:
         raise ValueError(f"{bench} must be written by foxlm bench attention")
     usable = {Case.parse(one["case"]): one for one in results["cases"] if _timed(one, rule) is not None}

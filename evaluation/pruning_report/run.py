@@ -10,8 +10,9 @@ from typing import Any, cast
 import numpy as np
 import torch
 from tqdm import tqdm
-from transformers import AutoConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from foxlm.conversion.pretrained import read_config
 from foxlm.kernels.pruning import Rule
 from foxlm.kernels.tiles import PRUNED_QUERIES
 from foxlm.modeling.configuration_fox import FoxConfig
@@ -20,7 +21,7 @@ from foxlm.modeling.layers_fox import FoxDecoderLayer
 from ..loading import load_model, load_tokenizer, model_name, pruning_changes
 from ..provenance import provenance
 from ..recording import AttentionInputs, record_attention
-from ..results import reading, write_whole
+from ..results import parse_json, reading, write_whole
 from ..text import documents, rows
 from .measure import Findings, Plan, measure
 from .predict import count_flops, predict_times, shares_of_flops
@@ -148,7 +149,7 @@ def run_report(options: Options) -> dict[str, Any]:
 
 def _pruned_by(options: Options) -> tuple[float, Rule]:
     """``eps`` and ``rule`` that the report looks at closely."""
-    config = AutoConfig.from_pretrained(options.model)
+    config = read_config(options.model)
     if not isinstance(config, FoxConfig):
         raise ValueError(
             f"{options.model} is a {config.model_type} model without forget gates; foxlm report is for FoX"
@@ -165,7 +166,7 @@ def _pruned_by(options: Options) -> tuple[float, Rule]:
 def _tokenizer(source: str) -> PreTrainedTokenizerBase | None:
     try:
         return load_tokenizer(source)
-    except (OSError, ValueError, KeyError):
+    except ValueError:
         # Token numbers need none; text without one is refused where it is read.
         return None
 
@@ -264,7 +265,8 @@ def _cost(model: PreTrainedModel, report: dict[str, Any], bench: Path | None) ->
     found = {"flops": flops, "kept": kept, "by_length": by_length, "predicted": None}
     if bench is not None:
         config: Any = model.config
-        found["predicted"] = predict_times(flops, kept, rule, config.heads[2], length, bench)
+        with reading(bench):
+            found["predicted"] = predict_times(flops, kept, rule, config.heads[2], length, bench)
     return found
 
 
@@ -279,10 +281,7 @@ def read_report(path: Path) -> dict[str, Any]:
         OSError: it cannot be read.
     """
     path = path / JSON_NAME if path.is_dir() else path
-    try:
-        report = json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} is not JSON: {error}") from None
+    report = parse_json(path)
     if not isinstance(report, dict) or report.get("kind") != KIND or report.get("schema") != SCHEMA:
         raise ValueError(f"{path} must be a report.json of foxlm report, schema {SCHEMA}")
     return report

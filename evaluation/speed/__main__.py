@@ -11,8 +11,10 @@ from typing import Annotated, Any
 import typer
 
 from foxlm import FoxConfig
+from foxlm.command_line import CommandLine
 from foxlm.evaluation.loading import DTYPES
 from foxlm.evaluation.requirements import require_matplotlib
+from foxlm.evaluation.results import reading
 
 from . import decode as decoding
 from . import options, prefill, report, tables
@@ -32,7 +34,7 @@ from .several import run_several
 from .train import CPU_TOKENS, TOKENS, Recipe, run_training
 from .workload import Workload
 
-app = typer.Typer(
+app = CommandLine(
     # Each paragraph one line: the terminal wraps them.
     help="How fast forgetting attention is on this machine, and training, prompts and decoding with it.\n\n"
     "Each command first checks that what it is about to time computes the right thing, and prints no time of what does "
@@ -40,12 +42,7 @@ app = typer.Typer(
     "clocks fall on all alike; times are medians. Needs an NVIDIA GPU; with --device cpu it only shows that all parts "
     "work.\n\n"
     "A model of your own: foxlm bench prefill --model my-fox --text book.txt",
-    no_args_is_help=True,
-    add_completion=False,
-    pretty_exceptions_enable=False,
 )
-
-_ERRORS = (ValueError, RuntimeError, OSError)
 
 
 @app.command()
@@ -75,20 +72,17 @@ def attention(
     With --model and --text they are what enters attention in every layer of a model of yours.
     Exits with 1 if foxlm's own attention is wrong or fails.
     """
-    try:
-        options.require_device(device)
-        options.require_positive("--rounds", rounds)
-        options.require_writable(out)
-        if dtype not in DTYPES:
-            raise ValueError(f"--dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
-        implementations = chosen(only or [])
-        settings = Settings(device, DTYPES[dtype], rounds, seed)
-        facts = {"dtype": dtype, "rounds": rounds, "eps": EPS, "tile": TILE}
-        results = report.new_results("attention", device, seed, commit, facts) | {"cases": []}
-        recorded = _recorded(settings, model, text, join, rows, length, synthetic=bool(case or long))
-        shapes = [Case.parse(one) for one in case or []] or ([CPU_CASE] if device == "cpu" else CASES)
-    except _ERRORS as error:
-        options.fail(error)
+    options.require_device(device)
+    options.require_positive("--rounds", rounds)
+    options.require_writable(out)
+    if dtype not in DTYPES:
+        raise ValueError(f"--dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
+    implementations = chosen(only or [])
+    settings = Settings(device, DTYPES[dtype], rounds, seed)
+    facts = {"dtype": dtype, "rounds": rounds, "eps": EPS, "tile": TILE}
+    results = report.new_results("attention", device, seed, commit, facts) | {"cases": []}
+    recorded = _recorded(settings, model, text, join, rows, length, synthetic=bool(case or long))
+    shapes = [Case.parse(one) for one in case or []] or ([CPU_CASE] if device == "cpu" else CASES)
     plan = [(shape, implementations) for shape in shapes]
     if long:
         plan.append((LONG_CASE, [one for one in implementations if one in OWN and one.rule is not None]))
@@ -171,26 +165,23 @@ def train(
     With --gpus N also on N GPUs, one sequence on each, with what that says of 8 and 64.
     Exits with 1 if a step is wrong or fails.
     """
-    try:
-        options.require_device(device)
-        options.require_positive("--rounds", rounds)
-        options.require_positive("--gpus", gpus)
-        options.require_writable(out)
-        if tokens is None:
-            tokens = CPU_TOKENS if device == "cpu" else TOKENS
-        options.require_positive("--tokens", tokens)
-        workload = options.workload(device, seed, preset, layers, model, text, join, hidden_size, heads)
-        recipe = Recipe(workload, tokens, compiled, rounds, checkpointing, tuple(only or ()))
-        several = options.several(recipe, gpus, host_gpus, host_bandwidth) if gpus > 1 else None
-        if workload.model is None:
-            # Found out now, not after minutes.
-            recipe.variants(FoxConfig.preset(workload.preset, **dict(workload.sizes)))
-        dtype = "float32 weights, bfloat16 " + ("autocast" if several is None else "computing")
-        facts = {"dtype": dtype, "rounds": rounds, "eps": EPS, "tile": TILE}
-        results = report.new_results("train", device, seed, commit, facts)
-        results |= run_training(recipe) if several is None else run_several(several)
-    except _ERRORS as error:
-        options.fail(error)
+    options.require_device(device)
+    options.require_positive("--rounds", rounds)
+    options.require_positive("--gpus", gpus)
+    options.require_writable(out)
+    if tokens is None:
+        tokens = CPU_TOKENS if device == "cpu" else TOKENS
+    options.require_positive("--tokens", tokens)
+    workload = options.workload(device, seed, preset, layers, model, text, join, hidden_size, heads)
+    recipe = Recipe(workload, tokens, compiled, rounds, checkpointing, tuple(only or ()))
+    several = options.several(recipe, gpus, host_gpus, host_bandwidth) if gpus > 1 else None
+    if workload.model is None:
+        # Found out now, not after minutes.
+        recipe.variants(FoxConfig.preset(workload.preset, **dict(workload.sizes)))
+    dtype = "float32 weights, bfloat16 " + ("autocast" if several is None else "computing")
+    facts = {"dtype": dtype, "rounds": rounds, "eps": EPS, "tile": TILE}
+    results = report.new_results("train", device, seed, commit, facts)
+    results |= run_training(recipe) if several is None else run_several(several)
     report.write(results, out)
     options.show(results, as_json)
     if "error" in results:
@@ -229,27 +220,24 @@ def prefill_command(
     Exits with 1 if one is wrong or fails.
     """
     on_cpu = device == "cpu"
-    try:
-        options.require_device(device)
-        options.require_writable(out)
-        lengths = tokens or (prefill.CPU_TOKENS if on_cpu else prefill.TOKENS)
-        batches = batch or (prefill.CPU_BATCHES if on_cpu else prefill.BATCHES)
-        chunk = (prefill.CPU_CHUNK if on_cpu else prefill.CHUNK) if chunk is None else chunk
-        for name, values in (("--tokens", lengths), ("--batch", batches), ("--chunk", [chunk]), ("--rounds", [rounds])):
-            options.require_positive(name, *values)
-        known = (*prefill.PREFILLERS, *(prefill.COMPILED if compiled else ()))
-        ways = with_names(known, only or [])
-        workload = options.workload(device, seed, preset, layers, model, text, join)
-        models = decoding.build_models(workload, [one.decoder.family for one in ways])
-        ways = prefill.prefillers_for(models["foxlm"], ways)
-        facts = _model_facts(workload, models) | {"chunk": chunk, "rounds": rounds}
-        results = report.new_results("prefill", device, seed, commit, facts) | {"prompts": []}
-        recipe = prefill.PrefillRecipe(workload, chunk, rounds)
-        for length in lengths:
-            # Found out now, not after the others.
-            workload.ids(models["foxlm"].config.vocab_size, 1, length)
-    except _ERRORS as error:
-        options.fail(error)
+    options.require_device(device)
+    options.require_writable(out)
+    lengths = tokens or (prefill.CPU_TOKENS if on_cpu else prefill.TOKENS)
+    batches = batch or (prefill.CPU_BATCHES if on_cpu else prefill.BATCHES)
+    chunk = (prefill.CPU_CHUNK if on_cpu else prefill.CHUNK) if chunk is None else chunk
+    for name, values in (("--tokens", lengths), ("--batch", batches), ("--chunk", [chunk]), ("--rounds", [rounds])):
+        options.require_positive(name, *values)
+    known = (*prefill.PREFILLERS, *(prefill.COMPILED if compiled else ()))
+    ways = with_names(known, only or [])
+    workload = options.workload(device, seed, preset, layers, model, text, join)
+    models = decoding.build_models(workload, [one.decoder.family for one in ways])
+    ways = prefill.prefillers_for(models["foxlm"], ways)
+    facts = _model_facts(workload, models) | {"chunk": chunk, "rounds": rounds}
+    results = report.new_results("prefill", device, seed, commit, facts) | {"prompts": []}
+    recipe = prefill.PrefillRecipe(workload, chunk, rounds)
+    for length in lengths:
+        # Found out now, not after the others.
+        workload.ids(models["foxlm"].config.vocab_size, 1, length)
     for length, size in itertools.product(lengths, batches):
         typer.echo(f"measuring {size} x {length}", err=True)
         results["prompts"].append(prefill.run_prompts(size, length, models, ways, recipe))
@@ -288,27 +276,24 @@ def decode(
     The model is a preset with synthetic gates, or yours; the Llama has its sizes.
     Exits with 1 if one is wrong or fails.
     """
-    try:
-        options.require_device(device)
-        options.require_writable(out)
-        if tokens is None:
-            tokens = decoding.CPU_TOKENS if device == "cpu" else decoding.TOKENS
-        batches = batch or (() if largest_batch else decoding.BATCHES)
-        for name, values in (("--tokens", [tokens]), ("--new", [new]), ("--rounds", [rounds]), ("--batch", batches)):
-            options.require_positive(name, *values)
-        decoders = with_names(DECODERS, only or [])
-        workload = options.workload(device, seed, preset, layers, model, text, join)
-        models = decoding.build_models(workload, [one.family for one in decoders] if batches else [])
-        fox = models["foxlm"]
-        decoders = decoding.decoders_for(fox, decoders)
-        if largest_batch and fox.config.forget_gate == "none":
-            raise ValueError("--largest-batch compares what pruning frees, got a model without forget gates")
-        recipe = decoding.DecodeRecipe(workload, tokens, new, rounds)
-        workload.ids(fox.config.vocab_size, 1, recipe.read)
-        facts = _model_facts(workload, models) | {"tokens": tokens, "new": new, "rounds": rounds}
-        results = report.new_results("decode", device, seed, commit, facts) | {"batches": [], "largest_batch": []}
-    except _ERRORS as error:
-        options.fail(error)
+    options.require_device(device)
+    options.require_writable(out)
+    if tokens is None:
+        tokens = decoding.CPU_TOKENS if device == "cpu" else decoding.TOKENS
+    batches = batch or (() if largest_batch else decoding.BATCHES)
+    for name, values in (("--tokens", [tokens]), ("--new", [new]), ("--rounds", [rounds]), ("--batch", batches)):
+        options.require_positive(name, *values)
+    decoders = with_names(DECODERS, only or [])
+    workload = options.workload(device, seed, preset, layers, model, text, join)
+    models = decoding.build_models(workload, [one.family for one in decoders] if batches else [])
+    fox = models["foxlm"]
+    decoders = decoding.decoders_for(fox, decoders)
+    if largest_batch and fox.config.forget_gate == "none":
+        raise ValueError("--largest-batch compares what pruning frees, got a model without forget gates")
+    recipe = decoding.DecodeRecipe(workload, tokens, new, rounds)
+    workload.ids(fox.config.vocab_size, 1, recipe.read)
+    facts = _model_facts(workload, models) | {"tokens": tokens, "new": new, "rounds": rounds}
+    results = report.new_results("decode", device, seed, commit, facts) | {"batches": [], "largest_batch": []}
     for size in batches:
         typer.echo(f"measuring batch {size}", err=True)
         results["batches"].append(decoding.run_batch(size, models, decoders, recipe))
@@ -348,20 +333,18 @@ def table(
     as_json: Annotated[bool, typer.Option("--json", help="Print a JSON list of the results, put together.")] = False,
 ) -> None:
     """Print the tables of results as Markdown, or put them into a file."""
-    try:
-        together = report.merged([report.read(path) for path in files])
-        together = [report.only_cases(results, case or []) for results in together]
-        if as_json:
-            typer.echo(report.to_json(together))
-        for results in () if as_json else together:
-            drawn = tables.render(results)
-            if readme is None:
-                typer.echo(drawn)
-            else:
-                content = readme.read_text(encoding="utf-8")
-                readme.write_text(report.insert(content, results["kind"], drawn), encoding="utf-8")
-    except _ERRORS as error:
-        options.fail(error)
+    several = [report.read(path) for path in files]
+    with reading(*files):
+        together = [report.only_cases(results, case or []) for results in report.merged(several)]
+        all_drawn = [] if as_json else [(results["kind"], tables.render(results)) for results in together]
+    if as_json:
+        typer.echo(report.to_json(together))
+    for kind, drawn in all_drawn:
+        if readme is None:
+            typer.echo(drawn)
+        else:
+            content = readme.read_text(encoding="utf-8")
+            readme.write_text(report.insert(content, kind, drawn), encoding="utf-8")
 
 
 @app.command()
@@ -376,19 +359,18 @@ def plot(
     The rates of a large product and of a large copy, measured in the same runs, are the roofs.
     Needs matplotlib, but no GPU.
     """
-    try:
-        together = report.merged([report.read(path) for path in files])
-        found = points_of([report.only_cases(results, case or []) for results in together])
-        require_matplotlib()
-        from foxlm.evaluation.plots.figure import save_plot
-        from foxlm.evaluation.plots.roofline import plot_roofline
+    several = [report.read(path) for path in files]
+    with reading(*files):
+        found = points_of([report.only_cases(results, case or []) for results in report.merged(several)])
+    require_matplotlib()
+    from foxlm.evaluation.plots.figure import save_plot
+    from foxlm.evaluation.plots.roofline import plot_roofline
 
-        if out.suffix not in (".svg", ".png"):
-            raise ValueError(f"--out must end in .svg or .png, got {out}")
-        options.require_writable(out)
+    if out.suffix not in (".svg", ".png"):
+        raise ValueError(f"--out must end in .svg or .png, got {out}")
+    options.require_writable(out)
+    with reading(*files):
         save_plot(plot_roofline(found), out)
-    except (*_ERRORS, ImportError) as error:
-        options.fail(error)
     if as_json:
         typer.echo(report.to_json(asdict(found)))
     typer.echo(f"wrote {out}", err=as_json)

@@ -45,29 +45,26 @@ def context(
     The inputs are synthetic, with gates as those of trained models. Each case must fit on one GPU, for comparison.
     Exits with 1 if a result is not that of one GPU, or fails.
     """
-    try:
-        options.require_device(device)
-        options.require_positive("--rounds", rounds)
-        if gpus < 2:
-            raise ValueError(f"--gpus must be 2 or more, which share a sequence, got {gpus}")
-        options.require_gpus(device, gpus)
-        options.require_writable(out)
-        for name, value, known in (
-            ("--dtype", dtype, DTYPES),
-            ("--rule", rule, (*RULES, "none")),
-            ("--split", split, NAMED_SPLITS),
-        ):
-            if value not in known:
-                raise ValueError(f"{name} must be one of {', '.join(known)}, got {value!r}")
-        cases = [_shared_case(one, gpus) for one in case or ()] or (CPU_CASES if device == "cpu" else CASES)
-        by_rule: Rule | None = next((one for one in RULES if one == rule), None)
-        recipe = ContextRecipe(cases, gpus, device, DTYPES[dtype], by_rule, split, rounds, seed)
-        facts = {"dtype": dtype, "rounds": rounds, "eps": 0.0 if by_rule is None else EPS, "tile": TILE}
-        facts |= {"gpus": gpus, "rule": rule, "split": split, "calls_in_a_row": IN_A_ROW}
-        results = report.new_results("context", device, seed, commit, facts)
-        results |= run_context(recipe)
-    except (ValueError, RuntimeError, OSError) as error:
-        options.fail(error)
+    options.require_device(device)
+    options.require_positive("--rounds", rounds)
+    if gpus < 2:
+        raise ValueError(f"--gpus must be 2 or more, which share a sequence, got {gpus}")
+    options.require_gpus(device, gpus)
+    options.require_writable(out)
+    for name, value, known in (
+        ("--dtype", dtype, DTYPES),
+        ("--rule", rule, (*RULES, "none")),
+        ("--split", split, NAMED_SPLITS),
+    ):
+        if value not in known:
+            raise ValueError(f"{name} must be one of {', '.join(known)}, got {value!r}")
+    cases = [_shared_case(one, gpus) for one in case or ()] or (CPU_CASES if device == "cpu" else CASES)
+    by_rule: Rule | None = next((one for one in RULES if one == rule), None)
+    recipe = ContextRecipe(cases, gpus, device, DTYPES[dtype], by_rule, split, rounds, seed)
+    facts = {"dtype": dtype, "rounds": rounds, "eps": 0.0 if by_rule is None else EPS, "tile": TILE}
+    facts |= {"gpus": gpus, "rule": rule, "split": split, "calls_in_a_row": IN_A_ROW}
+    results = report.new_results("context", device, seed, commit, facts)
+    results |= run_context(recipe)
     report.write(results, out)
     options.show(results, as_json)
     if "error" in results:

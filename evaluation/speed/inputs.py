@@ -41,8 +41,10 @@ class Case:
     @classmethod
     def parse(cls, text: str, kv_heads: int | None = None) -> "Case":
         """``"2x24x64x16384"``, that is ``B x H x D x T``, with ``kv_heads`` heads of keys and values."""
-        if not re.fullmatch(r"[1-9]\d*(x[1-9]\d*){3}", text):
-            raise ValueError(f"--case must be four positive integers BxHxDxT such as 2x24x64x16384, got {text!r}")
+        if not re.fullmatch(r"[1-9]\d{0,8}(x[1-9]\d{0,8}){3}", text):
+            raise ValueError(
+                f"--case must be four positive integers BxHxDxT such as 2x24x64x16384, each below 10**9, got {text!r}"
+            )
         batch, heads, head_dim, tokens = map(int, text.split("x"))
         return cls(batch, heads, head_dim, tokens, kv_heads)
 

@@ -3,7 +3,7 @@
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, NoReturn
+from typing import Annotated
 
 import torch
 import typer
@@ -151,9 +151,3 @@ def finish(records: Sequence[Record], complete: bool) -> None:
     """Exit with 1 unless all ``records`` were measured."""
     if not complete or any(one["status"] != "measured" for one in records):
         raise typer.Exit(1)
-
-
-def fail(error: Exception) -> NoReturn:
-    """Say what is wrong, and exit with 1."""
-    typer.echo(f"error: {error}", err=True)
-    raise typer.Exit(1)

@@ -28,18 +28,15 @@ def plan(
     Compute scales perfectly; what FSDP2 sends goes at the measured rates within a host, and at the rate you give
     between hosts; what computing cannot hide is added. Latencies and slow GPUs are left out.
     """
-    try:
-        for one in gpus or _GPUS:
-            options.require_positive("--gpus", one)
-        network: dict[str, Any] = {}
-        if host_gpus is not None:
-            options.require_positive("--host-gpus", host_gpus)
-            network["host_gpus"] = host_gpus
-        if host_bandwidth is not None:
-            network["host_bandwidth"] = 1e9 * options.positive_bandwidth(host_bandwidth)
-        plans = planned(report.read(file), gpus or _GPUS, network)
-    except (ValueError, OSError) as error:
-        options.fail(error)
+    for one in gpus or _GPUS:
+        options.require_positive("--gpus", one)
+    network: dict[str, Any] = {}
+    if host_gpus is not None:
+        options.require_positive("--host-gpus", host_gpus)
+        network["host_gpus"] = host_gpus
+    if host_bandwidth is not None:
+        network["host_bandwidth"] = 1e9 * options.positive_bandwidth(host_bandwidth)
+    plans = planned(report.read(file), gpus or _GPUS, network)
     typer.echo(report.to_json(plans) if as_json else "\n\n".join(map(_render, plans)))
 
 

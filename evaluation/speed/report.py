@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from ..provenance import provenance
-from ..results import write_whole
+from ..results import parse_json, write_whole
 
 SCHEMA = 1
 KINDS = ("attention", "context", "train", "prefill", "decode")
@@ -92,10 +92,7 @@ def read(path: Path) -> Results:
     Raises:
         ValueError: it is something else.
     """
-    try:
-        results = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path} is not JSON: {error}") from None
+    results = parse_json(path)
     if not isinstance(results, dict) or results.get("schema") != SCHEMA or results.get("kind") not in KINDS:
         raise ValueError(f"{path} must hold results of this benchmark, schema {SCHEMA}, of a kind in {list(KINDS)}")
     return results

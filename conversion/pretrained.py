@@ -1,0 +1,89 @@
+"""Models of transformers in a folder or on the Hub, read so that whatever is wrong with them is said in one line."""
+
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub.errors import StrictDataclassError
+from safetensors import safe_open
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers.configuration_utils import PreTrainedConfig
+
+from foxlm.conversion.stored_weights import read_fields, read_json
+
+
+def read_config(source: str | Path) -> PreTrainedConfig:
+    """The configuration of a model.
+
+    Raises:
+        OSError, ValueError: there is none, or of no kind that transformers knows; the message names the field.
+    """
+    file = Path(source) / "config.json"
+    if file.exists():
+        fields = read_fields(Path(source))
+        for name, value in (("model_type", fields.get("model_type")), *_class_names(fields.get("auto_map"))):
+            if not isinstance(value, str):
+                raise ValueError(f"{file}: {name} must be a string, got {value!r:.80}")
+    try:
+        # Asked to run a folder's code, it would wait for an answer.
+        return AutoConfig.from_pretrained(source, trust_remote_code=False)
+    except OSError as error:
+        raise OSError(
+            f"{source} is no model's folder, and on the Hugging Face Hub none is found: {reason(error)}"
+        ) from None
+    except Exception as error:  # a file edited by hand may be wrong in any way
+        raise ValueError(f"{file} does not describe a model: {reason(error)}") from error
+
+
+def read_model(source: str | Path, **options: Any) -> tuple[PreTrainedModel, dict[str, Any]]:
+    """A causal language model, and which weights were missing, too many or of another shape.
+
+    Args:
+        source: folder, or name on the Hugging Face Hub.
+        options: of ``from_pretrained``.
+
+    Raises:
+        ValueError: it cannot be loaded; the message names the file where one is broken.
+    """
+    try:
+        return AutoModelForCausalLM.from_pretrained(
+            source, output_loading_info=True, trust_remote_code=False, **options
+        )
+    except MemoryError:
+        raise
+    except Exception as error:  # of transformers, torch and safetensors, which say nothing of the file
+        raise ValueError(_broken_file(Path(source)) or f"{source} cannot be loaded: {reason(error)}") from error
+
+
+def reason(error: Exception) -> str:
+    """An error of another library in a line, with its type where that is what says most."""
+    # `@strict` names the field in the error, and what is wrong with it there and in that one's cause.
+    shown = error.__cause__ if isinstance(error, StrictDataclassError) and error.__cause__ else error
+    text = next((line.strip() for line in str(shown).splitlines() if line.strip()), "")
+    known = isinstance(error, ValueError | OSError | StrictDataclassError)
+    return text if known and text else f"{type(error).__name__}: {text}".rstrip(": ")
+
+
+def _class_names(auto_map: Any) -> list[tuple[str, Any]]:
+    """Where a model's own code is, by name; what is no mapping stands for itself."""
+    if not isinstance(auto_map, dict):
+        return [] if auto_map is None else [("auto_map", auto_map)]
+    return [(f"auto_map[{name!r}]", value) for name, value in auto_map.items() if not isinstance(value, list)]
+
+
+def _broken_file(folder: Path) -> str | None:
+    """What is wrong with the first file of weights that cannot be opened; None where all can."""
+    files = sorted((*folder.glob("*.safetensors"), *folder.glob("*.safetensors.index.json")))
+    return next(filter(None, map(_fault, files)), None)
+
+
+def _fault(file: Path) -> str | None:
+    try:
+        if file.suffix == ".json":
+            read_json(file)
+        else:
+            with safe_open(file, "pt"):
+                pass
+    except Exception as error:
+        said = str(error)
+        return said if str(file) in said else f"{file} is not a whole safetensors file: {reason(error)}"
+    return None
