@@ -391,6 +391,9 @@ def test_bad_arguments() -> None:
 def test_a_bound_that_is_too_small_is_seen() -> None:
     """Negative control: were queries shorter than they are, pages would be freed that count."""
     model = forgetful_model(bias=3.0)
+    with torch.no_grad():
+        for layer in model.model.layers:
+            cast(FoxDecoderLayer, layer).self_attn.q_norm.weight.mul_(20.0)
     ids = tokens(1, 400)
     cache = FoxPagedCache(model.config, 400)
     feed(model, cache, ids[:, :10], [10])
