@@ -15,7 +15,7 @@ What is derived from it, or lives for one forward pass, is in slots.
 
 import copy
 import functools
-from typing import Any, ClassVar, cast
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -34,7 +34,7 @@ from ..kernels.tiles import PRUNED_KEYS
 from .configuration_fox import LAYER_TYPE, FoxConfig
 from .layout_fox import TokenLayout
 from .paged_cache_fox import FoxPagedCache, PagedForgettingLayer
-from .static_cache_fox import StaticForgettingLayer, check_gates
+from .static_cache_fox import StaticForgettingLayer, check_gates, state_sizes
 from .versions_fox import CACHE
 
 _ACCEPTED = (
@@ -104,6 +104,11 @@ class DynamicForgettingLayer(DynamicLayer):
         if self.is_initialized:
             layer.keys, layer.values = _compact(self.keys), _compact(self.values)
         return layer
+
+    @property
+    def batch_size(self) -> int | None:
+        """How many sequences it holds; None before any token."""
+        return self.keys.shape[0] if self.get_seq_length() else None
 
     def append_gates(self, log_f: Tensor, layout: TokenLayout) -> None:
         """Take in the gates of new tokens, before their keys and values.
@@ -296,13 +301,11 @@ def register_layer_type(config: FoxConfig) -> str:
 
     A type is all that they tell a layer, and a static one has to know how much state there will be.
     """
-    # Also of a configuration that is not valid: it is read before it is checked.
-    gates = config.num_forget_gates, cast(int, config.num_key_value_heads)
-    switches = {"key": config.use_key_shift, "value": config.use_value_shift}
-    shifted = tuple(name for name, used in switches.items() if used)
-    layer_type = "-".join(map(str, (LAYER_TYPE, *gates, *shifted)))
+    sizes = state_sizes(config)
+    gates, heads, shifted = sizes
+    layer_type = "-".join(map(str, (LAYER_TYPE, gates, heads, *shifted)))
     DYNAMIC_LAYER_TYPE_MAPPING[layer_type] = DynamicForgettingLayer
-    STATIC_LAYER_TYPE_MAPPING[layer_type] = functools.partial(StaticForgettingLayer, gates=gates, shifted=shifted)
+    STATIC_LAYER_TYPE_MAPPING[layer_type] = functools.partial(StaticForgettingLayer, made_for=sizes)
     return layer_type
 
 
@@ -322,11 +325,16 @@ def _is_beginning(x: Tensor, whole: Tensor, dim: int) -> bool:
     return same_place and same_size and writable
 
 
-def check_cache(cache: Cache, num_layers: int) -> None:
-    """Refuse a cache whose layers would drop the gates; give an empty `DynamicCache()` the right layers.
+def check_cache(cache: Cache, config: FoxConfig, batch: int) -> None:
+    """Refuse a cache that does not fit; give an empty `DynamicCache()` the right layers.
+
+    Args:
+        cache: what the caller gave.
+        config: of the model.
+        batch: number of sequences.
 
     Raises:
-        ValueError: ``cache`` cannot hold what ``num_layers`` layers of FoX need.
+        ValueError: the cache would drop the gates, is for other layers or heads, or holds another number of sequences.
     """
     layers = getattr(cache, "layers", None)
     if not isinstance(cache, Cache) or layers is None:
@@ -338,10 +346,20 @@ def check_cache(cache: Cache, num_layers: int) -> None:
     if foreign or not (layers or grows):
         raise ValueError(
             f"{CACHE} must keep the forget gates: pass {_ACCEPTED}, got {type(cache).__name__} "
-            f"of {sorted(foreign) or 'no layers'}"
+            f"of {sorted(foreign) or 'no layers'} (such as prefix tuning makes: FoX trains with LoRA or prompt tuning)"
         )
-    if len(layers) < num_layers and not grows:
-        raise ValueError(f"{CACHE} must have the model's {num_layers} layers, got {len(layers)}")
+    number = config.num_hidden_layers
+    if (len(layers) < number and not grows) or (isinstance(cache, FoxPagedCache) and len(layers) != number):
+        raise ValueError(f"{CACHE} must have the model's {number} layers, got {len(layers)}")
+    for layer in layers[:number]:
+        if not isinstance(layer, DynamicForgettingLayer) and layer.made_for != (expected := state_sizes(config)):
+            raise ValueError(
+                f"{CACHE} must be made with the model's configuration: it is for (gates, key/value heads, shifted "
+                f"states) of {layer.made_for}, and the model has {expected}"
+            )
+    held = layers[0].batch_size if layers and layers[0].is_initialized else None
+    if held not in (None, batch):
+        raise ValueError(f"{CACHE} holds a batch of {held} sequences, got one of {batch}: each cache is for one batch")
 
 
 def layer_of(cache: Cache, layer_idx: int) -> ForgettingLayer:

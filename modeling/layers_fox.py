@@ -171,7 +171,7 @@ def _after(past: Tensor, states: Tensor, real: Tensor | None) -> Tensor:
     index = torch.arange(extended.shape[1], device=states.device)
     before, new = index.split([past.shape[1], states.shape[1]])
     source = torch.where(real, new, before[-1]).cummax(-1).values
-    source = torch.cat([before.expand(len(source), -1), source], dim=1)[..., None, None]
+    source = torch.cat([before.expand(source.shape[0], -1), source], dim=1)[..., None, None]
     return extended.gather(1, source.expand_as(extended))
 
 
@@ -505,6 +505,14 @@ class FoxDecoderLayer(GradientCheckpointingLayer):
         bounds = self._logit_bounds(dtype)
         self.reshard()
         return bounds
+
+    def weights_of_bounds(self) -> list[Tensor]:
+        """The weights that `logit_bounds` rests on."""
+        attention = self.self_attn
+        if attention.config.qk_norm != "none":
+            return [attention.q_norm.weight, attention.k_norm.weight]
+        modules = [attention.q_proj, attention.k_proj, *([self.input_layernorm] if self.norms_first else [])]
+        return [weight for module in modules for weight in module.parameters()]
 
     def _logit_bounds(self, dtype: torch.dtype) -> tuple[Tensor, Tensor] | None:
         attention = self.self_attn

@@ -72,9 +72,7 @@ def token_layout(
     keys = length if cache is None else cache.get_mask_sizes(length, layer_idx)[0]
     seen = _read_if_free(past)
     if seen is not None and seen + length > keys:
-        raise ValueError(
-            f"{CACHE} holds {seen} tokens and has room for {keys}: {length} more do not fit (max_cache_len)"
-        )
+        refuse_overflow(seen, keys, length)
     if position_ids is not None and position_ids.shape not in ((1, length), (batch, length)):
         raise ValueError(f"position_ids must be [B or 1, T] = [{batch} or 1, {length}], got {list(position_ids.shape)}")
 
@@ -128,6 +126,14 @@ def _restarts(position_ids: Tensor, real: Tensor | None, jumps: bool) -> Tensor 
     if not is_torchdynamo_compiling() and not starts.any():
         return None
     return starts
+
+
+def refuse_overflow(held: int, room: int, more: int) -> None:
+    """Raise ValueError for ``more`` tokens after ``held`` in a cache with room for ``room``."""
+    raise ValueError(
+        f"{CACHE} holds {held} tokens and has room for {room}: {more} more do not fit; make it with a larger "
+        "max_cache_len, or pass max_cache_len to the first generate"
+    )
 
 
 def _is_readable(x: Tensor) -> bool:

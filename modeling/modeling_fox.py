@@ -1,6 +1,5 @@
 """The Forgetting Transformer (FoX): decoder, language model and task heads."""
 
-import functools
 from typing import Any, cast
 
 import torch
@@ -8,8 +7,6 @@ from torch import Tensor, nn
 from transformers import initialization as init
 from transformers.cache_utils import Cache, DynamicCache
 from transformers.distributed import DistributedConfig
-from transformers.generation import GenerationMixin
-from transformers.generation.configuration_utils import GenerationMode
 from transformers.modeling_layers import (
     GenericForQuestionAnswering,
     GenericForSequenceClassification,
@@ -24,18 +21,18 @@ from transformers.utils.import_utils import is_torchdynamo_compiling
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
 from ..kernels.context_parallel import ContextParallel, Shards
-from .attention_fox import CONTEXT_PARALLEL_IMPLEMENTATIONS, DEFAULT_IMPLEMENTATION, IMPLEMENTATIONS
+from .attention_fox import CONTEXT_PARALLEL_IMPLEMENTATIONS, DEFAULT_IMPLEMENTATION, IMPLEMENTATIONS, decodes
 from .cache_fox import check_cache
 from .configuration_fox import LAYER_TYPE, FoxConfig
-from .decoding_fox import decoding_weights
 from .gates_fox import FoxConstantGate, FoxForgetGate, decay_time_bias, share_remembered
+from .generation_fox import FoxGenerationMixin
 from .layers_fox import FoxAttention, FoxDecoderLayer, FoxRMSNorm, FoxRotaryEmbedding, activation_dtype
-from .layout_fox import padding_mask, token_layout
+from .layout_fox import token_layout
 from .loss_fox import FoxLMHead, loss_in_chunks, targets_of_shard
 from .paged_cache_fox import FoxPagedCache
 from .parallel_fox import check_processes, check_tensor_parallel
 from .peft_defaults import register_peft_defaults
-from .versions_fox import CACHE, CACHE_NAMES, cache_of, one_cache, with_one_cache
+from .versions_fox import CACHE, CACHE_NAMES, cache_of, one_cache
 
 
 class FoxPreTrainedModel(PreTrainedModel):
@@ -134,16 +131,31 @@ class FoxPreTrainedModel(PreTrainedModel):
             check_tensor_parallel(model.config, distributed_config.tp_size)
         return super().maybe_distribute_model(model, distributed_config, *args, **kwargs)
 
+    def _check_and_adjust_attn_implementation(self, attn_implementation: str | None, *args, **kwargs) -> str:
+        # transformers may take the prefix off, and with it what was asked for.
+        if attn_implementation is not None and attn_implementation.startswith("paged|"):
+            raise _unsupported_attention(attn_implementation)
+        return super()._check_and_adjust_attn_implementation(attn_implementation, *args, **kwargs)
+
     def get_correct_attn_implementation(self, requested_attention: str | None, is_init_check: bool = False) -> str:
         # Called by transformers; its own default is sdpa, and it would let through functions that drop the decay.
         if requested_attention is None:
             return DEFAULT_IMPLEMENTATION
         if requested_attention not in IMPLEMENTATIONS:
-            raise ValueError(
-                f'Specified `attn_implementation="{requested_attention}"` is not supported by FoX: it must be one of '
-                f"{list(IMPLEMENTATIONS)} or None"
-            )
+            raise _unsupported_attention(requested_attention)
         return requested_attention
+
+
+def _unsupported_attention(name: str) -> ValueError:
+    return ValueError(
+        f'Specified `attn_implementation="{name}"` is not supported by FoX: it must be one of '
+        f"{list(IMPLEMENTATIONS)} or None"
+    )
+
+
+@torch.compiler.disable
+def _outside_of_graphs(function: Any, *args: Any, **kwargs: Any) -> Any:
+    return function(*args, **kwargs)
 
 
 class FoxModel(FoxPreTrainedModel):
@@ -212,9 +224,13 @@ class FoxModel(FoxPreTrainedModel):
             )
             shards = self._shards(self.context_parallel, tokens[1], cache)
             given, use_cache = shards.take(given), False
+        if isinstance(cache, FoxPagedCache) and is_torchdynamo_compiling() and not self._steps_in_graph(cache, tokens):
+            arguments = {"attention_mask": attention_mask, "position_ids": position_ids, "use_cache": use_cache}
+            arguments |= {"input_ids": input_ids, "inputs_embeds": inputs_embeds, "cache": cache}
+            return _outside_of_graphs(self.forward, **arguments, **kwargs)
         inputs_embeds = cast(Tensor, self.embed_tokens(given) if input_ids is not None else given)
         if cache is not None:
-            check_cache(cache, self.config.num_hidden_layers)
+            check_cache(cache, self.config, tokens[0])
             if self.gradient_checkpointing and self.training and cache.get_seq_length() > 0:
                 # transformers takes the cache from checkpointed layers: tokens would stand after keys that are gone.
                 raise ValueError(f"{CACHE} must be empty in training with gradient checkpointing")
@@ -223,9 +239,9 @@ class FoxModel(FoxPreTrainedModel):
 
         cu_seqlens = (kwargs.get("cu_seq_lens_q"), kwargs.get("cu_seq_lens_k"))
         if isinstance(cache, FoxPagedCache) and not is_torchdynamo_compiling():
-            if not cache.is_initialized:
-                dtype = activation_dtype(inputs_embeds)
-                cache.set_logit_bounds([cast(FoxDecoderLayer, x).logit_bounds(dtype) for x in self.layers])
+            layers, dtype = [cast(FoxDecoderLayer, x) for x in self.layers], activation_dtype(inputs_embeds)
+            weights = [x.weights_of_bounds() for x in layers]
+            cache.take_bounds(weights, dtype, lambda: [x.logit_bounds(dtype) for x in layers])
             if not isinstance(attention_mask, dict):
                 # Else `create_masks_for_generate` has done it.
                 cache.reserve(inputs_embeds.shape[1])
@@ -254,6 +270,12 @@ class FoxModel(FoxPreTrainedModel):
             **{CACHE: cache if use_cache else None},
         )
 
+    def _steps_in_graph(self, cache: FoxPagedCache, tokens: tuple[int, int]) -> bool:
+        """Whether the kernels of decoding take these tokens: the rest of what pages need waits for the device."""
+        heads, kv_heads, head_dim = self.config.heads
+        q, k = (self.norm.weight[:1].expand(tokens[0], x, tokens[1], head_dim) for x in (heads, kv_heads))
+        return cache.is_initialized and self.config._attn_implementation == "fox" and decodes(q, k)
+
     def _shards(self, context: ContextParallel, length: int, cache: Cache | None) -> Shards:
         if cache is not None:
             raise ValueError(
@@ -269,7 +291,7 @@ class FoxModel(FoxPreTrainedModel):
         return context.shards(length)
 
 
-class FoxForCausalLM(FoxPreTrainedModel, GenerationMixin):
+class FoxForCausalLM(FoxPreTrainedModel, FoxGenerationMixin):
     """FoX with a language-modeling head."""
 
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
@@ -282,54 +304,6 @@ class FoxForCausalLM(FoxPreTrainedModel, GenerationMixin):
         self.vocab_size = config.vocab_size
         self.lm_head = FoxLMHead(config.hidden_size, config.vocab_size, bias=False)
         self.post_init()
-
-    # Its signature is that of what it wraps.
-    @cast(Any, functools.wraps(GenerationMixin.generate, assigned=()))
-    def generate(self, *args, **kwargs):
-        """As in [`~transformers.GenerationMixin.generate`], within `decoding_weights`."""
-        with decoding_weights(self):
-            return super().generate(*args, **with_one_cache(kwargs))
-
-    @staticmethod
-    def create_masks_for_generate(
-        config: FoxConfig,
-        inputs_embeds: Tensor,
-        attention_mask: Tensor | None,
-        cache: Cache | None = None,
-        *,
-        past_key_values: Cache | None = None,
-        **kwargs,
-    ) -> dict[str, Tensor | None]:
-        """The padding mask at the fixed length of a static cache, so that a compiled step sees one shape.
-
-        Called by `generate` before each step where the cache can be compiled; so a paged cache makes room here, outside
-        of what is compiled.
-        """
-        cache = one_cache(cache, past_key_values)
-        batch, length = inputs_embeds.shape[:2]
-        keys = length if cache is None else cache.get_mask_sizes(length, 0)[0]
-        past = 0 if cache is None else cache.get_seq_length()
-        mask = padding_mask(attention_mask, batch, past, length, keys, inputs_embeds.device)
-        if mask is not None and mask.all():
-            mask = None
-        if isinstance(cache, FoxPagedCache):
-            cache.reserve(length)
-        return {LAYER_TYPE: mask}
-
-    def _prepare_cache_for_generation(
-        self, generation_config, model_kwargs, generation_mode, batch_size, max_cache_length
-    ) -> None:
-        # Assisted decoding takes back more tokens than pages allow.
-        assisted = generation_mode == GenerationMode.ASSISTED_GENERATION or generation_config.is_assistant
-        wanted = self.config.free_dead_cache and generation_config.use_cache is not False and not assisted
-        if wanted and model_kwargs.get(CACHE) is None and generation_config.cache_implementation is None:
-            # Room to go on with the cache in a later turn costs little.
-            room = max(max_cache_length, generation_config.max_cache_len or 0, self.config.max_position_embeddings)
-            model_kwargs[CACHE] = FoxPagedCache(self.config, room)
-            return
-        super()._prepare_cache_for_generation(
-            generation_config, model_kwargs, generation_mode, batch_size, max_cache_length
-        )
 
     @can_return_tuple
     def forward(

@@ -11,6 +11,8 @@ only reads the table of pages, so a CUDA graph can replay it.
 """
 
 import math
+import weakref
+from collections.abc import Callable, Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -24,7 +26,8 @@ from ..kernels.rounding import logit_margin
 from ..kernels.summary import Running, empty_summary, extend_summary, running_before
 from ..kernels.tiles import PRUNED_KEYS as PAGE
 from .configuration_fox import FoxConfig
-from .layout_fox import TokenLayout
+from .layout_fox import TokenLayout, refuse_overflow
+from .static_cache_fox import StateSizes, state_sizes
 from .versions_fox import CACHE
 
 # How many of each head are handed out in advance: looking for dead ones takes as long as several steps.
@@ -65,11 +68,16 @@ class PagedForgettingLayer(CacheLayerMixin):
     _free: Any
     _new: Any
 
-    def __init__(self, max_cache_len: int, group: int, eps: float | None, rule: Rule) -> None:
+    def __init__(self, max_cache_len: int, made_for: StateSizes, group: int, eps: float | None, rule: Rule) -> None:
         super().__init__()
-        self.max_cache_len, self.group, self.eps, self.rule = max_cache_len, group, eps, rule
+        self.max_cache_len, self.made_for = max_cache_len, made_for
+        self.group, self.eps, self.rule = group, eps, rule
         self.bounds: LogitBounds | None = None
         self._forget()
+
+    @property
+    def batch_size(self) -> int:
+        return self.pages.shape[0]
 
     def _forget(self) -> None:
         self.keys = self.values = self.c = self._free = self._new = None
@@ -81,6 +89,20 @@ class PagedForgettingLayer(CacheLayerMixin):
         self.known_length: int | None = None
         # No crop may go below either of these lengths: what is freed counts on the one, `recent` on the other.
         self._swept_length = self._furthest = 0
+
+    def take_bounds(self, bounds: LogitBounds | None) -> None:
+        """As `FoxPagedCache.take_bounds`, of this layer."""
+        if self._swept_length > 0:
+            # What is freed is dead for shorter queries too.
+            old, new = (None if x is None else torch.cat(x).cpu() for x in (self.bounds, bounds))
+            if old is None or new is None or new.shape != old.shape or (new > old).any():
+                raise ValueError(
+                    f"{CACHE} was filled by a model with other weights, for whose queries keys are freed that this one "
+                    "may need: reset() it, or make another"
+                )
+            # Those that pages were freed for.
+            return
+        self.bounds = bounds
 
     # ---- What a forward pass does
 
@@ -205,10 +227,7 @@ class PagedForgettingLayer(CacheLayerMixin):
         tokens = key_states.shape[2]
         length = past + tokens
         if length > self.max_cache_len:
-            raise ValueError(
-                f"{CACHE} holds {past} tokens and has room for {self.max_cache_len}: "
-                f"{tokens} more do not fit (max_cache_len)"
-            )
+            refuse_overflow(past, self.max_cache_len, tokens)
         heads = self.pages.shape[1]
         keys, values, c = key_states, value_states, self._by_head(new.query)
         if past > 0:
@@ -373,7 +392,8 @@ class PagedForgettingLayer(CacheLayerMixin):
         if length < least:
             raise RuntimeError(
                 f"tokens_to_remove is {tokens_to_remove}, but pages are freed, and recent tokens kept, for a length of "
-                f"at least {least}: {held - least} tokens at most can be taken back now"
+                f"at least {least}: {held - least} tokens at most can be taken back now. For assisted decoding with "
+                "more draft tokens use DynamicCache(config=model.config)"
             )
         self.cumulative_length.fill_(length)
         start = length // PAGE * PAGE
@@ -455,15 +475,42 @@ class FoxPagedCache(Cache):
             raise ValueError(f"max_cache_len must be positive, got {max_cache_len}")
         eps = None if config.forget_gate == "none" else config.acp_eps
         heads, kv_heads, _ = config.heads
-        options = (max_cache_len, heads // kv_heads, eps, config.acp_rule)
+        options = (max_cache_len, state_sizes(config), heads // kv_heads, eps, config.acp_rule)
         layers = [PagedForgettingLayer(*options) for _ in range(config.num_hidden_layers)]
         super().__init__(layers=layers)
         self._ahead = 0
+        # The weights that bounds are known of, with how often each had been written to, and the type they are used in.
+        self._bounded: tuple[list[tuple[weakref.ref, int]], torch.dtype | None] = [], None
 
-    def set_logit_bounds(self, bounds: list[LogitBounds | None]) -> None:
-        """Say what is known of any query of each layer; where that is nothing (None), nothing is freed."""
-        for layer, bound in zip(self.layers, bounds, strict=True):
-            layer.bounds = bound
+    def take_bounds(
+        self,
+        weights: Sequence[Sequence[Tensor]],
+        dtype: torch.dtype,
+        bounds: Callable[[], Sequence[LogitBounds | None]],
+    ) -> None:
+        """Learn what is known of any query of the model that is about to use the cache; the model calls this.
+
+        Looks at no value where all weights are the same as the last time. One written to through ``.data`` is the same.
+
+        Args:
+            weights: of each layer, those that its bounds rest on.
+            dtype: what queries and keys are computed in.
+            bounds: computes those of each layer; where there are none (None) nothing is freed.
+
+        Raises:
+            ValueError: a layer has freed what this model's queries may need.
+        """
+        now = [(x, 0 if x.is_inference() else x._version) for of_layer in weights for x in of_layer]
+        known, known_dtype = self._bounded
+        same = len(now) == len(known) and dtype == known_dtype
+        if same and all(x() is y and n == m for (x, n), (y, m) in zip(known, now, strict=True)):
+            return
+        for layer, new in zip(self.layers, bounds(), strict=True):
+            layer.take_bounds(new)
+        self._bounded = [(weakref.ref(x), count) for x, count in now], dtype
+
+    def __getstate__(self) -> dict:
+        return vars(self) | {"_bounded": ([], None)}
 
     def reserve(self, tokens: int) -> None:
         """Make room for the next ``tokens``, and now and then take back what is dead.
@@ -481,9 +528,7 @@ class FoxPagedCache(Cache):
             return
         room = self.get_max_length()
         if length + tokens > room:
-            raise ValueError(
-                f"{CACHE} holds {length} tokens and has room for {room}: {tokens} more do not fit (max_cache_len)"
-            )
+            refuse_overflow(length, room, tokens)
         if length == 0 or tokens > PAGE:
             # A prompt makes room for itself: only for what it needs.
             return

@@ -1,7 +1,7 @@
 """What a FoX layer remembers, in buffers of a fixed length: for compiled decoding and exported programs."""
 
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -11,6 +11,7 @@ from transformers.utils.import_utils import is_torchdynamo_compiling, is_torchdy
 from ..kernels.backend import runs_kernels
 from ..kernels.decay import CachedKeys, Decay, KeySummary, accumulate
 from ..kernels.summary import Running, empty_summary, extend_summary
+from .configuration_fox import FoxConfig
 from .layout_fox import TokenLayout
 from .versions_fox import CACHE
 
@@ -27,6 +28,18 @@ class GateSums(tuple):
 
     def __new__(cls, tensors: Iterable[Tensor]) -> "GateSums":
         return super().__new__(cls, [x.double() if x.is_floating_point() else x for x in tensors])
+
+
+StateSizes = tuple[int, int, tuple[str, ...]]
+"""Gates and key/value heads of a layer (on all ranks), and which of ``key`` and ``value`` go through token shift."""
+
+
+def state_sizes(config: FoxConfig) -> StateSizes:
+    """What the configuration of a model says of the state of a layer."""
+    switches = {"key": config.use_key_shift, "value": config.use_value_shift}
+    # Also of a configuration that is not valid: it is read before it is checked.
+    heads = cast(int, config.num_key_value_heads)
+    return config.num_forget_gates, heads, tuple(name for name, used in switches.items() if used)
 
 
 def check_gates(new: Decay | None) -> None:
@@ -64,15 +77,14 @@ class StaticForgettingLayer(StaticLayer):
         layer.summary = layer._new = None
         return layer
 
-    def __init__(self, max_cache_len: int, gates: tuple[int, int], shifted: tuple[str, ...], **kwargs) -> None:
+    def __init__(self, max_cache_len: int, made_for: StateSizes, **kwargs) -> None:
         """
         Args:
             max_cache_len: tokens there is room for.
-            gates: how many there are for how many key/value heads; under tensor parallelism both are fewer here.
-            shifted: which of ``key`` and ``value`` go through token shift.
+            made_for: `state_sizes` of the model's configuration.
         """
         super().__init__(max_cache_len=max_cache_len)
-        self.gates_per_heads, self.shifted = gates, shifted
+        self.made_for = made_for
         self.gates: GateSums | None = None
         self.unshifted: dict[str, Tensor] = {}
 
@@ -80,16 +92,15 @@ class StaticForgettingLayer(StaticLayer):
         """Make all buffers, for keys and values like these, ``[B, G, any, D]``."""
         super().lazy_initialization(key_states, value_states)
         batch, heads = key_states.shape[:2]
-        # One that all heads share is on every rank.
-        gates = heads * self.gates_per_heads[0] // self.gates_per_heads[1] or 1
+        all_gates, all_heads, shifted = self.made_for
+        # Of this rank's heads; a gate that all heads share is on every rank.
+        gates = heads * all_gates // all_heads or 1
         c = key_states.new_zeros(batch, gates, self.max_cache_len, dtype=torch.float64)
         last_c = key_states.new_zeros(batch, gates, dtype=torch.float64)
         last_first = key_states.new_zeros(batch, gates, dtype=torch.int64)
         self.gates = GateSums((c, last_c, last_first))
         states = {"key": key_states, "value": value_states}
-        self.unshifted = {
-            name: states[name].new_zeros(batch, 1, heads, states[name].shape[-1]) for name in self.shifted
-        }
+        self.unshifted = {name: states[name].new_zeros(batch, 1, heads, states[name].shape[-1]) for name in shifted}
         if runs_kernels(key_states):
             self.summary = empty_summary(c, key_states, self.max_cache_len)
         # So that CUDA graphs take in-place writes; not possible while tracing.

@@ -405,6 +405,20 @@ def test_cache_of_fewer_layers_is_refused() -> None:
         MODELS["pro"](tokens(2, 4), cache=short, use_cache=True)
 
 
+@pytest.mark.parametrize("make", [dynamic, static, paged])
+def test_cache_of_another_batch_is_refused(make: Any) -> None:
+    run = make().extend(5)
+    with pytest.raises(ValueError, match=rf"{CACHE} holds a batch of 2 sequences, got one of 3"):
+        run.model(tokens(3, 1), past_key_values=run.cache)
+
+
+@pytest.mark.parametrize("overrides", [{"num_key_value_heads": 4}, {"use_value_shift": False}], ids=str)
+def test_static_cache_of_another_model_is_refused(overrides: dict[str, Any]) -> None:
+    cache = StaticCache(config=tiny_model(**overrides).config, max_cache_len=9)
+    with pytest.raises(ValueError, match=rf"{CACHE} must be made with the model's configuration"):
+        MODELS["pro"](tokens(2, 4), past_key_values=cache)
+
+
 def test_wrong_masks_beside_a_cache_are_refused() -> None:
     model = MODELS["pro"]
     for make in (dynamic, static):

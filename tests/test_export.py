@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.export import Dim
 from transformers.exporters.exporter_dynamo import DynamoConfig, DynamoExporter
 from transformers.exporters.utils import decompose_for_generation
 from transformers.integrations.executorch import convert_and_export_with_cache
@@ -98,3 +99,24 @@ def test_executorch_recipe(variant: str, dtype: torch.dtype) -> None:
     for seed in (1, 2):
         ids = tokens(1, LENGTH, seed=seed)
         assert_close(one_by_one(program, ids), model(ids, use_cache=False).logits, TOLERANCE[dtype])
+
+
+@pytest.mark.parametrize("implementation", ["fox", "eager"])
+@pytest.mark.parametrize("variant", ["pro", "llama-rope"])
+def test_any_number_of_sequences_and_tokens(variant: str, implementation: str) -> None:
+    """Without a cache, with padding: one program."""
+    model = exportable(variant, torch.float32)
+    model.set_attn_implementation(implementation)
+
+    def inputs(batch: int, length: int) -> dict[str, Any]:
+        mask = torch.ones(batch, length, dtype=torch.long)
+        mask[0, 0] = 0
+        return {"input_ids": tokens(batch, length), "attention_mask": mask, "use_cache": False}
+
+    sizes = {0: Dim("batch", min=1, max=64), 1: Dim("length", min=2, max=1024)}
+    shapes = {"input_ids": sizes, "attention_mask": sizes, "use_cache": None}
+    with torch.no_grad():
+        program = torch.export.export(model, (), inputs(2, 9), dynamic_shapes=shapes, strict=False).module()
+        for batch, length in ((2, 2), (1, 17), (3, 200)):
+            given = inputs(batch, length)
+            assert_close(program(**given).logits, model(**given).logits, 1e-5)

@@ -9,6 +9,8 @@ from torch import Tensor
 from transformers import CompileConfig, DynamicCache, StaticCache
 from transformers.cache_utils import DynamicLayer
 
+from foxlm import FoxPagedCache
+from foxlm.modeling import layout_fox
 from foxlm.modeling.cache_fox import DynamicForgettingLayer
 from foxlm.modeling.versions_fox import CACHE, cache_of
 from models import DECODING_VARIANTS, tiny_model, tokens
@@ -123,6 +125,51 @@ def test_prompt_lookup(variant: str) -> None:
     ids = tokens(1, 5).repeat(1, 3)
     how = {"max_new_tokens": 20}
     assert_same_tokens(MODELS[variant], ids, how, {"prompt_lookup_num_tokens": 4, "max_matching_ngram_size": 2})
+
+
+@pytest.mark.parametrize(
+    "how", [{"prompt_lookup_num_tokens": 3}, {"assistant_model": MODELS["pro"]}], ids=["lookup", "model"]
+)
+@pytest.mark.parametrize("make", [DynamicCache, FoxPagedCache])
+def test_assistance_with_a_cache_that_holds_tokens_is_refused(make: Any, how: dict[str, Any]) -> None:
+    """transformers would feed it the prompt once more."""
+    model = MODELS["pro"]
+    options = {"max_cache_len": 60} if make is FoxPagedCache else {}
+    cache = make(config=model.config, **options)
+    with torch.no_grad():
+        model(tokens(1, 7), past_key_values=cache)
+    with pytest.raises(ValueError, match=r"must be empty with assistant_model or prompt_lookup_num_tokens.*7 tokens"):
+        generate(model, torch.cat([tokens(1, 7), tokens(1, 3)], dim=1), past_key_values=cache, **how)
+
+
+def test_more_rejected_drafts_than_pages_take_back_are_refused() -> None:
+    model = MODELS["pro"]
+    how = {"prompt_lookup_num_tokens": 50, "max_matching_ngram_size": 1}
+    ids = tokens(1, 60).repeat(1, 2)
+    # One more, so that the draft is what the prompt went on with.
+    ids = torch.cat([ids, ids[:, :1]], dim=1)
+    assert_same_tokens(model, ids, {}, how)
+    with pytest.raises(RuntimeError, match=r"can be taken back.*DynamicCache\(config=model.config\)"):
+        generate(model, ids, past_key_values=FoxPagedCache(model.config, 300), max_new_tokens=60, **how)
+
+
+def test_static_cache_that_is_too_small_is_refused_without_reading_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(layout_fox, "_is_readable", lambda x: False)
+    model = MODELS["pro"]
+    cache = StaticCache(config=model.config, max_cache_len=8)
+    with pytest.raises(ValueError, match=r"holds 8 tokens and has room for 8: 1 more do not fit; .*max_cache_len"):
+        generate(model, tokens(1, 6), past_key_values=cache)
+
+
+@pytest.mark.parametrize("door", ["init_continuous_batching", "continuous_batching_context_manager", "generate_batch"])
+def test_continuous_batching_is_refused_at_every_door(door: str) -> None:
+    with pytest.raises(NotImplementedError, match=r"FoX has no continuous batching.*padded on their left"):
+        getattr(MODELS["pro"], door)([[2, 3]])
+
+
+def test_continuous_batching_within_generate_is_refused() -> None:
+    with pytest.raises(NotImplementedError, match="FoX has no continuous batching"):
+        generate(MODELS["pro"], tokens(1, 5), cache_implementation="paged")
 
 
 # Padding

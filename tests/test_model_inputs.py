@@ -1,5 +1,6 @@
 """What the model makes of its arguments: attention implementations, padding, masks, embeddings, labels."""
 
+import re
 from typing import Any
 
 import pytest
@@ -23,9 +24,12 @@ from models import (
 # Attention implementations
 
 
-@pytest.mark.parametrize("name", ["flash_attention_2", "flash_attention_3", "flex_attention", "nonsense"])
+@pytest.mark.parametrize(
+    "name",
+    ["flash_attention_2", "flash_attention_3", "flex_attention", "nonsense", "paged|sdpa", "paged|eager", "paged|fox"],
+)
 def test_unknown_attention_implementation_is_refused(name: str, tmp_path) -> None:
-    accepted = rf"attn_implementation.*{name}.*fox_reference.*sdpa.*eager"
+    accepted = rf"attn_implementation.*{re.escape(name)}.*fox_reference.*sdpa.*eager"
     with pytest.raises(ValueError, match=accepted):
         AutoModelForCausalLM.from_config(tiny_config(), attn_implementation=name)
     with pytest.raises(ValueError, match=accepted):

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 from transformers import DynamicCache
 
-from foxlm import FoxForCausalLM
+from foxlm import FoxForCausalLM, decoding_weights
 from foxlm.kernels.tiles import PRUNED_KEYS
 from foxlm.modeling.layers_fox import FoxDecoderLayer
 from foxlm.modeling.paged_cache_fox import FoxPagedCache, PagedForgettingLayer
@@ -348,6 +348,109 @@ def test_pruning_counts_what_is_freed() -> None:
     assert not values[:, :, :freed].any()
 
 
+def stretched(model: FoxForCausalLM, by: float) -> FoxForCausalLM:
+    """``model`` with its queries stretched."""
+    with torch.no_grad():
+        for layer in model.model.layers:
+            attention: Any = layer.self_attn
+            (attention.q_norm if model.config.qk_norm != "none" else attention.q_proj).weight.mul_(by)
+    return model
+
+
+@pytest.mark.parametrize("variant", ["pro", "llama"])
+def test_weights_that_freed_pages_do_not_hold_for_are_refused(variant: str) -> None:
+    """Another model, and the same one with other weights; shorter queries miss nothing, nor those of a new text."""
+    model = forgetful_model(variant)
+    cache = FoxPagedCache(model.config, 600)
+    feed(model, cache, tokens(1, 300), [300])
+    feed(stretched(forgetful_model(variant), 0.5), cache, tokens(1, 2), [1, 1])
+    feed(model, cache, tokens(1, 2), [1, 1])
+    for other in (stretched(forgetful_model(variant), 2.0), stretched(model, 2.0)):
+        with pytest.raises(ValueError, match=r"was filled by a model with other weights.*reset"):
+            feed(other, cache, tokens(1, 1), [1])
+    cache.reset()
+    ids = tokens(1, 300, seed=1)
+    found = feed(model, cache, ids, [260, 1, 39])
+    assert (found - model(ids, use_cache=False).logits).abs().max() <= 10 * EPS
+
+
+def test_other_weights_before_anything_is_freed_are_taken() -> None:
+    """The bounds are those of the weights in use, not of those that the first token met."""
+    model = forgetful_model(num_hidden_layers=1)
+    cache = FoxPagedCache(model.config, 600)
+    feed(model, cache, tokens(1, 40), [40])
+    (layer,) = layers_of(cache)
+    assert layer.bounds is not None
+    before = layer.bounds[0].clone()
+    feed(stretched(model, 2.0), cache, tokens(1, 1), [1])
+    torch.testing.assert_close(layer.bounds[0], 2.0 * before)
+
+
+def test_bounds_are_not_computed_again_for_the_same_weights(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nor where `decoding_weights` moves them, or a cache is used again."""
+    model = forgetful_model("llama")
+    calls: list[FoxDecoderLayer] = []
+    bounds = FoxDecoderLayer.logit_bounds
+
+    def counted(layer: FoxDecoderLayer, *args: Any) -> Any:
+        calls.append(layer)
+        return bounds(layer, *args)
+
+    monkeypatch.setattr(FoxDecoderLayer, "logit_bounds", counted)
+    cache = FoxPagedCache(model.config, 600)
+    feed(model, cache, tokens(1, 100), [90, 1, 9])
+    with torch.no_grad(), decoding_weights(model):
+        model(tokens(1, 1), past_key_values=cache)
+    feed(model, cache, tokens(1, 2), [1, 1])
+    cache.reset()
+    feed(model, cache, tokens(1, 9), [9])
+    assert len(calls) == len(model.model.layers)
+
+
+@pytest.mark.parametrize("how", ["model", "forward"])
+def test_generate_with_a_compiled_model(how: str) -> None:
+    """What waits for the device runs outside of the graph."""
+    model = forgetful_model(num_hidden_layers=1)
+    ids = tokens(1, 140)
+    expected = model.generate(ids, max_new_tokens=4)
+    model.config.free_dead_cache = True
+    torch.compiler.reset()
+    if how == "model":
+        model.compile(backend="eager")
+    else:
+        model.forward = torch.compile(model.forward, backend="eager")
+    result = model.generate(ids, max_new_tokens=4, return_dict_in_generate=True)
+    assert torch.equal(result.sequences, expected)
+    assert int(layers_of(cache_of(result))[0].start.max()) > 0
+
+
+def test_a_conversation_that_is_too_long_is_told_how_to_get_room() -> None:
+    model = forgetful_model(max_position_embeddings=64, free_dead_cache=True)
+    turn = model.generate(tokens(1, 50), max_new_tokens=10, return_dict_in_generate=True)
+    longer = torch.cat([turn.sequences, tokens(1, 10, seed=1)], dim=1)
+    with pytest.raises(ValueError, match=r"has room for 64.*pass max_cache_len to the first generate"):
+        model.generate(longer, max_new_tokens=10, past_key_values=cache_of(turn))
+    turn = model.generate(tokens(1, 50), max_new_tokens=10, max_cache_len=100, return_dict_in_generate=True)
+    model.generate(longer, max_new_tokens=10, past_key_values=cache_of(turn))
+
+
+def test_cache_of_another_model_is_refused() -> None:
+    model = forgetful_model()
+    for overrides, message in (
+        ({"num_hidden_layers": 3}, "must have the model's 2 layers, got 3"),
+        ({"num_hidden_layers": 1}, "must have the model's 2 layers, got 1"),
+        ({"num_key_value_heads": 4}, "must be made with the model's configuration"),
+        ({"use_key_shift": False}, "must be made with the model's configuration"),
+    ):
+        cache = FoxPagedCache(forgetful_model(**overrides).config, 100)
+        with pytest.raises(ValueError, match=message):
+            feed(model, cache, tokens(1, 5), [5])
+    cache = FoxPagedCache(model.config, 100)
+    feed(model, cache, tokens(2, 5), [5])
+    with pytest.raises(ValueError, match="holds a batch of 2 sequences, got one of 3"):
+        feed(model, cache, tokens(3, 5), [5])
+
+
 def test_projections_of_what_is_not_normalized_have_no_bound() -> None:
     assert cast(FoxDecoderLayer, tiny_model("llama-post-norm").model.layers[0]).logit_bounds(torch.float64) is None
 
@@ -383,7 +486,7 @@ def test_bad_arguments() -> None:
     cache = FoxPagedCache(model.config, 100)
     feed(model, cache, tokens(1, 98), [98])
     for count in (3, 70):
-        with pytest.raises(ValueError, match="has room for 100"), torch.no_grad():
+        with pytest.raises(ValueError, match=r"has room for 100.*max_cache_len"), torch.no_grad():
             model(tokens(1, count), cache=cache)
     feed(model, cache, tokens(1, 2), [1, 1])
 
