@@ -325,13 +325,14 @@ def _is_beginning(x: Tensor, whole: Tensor, dim: int) -> bool:
     return same_place and same_size and writable
 
 
-def check_cache(cache: Cache, config: FoxConfig, batch: int) -> None:
+def check_cache(cache: Cache, config: FoxConfig, batch: int, least: int | None = None) -> None:
     """Refuse a cache that does not fit; give an empty `DynamicCache()` the right layers.
 
     Args:
         cache: what the caller gave.
         config: of the model.
         batch: number of sequences.
+        least: layers that the cache must have, for a layer without its model; by default those of the model.
 
     Raises:
         ValueError: the cache would drop the gates, is for other layers or heads, or holds another number of sequences.
@@ -348,8 +349,9 @@ def check_cache(cache: Cache, config: FoxConfig, batch: int) -> None:
             f"{CACHE} must keep the forget gates: pass {_ACCEPTED}, got {type(cache).__name__} "
             f"of {sorted(foreign) or 'no layers'} (such as prefix tuning makes: FoX trains with LoRA or prompt tuning)"
         )
-    number = config.num_hidden_layers
-    if (len(layers) < number and not grows) or (isinstance(cache, FoxPagedCache) and len(layers) != number):
+    number = least or config.num_hidden_layers
+    too_many = least is None and isinstance(cache, FoxPagedCache) and len(layers) > number
+    if too_many or (len(layers) < number and not grows):
         raise ValueError(f"{CACHE} must have the model's {number} layers, got {len(layers)}")
     for layer in layers[:number]:
         if not isinstance(layer, DynamicForgettingLayer) and layer.made_for != (expected := state_sizes(config)):

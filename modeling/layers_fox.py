@@ -351,7 +351,7 @@ class FoxAttention(nn.Module):
                 f"hidden_states must be [B, T, {size}] with at least one token, got shape {list(hidden_states.shape)}"
             )
         if cache is not None:
-            check_cache(cache, self.layer_idx + 1)
+            check_cache(cache, self.config, len(hidden_states), self.layer_idx + 1)
             if isinstance(cache, FoxPagedCache):
                 raise ValueError(
                     f"{CACHE} must be a DynamicCache or a StaticCache for a layer without its model: "
