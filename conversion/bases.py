@@ -136,9 +136,14 @@ BASES = {
 
 def base_of(config: PreTrainedConfig) -> Base:
     """What describes the models of a configuration; raises a `ValueError` that names the model types there are."""
-    if config.model_type not in BASES:
-        raise ValueError(f"model_type must be one of {sorted(BASES)}, got {config.model_type!r}")
+    check_model_type(config.model_type)
     return BASES[config.model_type]
+
+
+def check_model_type(model_type: object) -> None:
+    """Raise a `ValueError` that names the model types there are, if this is none of them."""
+    if model_type not in list(BASES):
+        raise ValueError(f"model_type must be one of {sorted(BASES)}, got {model_type!r}")
 
 
 def base_config(config: PreTrainedConfig, *, keep_rope: bool = True, **chosen: Any) -> FoxConfig:

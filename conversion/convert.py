@@ -16,7 +16,7 @@ from foxlm.conversion.fla import FLA
 from foxlm.conversion.layout import Layout, one_kind_of_error
 from foxlm.conversion.links import check_links
 from foxlm.conversion.new_folder import check_new, copy_text_files, new_folder
-from foxlm.conversion.stored_weights import WEIGHTS_INDEX, StoredWeights, read_fields
+from foxlm.conversion.stored_weights import WEIGHTS_INDEX, StoredWeights, check_sizes, read_fields
 from foxlm.conversion.weight_map import EMBEDDINGS, Plan, make_model, plan_to_ours, plan_to_theirs
 from foxlm.modeling.configuration_fox import FoxConfig
 from foxlm.modeling.modeling_fox import FoxForCausalLM
@@ -37,9 +37,8 @@ def convert_checkpoint(folder: str | Path, *, allow_pickle: bool = False) -> Fox
     Raises:
         ValueError: it is no such checkpoint, or does not fit; the message names what stands in the way.
     """
-    model, plan = _read_theirs(read_fields(Path(folder)))
-    check_links(Path(folder))
-    stored = StoredWeights(Path(folder), allow_pickle)
+    fields, stored = _read(Path(folder), allow_pickle)
+    model, plan = _read_theirs(fields)
     plan.check(stored.headers, stored.load)
     return make_model(plan, model.config, stored.load, _dtype(stored))
 
@@ -66,8 +65,7 @@ def convert_to_folder(source: str | Path, out: str | Path, *, to: str = "fox", a
         raise ValueError(f"to must be one of {['fox', *LAYOUTS]}, got {to!r}")
     # Before anything is read, and again when the folder is made.
     check_new(out, source)
-    fields = read_fields(source)
-    check_links(source)
+    fields, stored = _read(source, allow_pickle)
     write_config: Callable[[Path, str], None]
     if to == "fox":
         model, plan = _read_theirs(fields)
@@ -75,7 +73,6 @@ def convert_to_folder(source: str | Path, out: str | Path, *, to: str = "fox", a
     else:
         their_fields, plan = _read_ours(fields, LAYOUTS[to])
         write_config = partial(_write_their_config, their_fields)
-    stored = StoredWeights(source, allow_pickle)
     plan.check(stored.headers, stored.load)
     dtype = _dtype(stored)
 
@@ -83,6 +80,15 @@ def convert_to_folder(source: str | Path, out: str | Path, *, to: str = "fox", a
         write_config(folder, str(dtype).removeprefix("torch."))
         _write_weights(folder, plan, stored, dtype)
         copy_text_files(source, folder)
+
+
+def _read(folder: Path, allow_pickle: bool) -> tuple[dict[str, Any], StoredWeights]:
+    """Its ``config.json`` and its weights."""
+    fields = read_fields(folder)
+    check_links(folder)
+    stored = StoredWeights(folder, allow_pickle)
+    check_sizes(fields, stored.headers)
+    return fields, stored
 
 
 def _read_theirs(fields: dict[str, Any]) -> tuple[FoxForCausalLM, Plan]:

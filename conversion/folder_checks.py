@@ -22,7 +22,7 @@ from foxlm.conversion.links import is_inside
 from foxlm.conversion.model_card import MISSING
 from foxlm.conversion.new_folder import TEXT_FILES
 from foxlm.conversion.secret_scan import secret_in, secret_rules
-from foxlm.conversion.stored_weights import WEIGHTS_INDEX, StoredWeights, read_fields
+from foxlm.conversion.stored_weights import WEIGHTS_INDEX, StoredWeights, check_sizes, read_fields
 from foxlm.conversion.unsafe_content import what_runs
 from foxlm.conversion.weight_map import Plan, distinct_weights, few
 from foxlm.modeling import modeling_fox
@@ -50,6 +50,7 @@ def check_configuration(folder: Path, allowed: Collection[str] = ()) -> str:
 def check_weights(folder: Path, allowed: Collection[str] = ()) -> str:
     """Every weight of the model, no others, of its shape, finite; in the files that the index names."""
     config, stored = read_config(folder), StoredWeights(folder)
+    check_sizes(read_fields(folder), stored.headers)
     named = set(stored.files.values()) if (folder / WEIGHTS_INDEX).is_file() else {folder / "model.safetensors"}
     others = named ^ set(folder.glob("*.safetensors"))
     _none("files of weights that are missing, or that nothing names", [file.name for file in others])

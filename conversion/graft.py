@@ -23,10 +23,12 @@ from transformers import (
     PreTrainedModel,
 )
 
-from foxlm.conversion.bases import base_config, base_of
+from foxlm.conversion.bases import base_config, base_of, check_model_type
+from foxlm.conversion.layout import one_kind_of_error
 from foxlm.conversion.links import check_links
 from foxlm.conversion.new_folder import TEXT_FILES, check_new, copy_text_files, new_folder
 from foxlm.conversion.pretrained import read_config, read_model
+from foxlm.conversion.stored_weights import check_sizes, headers_to_load, read_fields
 from foxlm.conversion.weight_map import Plan, Rename, distinct_weights, make_model, plan_to_ours
 from foxlm.modeling.configuration_fox import FoxConfig
 from foxlm.modeling.gates_fox import bias_for_times, log_spaced_times
@@ -81,21 +83,24 @@ def graft(
         raise ValueError("decay_times has no effect with forget_gate 'none'")
     if isinstance(model, str | Path):
         model = _folder_of(model)
-    theirs = _config_of(model)
-    config = base_config(
-        theirs,
-        keep_rope=keep_rope,
-        forget_gate=forget_gate,
-        forget_gate_heads=forget_gate_heads,
-        use_output_gate=output_gate,
-    )
+    with one_kind_of_error():
+        theirs = _config_of(model)
+        config = base_config(
+            theirs,
+            keep_rope=keep_rope,
+            forget_gate=forget_gate,
+            forget_gate_heads=forget_gate_heads,
+            use_output_gate=output_gate,
+        )
     config.grafted_from = theirs.model_type
     biases = {} if forget_gate == "none" else _set_decay_times(config, decay_times)
 
+    with one_kind_of_error():
+        plan = _plan(config, base_of(theirs).zeros + _NEW_ZEROS)
     if isinstance(model, PreTrainedModel):
         weights = {name: weight.clone() for name, weight in _plain_weights(model).items()}
     else:
-        model = _load(model)
+        model = _load(model, plan)
         weights = _plain_weights(model)
     if output_gate:
         for layer in range(config.num_hidden_layers):
@@ -103,7 +108,6 @@ def graft(
             weights[name] = 2 * weights[name]
     gate_dtype = torch.promote_types(model.dtype, torch.float32)
     weights |= {name: bias.to(gate_dtype) for name, bias in biases.items()}
-    plan = _plan(config, base_of(theirs).zeros + _NEW_ZEROS)
     plan.check(weights, weights.__getitem__)
     grafted = make_model(plan, config, weights.__getitem__, model.dtype).to(model.device)
     grafted.generation_config = copy.deepcopy(model.generation_config)
@@ -186,6 +190,10 @@ def _folder_of(source: str | Path) -> Path:
     if not (folder / "config.json").is_file():
         raise ValueError(f"folder must hold a config.json, got {folder}")
     check_links(folder)
+    fields = read_fields(folder)
+    check_model_type(fields.get("model_type"))
+    if (headers := headers_to_load(folder)) is not None:
+        check_sizes(fields, headers)
     return folder
 
 
@@ -210,7 +218,15 @@ def _config_of(model: PreTrainedModel | Path) -> PreTrainedConfig:
     return model.config
 
 
-def _load(source: Path) -> PreTrainedModel:
+def _load(source: Path, plan: Plan) -> PreTrainedModel:
+    """The model in a folder; raises a `ValueError` if its files do not hold all that ``plan`` reads."""
+    headers = headers_to_load(source) or {}
+    held, needed = sum(x.numel() for x in headers.values()), sum(shape.numel() for shape in plan.reads.values())
+    # Weights that are not there would be made up, whatever their size. Gates are few and never there.
+    if headers and needed > 2 * held:
+        raise ValueError(
+            f"config.json describes a model of {needed:,} numbers, but the files of {source} hold {held:,}"
+        )
     # Weights that are missing or misshapen are made up, those that are too many left out: reported, and refused here.
     model, found = read_model(source, dtype="auto", ignore_mismatched_sizes=True)
     for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):

@@ -101,12 +101,18 @@ class Layout:
         return fields
 
 
+_ERRORS = (StrictDataclassError, TypeError, AttributeError, LookupError, ArithmeticError, RuntimeError, MemoryError)
+
+
 @contextmanager
 def one_kind_of_error() -> Iterator[None]:
     """Whatever a ``config.json`` that holds anything leads to inside the block, as a `ValueError` of one line."""
     try:
         yield
-    except (StrictDataclassError, TypeError, AttributeError, LookupError, ArithmeticError, RuntimeError) as error:
+    except (*_ERRORS, ValueError) as error:
+        # Ours say what is wrong in one line, those of other libraries in several.
+        if isinstance(error, ValueError) and "\n" not in str(error):
+            raise
         said = error.__cause__ if isinstance(error, StrictDataclassError) and error.__cause__ else error
         raise ValueError(f"config.json does not describe a model: {' '.join(str(said).split())}") from error
 

@@ -1,6 +1,7 @@
 """The files of a model's folder: its JSON, and its weights one at a time."""
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,12 @@ from torch import Tensor
 # The names that transformers gives to one file, to shards and to what lists them.
 _SAFETENSORS, WEIGHTS_INDEX = "*.safetensors", "model.safetensors.index.json"
 _PICKLES, _PICKLES_INDEX = "pytorch_model*.bin", "pytorch_model.bin.index.json"
+_MOST_LABELS = 1_000_000
+# Fields that are sizes of weights, by the names of all kinds of models that are read here.
+_SIZES = (
+    *("vocab_size", "hidden_size", "intermediate_size", "head_dim"),
+    *("num_heads", "num_kv_heads", "num_attention_heads", "num_key_value_heads"),
+)
 _DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -34,7 +41,48 @@ def read_fields(folder: Path) -> dict[str, Any]:
     # transformers takes it for one.
     if not isinstance(fields.get("auto_map") or {}, dict):
         raise ValueError(f"auto_map in {folder / 'config.json'} must be an object, got {fields['auto_map']!r:.60}")
+    labels = fields.get("num_labels")
+    # Any configuration of transformers makes a name for each.
+    if isinstance(labels, int | float) and not labels <= _MOST_LABELS:
+        raise ValueError(f"num_labels in {folder / 'config.json'} must be at most {_MOST_LABELS}, got {labels}")
+    names = fields.get("id2label") or {}
+    if not isinstance(names, dict) or not all(number.isdecimal() for number in names):
+        raise ValueError(
+            f"id2label in {folder / 'config.json'} must be an object with numbers as names, got {names!r:.60}"
+        )
     return fields
+
+
+def check_sizes(fields: dict[str, Any], headers: Mapping[str, Tensor]) -> None:
+    """Raise a `ValueError` if a ``config.json`` has sizes that its weights cannot have, before anything is made of it.
+
+    Args:
+        fields: of the ``config.json``.
+        headers: each weight, with or without values.
+    """
+    weights, numbers = len(headers), sum(weight.numel() for weight in headers.values())
+    for most, held, names in ((weights, "weights", ("num_hidden_layers",)), (numbers, "numbers", _SIZES)):
+        for name in names:
+            size = fields.get(name)
+            if isinstance(size, int | float) and not size <= most:
+                raise ValueError(f"{name} in config.json is {size}, but the files of weights hold {most:,} {held}")
+
+
+def headers_to_load(folder: Path) -> dict[str, Tensor] | None:
+    """Each weight, on the meta device, of the safetensors that transformers would load; None if there are none.
+
+    Raises:
+        ValueError: a file is missing, elsewhere or broken; the message names it.
+    """
+    whole, index = folder / "model.safetensors", folder / WEIGHTS_INDEX
+    if whole.exists():
+        files = [whole]
+    elif index.exists():
+        files = _named_files(index, _SAFETENSORS)
+    else:
+        return None
+    weights = {name: weight for file in files for name, weight in _mapped(file).items()}
+    return {name: torch.empty(weight.shape, dtype=weight.dtype, device="meta") for name, weight in weights.items()}
 
 
 class StoredWeights:
@@ -87,16 +135,22 @@ def _weight_files(folder: Path, allow_pickle: bool) -> tuple[list[Path], Path | 
             )
         if not index.exists():
             return found, None
-        names = sorted(set(_listed(index).values()))
         single = folder / pattern.replace("*", "" if pattern == _PICKLES else "model")
-        if single in found and single.name not in names:
+        if single in found and single.name not in _listed(index).values():
             raise ValueError(f"{folder} holds both {single.name} and {index.name}, which does not list it: remove one")
-        for name in names:
-            # Its suffix too, or an index of safetensors could have a pickle read.
-            if folder / name not in found or not (folder / name).is_file():
-                raise ValueError(f"{index} lists {name!r}, which is not a file {pattern} of the folder")
-        return [folder / name for name in names], index
+        return _named_files(index, pattern), index
     raise ValueError(f"{folder} must hold safetensors files, got none")
+
+
+def _named_files(index: Path, pattern: str) -> list[Path]:
+    """The files that an index names, if all are files ``pattern`` of its folder."""
+    names = sorted(set(_listed(index).values()))
+    found = set(index.parent.glob(pattern))
+    for name in names:
+        # Its suffix too, or an index of safetensors could have a pickle read.
+        if index.parent / name not in found or not (index.parent / name).is_file():
+            raise ValueError(f"{index} lists {name!r}, which is not a file {pattern} of the folder")
+    return [index.parent / name for name in names]
 
 
 def _listed(index: Path) -> dict[str, str]:
