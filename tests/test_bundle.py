@@ -8,12 +8,19 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.dynamic_module_utils import get_imports, get_relative_import_files
 
 import foxlm
+from checkpoints import write
 from foxlm import FoxConfig, FoxPagedCache
+from foxlm.conversion.convert import convert_to_folder
+from foxlm.conversion.graft import graft_to_folder
+from foxlm.conversion.model_card import write_model_card
+from foxlm.evaluation.demo.tokenizer import VOCAB_SIZE, byte_tokenizer
 from foxlm.modeling.bundle_fox import AUTO_MAP, bundle, flatten, stale_files, write_bundle
 from models import ROPE, tiny_config, tiny_model, tokens
+from test_conversion_fla import checkpoint as fla_checkpoint
 from without_foxlm import run_without
 
 GREEDY: dict[str, Any] = {"max_new_tokens": 12, "do_sample": False}
@@ -113,6 +120,42 @@ print(*sorted(name for name in sys.modules if name.partition(".")[0] == "foxlm")
         assert files == bundle(), name
         assert json.loads((saved / name / "config.json").read_text())["auto_map"] == AUTO_MAP, name
     assert load_file(saved / "again/model.safetensors").keys() == load_file(saved / "model/model.safetensors").keys()
+
+
+def test_tokenizer_needs_no_code_of_the_folder(tmp_path: Path) -> None:
+    """Of every folder that foxlm writes, and without a question if the card's line is used."""
+    write_tokenizer = byte_tokenizer().save_pretrained
+    tiny_model(vocab_size=VOCAB_SIZE, dtype=torch.float32).save_pretrained(tmp_path / "saved")
+    write_tokenizer(tmp_path / "saved")
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 2}
+    LlamaForCausalLM(LlamaConfig(vocab_size=VOCAB_SIZE, **sizes)).save_pretrained(tmp_path / "llama")
+    write_tokenizer(tmp_path / "llama")
+    graft_to_folder(tmp_path / "llama", tmp_path / "grafted")
+    theirs = {"model_type": "forgetting_transformer", "num_heads": 4, "qk_norm": True} | sizes
+    theirs |= {"vocab_size": VOCAB_SIZE}
+    del theirs["num_attention_heads"]
+    write(tmp_path / "theirs", theirs, fla_checkpoint(theirs))
+    write_tokenizer(tmp_path / "theirs")
+    convert_to_folder(tmp_path / "theirs", tmp_path / "converted")
+    write_model_card(tmp_path / "saved", license="mit")
+    assert (
+        "AutoTokenizer.from_pretrained(folder, trust_remote_code=False)" in (tmp_path / "saved/README.md").read_text()
+    )
+    code = """
+import builtins, sys
+from transformers import AutoTokenizer
+
+def asked(prompt):
+    raise SystemExit(f"asked: {prompt}")
+
+builtins.input = asked
+for name in ("saved", "grafted", "converted"):
+    tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
+    print(*tokenizer("What is kept?").input_ids)
+assert not [name for name in sys.modules if name.startswith("transformers_modules.")]
+"""
+    lines = run_without(("foxlm",), code, tmp_path).splitlines()
+    assert lines == 3 * [" ".join(map(str, byte_tokenizer()("What is kept?").input_ids))]
 
 
 HEADS = ("SequenceClassification", "TokenClassification", "QuestionAnswering")
