@@ -211,11 +211,13 @@ def test_without_margins_rows_lose_more(device: str, name: str, monkeypatch: pyt
             monkeypatch.setattr(f"foxlm.kernels.{module}.{margin}", lambda *_: 0.0, raising=False)
         without = lambda eps, dtype, keys=1: math.log(eps) - math.log(keys)  # noqa: E731
         monkeypatch.setattr(f"foxlm.kernels.{module}.log_allowed", without)
-    worst = 0.0
-    for seed, size in enumerate((2.5e3, 3.1e3, 3.7e3, 4.1e3)):
-        case = on_the_rules_own(name, "tight", size, seed)
-        worst = max(worst, case.lost(PLACES[name].find(case, "tight", device)).max().item() / EPS)
-    assert worst > 1.0
+
+    def lost(seed: int) -> float:
+        case = on_the_rules_own(name, "tight", 2.5e3 + 100.0 * seed, seed)
+        return case.lost(PLACES[name].find(case, "tight", device)).max().item()
+
+    # Roundings go either way: the first that goes the wrong one.
+    assert any(lost(seed) > EPS for seed in range(16))
 
 
 @pytest.mark.parametrize("rule", RULES)
