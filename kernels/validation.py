@@ -18,6 +18,7 @@ def check_inputs(q: Tensor, k: Tensor, v: Tensor, log_f: Tensor) -> None:
     """Raise a `ValueError` unless the tensors have shapes, dtypes and devices as `forgetting_attention` takes them."""
     for name, x in (("q", q), ("k", k), ("v", v), ("log_f", log_f)):
         check_tensor(name, x)
+    refuse_transforms(q, k, v, log_f)
     for name, x in (("q", q), ("k", k), ("v", v)):
         if x.ndim != 4:
             raise ValueError(f"{name} must have shape [B, T, heads, D], got {list(x.shape)}")
@@ -109,6 +110,7 @@ def check_logit_bound(logit_bound: float | Tensor | None, batch: int, heads: int
 def real_tokens(attention_mask: Tensor, axes: str, shape: tuple[int, int], device: torch.device) -> Tensor:
     """``attention_mask`` as `bool_mask` gives it, if it has ``shape``; ``axes`` is what the message calls them."""
     check_tensor("attention_mask", attention_mask)
+    refuse_transforms(attention_mask)
     if attention_mask.shape != shape:
         raise ValueError(f"attention_mask must have shape {axes} = {list(shape)}, got {list(attention_mask.shape)}")
     return bool_mask(attention_mask, device)
@@ -138,6 +140,8 @@ def check_packing(cu_seqlens: Tensor, batch: int, length: int) -> None:
     """Raise a `ValueError` unless ``cu_seqlens`` packs sequences of ``length`` tokens in a batch of one."""
     if batch != 1:
         raise ValueError(f"cu_seqlens packs sequences in a batch of one, got a batch of {batch}")
+    check_tensor("cu_seqlens", cu_seqlens)
+    refuse_transforms(cu_seqlens)
     check_cu_seqlens("cu_seqlens", cu_seqlens, length)
 
 
@@ -156,12 +160,11 @@ def check_cu_seqlens(name: str, cu_seqlens: Tensor, length: int) -> None:
 
 
 def check_tensor(name: str, x: object) -> None:
-    """Raise a `ValueError` about argument ``name`` unless it is a dense tensor, and refuse those of transforms."""
+    """Raise a `ValueError` about argument ``name`` unless it is a dense tensor."""
     if not isinstance(x, Tensor):
         raise ValueError(f"{name} must be a tensor, got {type(x).__name__}")
     if x.layout != torch.strided or x.is_nested:
         raise ValueError(f"{name} must be a dense tensor, got one of layout {x.layout} (nested: {x.is_nested})")
-    refuse_transforms(x)
 
 
 def is_number(x: object) -> bool:

@@ -10,7 +10,7 @@ from transformers.utils.import_utils import is_torchdynamo_compiling
 from ..kernels.context_parallel import Shards
 from ..kernels.decay import sequence_starts
 from ..kernels.tiles import PRUNED_KEYS
-from ..kernels.validation import bool_mask, check_cu_seqlens
+from ..kernels.validation import bool_mask, check_cu_seqlens, check_tensor
 from .configuration_fox import LAYER_TYPE
 from .versions_fox import CACHE
 
@@ -73,8 +73,14 @@ def token_layout(
     seen = _read_if_free(past)
     if seen is not None and seen + length > keys:
         refuse_overflow(seen, keys, length)
-    if position_ids is not None and position_ids.shape not in ((1, length), (batch, length)):
-        raise ValueError(f"position_ids must be [B or 1, T] = [{batch} or 1, {length}], got {list(position_ids.shape)}")
+    if position_ids is not None:
+        check_tensor("position_ids", position_ids)
+        wrong = position_ids.is_floating_point() or position_ids.is_complex() or position_ids.dtype == torch.bool
+        if position_ids.shape not in ((1, length), (batch, length)) or wrong:
+            raise ValueError(
+                f"position_ids must be integers [B or 1, T] = [{batch} or 1, {length}], "
+                f"got {position_ids.dtype} of shape {list(position_ids.shape)}"
+            )
 
     real_keys = padding_mask(attention_mask, batch, past, length, keys, device)
     prepared = isinstance(attention_mask, dict)
@@ -178,6 +184,7 @@ def padding_mask(
         return attention_mask[LAYER_TYPE]
     if attention_mask is None:
         return None
+    check_tensor("attention_mask", attention_mask)
     if attention_mask.ndim != 2:
         raise ValueError(
             f"attention_mask must be 2-D, [B, Tk], nonzero for real tokens; got shape {list(attention_mask.shape)}. "

@@ -26,6 +26,7 @@ from .cache_fox import check_cache
 from .configuration_fox import LAYER_TYPE, FoxConfig
 from .gates_fox import FoxConstantGate, FoxForgetGate, decay_time_bias, share_remembered
 from .generation_fox import FoxGenerationMixin
+from .inputs_fox import check_labels, check_logits_to_keep, check_tokens, embed
 from .layers_fox import FoxAttention, FoxDecoderLayer, FoxRMSNorm, FoxRotaryEmbedding, activation_dtype
 from .layout_fox import token_layout
 from .loss_fox import FoxLMHead, loss_in_chunks, targets_of_shard
@@ -208,12 +209,7 @@ class FoxModel(FoxPreTrainedModel):
             ValueError: an argument is not as above; the message names it.
         """
         cache = one_cache(cache, past_key_values)
-        if (input_ids is None) == (inputs_embeds is None):
-            raise ValueError("exactly one of input_ids and inputs_embeds must be given")
-        name, given = ("input_ids", input_ids) if input_ids is not None else ("inputs_embeds", inputs_embeds)
-        assert given is not None, "one of the two is there"
-        if given.ndim != (2 if input_ids is not None else 3) or given.shape[1] == 0:
-            raise ValueError(f"{name} must be [B, T] with at least one token, got shape {list(given.shape)}")
+        given = check_tokens(input_ids, inputs_embeds, self.config.hidden_size)
         tokens = (given.shape[0], given.shape[1])
         shards = None
         if self.context_parallel is not None:
@@ -228,7 +224,7 @@ class FoxModel(FoxPreTrainedModel):
             arguments = {"attention_mask": attention_mask, "position_ids": position_ids, "use_cache": use_cache}
             arguments |= {"input_ids": input_ids, "inputs_embeds": inputs_embeds, "cache": cache}
             return _outside_of_graphs(self.forward, **arguments, **kwargs)
-        inputs_embeds = cast(Tensor, self.embed_tokens(given) if input_ids is not None else given)
+        inputs_embeds = given if input_ids is None else embed(self.embed_tokens, given, self.config.vocab_size)
         if cache is not None:
             check_cache(cache, self.config, tokens[0])
             if self.gradient_checkpointing and self.training and cache.get_seq_length() > 0:
@@ -331,6 +327,7 @@ class FoxForCausalLM(FoxPreTrainedModel, FoxGenerationMixin):
             >>> model(torch.tensor([[1, 2, 3]])).logits.shape
             torch.Size([1, 3, 50304])
         """
+        check_logits_to_keep(logits_to_keep)
         coefficient = self.config.forget_aux_loss_coef if self.training and labels is not None else 0.0
         if coefficient:
             kwargs["output_forget_gate_logits"] = True
@@ -353,8 +350,11 @@ class FoxForCausalLM(FoxPreTrainedModel, FoxGenerationMixin):
             logits = self.lm_head(outputs.last_hidden_state[:, kept])
         if labels is not None:
             options = kwargs | {"labels": labels, "vocab_size": self.config.vocab_size}
-            shards = None if context is None else context.shards(labels.shape[1])
-            if shards is not None:
+            shards = None
+            if context is None:
+                check_labels(labels, outputs.last_hidden_state.shape[:2] if logits is None else logits.shape[:2])
+            else:
+                shards = context.shards(labels.shape[1])
                 options = targets_of_shard(shards, **options)
             if chunk_size is None:
                 loss = self.loss_function(logits=logits, **options)

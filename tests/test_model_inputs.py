@@ -141,9 +141,56 @@ def test_wrong_arguments_are_refused() -> None:
         ({"input_ids": ids, "attention_mask": torch.ones(2, 6)}, r"attention_mask.*\[2, 5\].*\[2, 6\]"),
         ({"input_ids": ids, "attention_mask": torch.ones(2, 4)}, r"attention_mask.*\[2, 5\].*\[2, 4\]"),
     ]
+    with_ids: list[tuple[dict[str, Any], str]] = [
+        ({"input_ids": ids.float()}, r"input_ids.*float32"),
+        ({"input_ids": ids[0]}, r"input_ids.*\[5\]"),
+        ({"input_ids": ids.tolist()}, r"input_ids.*list"),
+        ({"input_ids": ids + 95}, r"input_ids must be in \[0, 97\), got from 9\d to 1\d\d"),
+        ({"input_ids": ids - 50}, r"input_ids must be in \[0, 97\), got from -\d"),
+        ({"attention_mask": [[1] * 5] * 2}, "attention_mask.*list"),
+        ({"attention_mask": "left"}, "attention_mask.*str"),
+        ({"attention_mask": torch.zeros(2, 5) - 1e9}, "attention_mask.*additive"),
+        ({"attention_mask": torch.ones(2, 5, dtype=torch.complex64)}, "attention_mask.*complex64"),
+        ({"attention_mask": torch.ones(2, 5, device="meta")}, "attention_mask.*meta"),
+        ({"position_ids": [[0, 1, 2, 3, 4]]}, "position_ids.*list"),
+        ({"position_ids": torch.arange(5)}, r"position_ids.*\[5\]"),
+        ({"position_ids": torch.arange(5.0)[None]}, "position_ids.*float32"),
+        ({"position_ids": torch.ones(2, 5, dtype=torch.bool)}, "position_ids.*bool"),
+        ({"cu_seq_lens_q": [0, 5]}, "cu_seq_lens_q.*"),
+        ({"input_ids": ids[:1], "cu_seq_lens_q": [0, 5]}, "cu_seq_lens_q.*list"),
+        ({"past_key_values": "cache"}, "(cache|past_key_values).*str"),
+        ({"labels": ids[:, 1:]}, r"labels.*\[2, 5\].*\[2, 4\]"),
+        ({"labels": ids[0]}, r"labels.*\[2, 5\].*\[5\]"),
+        ({"labels": ids.float()}, "labels.*float32"),
+        ({"labels": ids.tolist()}, "labels.*list"),
+        ({"labels": ids, "logits_to_keep": 2}, r"labels.*\[2, 2\].*\[2, 5\].*logits_to_keep"),
+        ({"logits_to_keep": -1}, "logits_to_keep.*-1"),
+        ({"logits_to_keep": "all"}, "logits_to_keep.*str"),
+        ({"logits_to_keep": None}, "logits_to_keep.*NoneType"),
+        ({"logits_to_keep": torch.tensor([1.0])}, "logits_to_keep.*float32"),
+    ]
+    cases += [({"input_ids": ids} | arguments, message) for arguments, message in with_ids]
+    cases += [
+        ({"inputs_embeds": embeds[..., :16]}, r"inputs_embeds.*\[B, T, 32\].*\[2, 5, 16\]"),
+        ({"inputs_embeds": ids}, r"inputs_embeds.*int64"),
+        ({"inputs_embeds": embeds.tolist()}, r"inputs_embeds.*list"),
+    ]
     for arguments, message in cases:
         with pytest.raises(ValueError, match=message):
             model(**arguments)
+
+
+def test_eager_models_have_every_derivative_and_transform() -> None:
+    model = tiny_model(num_hidden_layers=1)
+    model.set_attn_implementation("eager")
+    embeds = model.get_input_embeddings()(tokens(2, 5)).detach()
+
+    def loss(x: torch.Tensor) -> torch.Tensor:
+        return model(inputs_embeds=x, use_cache=False).logits.square().mean()
+
+    by_hand = torch.autograd.functional.hessian(loss, embeds[:1])
+    assert_close(torch.func.hessian(loss)(embeds[:1]), by_hand)
+    assert_close(torch.func.vmap(loss)(embeds[:, None]), torch.stack([loss(x) for x in embeds[:, None]]))
 
 
 def test_embeddings_instead_of_tokens() -> None:
