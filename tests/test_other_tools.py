@@ -15,6 +15,7 @@ from foxlm.modeling.modeling_fox import (
     FoxModel,
 )
 from models import assert_close, tiny_model, tokens
+from without_foxlm import run_without
 from words import word_tokenizer
 
 SENTENCES = ["w1 w2 w3 w4 w5 w6", "w7 w8"]
@@ -87,3 +88,23 @@ def test_sentence_embeddings(pooling: str, folder: Path, tmp_path: Path) -> None
     embed.save(str(tmp_path / "embed"))
     again = sentence_transformers.SentenceTransformer(str(tmp_path / "embed"), device="cpu")
     assert torch.equal(again.encode(SENTENCES, convert_to_tensor=True, show_progress_bar=False), together)
+
+
+def test_lm_eval_scores_by_the_code_in_the_folder(folder: Path) -> None:
+    """Without foxlm, as ``lm_eval --model hf --model_args pretrained=fox,trust_remote_code=True`` loads it."""
+    pytest.importorskip("lm_eval")
+    code = f"""
+from lm_eval.api.instance import Instance
+from lm_eval.models.huggingface import HFLM
+model = HFLM(pretrained="fox", trust_remote_code=True, device="cpu", dtype="float32", batch_size=2)
+requests = [Instance("loglikelihood", {{}}, (text, " w9 w10"), i) for i, text in enumerate({SENTENCES})]
+print("scores", *(score for score, _ in model.loglikelihood(requests, disable_tqdm=True)))
+"""
+    lines = run_without(("foxlm",), code, folder.parent).splitlines()
+    scores = next(line for line in lines if line.startswith("scores")).split()[1:]
+    model, tokenizer = FoxForCausalLM.from_pretrained(folder), word_tokenizer()
+    for text, score in zip(SENTENCES, scores, strict=True):
+        ids = tokenizer(f"{text} w9 w10", return_tensors="pt").input_ids
+        with torch.no_grad():
+            log_p = model(ids).logits.log_softmax(-1)[0, :-1].gather(1, ids[0, 1:, None])
+        assert float(score) == pytest.approx(log_p[-2:].sum().item(), abs=1e-4)
