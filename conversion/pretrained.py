@@ -70,6 +70,12 @@ def _class_names(auto_map: Any) -> list[tuple[str, Any]]:
     return [(f"auto_map[{name!r}]", value) for name, value in auto_map.items() if not isinstance(value, list)]
 
 
+def check_files(folder: Path) -> None:
+    """Raise a `ValueError` that names a file of weights in ``folder`` that cannot be opened."""
+    if said := _broken_file(folder):
+        raise ValueError(said)
+
+
 def _broken_file(folder: Path) -> str | None:
     """What is wrong with the first file of weights that cannot be opened; None where all can."""
     files = sorted((*folder.glob("*.safetensors"), *folder.glob("*.safetensors.index.json")))

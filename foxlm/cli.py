@@ -239,11 +239,20 @@ app.command()(needle)
 app.command()(report)
 
 
-# Its own commands and their help; imported only when it is asked for.
-@app.command(
-    context_settings={"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []},
-    add_help_option=False,
-)
+# Of commands that have their own options and help.
+_PASSED_ON = {"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []}
+
+
+@app.command(context_settings=_PASSED_ON, add_help_option=False)
+def serve(context: typer.Context) -> None:
+    """Answer requests in OpenAI's protocol with models, FoX and others, by transformers' own server: serve --help."""
+    from foxlm.serving import serve as run
+
+    run(context.args)
+
+
+# Imported only when it is asked for.
+@app.command(context_settings=_PASSED_ON, add_help_option=False)
 def bench(context: typer.Context) -> None:
     """Measure the speed of attention, prompts, decoding and training here, of your model too: bench --help."""
     from foxlm.evaluation.speed.__main__ import app as speed

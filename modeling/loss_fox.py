@@ -25,6 +25,18 @@ class FoxLMHead(nn.Linear):
         return nn.functional.linear(hidden_states, self.weight, self.bias)
 
 
+def number_of_targets(labels: Tensor, shift_labels: Tensor | None, given: Tensor | int | None = None) -> Tensor | int:
+    """What a sum of losses is divided by: the number that is given, or that of targets; 1 where there are none.
+
+    So the loss of a row without targets is 0. Other models of transformers return that too where they are given the
+    number of a whole batch, but else NaN, the mean of nothing, which a training does not survive.
+    """
+    if given is None:
+        targets = labels[..., 1:] if shift_labels is None else shift_labels
+        given = (targets != _IGNORED).sum()
+    return given.clamp(min=1) if isinstance(given, Tensor) else max(given, 1)
+
+
 def loss_in_chunks(
     hidden_states: Tensor,
     lm_head: nn.Module,
@@ -32,8 +44,8 @@ def loss_in_chunks(
     chunk_size: int,
     *,
     labels: Tensor,
+    num_items_in_batch: Tensor | int,
     shift_labels: Tensor | None = None,
-    num_items_in_batch: Tensor | int | None = None,
     **kwargs,
 ) -> Tensor:
     """``loss_function`` of the logits of all tokens, of which no more than a chunk's are ever held.
@@ -49,15 +61,13 @@ def loss_in_chunks(
         chunk_size: tokens whose logits are held, of all rows together.
         labels: ``[B, T]`` int64, -100 for none; shifted here.
         shift_labels: ``[B, T]`` targets that are shifted already, instead of ``labels``.
-        num_items_in_batch: what the sum is divided by; the number of targets without.
+        num_items_in_batch: what the sum is divided by.
 
     Returns:
         The loss, a scalar.
     """
     if shift_labels is None:
         shift_labels = nn.functional.pad(labels, (0, 1), value=_IGNORED)[..., 1:]
-    if num_items_in_batch is None:
-        num_items_in_batch = (shift_labels != _IGNORED).sum()
     targets = shift_labels.flatten()
 
     def summed(states: Tensor, head: Callable[[Tensor], Tensor]) -> Tensor:
@@ -89,12 +99,10 @@ def targets_of_shard(
             an equal share for each of them: who gives it (Trainer) multiplies losses by all processes.
         kwargs: passed on.
     """
+    count = number_of_targets(labels, shift_labels, num_items_in_batch)
+    num_items_in_batch = count if num_items_in_batch is None else count * shards.split.ranks
     if shift_labels is None:
         shift_labels = nn.functional.pad(labels, (0, 1), value=_IGNORED)[..., 1:]
-    if num_items_in_batch is None:
-        num_items_in_batch = (shift_labels != _IGNORED).sum()
-    else:
-        num_items_in_batch = num_items_in_batch * shards.split.ranks
     own = shards.take(shift_labels)
     return kwargs | {"labels": own, "shift_labels": own, "num_items_in_batch": num_items_in_batch}
 

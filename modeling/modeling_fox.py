@@ -29,7 +29,7 @@ from .generation_fox import FoxGenerationMixin
 from .inputs_fox import check_labels, check_logits_to_keep, check_tokens, embed
 from .layers_fox import FoxAttention, FoxDecoderLayer, FoxRMSNorm, FoxRotaryEmbedding, activation_dtype
 from .layout_fox import token_layout
-from .loss_fox import FoxLMHead, loss_in_chunks, targets_of_shard
+from .loss_fox import FoxLMHead, loss_in_chunks, number_of_targets, targets_of_shard
 from .paged_cache_fox import FoxPagedCache
 from .parallel_fox import check_processes, check_tensor_parallel
 from .peft_defaults import register_peft_defaults
@@ -353,6 +353,8 @@ class FoxForCausalLM(FoxPreTrainedModel, FoxGenerationMixin):
             shards = None
             if context is None:
                 check_labels(labels, outputs.last_hidden_state.shape[:2] if logits is None else logits.shape[:2])
+                given = options.get("num_items_in_batch"), options.get("shift_labels")
+                options["num_items_in_batch"] = number_of_targets(labels, given[1], given[0])
             else:
                 shards = context.shards(labels.shape[1])
                 options = targets_of_shard(shards, **options)
@@ -395,7 +397,9 @@ class FoxForCausalLM(FoxPreTrainedModel, FoxGenerationMixin):
         real = None if mask is None else mask[:, -labels.shape[1] :].bool()
         # With gradient accumulation the losses of the parts are added up: each counts by its tokens.
         targets = labels[:, 1:] if shift_labels is None else shift_labels
-        part = 1.0 if num_items_in_batch is None else (targets != -100).sum() / num_items_in_batch
+        part: Tensor | float = 1.0
+        if num_items_in_batch is not None:
+            part = (targets != -100).sum() / number_of_targets(labels, shift_labels, num_items_in_batch)
         if (context := self.model.context_parallel) is None:
             return part * share_remembered(gate_logits, real)
         shards = context.shards(labels.shape[1])

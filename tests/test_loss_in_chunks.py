@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from foxlm import FoxConfig
 from models import SIZES, assert_close, tiny_model, tokens
@@ -57,6 +58,33 @@ def test_other_terms_and_heads_are_kept() -> None:
         assert_close(loss, expected, 1e-6)
         for key, gradient in gradients.items():
             assert_close(in_chunks[key], gradient, 1e-6)
+
+
+@pytest.mark.parametrize("settings", [{}, {"loss_chunk_size": 4}, {"forget_aux_loss_coef": 2.0}])
+@pytest.mark.parametrize("items", [None, 17, torch.tensor(17), 0, torch.tensor(0)])
+def test_labels_that_are_all_ignored_have_a_loss_of_zero(settings: dict[str, Any], items: Any) -> None:
+    rows = tokens(2, 6)
+    given = {"input_ids": rows, "labels": torch.full_like(rows, -100)} | (
+        {} if items is None else {"num_items_in_batch": items}
+    )
+    loss, gradients = loss_and_gradients(tiny_model(**settings).train(), **given)
+    # Without the number of a whole batch what heads pay for remembering does not depend on targets.
+    paid = items is None and "forget_aux_loss_coef" in settings
+    assert loss == 0 or (paid and 0 < loss <= 2)
+    assert all(gradient.isfinite().all() and (paid or not gradient.any()) for gradient in gradients.values())
+
+
+def test_loss_is_that_of_other_models() -> None:
+    llama = LlamaForCausalLM(
+        LlamaConfig(vocab_size=97, hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1)
+    )
+    rows = tokens(2, 6)
+    logits = torch.randn(2, 6, 97)
+    for items in ({}, {"num_items_in_batch": 7}):
+        expected = llama.loss_function(logits=logits, labels=rows, vocab_size=97, **items)
+        model = tiny_model()
+        model.lm_head.forward = lambda *_: logits
+        assert_close(model(rows, labels=rows, **items).loss, expected, 1e-6)
 
 
 class LargestWithWords(TorchDispatchMode):
