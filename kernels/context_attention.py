@@ -49,6 +49,8 @@ def context_parallel_attention(
         ValueError: an argument is not as above; the message names it.
     """
     check_inputs(q, k, v, log_f)
+    if not isinstance(context, ContextParallel):
+        raise ValueError(f"context must be a ContextParallel, got {type(context).__name__}")
     shards = context.shards(length)
     tokens = sum(stop - start for _, start, stop in shards.segments)
     if not q.shape[1] == k.shape[1] == tokens:

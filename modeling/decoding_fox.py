@@ -101,6 +101,8 @@ def decoding_weights(model: nn.Module) -> Iterator[None]:
         ...     for ids in torch.tensor([[1, 2, 3]]), torch.tensor([[4]]):
         ...         logits = model(ids, cache=cache).logits
     """
+    if not isinstance(model, nn.Module):
+        raise ValueError(f"model must be a module of torch, got {type(model).__name__}")
     with contextlib.ExitStack() as undo:
         with _ENTERING, torch.inference_mode(False), torch.no_grad():
             _enter(model, undo.callback)

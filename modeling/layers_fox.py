@@ -205,6 +205,8 @@ class FoxAttention(nn.Module):
 
     def __init__(self, config: FoxConfig, layer_idx: int) -> None:
         super().__init__()
+        if not isinstance(layer_idx, int) or layer_idx < 0:
+            raise ValueError(f"layer_idx must be an integer from 0, got {layer_idx!r}")
         self.config = config
         self.layer_idx = layer_idx
         self.use_rope = config.has_rope(layer_idx)

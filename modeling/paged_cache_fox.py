@@ -471,8 +471,8 @@ class FoxPagedCache(Cache):
     """
 
     def __init__(self, config: FoxConfig, max_cache_len: int) -> None:
-        if max_cache_len < 1:
-            raise ValueError(f"max_cache_len must be positive, got {max_cache_len}")
+        if not isinstance(max_cache_len, int) or max_cache_len < 1:
+            raise ValueError(f"max_cache_len must be a positive integer, got {max_cache_len!r}")
         eps = None if config.forget_gate == "none" else config.acp_eps
         heads, kv_heads, _ = config.heads
         options = (max_cache_len, state_sizes(config), heads // kv_heads, eps, config.acp_rule)

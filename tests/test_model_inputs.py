@@ -10,7 +10,12 @@ from transformers import (
 )
 
 from foxlm import (
+    FoxAttention,
+    FoxDecoderLayer,
     FoxForCausalLM,
+    FoxPagedCache,
+    context_parallel_attention,
+    decoding_weights,
 )
 from foxlm.modeling import attention_fox
 from models import (
@@ -228,3 +233,28 @@ def test_loss_is_the_mean_cross_entropy_of_the_next_token() -> None:
 def test_mask_dictionary_of_another_model_is_refused() -> None:
     with pytest.raises(ValueError, match=r"attention_mask must .*full_attention"):
         tiny_model()(tokens(1, 5), attention_mask={"full_attention": None})
+
+
+def bad(x: Any) -> Any:
+    """An argument whose type is wrong, hidden from mypy."""
+    return x
+
+
+def qkvf() -> list[torch.Tensor]:
+    return [torch.zeros(1, 4, 1, 8)] * 3 + [torch.zeros(1, 4, 1)]
+
+
+@pytest.mark.parametrize(
+    ("message", "call"),
+    [
+        ("max_cache_len.*'x'", lambda: FoxPagedCache(tiny_config(), bad("x"))),
+        ("max_cache_len.*0.5", lambda: FoxPagedCache(tiny_config(), bad(0.5))),
+        ("layer_idx.*'0'", lambda: FoxAttention(tiny_config(), bad("0"))),
+        ("layer_idx.*-1", lambda: FoxDecoderLayer(tiny_config(), -1)),
+        ("model.*str", lambda: decoding_weights(bad("x")).__enter__()),
+        ("context.*NoneType", lambda: context_parallel_attention(*qkvf(), context=bad(None), length=4)),
+    ],
+)
+def test_wrong_types_given_to_public_names_are_refused(message: str, call: Any) -> None:
+    with pytest.raises(ValueError, match=message):
+        call()
