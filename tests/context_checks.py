@@ -3,6 +3,7 @@
 import copy
 import pickle
 import random
+import time
 import warnings
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -69,19 +70,16 @@ def _case(seed: int, ranks: int, longest: int, head_dim: int) -> tuple[dict[str,
 
 
 def attention_errors(
-    seeds: Sequence[int], longest: int = 700, head_dim: int = 8, on_gpus: bool = False
+    seeds: Sequence[int], longest: int = 700, head_dim: int = 8, group: dist.ProcessGroup | None = None
 ) -> list[dict[str, Any]]:
     """Of each random case, the largest errors on this rank of output and gradients, and what was drawn.
 
-    On GPUs, one for each rank, in bfloat16.
+    With a group of NCCL's on its GPUs, in bfloat16.
     """
-    found, group = [], None
-    if on_gpus:
-        torch.cuda.set_device(dist.get_rank())
-        group = dist.new_group(backend="nccl")
+    found = []
     for seed in seeds:
         inputs, options, split = _case(seed, dist.get_world_size(), longest, head_dim)
-        if on_gpus:
+        if group is not None:
             inputs = {name: x.cuda() if name == "log_f" else x.cuda().bfloat16() for name, x in inputs.items()}
             options = {name: x.cuda() if isinstance(x, Tensor) else x for name, x in options.items()}
         tokens = inputs["q"].shape[1]
@@ -108,6 +106,21 @@ def _error(whole: Tensor | None, own: Tensor | None, shards: Any) -> float:
     assert whole is not None and own is not None
     whole = whole.detach()
     return float((shards.take(whole) - own.detach()).abs().max() / whole.abs().max().clamp(min=1e-3))
+
+
+def attention_errors_on_gpus(cases: Sequence[tuple[int, int]]) -> list[dict[str, Any]]:
+    """As `attention_errors` on GPUs, by sizes of heads and seeds; a line is printed after each."""
+    torch.cuda.set_device(dist.get_rank())
+    group, found = dist.new_group(backend="nccl"), []
+    for number, (head_dim, seed) in enumerate(cases, 1):
+        start = time.perf_counter()
+        found += attention_errors([seed], 3000, head_dim, group)
+        took = time.perf_counter() - start
+        print(
+            f"{number}/{len(cases)}: heads of {head_dim}, seed {seed}, {took:.1f} s on rank {dist.get_rank()}",
+            flush=True,
+        )
+    return found
 
 
 def attention_errors_without_carry(seeds: Sequence[int]) -> list[dict[str, Any]]:

@@ -71,6 +71,7 @@ def run_ranks(
     timeout: float = 180.0,
     environment: dict[str, str] | None = None,
     group: bool = True,
+    show: bool = False,
 ) -> list[Any]:
     """Call ``function(*arguments)`` on each of ``world_size`` ranks.
 
@@ -81,6 +82,7 @@ def run_ranks(
         timeout: seconds after which all are killed; also the time-out of the group's collectives.
         environment: variables beside those of `rank_environment`.
         group: whether the process group is made before the call (and destroyed after it).
+        show: let rank 0 print to the standard output of the caller, as it goes on.
 
     Returns:
         What each rank returned, by rank.
@@ -102,7 +104,7 @@ def run_ranks(
                         subprocess.Popen(
                             [sys.executable, __file__, str(folder)],
                             env=own,
-                            stdout=output,
+                            stdout=None if show and rank == 0 else output,
                             stderr=subprocess.STDOUT,
                             start_new_session=True,
                         )
