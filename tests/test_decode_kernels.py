@@ -361,7 +361,7 @@ def test_errors():
     cache = cache_of(draw())
     with pytest.raises(ValueError, match="logit_bound must be given"):
         decoded(cache, eps=0.1, rule="paper", summary=summary_of(cache))
-    with pytest.raises(ValueError, match="eps must be in"):
+    with pytest.raises(ValueError, match="eps must be a number in"):
         decoded(cache, eps=2.0)
 
 
