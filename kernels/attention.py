@@ -187,7 +187,7 @@ def hide_padding(decay: Decay, real: Tensor) -> Decay:
     if decay.shards is None:
         real_query = real.index_select(1, decay.last)
         # Left padding is beyond the first visible key: kernels do not even visit it.
-        first = torch.maximum(decay.first, (~real).int().cumprod(1).sum(1)[:, None, None])
+        first = torch.maximum(decay.first, real.int().argmax(1)[:, None, None])
     else:
         # The keys are those of the same tokens; what is padding further left, other ranks know.
         real_query, first = real, decay.first

@@ -142,7 +142,16 @@ def _sum_gates_in_pytorch(log_f: Tensor, starts: Tensor | None, no_reset: int) -
         resets = resets | starts[:, None, :]
     first = torch.where(resets, torch.arange(log_f.shape[-1], device=log_f.device), no_reset)
     # cummax of an empty tensor raises
-    return c, first.cummax(-1).values if first.shape[-1] > 1 else first
+    return c, running_max(first) if first.shape[-1] > 1 else first
+
+
+def running_max(x: Tensor) -> Tensor:
+    """Largest element up to each, along the last dimension."""
+    if not torch.onnx.is_in_onnx_export():
+        return x.cummax(-1).values
+    # ONNX has no such operator: all that come before each, side by side.
+    index = torch.arange(x.shape[-1], device=x.device)
+    return torch.where(index <= index[:, None], x[..., None, :], torch.iinfo(x.dtype).min).amax(-1)
 
 
 def sequence_starts(cu_seqlens: Tensor, length: int) -> Tensor:

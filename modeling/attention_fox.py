@@ -227,7 +227,7 @@ def _dense_bias(decay: Decay, query: Tensor) -> tuple[Tensor, Tensor]:
     if bias.shape[1] not in (1, heads):
         bias = bias.repeat_interleave(heads // bias.shape[1], dim=1)
     # softmax of a row of -inf is NaN. Such rows belong to padding, whose output nobody reads.
-    sees_nothing = torch.isneginf(bias).all(-1, keepdim=True)
+    sees_nothing = torch.isneginf(bias.amax(-1, keepdim=True))
     return bias.masked_fill(sees_nothing, 0.0).to(torch.promote_types(query.dtype, torch.float32)), sees_nothing
 
 

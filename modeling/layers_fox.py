@@ -24,7 +24,7 @@ from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs
 
 from ..kernels.attention import hide_padding
-from ..kernels.decay import Decay, accumulate
+from ..kernels.decay import Decay, accumulate, running_max
 from ..kernels.rounding import logit_margin, stored_margin
 from .attention_fox import ALL_ATTENTION_FUNCTIONS, DEFAULT_IMPLEMENTATION, decodes, eager_attention_forward
 from .cache_fox import ForgettingLayer, check_cache, layer_of
@@ -87,7 +87,9 @@ class FoxRMSNorm(nn.Module):
         else:
             wide = x.to(torch.promote_types(x.dtype, torch.float32))
             wide = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps)
-        return (weight.view(-1, x.shape[-1]).squeeze(0) * wide).to(x.dtype)
+        # One weight for all heads, or one for each.
+        weight = weight if weight.shape == size else weight.view(-1, x.shape[-1])
+        return (weight * wide).to(x.dtype)
 
     def extra_repr(self) -> str:
         return f"{tuple(self.weight.shape)}, eps={self.eps}"
@@ -170,7 +172,7 @@ def _after(past: Tensor, states: Tensor, real: Tensor | None) -> Tensor:
         return extended
     index = torch.arange(extended.shape[1], device=states.device)
     before, new = index.split([past.shape[1], states.shape[1]])
-    source = torch.where(real, new, before[-1]).cummax(-1).values
+    source = running_max(torch.where(real, new, before[-1]))
     source = torch.cat([before.expand(source.shape[0], -1), source], dim=1)[..., None, None]
     return extended.gather(1, source.expand_as(extended))
 

@@ -8,7 +8,7 @@ from transformers.cache_utils import Cache
 from transformers.utils.import_utils import is_torchdynamo_compiling
 
 from ..kernels.context_parallel import Shards
-from ..kernels.decay import sequence_starts
+from ..kernels.decay import running_max, sequence_starts
 from ..kernels.tiles import PRUNED_KEYS
 from ..kernels.validation import bool_mask, check_cu_seqlens, check_tensor
 from .configuration_fox import LAYER_TYPE
@@ -123,7 +123,7 @@ def _restarts(position_ids: Tensor, real: Tensor | None, jumps: bool) -> Tensor 
     if real is not None:
         # Position of the last real token before each; the first real token follows nothing.
         index = torch.arange(position_ids.shape[1], device=position_ids.device)
-        last_real = nn.functional.pad(torch.where(real, index, -1).cummax(-1).values[:, :-1], (1, 0), value=-1)
+        last_real = nn.functional.pad(running_max(torch.where(real, index, -1))[:, :-1], (1, 0), value=-1)
         previous = torch.where(last_real < 0, position_ids - 1, position_ids.gather(1, last_real.clamp(min=0)))
     starts = position_ids != previous + 1 if jumps else position_ids <= previous
     if real is not None:

@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from attention_inputs import draw_gates
-from foxlm.kernels.decay import Decay, accumulate, sequence_starts
+from foxlm.kernels.decay import Decay, accumulate, running_max, sequence_starts
 
 INF = torch.inf
 
@@ -117,3 +117,11 @@ def test_bias_hides_padding():
     first = torch.tensor([[[0, 2, 0]]])
     bias = Decay(c, key, first, torch.arange(3)).bias()
     assert bias[0, 0].tolist() == [[0.0, -INF, -INF], [-INF, -INF, -INF], [-2.0, -INF, 0.0]]
+
+
+def test_running_maximum_written_out_for_onnx(monkeypatch: pytest.MonkeyPatch) -> None:
+    x = torch.randint(-9, 9, (2, 3, 20))
+    expected = running_max(x)
+    assert torch.equal(expected, x.cummax(-1).values)
+    monkeypatch.setattr(torch.onnx, "is_in_onnx_export", lambda: True)
+    assert torch.equal(running_max(x), expected)

@@ -171,3 +171,9 @@ def test_adapted_model_generates_as_without_a_cache() -> None:
     expected = model.generate(input_ids=ids, use_cache=False, **how)
     assert torch.equal(model.generate(input_ids=ids, **how), expected)
     assert torch.equal(model.generate(input_ids=ids, cache_implementation="static", **how), expected)
+
+
+def test_prefix_tuning_is_refused_by_name() -> None:
+    model = peft.get_peft_model(tiny_model(), peft.PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3))
+    with pytest.raises(ValueError, match=r"must keep the forget gates.*prefix tuning.*LoRA or prompt tuning"):
+        model(tokens(1, 5))
