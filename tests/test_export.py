@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.export import Dim
 from transformers.exporters.exporter_dynamo import DynamoConfig, DynamoExporter
 from transformers.exporters.utils import decompose_for_generation
-from transformers.integrations.executorch import convert_and_export_with_cache
+from transformers.integrations.executorch import TorchExportableModuleWithStaticCache, convert_and_export_with_cache
 
 from models import LLAMA, assert_close, tiny_model, tokens
 
@@ -99,6 +99,21 @@ def test_executorch_recipe(variant: str, dtype: torch.dtype) -> None:
     for seed in (1, 2):
         ids = tokens(1, LENGTH, seed=seed)
         assert_close(one_by_one(program, ids), model(ids, use_cache=False).logits, TOLERANCE[dtype])
+
+
+def test_executorch_program_with_its_state_as_buffers_is_lowered() -> None:
+    model = exportable("pro", torch.float32)
+    model.set_attn_implementation("eager")
+    model.generation_config.cache_implementation = "static"
+    recipe = TorchExportableModuleWithStaticCache(model, batch_size=1, max_cache_len=ROOM)
+    for i, layer in enumerate(recipe.static_cache.layers):
+        for j, state in enumerate([*layer.gates, *layer.unshifted.values()]):
+            recipe.register_buffer(f"state_{i}_{j}", state, persistent=False)
+    example = {"input_ids": torch.tensor([[1]]), "cache_position": torch.tensor([0])}
+    with torch.no_grad():
+        program = torch.export.export(recipe, (), example, strict=True).run_decompositions({}).module()
+    ids = tokens(1, LENGTH, seed=1)
+    assert_close(one_by_one(program, ids), model(ids, use_cache=False).logits, 1e-5)
 
 
 @pytest.mark.parametrize("implementation", ["fox", "eager"])
