@@ -104,6 +104,9 @@ def add_lora(model, rank: int, gate: str):
 def main(arguments: list[str] | None = None) -> Trainer:
     parser = HfArgumentParser((FinetuningArguments, TrainingArguments))
     own, training = parser.parse_args_into_dataclasses(arguments)
+    if training.include_num_input_tokens_seen == "no":
+        # For tokens per second in what is logged.
+        training.include_num_input_tokens_seen = "all"
     set_seed(training.seed)
     tokenizer = AutoTokenizer.from_pretrained(own.model)
     tokenizer.chat_template = tokenizer.chat_template or PLAIN_TEMPLATE

@@ -167,6 +167,9 @@ def last_checkpoint(folder: str) -> str | None:
 def main(arguments: list[str] | None = None) -> Trainer:
     parser = HfArgumentParser((PretrainingArguments, TrainingArguments))
     own, training = parser.parse_args_into_dataclasses(arguments)
+    if training.include_num_input_tokens_seen == "no":
+        # For tokens per second in what is logged.
+        training.include_num_input_tokens_seen = "all"
     if own.length < 2 or not 0 <= own.held_out < 1:
         raise ValueError(f"--length must be at least 2 and --held_out in [0, 1), got {own.length} and {own.held_out}")
     check_processes(training)

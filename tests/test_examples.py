@@ -64,6 +64,17 @@ def test_pretraining_saves_what_auto_classes_load(pretrained: Path) -> None:
     assert generated.shape == (1, len("the quick") + 4)
 
 
+def test_pretraining_logs_tokens_per_second(tmp_path: Path, text: Path) -> None:
+    trainer = load_script("pretrain").main(
+        [
+            *("--text", str(text), "--output_dir", str(tmp_path), "--length", "48", *TINY, *QUIET),
+            *("--max_steps", "2", "--save_strategy", "no"),
+        ]
+    )
+    logged = [entry for entry in trainer.state.log_history if "loss" in entry]
+    assert len(logged) == 2 and all(entry["train_tokens_per_second"] > 0 for entry in logged)
+
+
 def test_pretraining_resumes(pretrained: Path, text: Path, capsys: pytest.CaptureFixture) -> None:
     trainer = load_script("pretrain").main(
         [
