@@ -24,8 +24,8 @@ to float32, in which kernels compute (PyTorch, and sums of gates everywhere, are
 * Inputs in half precision are exact in float32. A dot product of ``D`` terms, in any order, is off by at most
   ``D u |q| |k|``, a length by ``(D / 2 + 2) u`` of itself (by as much again if squares underflow, since lengths count
   as 2^-51 at least), ``scale`` and each further operation by a few ``u``. ``scale |q|`` raised by ``m = 2 (D + 32) u``
-  of itself, and ``s_ii`` lowered by ``m scale |q_i| |k_i|``, cover that, what the rule does with them, logits as
-  products in float32 accumulate them, and the subtraction in `centered`, of ``u`` in each element.
+  of itself, and ``s_ii`` lowered by ``m scale |q_i| |k_i|`` (by ``m |s_ii|`` in decoding, which takes it in float64),
+  cover that, what the rule does with them, and the subtraction in `centered`, of ``u`` in each element.
 * Sums over ``n`` gates, in any order, are off by ``n u |c|`` with ``u = 2^-53``, differences of two by twice that, and
   ``P_n`` by ``n u (|c| + log n + 2)`` more: ``c_i`` is raised by ``4 n u (|c_i| + 32)``. What kernels take in float32
   of a block of 64 keys is relative to its last one, so the sum is at least 1, and its log off by at most 100 ``u``.
