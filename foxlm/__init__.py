@@ -9,6 +9,9 @@ Importing this package registers FoX with transformers' Auto classes::
 """
 
 from foxlm import _checkout  # noqa: F401 (first: it lets the imports below find their folders)
+from foxlm.modeling import versions_fox  # noqa: F401 (second: it names a transformers that the others cannot import)
+
+# isort: split
 from foxlm.kernels.attention import forgetting_attention
 from foxlm.kernels.context_attention import context_parallel_attention
 from foxlm.kernels.context_parallel import ContextParallel

@@ -51,10 +51,8 @@ def fox_attention_forward(
     decay: Decay,
     scaling: float,
     dropout: float = 0.0,
-    **kwargs,
 ) -> tuple[Tensor, None]:
     """The best attention for the device, with pruning. Arguments as for `reference_attention_forward`."""
-    _warn_of_attentions(kwargs)
     config = module.config
     prunes = config.acp_eps is not None and config.forget_gate != "none"
     bound = module.logit_bound(query.dtype) if prunes and config.acp_rule == "paper" else None
@@ -134,7 +132,6 @@ def reference_attention_forward(
     decay: Decay,
     scaling: float,
     dropout: float = 0.0,
-    **kwargs,
 ) -> tuple[Tensor, None]:
     """`reference_attention` behind transformers' signature.
 
@@ -150,7 +147,6 @@ def reference_attention_forward(
     Returns:
         ``[B, Tq, H, D]`` and None: the weights are never held.
     """
-    _warn_of_attentions(kwargs)
     q, k, v = (x.transpose(1, 2) for x in (query, key, value))
     if decay.shards is not None:
         return sharded_attention(q, k, v, decay, decay.shards, scale=scaling, dropout=dropout, passes=REFERENCE), None
@@ -167,7 +163,6 @@ def eager_attention_forward(
     decay: Decay,
     scaling: float,
     dropout: float = 0.0,
-    **kwargs,
 ) -> tuple[Tensor, Tensor]:
     """Attention written out, as `reference_attention_forward`; returns the weights ``[B, H, Tq, Tk]`` too."""
     query, key, value = _without_padding(query, key, value, decay)
@@ -191,10 +186,8 @@ def sdpa_forward(
     decay: Decay,
     scaling: float,
     dropout: float = 0.0,
-    **kwargs,
 ) -> tuple[Tensor, None]:
     """transformers' own SDPA function with the decay as its mask. Arguments as for `reference_attention_forward`."""
-    _warn_of_attentions(kwargs)
     output_dtype = query.dtype
     # In float32 throughout: SDPA wants the mask in the type of the queries, and rounded to bfloat16 a decay of -5 would
     # be off by 2% in the weight.
@@ -207,8 +200,9 @@ def sdpa_forward(
     return out.to(output_dtype), None
 
 
-def _warn_of_attentions(kwargs: dict) -> None:
-    if kwargs.get("output_attentions"):
+def warn_of_attentions(implementation: str) -> None:
+    """Say that attention weights that were asked for will be missing, where they will."""
+    if implementation != "eager":
         logger.warning_once(
             "output_attentions=True has no effect: only attn_implementation='eager' holds the attention weights"
         )

@@ -14,6 +14,8 @@ import re
 import sys
 from pathlib import Path
 
+from .versions_fox import NEWEST, OLDEST
+
 _HERE = Path(__file__).parent
 # One module for all: classes of a folder on disk that are named by different modules are loaded as different copies.
 AUTO_MAP = {
@@ -75,7 +77,10 @@ def bundle() -> dict[str, str]:
         ValueError: a module imports what cannot be bundled; the message names it.
     """
     package = sys.modules[__package__.partition(".")[0]] if __package__ else None
-    stamp = f"{_STAMP} {getattr(package, '__version__', '')} (Apache License 2.0). Saving the model writes it anew.\n"
+    stamp = (
+        f"{_STAMP} {getattr(package, '__version__', '')} for transformers {OLDEST} to {NEWEST} (Apache License 2.0). "
+        "Saving the model writes it anew.\n"
+    )
     files: dict[str, str] = {}
     left = [_HERE / "modeling_fox.py"]
     while left:

@@ -80,7 +80,7 @@ class DynamicForgettingLayer(DynamicLayer):
         layer._forget_derived()
         return layer
 
-    def __init__(self, **kwargs) -> None:
+    def __init__(self) -> None:
         super().__init__()
         self._forget()
 
@@ -128,7 +128,7 @@ class DynamicForgettingLayer(DynamicLayer):
             self.gates = self._join("c", old_c, c, -1), self._join("first", old_first, first.int(), -1)
         self._new = Decay(c, self.gates[0], first, layout.positions)
 
-    def update(self, key_states: Tensor, value_states: Tensor, *args, **kwargs) -> tuple[Tensor, Tensor]:
+    def update(self, key_states: Tensor, value_states: Tensor, few: bool = False) -> tuple[Tensor, Tensor]:
         """As `DynamicLayer.update`, for keys whose gates `append_gates` has taken in.
 
         Raises:

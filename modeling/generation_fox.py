@@ -8,6 +8,7 @@ from transformers.cache_utils import Cache
 from transformers.generation import GenerationMixin
 from transformers.generation.configuration_utils import GenerationMode
 
+from .arguments_fox import MASK_ARGUMENTS, refuse_unknown
 from .configuration_fox import LAYER_TYPE, FoxConfig
 from .decoding_fox import decoding_weights
 from .layout_fox import padding_mask, refuse_overflow
@@ -47,13 +48,14 @@ class FoxGenerationMixin(GenerationMixin):
         cache: Cache | None = None,
         *,
         past_key_values: Cache | None = None,
-        **kwargs,
+        **kwargs: Any,
     ) -> dict[str, Tensor | None]:
         """The padding mask at the fixed length of a static cache, so that a compiled step sees one shape.
 
         Called by `generate` before each step where the cache can be compiled; so a paged cache makes room here, outside
         of what is compiled.
         """
+        refuse_unknown(FoxGenerationMixin.create_masks_for_generate, kwargs, MASK_ARGUMENTS)
         cache = one_cache(cache, past_key_values)
         batch, length = inputs_embeds.shape[:2]
         keys = length if cache is None else cache.get_mask_sizes(length, 0)[0]

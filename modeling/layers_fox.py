@@ -26,6 +26,7 @@ from transformers.utils import TransformersKwargs
 from ..kernels.attention import hide_padding
 from ..kernels.decay import Decay, accumulate, running_max
 from ..kernels.rounding import logit_margin, stored_margin
+from .arguments_fox import DECODER_ARGUMENTS, refuse_unknown
 from .attention_fox import ALL_ATTENTION_FUNCTIONS, DEFAULT_IMPLEMENTATION, decodes, eager_attention_forward
 from .cache_fox import ForgettingLayer, check_cache, layer_of
 from .configuration_fox import FoxConfig
@@ -275,8 +276,10 @@ class FoxAttention(nn.Module):
             ``[B, T, hidden]`` and the attention weights ``[B, H, T, Tk]`` (None unless `eager`).
 
         Raises:
+            TypeError: an argument is not known here; the message names it.
             ValueError: an argument is not as above; the message names it.
         """
+        refuse_unknown(FoxAttention.forward, kwargs, DECODER_ARGUMENTS)
         cache = one_cache(cache, past_key_values)
         if layout is None:
             self._check_alone(hidden_states, cache)
@@ -337,7 +340,7 @@ class FoxAttention(nn.Module):
 
         attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.implementation, eager_attention_forward)
         dropout = self.attention_dropout if self.training else 0.0
-        out, weights = attend(self, q, k, v, None, decay=decay, scaling=self.scaling, dropout=dropout, **kwargs)
+        out, weights = attend(self, q, k, v, None, decay=decay, scaling=self.scaling, dropout=dropout)
 
         if self.config.use_output_norm:
             out = self.output_norm(out)

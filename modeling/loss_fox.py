@@ -46,7 +46,7 @@ def loss_in_chunks(
     labels: Tensor,
     num_items_in_batch: Tensor | int,
     shift_labels: Tensor | None = None,
-    **kwargs,
+    vocab_size: int,
 ) -> Tensor:
     """``loss_function`` of the logits of all tokens, of which no more than a chunk's are ever held.
 
@@ -56,12 +56,12 @@ def loss_in_chunks(
     Args:
         hidden_states: ``[B, T, hidden]``, what the head takes.
         lm_head: hidden states to logits.
-        loss_function: as a model's `loss_function`: takes ``logits``, ``labels``, ``shift_labels``,
-            ``num_items_in_batch`` and ``kwargs``.
+        loss_function: as a model's `loss_function`: takes ``logits`` and all that is named below.
         chunk_size: tokens whose logits are held, of all rows together.
         labels: ``[B, T]`` int64, -100 for none; shifted here.
         shift_labels: ``[B, T]`` targets that are shifted already, instead of ``labels``.
         num_items_in_batch: what the sum is divided by.
+        vocab_size: number of logits of a token.
 
     Returns:
         The loss, a scalar.
@@ -72,8 +72,8 @@ def loss_in_chunks(
 
     def summed(states: Tensor, head: Callable[[Tensor], Tensor]) -> Tensor:
         def part(states: Tensor, targets: Tensor) -> Tensor:
-            counts = {"shift_labels": targets, "num_items_in_batch": num_items_in_batch}
-            return loss_function(logits=head(states), labels=None, **counts, **kwargs)
+            counts = {"shift_labels": targets, "num_items_in_batch": num_items_in_batch, "vocab_size": vocab_size}
+            return loss_function(logits=head(states), labels=None, **counts)
 
         chunks = zip(states.flatten(0, 1).split(chunk_size), targets.split(chunk_size), strict=True)
         losses = [checkpoint(part, *chunk, use_reentrant=False, preserve_rng_state=False) for chunk in chunks]
@@ -89,7 +89,6 @@ def targets_of_shard(
     labels: Tensor,
     shift_labels: Tensor | None = None,
     num_items_in_batch: Tensor | int | None = None,
-    **kwargs,
 ) -> dict[str, Any]:
     """Arguments of a loss by this rank's tokens, from those of the whole sequence: the sum over ranks is its loss.
 
@@ -97,14 +96,13 @@ def targets_of_shard(
         shards: who has which tokens.
         labels, shift_labels, num_items_in_batch: as for `loss_in_chunks`. With a number of items, the sum over ranks is
             an equal share for each of them: who gives it (Trainer) multiplies losses by all processes.
-        kwargs: passed on.
     """
     count = number_of_targets(labels, shift_labels, num_items_in_batch)
     num_items_in_batch = count if num_items_in_batch is None else count * shards.split.ranks
     if shift_labels is None:
         shift_labels = nn.functional.pad(labels, (0, 1), value=_IGNORED)[..., 1:]
     own = shards.take(shift_labels)
-    return kwargs | {"labels": own, "shift_labels": own, "num_items_in_batch": num_items_in_batch}
+    return {"labels": own, "shift_labels": own, "num_items_in_batch": num_items_in_batch}
 
 
 def _takes_reduce(lm_head: nn.Module) -> bool:

@@ -1,5 +1,10 @@
 """The Forgetting Transformer (FoX): decoder, language model and task heads."""
 
+# First, so that a transformers too old is named before an import of its parts fails.
+from .versions_fox import CACHE, CACHE_NAMES, cache_of, one_cache
+
+# isort: split
+
 from typing import Any, cast
 
 import torch
@@ -21,7 +26,14 @@ from transformers.utils.import_utils import is_torchdynamo_compiling
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
 from ..kernels.context_parallel import ContextParallel, Shards
-from .attention_fox import CONTEXT_PARALLEL_IMPLEMENTATIONS, DEFAULT_IMPLEMENTATION, IMPLEMENTATIONS, decodes
+from .arguments_fox import DECODER_ARGUMENTS, LOSS_ARGUMENTS, refuse_unknown
+from .attention_fox import (
+    CONTEXT_PARALLEL_IMPLEMENTATIONS,
+    DEFAULT_IMPLEMENTATION,
+    IMPLEMENTATIONS,
+    decodes,
+    warn_of_attentions,
+)
 from .cache_fox import check_cache
 from .configuration_fox import LAYER_TYPE, FoxConfig
 from .gates_fox import FoxConstantGate, FoxForgetGate, decay_time_bias, share_remembered
@@ -33,7 +45,6 @@ from .loss_fox import FoxLMHead, loss_in_chunks, number_of_targets, targets_of_s
 from .paged_cache_fox import FoxPagedCache
 from .parallel_fox import check_processes, check_tensor_parallel
 from .peft_defaults import register_peft_defaults
-from .versions_fox import CACHE, CACHE_NAMES, cache_of, one_cache
 
 
 class FoxPreTrainedModel(PreTrainedModel):
@@ -206,8 +217,12 @@ class FoxModel(FoxPreTrainedModel):
         and results are of this rank's tokens.
 
         Raises:
+            TypeError: an argument is not known here; the message names it.
             ValueError: an argument is not as above; the message names it.
         """
+        refuse_unknown(FoxModel.forward, kwargs, DECODER_ARGUMENTS)
+        if kwargs.get("output_attentions"):
+            warn_of_attentions(self.config._attn_implementation)
         cache = one_cache(cache, past_key_values)
         given = check_tokens(input_ids, inputs_embeds, self.config.hidden_size)
         tokens = (given.shape[0], given.shape[1])
@@ -259,7 +274,6 @@ class FoxModel(FoxPreTrainedModel):
                 layout=layout,
                 position_embeddings=position_embeddings,
                 **{CACHE: cache},
-                **kwargs,
             )
         return BaseModelOutputWithPast(
             last_hidden_state=self.norm(hidden_states),
@@ -327,6 +341,8 @@ class FoxForCausalLM(FoxPreTrainedModel, FoxGenerationMixin):
             >>> model(torch.tensor([[1, 2, 3]])).logits.shape
             torch.Size([1, 3, 50304])
         """
+        refuse_unknown(FoxForCausalLM.forward, kwargs, DECODER_ARGUMENTS, LOSS_ARGUMENTS)
+        targets = {name: kwargs.pop(name) for name in LOSS_ARGUMENTS if name in kwargs}
         check_logits_to_keep(logits_to_keep)
         coefficient = self.config.forget_aux_loss_coef if self.training and labels is not None else 0.0
         if coefficient:
@@ -349,7 +365,7 @@ class FoxForCausalLM(FoxPreTrainedModel, FoxGenerationMixin):
                 raise ValueError(f"logits_to_keep must be 0 with context parallelism, got {logits_to_keep}")
             logits = self.lm_head(outputs.last_hidden_state[:, kept])
         if labels is not None:
-            options = kwargs | {"labels": labels, "vocab_size": self.config.vocab_size}
+            options = targets | {"labels": labels}
             shards = None
             if context is None:
                 check_labels(labels, outputs.last_hidden_state.shape[:2] if logits is None else logits.shape[:2])
@@ -358,6 +374,7 @@ class FoxForCausalLM(FoxPreTrainedModel, FoxGenerationMixin):
             else:
                 shards = context.shards(labels.shape[1])
                 options = targets_of_shard(shards, **options)
+            options["vocab_size"] = self.config.vocab_size
             if chunk_size is None:
                 loss = self.loss_function(logits=logits, **options)
             else:
@@ -368,7 +385,7 @@ class FoxForCausalLM(FoxPreTrainedModel, FoxGenerationMixin):
             if coefficient:
                 if not self.config.gates_learn:
                     raise ValueError(f"forget_aux_loss_coef must be 0 with forget_gate {self.config.forget_gate!r}")
-                loss = loss + coefficient * self._share_remembered(outputs, attention_mask, labels, **kwargs)
+                loss = loss + coefficient * self._share_remembered(outputs, attention_mask, labels, **targets)
         return CausalLMOutputWithPast(
             loss=loss,
             logits=logits,
@@ -384,7 +401,6 @@ class FoxForCausalLM(FoxPreTrainedModel, FoxGenerationMixin):
         labels: Tensor,
         num_items_in_batch: Tensor | int | None = None,
         shift_labels: Tensor | None = None,
-        **kwargs,
     ) -> Tensor:
         gate_logits = outputs["forget_gate_logits"]
         lost = torch.is_grad_enabled() and not any(x.requires_grad for x in gate_logits)

@@ -154,9 +154,7 @@ class PagedForgettingLayer(CacheLayerMixin):
             _fixed(x)
         self.is_initialized = True
 
-    def update(
-        self, key_states: Tensor, value_states: Tensor, *args: Any, few: bool = False, **kwargs: Any
-    ) -> tuple[Tensor, Tensor]:
+    def update(self, key_states: Tensor, value_states: Tensor, few: bool = False) -> tuple[Tensor, Tensor]:
         """Take in keys and values, ``[B, G, T, D]``.
 
         Args:
@@ -546,8 +544,8 @@ class FoxPagedCache(Cache):
         super().reset()
         self._ahead = 0
 
-    def crop(self, *args, **kwargs) -> None:
-        super().crop(*args, **kwargs)
+    def crop(self, tokens_to_remove: int) -> None:
+        super().crop(tokens_to_remove)
         self._ahead = 0
 
 

@@ -68,6 +68,9 @@ class StaticForgettingLayer(StaticLayer):
 
     __slots__ = _NOT_EXPORTED
 
+    # transformers' static layers can be cropped from 5.24 on: their length is set back.
+    is_croppable = False
+
     summary: tuple[KeySummary, Running] | None
     _new: Decay | None
 
@@ -77,7 +80,7 @@ class StaticForgettingLayer(StaticLayer):
         layer.summary = layer._new = None
         return layer
 
-    def __init__(self, max_cache_len: int, made_for: StateSizes, **kwargs) -> None:
+    def __init__(self, max_cache_len: int, made_for: StateSizes) -> None:
         """
         Args:
             max_cache_len: tokens there is room for.
@@ -120,7 +123,7 @@ class StaticForgettingLayer(StaticLayer):
             held.copy_(new[..., -1])
         self._new = Decay(c, all_c, first, layout.positions)
 
-    def update(self, key_states: Tensor, value_states: Tensor, *args, **kwargs) -> tuple[Tensor, Tensor]:
+    def update(self, key_states: Tensor, value_states: Tensor, few: bool = False) -> tuple[Tensor, Tensor]:
         """As `DynamicForgettingLayer.update`."""
         check_gates(self._new)
         keys, values = super().update(key_states, value_states)
@@ -167,6 +170,17 @@ class StaticForgettingLayer(StaticLayer):
             buffer.zero_()
         if self.summary is not None:
             self.summary[1][0].fill_(float("-inf"))
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Refused: the gates and unshifted states of earlier tokens are not kept.
+
+        Raises:
+            NotImplementedError: there is something to remove.
+        """
+        if tokens_to_remove:
+            raise NotImplementedError(
+                "a static cache of FoX cannot be cropped: use DynamicCache(config=model.config), or FoxPagedCache"
+            )
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         super().reorder_cache(beam_idx)

@@ -3,14 +3,45 @@
 All that differs between them is here. transformers 5.24 renamed the cache, ``past_key_values``, to ``cache``: as the
 argument of models, layers and `generate`, and as the field of outputs. Callers may use either name as an argument, with
 any version; outputs are transformers' own and have the name of the version installed, from 5.24 on both.
+
+Importing this module checks the version. foxlm and a model's own code import it before anything else of transformers.
 """
 
+import re
 import warnings
 from typing import Any
 
+import transformers
 from transformers.cache_utils import Cache
 from transformers.modeling_outputs import BaseModelOutputWithPast
+from transformers.utils import logging
 from transformers.utils.import_utils import is_torchdynamo_compiling
+
+logger = logging.get_logger(__name__)
+
+OLDEST, NEWEST = "5.17", "5.24"
+"""The first and the last minor version of transformers that this code was tried with."""
+
+
+def check_transformers(version: str) -> None:
+    """Warn once where ``version`` of transformers is above the range; it may have renamed what is passed to models.
+
+    Raises:
+        ImportError: it is below.
+    """
+    found, oldest, newest = (tuple(map(int, re.findall(r"\d+", x)[:2])) for x in (version, OLDEST, NEWEST))
+    if found < oldest:
+        raise ImportError(
+            f"FoX needs transformers {OLDEST} to {NEWEST}, got {version}: pip install 'transformers>={OLDEST}'"
+        )
+    if found > newest:
+        logger.warning_once(
+            f"FoX was tried with transformers {OLDEST} to {NEWEST}, not with {version}, which may differ: update foxlm "
+            f"(the code of a published model: by who published it), or pip install 'transformers=={NEWEST}.*'"
+        )
+
+
+check_transformers(transformers.__version__)
 
 CACHE_NAMES = ("cache", "past_key_values")
 # Asked of transformers itself, not of its version: a development version has what it has.
