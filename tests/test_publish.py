@@ -124,7 +124,7 @@ def test_nothing_is_pushed_unasked_or_unready(folder: Path, hub: Hub) -> None:
     [
         (["--private"], "--private needs --push REPO_ID"),
         (["--push", "a/b/c"], "Repo id must be"),
-        (["--push", ""], "Repo id must"),
+        (["--push", "a..b"], "a..b"),
     ],
 )
 def test_wrong_options_are_refused_before_any_check(ready: Path, hub: Hub, arguments: list[str], message: str) -> None:
