@@ -19,6 +19,7 @@ DECODER_ARGUMENTS = {
     "cu_seq_lens_k": "read here",
     "max_length_q": "of DataCollatorWithFlattening; follows from cu_seq_lens_q",
     "max_length_k": "of DataCollatorWithFlattening; follows from cu_seq_lens_k",
+    "seq_idx": "of the same and TRL, for packed sequences; follows from position_ids, which come with it",
     "num_items_in_batch": "of Trainer; for the loss, and transformers' task heads pass on all that they are given",
     "token_type_ids": "of tokenizers and pipelines; no weight of FoX depends on the segment of a token",
     "debug_io": "read by transformers' merge_with_config_defaults",

@@ -47,6 +47,7 @@ def test_an_unknown_argument_is_refused_by_name(model_class: Any) -> None:
 def test_arguments_that_transformers_passes_change_nothing() -> None:
     values: dict[str, Any] = {"cu_seq_lens_q": torch.tensor([0, 6]), "cu_seq_lens_k": torch.tensor([0, 6])}
     values |= {"max_length_q": 6, "max_length_k": 6, "num_items_in_batch": 5, "token_type_ids": torch.ones(1, 6).long()}
+    values |= {"seq_idx": torch.zeros(1, 6, dtype=torch.int32)}
     values |= {name: True for name in DECODER_ARGUMENTS if name.startswith("output_")}
     left = DECODER_ARGUMENTS.keys() - values.keys()
     assert left == {"debug_io", "debug_io_dir", "prune_layers"}, "read by transformers before they come here"
