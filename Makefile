@@ -5,13 +5,13 @@ SECONDS ?= 60
 SHELL := bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help venv demo docs test test-gpu fuzz sanitize lint typecheck format clean
+.PHONY: help venv demo docs test test-versions test-gpu fuzz sanitize lint typecheck format clean
 
 bin := .venv/bin
 stamp := .venv/.installed
 
 help:  ## Print the targets
-	@sed -nE 's/^([a-z-]+):[^#]*## (.*)/\1\t\2/p' Makefile | while IFS=$$'\t' read -r name text; do printf '%-10s %s\n' "$$name" "$$text"; done
+	@sed -nE 's/^([a-z-]+):[^#]*## (.*)/\1\t\2/p' Makefile | while IFS=$$'\t' read -r name text; do printf '%-13s %s\n' "$$name" "$$text"; done
 
 venv: $(stamp)  ## Make .venv with the pinned requirements and foxlm, editable (PYTHON=python3)
 
@@ -36,6 +36,23 @@ docs: $(stamp)  ## Write docs/api.md anew, from the docstrings
 
 test: $(stamp)  ## Run the tests on the CPU (WORKERS=2)
 	$(bin)/python -m pytest -m "not gpu" -n $(WORKERS) --dist worksteal
+
+# The pinned set under another transformers and what that asks for: the oldest that setup.cfg allows, and the newest
+# that the index has when it is installed (make clean installs anew).
+test-versions: $(stamp) .venv-oldest/.installed .venv-newest/.installed  ## Run the tests that tell versions of transformers apart
+	@for venv in .venv-oldest .venv .venv-newest; do \
+	  echo "transformers $$($$venv/bin/python -c 'import importlib.metadata as m; print(m.version("transformers"))'):"; \
+	  $$venv/bin/python -m pytest -m "versions and not gpu" -n $(WORKERS) --dist worksteal; \
+	done
+
+.venv-oldest/.installed: transformers := $(shell sed -nE 's/ *(transformers)>=([0-9.]+),.*/\1==\2/p' setup.cfg)
+.venv-newest/.installed: transformers := transformers
+.venv-%/.installed: $(stamp)
+	rm -rf $(@D)
+	$(bin)/python -m venv $(@D)
+	echo "import site; site.addsitedir('$$($(bin)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')')" > $$(echo $(@D)/lib/python*/site-packages)/pinned.pth
+	$(@D)/bin/python -m pip install --quiet --upgrade "$(transformers)"
+	touch $@
 
 test-gpu: $(stamp)  ## Run the tests that need a GPU
 	$(bin)/python -m pytest -m gpu
@@ -66,5 +83,5 @@ format: $(stamp)  ## Rewrite the code in the house format
 	$(bin)/ruff format
 
 clean:  ## Remove .venv, caches and everything built
-	rm -rf .venv build dist *.egg-info foxlm-demo .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf .venv .venv-oldest .venv-newest build dist *.egg-info foxlm-demo .mypy_cache .pytest_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -304,8 +304,9 @@ def register_layer_type(config: FoxConfig) -> str:
     sizes = state_sizes(config)
     gates, heads, shifted = sizes
     layer_type = "-".join(map(str, (LAYER_TYPE, gates, heads, *shifted)))
-    DYNAMIC_LAYER_TYPE_MAPPING[layer_type] = DynamicForgettingLayer
-    STATIC_LAYER_TYPE_MAPPING[layer_type] = functools.partial(StaticForgettingLayer, made_for=sizes)
+    if layer_type not in STATIC_LAYER_TYPE_MAPPING:
+        DYNAMIC_LAYER_TYPE_MAPPING[layer_type] = DynamicForgettingLayer
+        STATIC_LAYER_TYPE_MAPPING[layer_type] = functools.partial(StaticForgettingLayer, made_for=sizes)
     return layer_type
 
 

@@ -34,7 +34,7 @@ from .attention_fox import (
     decodes,
     warn_of_attentions,
 )
-from .cache_fox import check_cache
+from .cache_fox import check_cache, register_layer_type
 from .configuration_fox import LAYER_TYPE, FoxConfig
 from .gates_fox import FoxConstantGate, FoxForgetGate, decay_time_bias, share_remembered
 from .generation_fox import FoxGenerationMixin
@@ -183,6 +183,8 @@ class FoxModel(FoxPreTrainedModel):
         self.rotary_emb = None if config.rope_parameters is None else FoxRotaryEmbedding(config)
         self.gradient_checkpointing = False
         self.context_parallel: ContextParallel | None = None
+        # Before torch.compile traces a forward that makes a cache: it guards the table that this writes to.
+        register_layer_type(config)
         self.post_init()
 
     @merge_with_config_defaults

@@ -18,6 +18,8 @@ from foxlm.modeling.arguments_fox import DECODER_ARGUMENTS, LOSS_ARGUMENTS, MASK
 from foxlm.modeling.attention_fox import ALL_ATTENTION_FUNCTIONS, IMPLEMENTATIONS, eager_attention_forward
 from models import assert_close, tiny_config, tiny_model, tokens
 
+pytestmark = pytest.mark.versions
+
 CLASSES = (
     FoxModel,
     FoxForCausalLM,

@@ -19,8 +19,11 @@ from without_foxlm import run_without
 
 ROOT = Path(__file__).resolve().parent.parent
 
-# transformers warns of the older name from 5.24 on, as its own models do.
-pytestmark = pytest.mark.filterwarnings("ignore:.*past_key_values.*:FutureWarning")
+pytestmark = [
+    pytest.mark.versions,
+    # transformers warns of the older name from 5.24 on, as its own models do.
+    pytest.mark.filterwarnings("ignore:.*past_key_values.*:FutureWarning"),
+]
 
 
 @torch.no_grad()
@@ -75,6 +78,14 @@ def test_trainer_predicts_logits_alone(tmp_path) -> None:
     arguments = TrainingArguments(str(tmp_path), per_device_eval_batch_size=2, report_to=[], use_cpu=True)
     predicted = Trainer(model, arguments).predict(rows).predictions
     assert predicted.shape == (3, 6, model.config.vocab_size)
+
+
+@torch.no_grad()
+def test_a_forward_that_makes_its_own_cache_compiles() -> None:
+    # Of sizes that no other test has: caches of a kind are registered once in a process.
+    model, ids = tiny_model(num_attention_heads=6, num_key_value_heads=3), tokens(1, 5)
+    step = torch.compile(lambda x: model(x, use_cache=True).logits, backend="eager", fullgraph=True)
+    assert_close(step(ids), model(ids, use_cache=False).logits)
 
 
 def test_static_caches_say_that_they_cannot_be_cropped() -> None:
