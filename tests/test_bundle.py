@@ -89,6 +89,7 @@ def assert_same(found: Path, expected: Path) -> None:
             assert torch.equal(one[name], tensor), name
 
 
+@pytest.mark.versions
 def test_saved_model_works_without_foxlm_and_saves_itself_again(saved: Path) -> None:
     code = """
 for name in ("model", "again", "third"):

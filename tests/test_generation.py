@@ -16,6 +16,8 @@ from foxlm.modeling.versions_fox import CACHE, cache_of
 from models import DECODING_VARIANTS, tiny_model, tokens
 from test_cache import restart_sum
 
+pytestmark = pytest.mark.versions
+
 MODELS = {variant: tiny_model(variant) for variant in DECODING_VARIANTS}
 NEW = 12
 

@@ -68,6 +68,7 @@ def test_trainer_learns(variant: str, tmp_path: Path) -> None:
     assert history[0] > 3.5 and history[-1] < 0.5 * history[0], history
 
 
+@pytest.mark.versions
 def test_trainer_learns_from_packed_sequences(tmp_path: Path) -> None:
     collator = DataCollatorWithFlattening(return_flash_attn_kwargs=True)
     run = trainer(trainable(), tmp_path, patterns(16), max_steps=30, logging_steps=3, data_collator=collator)
@@ -83,6 +84,7 @@ def test_trainer_with_label_smoothing(tmp_path: Path) -> None:
     assert history[-1] < 0.8 * history[0], history
 
 
+@pytest.mark.versions
 def test_language_modeling_collator_pads_and_trains(tmp_path: Path) -> None:
     vocabulary = {f"t{index}": index for index in range(97)}
     tokenizer = PreTrainedTokenizerFast(
