@@ -1,5 +1,6 @@
 PYTHON ?= python3
 WORKERS ?= 2
+VENVS ?= .venv-oldest .venv .venv-newest
 SECONDS ?= 60
 
 SHELL := bash
@@ -40,7 +41,7 @@ test: $(stamp)  ## Run the tests on the CPU (WORKERS=2)
 # The pinned set under another transformers and what that asks for: the oldest that setup.cfg allows, and the newest
 # that the index has when it is installed (make clean installs anew).
 test-versions: $(stamp) .venv-oldest/.installed .venv-newest/.installed  ## Run the tests that tell versions of transformers apart
-	@for venv in .venv-oldest .venv .venv-newest; do \
+	@for venv in $(VENVS); do \
 	  echo "transformers $$($$venv/bin/python -c 'import importlib.metadata as m; print(m.version("transformers"))'):"; \
 	  $$venv/bin/python -m pytest -m "versions and not gpu" -n $(WORKERS) --dist worksteal; \
 	done
