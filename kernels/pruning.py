@@ -38,6 +38,7 @@ to float32, in which kernels compute (PyTorch, and sums of gates everywhere, are
 An overflow, or any NaN, makes a comparison false, which keeps keys. So does a ``U`` that is NaN, infinite or negative.
 """
 
+import math
 from typing import Literal, NamedTuple
 
 import torch
@@ -196,7 +197,8 @@ def margin_dtype(k: Tensor) -> torch.dtype:
 
 def raised(c: Tensor, keys: int) -> Tensor:
     """``c`` of `QueryBounds` from running sums over at most so many keys."""
-    return c + decay_margin(keys) * (32.0 - c)
+    margin = decay_margin(keys)
+    return c * (1.0 - margin) + 32.0 * margin
 
 
 def may_drop(query: QueryBounds, keys: KeySummary, log_eps: float, logit_bound: Tensor | None) -> Tensor:
@@ -238,6 +240,22 @@ def most_droppable(
     return low
 
 
+def bounds_to_come(bounds: tuple[Tensor, Tensor], heads: int, head_dim: int) -> tuple[Tensor, Tensor]:
+    """``norm`` and ``own`` of `QueryBounds`, ``[H, 1]`` float64, of queries of which only bounds are known.
+
+    Args:
+        bounds: ``scale |q|`` and ``-scale q . k`` with its own key of any such query are at most these, ``[H]`` or
+            ``[1]`` each; the second also bounds any ``|scale q . k|``. Negative ones and NaN count as infinite.
+        heads: number of query heads ``H``.
+        head_dim: size of a head.
+    """
+    # The largest norms of keys are float32.
+    margin = logit_margin(head_dim, torch.float32)
+    given = torch.stack(bounds).double()
+    norm, own = torch.where(given >= 0.0, given * (1.0 + margin), math.inf).expand(2, heads)[..., None]
+    return norm, -own
+
+
 def first_dead_block(
     c: Tensor,
     summary: KeySummary,
@@ -247,38 +265,32 @@ def first_dead_block(
     eps: float,
     rule: Rule,
     keys: int,
-    head_dim: int,
 ) -> Tensor:
     """First block of 64 keys that a query to come may need; every later one may drop all before.
 
-    The rules above for a query of which only bounds are known: of its length, and of the logit with its own key. Its
-    running sum is not above that of any token before it.
+    The rules above for queries of which only bounds are known. Their running sum is not above that of any token before
+    them.
 
     Args:
         c: ``[B, Hf]`` float64 running sum at some token.
         summary: of the keys.
-        bounds: of any query from that token on: ``scale |q|`` and ``-scale q . k`` with its own key are at most these,
-            ``[H]`` each; the second also bounds any ``|scale q . k|``. Where one is negative or NaN, nothing is dead.
+        bounds: of any query from that token on, as `bounds_to_come` gives them.
         blocks: how many blocks lie wholly before that token.
         eps: as for `first_kept`.
         rule: as for `first_kept`.
         keys: most keys there will ever be.
-        head_dim: size of a head.
 
     Returns:
         ``[B, G]`` int32, at most ``blocks``: the least over the query heads of a key/value head.
     """
     check_rule(eps, rule)
-    query_bound, own_bound = (x.double()[:, None] for x in bounds)
-    heads, kv_heads = len(query_bound), summary.largest.shape[1]
+    norm, own = bounds
+    heads, kv_heads = len(norm), summary.largest.shape[1]
     c, *entries = (_per_query_head(x, heads) for x in (c[..., None], *(x[..., :blocks] for x in summary)))
-    # The largest norms are float32.
-    margin = logit_margin(head_dim, torch.float32)
-    query = QueryBounds(raised(c, keys), query_bound * (1.0 + margin), -own_bound * (1.0 + margin))
     paper = rule == "paper"
     log_eps = log_allowed(eps, torch.float32, keys if paper else 1)
-    dead = may_drop(query, KeySummary(*entries), log_eps, own_bound if paper else None)
-    dead = dead & (query_bound >= 0.0) & (own_bound >= 0.0)
+    query = QueryBounds(raised(c, keys), norm, own)
+    dead = may_drop(query, KeySummary(*entries), log_eps, -own if paper else None)
     return dead.int().cumprod(-1).sum(-1, dtype=torch.int32).unflatten(1, (kv_heads, -1)).amin(2)
 
 

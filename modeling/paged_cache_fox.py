@@ -21,7 +21,7 @@ from transformers.cache_utils import Cache, CacheLayerMixin
 from transformers.utils.import_utils import is_torchdynamo_compiling
 
 from ..kernels.decay import CachedKeys, Decay, KeySummary, accumulate
-from ..kernels.pruning import Rule, first_dead_block
+from ..kernels.pruning import Rule, bounds_to_come, first_dead_block
 from ..kernels.rounding import logit_margin
 from ..kernels.summary import Running, empty_summary, extend_summary, running_before
 from ..kernels.tiles import PRUNED_KEYS as PAGE
@@ -73,6 +73,8 @@ class PagedForgettingLayer(CacheLayerMixin):
         self.max_cache_len, self.made_for = max_cache_len, made_for
         self.group, self.eps, self.rule = group, eps, rule
         self.bounds: LogitBounds | None = None
+        # The same as the rules read them, on the device.
+        self._bounds_to_come: LogitBounds | None = None
         self._forget()
 
     @property
@@ -102,7 +104,7 @@ class PagedForgettingLayer(CacheLayerMixin):
                 )
             # Those that pages were freed for.
             return
-        self.bounds = bounds
+        self.bounds, self._bounds_to_come = bounds, None
 
     # ---- What a forward pass does
 
@@ -322,17 +324,18 @@ class PagedForgettingLayer(CacheLayerMixin):
             return
         c_then = self.recent["c"][..., token % PAGE] if c is None else c[..., token]
         first_then = self.recent["first"][..., token % PAGE] if c is None else None
-        heads = self.group * self.pages.shape[1]
-        query, logit = (x.to(c_then.device).expand(heads) for x in self.bounds)
+        if self._bounds_to_come is None:
+            query, logit = (x.to(c_then.device) for x in self.bounds)
+            heads = self.group * self.pages.shape[1]
+            self._bounds_to_come = bounds_to_come((query, logit), heads, self.keys.shape[-1])
         dead = first_dead_block(
             c_then,
             self.summary,
-            (query, logit),
+            self._bounds_to_come,
             token // PAGE,
             eps=self.eps,
             rule=self.rule,
             keys=self.max_cache_len,
-            head_dim=self.keys.shape[-1],
         )
         if first_then is not None:
             hidden = (first_then // PAGE).int()

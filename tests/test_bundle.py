@@ -226,6 +226,7 @@ def test_two_copies_in_one_process_leave_each_other_alone(saved: Path) -> None:
 from transformers.dynamic_module_utils import get_class_from_dynamic_module
 import foxlm
 from foxlm.kernels.backend import NAMESPACE
+from foxlm.modeling.versions_fox import cache_of
 installed = AutoModelForCausalLM.from_pretrained("model", trust_remote_code=True)
 assert type(installed) is foxlm.FoxForCausalLM
 save_file(outputs(installed), "before.safetensors")

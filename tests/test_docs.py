@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from transformers import DynamicCache
 from typer.testing import CliRunner
 
 from foxlm import FoxConfig, FoxForCausalLM
@@ -131,7 +132,7 @@ def test_examples_of_the_api_reference_run():
     from foxlm.evaluation.recording import record_attention
 
     names = {name: getattr(foxlm, name) for name in foxlm.__all__} | {"torch": torch, "decay_times": decay_times}
-    names["deal_heads"] = deal_heads
+    names |= {"deal_heads": deal_heads, "DynamicCache": DynamicCache}
     names |= {"record_attention": record_attention, "input_ids": torch.tensor([[1, 2, 3]])}
     names["model"] = FoxForCausalLM(FoxConfig(vocab_size=8, hidden_size=32, num_attention_heads=2, num_hidden_layers=1))
     parser, runner = doctest.DocTestParser(), doctest.DocTestRunner(optionflags=doctest.ELLIPSIS)

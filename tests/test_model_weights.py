@@ -1,5 +1,6 @@
 """Saving, loading and types of weights, and the heads of other tasks."""
 
+import copy
 import json
 from collections.abc import Callable
 from typing import Any
@@ -45,6 +46,8 @@ def test_saved_and_loaded_it_is_bit_equal(variant: str, tmp_path) -> None:
     loaded, info = AutoModelForCausalLM.from_pretrained(tmp_path, output_loading_info=True)
     assert type(loaded) is FoxForCausalLM
     assert not info["missing_keys"] and not info["unexpected_keys"] and not info["mismatched_keys"]
+    # Weights mapped from a file may lie at odd addresses, by which a CPU's matrix products choose the order of sums.
+    loaded = copy.deepcopy(loaded)
     assert torch.equal(loaded(tokens(2, 9)).logits, model(tokens(2, 9)).logits)
 
 

@@ -478,7 +478,7 @@ def test_offloaded_weights_free_nothing() -> None:
 
 def test_bad_arguments() -> None:
     model = forgetful_model()
-    with pytest.raises(ValueError, match="max_cache_len must be positive, got 0"):
+    with pytest.raises(ValueError, match="max_cache_len must be a positive integer, got 0"):
         FoxPagedCache(model.config, 0)
     cache = FoxPagedCache(model.config, 100)
     with pytest.raises(RuntimeError, match=r"torch\.no_grad"):

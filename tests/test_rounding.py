@@ -13,7 +13,7 @@ from torch import Tensor
 
 from foxlm.kernels.backend import HAS_TRITON
 from foxlm.kernels.decay import Decay, KeySummary
-from foxlm.kernels.pruning import Rule, first_dead_block, first_kept, prune
+from foxlm.kernels.pruning import Rule, bounds_to_come, first_dead_block, first_kept, prune
 from foxlm.kernels.rounding import logit_margin
 from foxlm.kernels.sharded_pruning import prune_shards
 from foxlm.kernels.summary import empty_summary, extend_summary
@@ -94,8 +94,9 @@ def by_paging(case: Threshold, rule: Rule, device: str) -> Tensor:
     q, k, decay = moved(case, device)
     summary, last = summary_of(k, decay.key), k.shape[1] - 1
     bounds = [x.to(device) for x in (SCALE * case.q[0, 0].double().norm(dim=-1), bound_of_all(case))]
-    options: Any = {"eps": EPS, "rule": rule, "keys": last + 1, "head_dim": HEAD_DIM}
-    dead = first_dead_block(decay.key[..., -1], summary, (bounds[0], bounds[1]), last // BLOCK, **options)
+    to_come = bounds_to_come((bounds[0], bounds[1]), q.shape[2], HEAD_DIM)
+    options: Any = {"eps": EPS, "rule": rule, "keys": last + 1}
+    dead = first_dead_block(decay.key[..., -1], summary, to_come, last // BLOCK, **options)
     first = (BLOCK * dead[0].cpu()).long().repeat_interleave(q.shape[2] // k.shape[2])
     return torch.maximum(first, case.decay.first[0, :, 0])
 

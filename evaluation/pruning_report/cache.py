@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from foxlm.kernels.decay import accumulate
-from foxlm.kernels.pruning import Rule, first_dead_block
+from foxlm.kernels.pruning import Rule, bounds_to_come, first_dead_block
 from foxlm.kernels.summary import empty_summary, extend_summary
 from foxlm.modeling.paged_cache_fox import PAGE, LogitBounds, PagedForgettingLayer
 
@@ -49,17 +49,16 @@ def held_pages(
         # The last tokens may be taken back: what is dead must be so for queries from there on.
         token = length - 1 - PagedForgettingLayer.rollback_window
         if bounds is not None and token >= PAGE:
-            query, logit = (x.to(c.device).expand(heads) for x in bounds)
+            query, logit = (x.to(c.device) for x in bounds)
             then = c[..., token]
             dead = first_dead_block(
                 then,
                 summary,
-                (query, logit),
+                bounds_to_come((query, logit), heads, k.shape[-1]),
                 token // PAGE,
                 eps=eps,
                 rule=rule,
                 keys=room,
-                head_dim=k.shape[-1],
             )[0]
         pages.append(-(-length // PAGE) - dead.cpu().long())
     gates = max(1, c.shape[1] // kv_heads)
