@@ -242,7 +242,7 @@ for namespace in (NAMESPACE, backend.NAMESPACE):
 assert NAMESPACE != backend.NAMESPACE
 assert type(AutoModelForCausalLM.from_pretrained("model")) is foxlm.FoxForCausalLM
 try:
-    installed(ids, cache=cache_of(copy(ids, use_cache=True)))
+    installed(ids, cache=copy(ids, use_cache=True)[1])
 except ValueError:
     print("refused")
 """
@@ -260,7 +260,7 @@ def test_files_are_what_transformers_looks_for(saved: Path) -> None:
     assert "triton" not in packages and "torch" in packages
     for name, source in bundle().items():
         compile(source, name, "exec")
-        assert source.startswith(f"# Code of a FoX model, written by foxlm {foxlm.__version__} (Apache License 2.0)")
+        assert source.startswith(f"# Code of a FoX model, written by foxlm {foxlm.__version__} for transformers 5.")
 
 
 def test_every_class_of_auto_map_is_there() -> None:
@@ -420,7 +420,6 @@ import json, sys, torch
 from safetensors.torch import load_file, save_file
 from torch.profiler import ProfilerActivity, profile
 from transformers import AutoModelForCausalLM
-from foxlm.modeling.versions_fox import cache_of
 
 if OWN:
     import foxlm
