@@ -28,6 +28,10 @@ SECTIONS = {
         "foxlm": ["forgetting_attention"],
         "foxlm.kernels.pruning": ["first_kept", "share_skipped", "centered"],
     },
+    "Training": {
+        "foxlm.training": ["FoxTrainer"],
+        "foxlm.evaluation.skipped_share": ["skipped_share"],
+    },
     "Several GPUs": {
         "foxlm": ["ContextParallel", "context_parallel_attention"],
         "foxlm.kernels.context_parallel": ["Traffic"],

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
@@ -91,15 +91,24 @@ def record_attention(
         return attend(module, query, key, value, attention_mask, **kwargs)
 
     hooks = [module.register_forward_pre_hook(before_layer, with_kwargs=True) for module in attentions]
+    try:
+        with replaced_attention(name, recording):
+            yield recorded
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+@contextmanager
+def replaced_attention(name: str, function: Callable[..., Any]) -> Iterator[None]:
+    """Have every FoX layer whose attention implementation is ``name`` call ``function`` while the context is open."""
     # The table is FoX's own, and "sdpa" is already an override in it, which must come back.
     overridden = ALL_ATTENTION_FUNCTIONS._local_mapping.get(name)
-    ALL_ATTENTION_FUNCTIONS[name] = recording
+    ALL_ATTENTION_FUNCTIONS[name] = function
     try:
-        yield recorded
+        yield
     finally:
         if overridden is None:
             del ALL_ATTENTION_FUNCTIONS[name]
         else:
             ALL_ATTENTION_FUNCTIONS[name] = overridden
-        for hook in hooks:
-            hook.remove()

@@ -28,11 +28,12 @@ import torch
 import typer
 from torch import Tensor
 from torch.utils.data import Dataset
-from transformers import AutoTokenizer, PreTrainedTokenizerBase, Trainer, TrainingArguments, set_seed
+from transformers import AutoTokenizer, PreTrainedTokenizerBase, TrainingArguments, set_seed
 
 from foxlm import FoxConfig, FoxForCausalLM
 from foxlm.evaluation.demo.optimizer import MuonAndAdamW
 from foxlm.evaluation.provenance import provenance
+from foxlm.training import FoxTrainer
 
 ARMS = ("fox-pro", "transformer-pro", "fox-llama", "transformer-llama")
 # What position costs a Transformer: rotary embeddings with the base that the FoX paper gives its baselines.
@@ -206,7 +207,7 @@ def train(
         dataloader_num_workers=2,
     )
     optimizer = MuonAndAdamW(model, muon_rate, adamw_rate, weight_decay=0.1)
-    trainer = Trainer(model, arguments, train_dataset=rows, optimizers=(optimizer, None))
+    trainer = FoxTrainer(model, arguments, train_dataset=rows, optimizers=(optimizer, None))
     began = time.monotonic()
     trainer.train()
     seconds = time.monotonic() - began

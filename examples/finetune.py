@@ -28,6 +28,7 @@ from transformers import (
 
 import foxlm  # noqa: F401  (registers FoX with the Auto classes)
 from foxlm.modeling.sharding import prepare_fsdp2, save_whole_model
+from foxlm.training import FoxTrainer
 
 PLAIN_TEMPLATE = (
     "{% for message in messages %}{{ message['role'] + ': ' + message['content'] + '\\n' }}{% endfor %}"
@@ -104,9 +105,6 @@ def add_lora(model, rank: int, gate: str):
 def main(arguments: list[str] | None = None) -> Trainer:
     parser = HfArgumentParser((FinetuningArguments, TrainingArguments))
     own, training = parser.parse_args_into_dataclasses(arguments)
-    if training.include_num_input_tokens_seen == "no":
-        # For tokens per second in what is logged.
-        training.include_num_input_tokens_seen = "all"
     set_seed(training.seed)
     tokenizer = AutoTokenizer.from_pretrained(own.model)
     tokenizer.chat_template = tokenizer.chat_template or PLAIN_TEMPLATE
@@ -121,7 +119,7 @@ def main(arguments: list[str] | None = None) -> Trainer:
     if own.lora:
         model = add_lora(model, own.lora_rank, own.gate)
         model.print_trainable_parameters()
-    trainer = Trainer(
+    trainer = FoxTrainer(
         model,
         training,
         train_dataset=examples,

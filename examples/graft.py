@@ -28,7 +28,6 @@ from transformers import (
     AutoTokenizer,
     HfArgumentParser,
     PreTrainedModel,
-    Trainer,
     TrainingArguments,
     set_seed,
 )
@@ -39,6 +38,7 @@ from foxlm.evaluation.gates import RULES, attention_reach, decay_time_table, ski
 from foxlm.evaluation.loss_by_position import by_interval, loss_by_position
 from foxlm.evaluation.recording import record_attention
 from foxlm.kernels.attention import forgetting_attention
+from foxlm.training import FoxTrainer
 
 LOG_EPS = -10.0
 # The tiles of queries and keys that the kernels skip or keep.
@@ -183,7 +183,7 @@ def finetune(
         for weight in frozen:
             weight.requires_grad_(False)
         first = TrainingArguments(**{**training.to_dict(), "max_steps": own.gate_steps})
-        Trainer(model, first, train_dataset=rows, optimizers=(new_optimizer(model, own, first), None)).train()
+        FoxTrainer(model, first, train_dataset=rows, optimizers=(new_optimizer(model, own, first), None)).train()
         steps = own.gate_steps
         for weight in frozen:
             weight.requires_grad_(True)
@@ -197,7 +197,7 @@ def finetune(
             modules_to_save=None if own.decay_times == "none" else ["forget_gate"],
         )
         model = get_peft_model(model, adapter)
-    trainer = Trainer(model, training, train_dataset=rows, optimizers=(new_optimizer(model, own, training), None))
+    trainer = FoxTrainer(model, training, train_dataset=rows, optimizers=(new_optimizer(model, own, training), None))
     trainer.train()
     steps += trainer.state.global_step
     return (model.merge_and_unload() if own.lora_rank else model), steps

@@ -55,6 +55,7 @@ from foxlm import FoxConfig, FoxForCausalLM
 from foxlm.evaluation.demo.tokenizer import byte_tokenizer
 from foxlm.kernels.context_parallel import ContextParallel
 from foxlm.modeling.sharding import FoxParallelismConfig, prepare_fsdp2, save_whole_model
+from foxlm.training import FoxTrainer
 
 
 @dataclass
@@ -167,9 +168,6 @@ def last_checkpoint(folder: str) -> str | None:
 def main(arguments: list[str] | None = None) -> Trainer:
     parser = HfArgumentParser((PretrainingArguments, TrainingArguments))
     own, training = parser.parse_args_into_dataclasses(arguments)
-    if training.include_num_input_tokens_seen == "no":
-        # For tokens per second in what is logged.
-        training.include_num_input_tokens_seen = "all"
     if own.length < 2 or not 0 <= own.held_out < 1:
         raise ValueError(f"--length must be at least 2 and --held_out in [0, 1), got {own.length} and {own.held_out}")
     check_processes(training)
@@ -186,7 +184,7 @@ def main(arguments: list[str] | None = None) -> Trainer:
             f"{model.num_parameters() / 1e6:.1f}M parameters, {len(trained)} sequences to train on, {held_out} held out"
         )
 
-    trainer = Trainer(
+    trainer = FoxTrainer(
         model,
         training,
         train_dataset=trained,

@@ -54,26 +54,50 @@ def fox_attention_forward(
 ) -> tuple[Tensor, None]:
     """The best attention for the device, with pruning. Arguments as for `reference_attention_forward`."""
     config = module.config
-    prunes = config.acp_eps is not None and config.forget_gate != "none"
-    bound = module.logit_bound(query.dtype) if prunes and config.acp_rule == "paper" else None
     if decay.cached is not None:
-        options = {"eps": config.acp_eps, "rule": config.acp_rule, "logit_bound": bound} if prunes else {}
+        options = {}
+        if prunes(config):
+            options = {"eps": config.acp_eps, "rule": config.acp_rule, "logit_bound": _bound(module, query.dtype)}
         return _decode(query, key, value, decay, decay.cached, scaling, **options), None
     q, k, v = (x.transpose(1, 2) for x in (query, key, value))
     q, k, v = without_padding(q, k, v, decay)
     if decay.shards is not None:
-        if prunes:
-            keys = decay.shards.centered(k) if _centers(config) else k
-            options = {"eps": config.acp_eps, "rule": config.acp_rule, "scale": scaling, "logit_bound": bound}
-            decay = prune_shards(decay, q, keys, decay.shards, **options)
+        if prunes(config):
+            decay = pruned(module, q, k, decay, scaling)
         return sharded_attention(q, k, v, decay, decay.shards, scale=scaling, dropout=dropout), None
     attend = best_attention(q)
     # In PyTorch the search for what may be left out takes longer than leaving it out saves.
-    if attend is not reference_attention and prunes:
-        keys = centered(k) if _centers(config) else k
-        decay = prune(decay, q, keys, eps=config.acp_eps, rule=config.acp_rule, scale=scaling, logit_bound=bound)
+    if attend is not reference_attention and prunes(config):
+        decay = pruned(module, q, k, decay, scaling)
     out, _ = attend(q, k, v, decay, scale=scaling, dropout=dropout)
     return out, None
+
+
+def prunes(config: Any) -> bool:
+    """Whether the configuration lets attention leave out keys."""
+    return config.acp_eps is not None and config.forget_gate != "none"
+
+
+def pruned(module: Any, q: Tensor, k: Tensor, decay: Decay, scaling: float) -> Decay:
+    """`prune` by the layer's configuration, which `prunes`; with context parallelism `prune_shards`.
+
+    Args:
+        module: the attention layer.
+        q: ``[B, Tq, H, D]`` queries, as `without_padding` leaves them.
+        k: ``[B, Tk, G, D]`` keys, likewise.
+        decay: not of a cache.
+        scaling: multiplies the logits.
+    """
+    config = module.config
+    options = {"eps": config.acp_eps, "rule": config.acp_rule, "logit_bound": _bound(module, q.dtype)}
+    if decay.shards is not None:
+        keys = decay.shards.centered(k) if _centers(config) else k
+        return prune_shards(decay, q, keys, decay.shards, scale=scaling, **options)
+    return prune(decay, q, centered(k) if _centers(config) else k, scale=scaling, **options)
+
+
+def _bound(module: Any, dtype: torch.dtype) -> Tensor | None:
+    return module.logit_bound(dtype) if module.config.acp_rule == "paper" else None
 
 
 def _centers(config: Any) -> bool:

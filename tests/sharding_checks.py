@@ -19,6 +19,7 @@ from transformers.distributed import DistributedConfig
 from foxlm import FoxForCausalLM
 from foxlm.kernels.context_parallel import ContextParallel
 from foxlm.modeling.sharding import FoxParallelismConfig, prepare_fsdp2
+from foxlm.training import FoxTrainer
 from fsdp_on_cpu import accelerate_shards
 from models import tiny_model, tokens
 
@@ -49,6 +50,8 @@ class Trained:
     gate_weight: str
     gate_bias: list[float]
     gate_logits: str
+    skipped_shares: list[float] = field(default_factory=list)
+    tokens: float = 0.0
 
 
 class RaggedRows(Dataset):
@@ -85,7 +88,7 @@ def make_trainer(case: Case, out: str) -> Trainer:
     rows = BATCH * case.context // world
     options: dict[str, Any] = {"max_steps": STEPS, "per_device_train_batch_size": rows, "learning_rate": 3e-3}
     options |= {"logging_steps": 1, "report_to": "none", "disable_tqdm": True, "save_strategy": "no", "use_cpu": True}
-    trainer = Trainer(
+    trainer = FoxTrainer(
         make_model(case),
         TrainingArguments(out, **(options | engine | case.arguments)),
         train_dataset=RaggedRows(),
@@ -111,7 +114,11 @@ def train(case: Case, out: str) -> Trained:
     handle.remove()
     history = [entry for entry in trainer.state.log_history if "loss" in entry]
     engine = trainer.accelerator.distributed_type.value
-    return Trained([x["loss"] for x in history], [x["grad_norm"] for x in history], engine, *seen[0])
+    shares = [x["skipped_share"] for x in history if "skipped_share" in x]
+    last = trainer.state.log_history[-1]
+    tokens_seen = last["train_tokens_per_second"] * last["train_runtime"]
+    norms = [x["grad_norm"] for x in history]
+    return Trained([x["loss"] for x in history], norms, engine, *seen[0], shares, tokens_seen)
 
 
 def train_all(cases: dict[str, Case], out: str) -> dict[str, Trained | str]:

@@ -64,15 +64,14 @@ def test_pretraining_saves_what_auto_classes_load(pretrained: Path) -> None:
     assert generated.shape == (1, len("the quick") + 4)
 
 
-def test_pretraining_logs_tokens_per_second(tmp_path: Path, text: Path) -> None:
-    trainer = load_script("pretrain").main(
-        [
-            *("--text", str(text), "--output_dir", str(tmp_path), "--length", "48", *TINY, *QUIET),
-            *("--max_steps", "2", "--save_strategy", "no"),
-        ]
-    )
-    logged = [entry for entry in trainer.state.log_history if "loss" in entry]
-    assert len(logged) == 2 and all(entry["train_tokens_per_second"] > 0 for entry in logged)
+def has_both_numbers(history: list[dict[str, float]]) -> bool:
+    logged = [entry for entry in history if "loss" in entry]
+    return bool(logged) and all(x["tokens_per_second"] > 0 and 0 <= x["skipped_share"] < 1 for x in logged)
+
+
+def test_pretraining_logs_tokens_per_second_and_the_skipped_share(pretrained: Path) -> None:
+    state = json.loads((pretrained / "checkpoint-20" / "trainer_state.json").read_text())
+    assert has_both_numbers(state["log_history"])
 
 
 def test_pretraining_resumes(pretrained: Path, text: Path, capsys: pytest.CaptureFixture) -> None:
@@ -116,6 +115,7 @@ def test_finetuning_the_whole_model_on_text(tmp_path: Path, pretrained: Path) ->
         ]
     )
     assert losses(trainer)[-1] < losses(trainer)[0]
+    assert has_both_numbers(trainer.state.log_history)
     before = AutoModelForCausalLM.from_pretrained(pretrained)
     after = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     name = "model.layers.0.self_attn.forget_gate.weight"
@@ -137,6 +137,7 @@ def test_finetuning_by_lora_on_conversations(tmp_path: Path, pretrained: Path) -
         ]
     )
     assert losses(trainer)[-1] < losses(trainer)[0]
+    assert has_both_numbers(trainer.state.log_history)
     loaded = peft.AutoPeftModelForCausalLM.from_pretrained(tmp_path / "out").eval()
     tokens = torch.arange(97, 110)[None]
     with torch.no_grad():
@@ -207,8 +208,13 @@ def run_graft(base: Path, text: Path, out: Path, *options: str) -> dict:
     ],
     ids=["staged", "lora", "base", "lora of base", "nope"],
 )
-def test_grafting_finetunes_and_reports(base: Path, text: Path, tmp_path: Path, options: tuple[str, ...]) -> None:
+def test_grafting_finetunes_and_reports(
+    base: Path, text: Path, tmp_path: Path, options: tuple[str, ...], capsys: pytest.CaptureFixture
+) -> None:
     report = run_graft(base, text, tmp_path / "out", *options)
+    printed = capsys.readouterr().out
+    assert "'tokens_per_second'" in printed and "samples_per_second" not in printed
+    assert ("'skipped_share'" in printed) == ("none" not in options)
     assert report == json.loads((tmp_path / "out" / "report.json").read_text())
     assert report["steps"] == 8 + 2 * ("--gate_steps" in options)
     assert report["tokens"] == report["steps"] * 4 * 64

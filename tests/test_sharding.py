@@ -104,6 +104,8 @@ def test_two_processes_train_as_one(together: Any, alone: dict[str, Trained], na
     assert worst(result.losses, expected.losses) < PRECISE
     assert worst(result.norms, expected.norms) < PRECISE
     assert max(expected.losses) > 1.02 * min(expected.losses), "else a curve that stands still would pass"
+    assert len(result.skipped_shares) == (0 if CASES[name].context > 1 else len(result.losses))
+    assert abs(result.tokens - expected.tokens) < 0.01 * expected.tokens
 
 
 @pytest.mark.slow
