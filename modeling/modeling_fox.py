@@ -72,11 +72,17 @@ class FoxPreTrainedModel(PreTrainedModel):
     _keep_in_fp32_modules_strict = ["forget_gate"]
     # What quantizers leave out, which match suffixes of the names of modules, or in torchao of parameters. Token-shift
     # projections have one row per head: they hold next to no memory, and 4-bit matmuls want multiples of 16 or 32.
-    _keep_in_fp32_modules = [
+    _not_quantized = [
         name
         for module in ("forget_gate", "key_shift.proj", "value_shift.proj")
         for name in (module, f"{module}.weight")
     ]
+
+    def post_init(self) -> None:
+        super().post_init()
+        if getattr(self.config, "quantization_config", None) is not None:
+            # Where quantizers look. Other models leave it empty: it means float32 in float16 models.
+            self._keep_in_fp32_modules.update(self._not_quantized)
 
     def _get_dtype_plan(self, dtype: torch.dtype) -> dict[str, torch.dtype]:
         # transformers would keep all that quantizers leave out in float32 in a float16 model.

@@ -67,6 +67,13 @@ def test_gates_stay_in_float32(variant: str, dtype: torch.dtype, tmp_path) -> No
     assert torch.equal(again(tokens(2, 9)).logits, loaded(tokens(2, 9)).logits)
 
 
+@pytest.mark.parametrize("variant", ["pro", "llama"])
+def test_lists_of_what_stays_in_float32_name_that_and_nothing_else(variant: str) -> None:
+    model = tiny_model(variant)
+    assert not model._keep_in_fp32_modules
+    assert model._keep_in_fp32_modules_strict == {"forget_gate"}
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_model_made_in_half_precision_keeps_its_decay_times(dtype: torch.dtype) -> None:
     model = AutoModelForCausalLM.from_config(tiny_config("fixed", decay_time_max=4000.0), dtype=dtype)
