@@ -61,7 +61,7 @@ def one_cache(cache: Cache | None, past_key_values: Cache | None) -> Cache | Non
         raise ValueError("cache and past_key_values are two names of one argument: give one of them")
     if CACHE == "cache" and not is_torchdynamo_compiling():
         # As transformers' own models do.
-        message = "past_key_values is deprecated in transformers 5.24 and newer, which call it cache: pass cache="
+        message = "`past_key_values` is deprecated in transformers 5.24 and newer, which call it cache: pass cache="
         warnings.warn(message, FutureWarning, stacklevel=2)
     return past_key_values
 

@@ -61,7 +61,7 @@ def test_the_older_name_is_deprecated_where_transformers_deprecates_it() -> None
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         model(tokens(1, 5), past_key_values=DynamicCache(config=model.config))
-    assert any("past_key_values is deprecated" in str(x.message) for x in caught) == (CACHE == "cache")
+    assert any("`past_key_values` is deprecated" in str(x.message) for x in caught) == (CACHE == "cache")
 
 
 def test_outputs_hold_the_cache_under_the_name_that_transformers_reads() -> None:
