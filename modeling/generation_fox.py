@@ -38,6 +38,8 @@ class FoxGenerationMixin(GenerationMixin):
         if 0 <= room < input_ids.shape[1]:
             new = kwargs.get("next_sequence_length") or 1
             refuse_overflow(input_ids.shape[1] - new, room, new)
+        # `generate` hands down to the model what is for itself, for `stop_strings`; the model would refuse it.
+        kwargs = {name: value for name, value in kwargs.items() if name not in ("tokenizer", "assistant_tokenizer")}
         return super().prepare_inputs_for_generation(input_ids, *args, **kwargs)
 
     @staticmethod

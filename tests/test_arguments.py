@@ -14,6 +14,7 @@ from foxlm import (
     FoxModel,
     FoxPagedCache,
 )
+from foxlm.evaluation.demo.tokenizer import byte_tokenizer
 from foxlm.modeling.arguments_fox import DECODER_ARGUMENTS, LOSS_ARGUMENTS, MASK_ARGUMENTS
 from foxlm.modeling.attention_fox import ALL_ATTENTION_FUNCTIONS, IMPLEMENTATIONS, eager_attention_forward
 from models import assert_close, tiny_config, tiny_model, tokens
@@ -77,6 +78,17 @@ def test_masks_for_generate_take_what_generate_passes() -> None:
     FoxForCausalLM.create_masks_for_generate(*arguments, **passed, block_sequence_ids=None)
     with pytest.raises(TypeError, match="'block_sequence_ids'"):
         FoxForCausalLM.create_masks_for_generate(*arguments, block_sequence_ids=torch.ones(1, 4))
+
+
+@pytest.mark.parametrize("mode", [{}, {"do_sample": True}, {"num_beams": 2}, {"prompt_lookup_num_tokens": 2}])
+def test_generate_takes_a_tokenizer(mode: dict[str, Any]) -> None:
+    model, prompt, tokenizer = tiny_model(), tokens(1, 8), byte_tokenizer()
+    settings = {"max_new_tokens": 4, "do_sample": False} | mode
+    torch.manual_seed(0)
+    expected = model.generate(prompt, **settings)
+    torch.manual_seed(0)
+    written = model.generate(prompt, tokenizer=tokenizer, stop_strings=["no such text"], **settings)
+    assert written.equal(expected)
 
 
 def test_layers_caches_and_attention_take_what_they_name() -> None:
