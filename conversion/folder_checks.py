@@ -34,11 +34,11 @@ _EXPECTED = (
     WEIGHTS_INDEX,
     *TEXT_FILES,
     "README.md",
-    "LICENSE*",
-    "NOTICE*",
     ".gitattributes",
     *(f"*.{kind}" for kind in ("png", "jpg", "jpeg", "svg", "gif", "webp")),
 )
+# With any other ending it could be a program or a page.
+_LEGAL = re.compile(r"(LICEN[SC]E|NOTICE)[^.]*(\.(md|txt))?", re.IGNORECASE)
 _PICKLES = {".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle", ".joblib", ".npy", ".npz", ".h5", ".msgpack"}
 
 
@@ -115,7 +115,11 @@ def check_files(folder: Path, allowed: Collection[str] = ()) -> str:
     _none(
         "files are links that leave the folder, or lead nowhere", [x for x in files if not is_inside(files[x], folder)]
     )
-    unexpected = [name for name in files if "/" in name or not any(Path(name).match(x) for x in _EXPECTED)]
+    unexpected = [
+        name
+        for name in files
+        if "/" in name or not (any(Path(name).match(x) for x in _EXPECTED) or _LEGAL.fullmatch(name))
+    ]
     _none("files are none of a model's (move them elsewhere)", {*unexpected} - bundle().keys() - {*allowed})
     _none("the Hub cannot take", refused_by_the_hub(files))
     return f"{len(files)} files, {sum(path.stat().st_size for path in files.values()) / 1e6:,.1f} MB"

@@ -13,9 +13,9 @@ _CODE |= {".js", ".mjs", ".wasm", ".ipynb", ".jar", ".whl", ".egg", ".cu"}
 # Under these names transformers and peft read what to import.
 _NAMES_CODE = {"auto_map", "auto_mapping", "custom_pipelines", "custom_generate", "kernel_config"}
 # Attention may be a kernel of the Hub.
-_NAMES_KERNELS = {"attn_implementation", "_attn_implementation"}
-# ``module.Class``, or ``owner/repository--module.Class``.
-_REFERENCE = re.compile(r"[\w./-]+\.\w+|[^\s/]+/[^\s/]+--[\w./-]+\.\w+")
+_NAMES_KERNELS = {"attn_implementation", "_attn_implementation", "_attn_implementation_internal"}
+# ``owner/repository--module.Class``, which is a reference under any name.
+_ELSEWHERE = re.compile(r"[^\s/]+/[^\s/]+--[\w./-]+\.\w+")
 
 
 def foreign_code(files: dict[str, Path], allowed: Collection[str]) -> list[str]:
@@ -42,12 +42,12 @@ def _references(content: dict) -> Iterator[tuple[str, str]]:
     while left:
         key, value, is_code = left.pop()
         if isinstance(value, dict):
-            left += [(name, x, is_code or name in _NAMES_CODE) for name, x in value.items()]
+            # Attention may be given for each part of a model.
+            names = {name: key if key in _NAMES_KERNELS else name for name in value}
+            left += [(names[name], x, is_code or name in _NAMES_CODE) for name, x in value.items()]
         elif isinstance(value, list):
             left += [(key, x, is_code) for x in value]
         elif isinstance(value, str) and (
-            (is_code and _REFERENCE.fullmatch(value))
-            or ("--" in value and "/" in value and _REFERENCE.fullmatch(value))
-            or (key in _NAMES_KERNELS and value not in IMPLEMENTATIONS)
+            is_code or _ELSEWHERE.fullmatch(value) or (key in _NAMES_KERNELS and value not in IMPLEMENTATIONS)
         ):
             yield key, value

@@ -1,4 +1,4 @@
-"""Passwords, tokens and keys in files, by the rules of detect-secrets and one for the Hub's own tokens."""
+"""Passwords, tokens and keys in files, by the rules of detect-secrets and a few for tokens that it does not know."""
 
 import importlib
 import json
@@ -15,7 +15,13 @@ _LONGEST, _OVERLAP = 10_000, 1_000
 _LONGEST_HEADER = 100_000_000
 # They also match ordinary words and numbers: a vocabulary has some of all kinds.
 _GUESSES = {"ArtifactoryDetector", "IPPublicDetector"}
-_HUB_TOKENS = re.compile(r"\b(?:hf|api_org)_[A-Za-z0-9]{30,}")
+# Of whom detect-secrets has no rule, as those who give them out describe them.
+_TOKENS = {
+    "Hugging Face Token": re.compile(r"\b(?:hf|api_org)_[A-Za-z0-9]{30,}"),
+    "GitHub Fine-Grained Token": re.compile(r"\bgithub_pat_\w{60,}"),
+    "Anthropic Key": re.compile(r"\bsk-ant-[\w-]{60,}"),
+    "Google API Key": re.compile(r"\bAIza[\w-]{35}(?![\w-])"),
+}
 
 Rule = Callable[[str], Iterable[str]]
 
@@ -37,7 +43,7 @@ def secret_rules() -> dict[str, Rule]:
     for module in pkgutil.iter_modules(plugins.__path__):
         importlib.import_module(f"{plugins.__name__}.{module.name}")
     detectors = [kind() for kind in RegexBasedDetector.__subclasses__() if kind.__name__ not in _GUESSES]
-    return {"Hugging Face Token": _HUB_TOKENS.findall} | {x.secret_type: x.analyze_string for x in detectors}
+    return {kind: rule.findall for kind, rule in _TOKENS.items()} | {x.secret_type: x.analyze_string for x in detectors}
 
 
 def secret_in(file: Path, rules: dict[str, Rule]) -> str | None:

@@ -22,11 +22,20 @@ _PROGRAMS = (
     *(b"#!", b"\x7fELF", b"MZ", b"\0asm"),
     *(b"\xfe\xed\xfa", b"\xce\xfa\xed\xfe", b"\xcf\xfa\xed\xfe", b"\xca\xfe\xba\xbe"),
 )
+# How images begin, by the endings of their names.
+_IMAGES = {
+    ".png": rb"\x89PNG\r\n\x1a\n",
+    ".jpg": rb"\xff\xd8\xff",
+    ".jpeg": rb"\xff\xd8\xff",
+    ".gif": rb"GIF8[79]a",
+    ".webp": rb"RIFF.{4}WEBP",
+}
 # Operations of pickles: those that fetch something importable, and those that call or change what was fetched.
 _IMPORTS = {"GLOBAL", "STACK_GLOBAL", "INST", "EXT1", "EXT2", "EXT4"}
 _CALLS = {"STACK_GLOBAL", "INST", "OBJ", "REDUCE", "NEWOBJ", "NEWOBJ_EX", "BUILD"}
 _IMPORTED = re.compile(r"[A-Za-z_][\w.]* [A-Za-z_][\w.]*")
 # Elements of a drawing that run something or show another page.
+_HTML = "{http://www.w3.org/1999/xhtml}"
 _ACTIVE = {"script", "foreignobject", "iframe", "object", "embed", "handler", "listener", "animate", "set"}
 
 
@@ -50,9 +59,10 @@ def what_runs(file: Path) -> str | None:
     # A zip file may have anything before it.
     if _ends_as_zip(file):
         return "an archive"
-    if file.suffix.lower() == ".svg":
-        return _active_drawing(file)
-    return None
+    kind = file.suffix.lower()
+    if kind in _IMAGES and not re.match(_IMAGES[kind], beginning, re.DOTALL):
+        return f"not the image that {kind} says"
+    return _active_drawing(file) if kind == ".svg" else None
 
 
 def _is_zlib(beginning: bytes) -> bool:
@@ -129,9 +139,9 @@ def _active_drawing(file: Path) -> str | None:
         return f"no valid drawing ({error})"
     for element in elements:
         tag = _local(element.tag)
-        if tag in _ACTIVE:
+        if tag in _ACTIVE or str(element.tag).startswith(_HTML):
             return f"a drawing with <{tag}>"
-        if tag == "style" and (reason := _fetches(element.text or "")):
+        if tag == "style" and (reason := _fetches("".join(element.itertext()))):
             return reason
         for name, value in element.attrib.items():
             name, value = _local(name), value.strip()
@@ -145,7 +155,8 @@ def _active_drawing(file: Path) -> str | None:
 
 
 def _fetches(style: str) -> str | None:
-    if found := re.search(r"@import|javascript:|\\|url\(\s*['\"]?(?![\s#'\"])[^)]{0,60}", style, re.IGNORECASE):
+    pattern = r"@import|javascript:|\\|image-set\(|\bsrc\(|url\(\s*['\"]?(?![\s#'\"])[^)]{0,60}"
+    if found := re.search(pattern, style, re.IGNORECASE):
         return f"a drawing that refers to {found[0]}"
     return None
 

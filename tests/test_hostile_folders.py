@@ -134,6 +134,9 @@ SECRETS = {
     "of Stripe": "sk_" + "live_" + "a1" * 12,
     "of OpenAI": "sk-" + "a1" * 10 + "T3BlbkFJ" + "b2" * 10,
     "of PyPI": "pypi-" + "AgEIcHlwaS5vcmc" + "a" * 70,
+    "of GitHub, fine-grained": "github_pat_" + "11" + "a1B2" * 20,
+    "of Anthropic": "sk-ant-" + "api03-" + "a1B2" * 24,
+    "of Google": "AIza" + "a1B2c" * 7,
     "in a URL": "https://me:" + "hunter22" + "@example.org/x",
     "private key": "-----BEGIN OPENSSH " + "PRIVATE KEY-----",
     "older private key": "-----BEGIN RSA " + "PRIVATE KEY-----",
@@ -169,6 +172,9 @@ DRAWN = {
     "entity": '<!DOCTYPE svg [<!ENTITY a "b">]>' + svg("&a;"),
     "style sheet": '<?xml-stylesheet href="x.css"?>' + svg(""),
     "animation": svg('<a><set attributeName="href" to="javascript:alert(1)"/></a>'),
+    "style after an element": svg("<style><b/>@import 'https://example.org/x.css';</style>"),
+    "set of images": svg("<style>*{fill: image-set('https://example.org/x.png' 1x)}</style>"),
+    "page's element": svg('<meta xmlns="http://www.w3.org/1999/xhtml" http-equiv="refresh" content="0;url=//a"/>'),
     "broken": "<svg>",
 }
 REFERENCE = "mine.Mine"
@@ -196,6 +202,10 @@ CODE: dict[str, tuple[Spoil, str]] = {
     "escaped": (put("generation_config.json", '{"auto\\u005fmap": {"x": "mine.Mine"}}'), REFERENCE),
     "pipeline": (edit("config.json", custom_pipelines={"text": {"impl": REFERENCE}}), REFERENCE),
     "kernel of the Hub": (edit("generation_config.json", attn_implementation="a/kernel"), "a/kernel"),
+    "kernel for a part": (edit("generation_config.json", attn_implementation={"": "a/kernel"}), "a/kernel"),
+    "kernel by its inner name": (edit("config.json", _attn_implementation_internal="a/kernel"), "a/kernel"),
+    "module with a space": (edit("tokenizer_config.json", auto_map={"AutoTokenizer": ["a b.C", None]}), "a b.C"),
+    "generation loop elsewhere": (edit("generation_config.json", custom_generate="a/loop"), "a/loop"),
     "any key": (edit("generation_config.json", x="a/b--c.D"), "x: a/b--c.D"),
     "auto_map of a wrong type": (
         put("config.json", '{"model_type": "fox", "auto_map": ["a"]}'),
@@ -209,6 +219,8 @@ FILES: dict[str, tuple[Spoil, str]] = {
     "circle": (link("LICENSE", "LICENSE"), "LICENSE"),
     "linked folder": (link("data", ".."), "data"),
     "page": (put("index.html", "<script>"), "index.html"),
+    "page as a license": (put("LICENSE.html", "<script>"), "LICENSE.html"),
+    "program as a notice": (put("NOTICE.vbs"), "NOTICE.vbs"),
     "environment": (put(".env"), r"\.env"),
     "sub-folder": (put("runs/LICENSE"), "runs/LICENSE"),
     "folder that the Hub refuses": (put(".cache/LICENSE"), r"\.cache/LICENSE"),
@@ -235,6 +247,14 @@ def test_what_may_run_code_is_found_under_any_name(tmp_path: Path, case: str) ->
         with pytest.raises(ValueError, match=rf"{name} \((a pickle|an archive|NumPy or HDF5)\)"):
             check_contents(tmp_path)
         (tmp_path / name).unlink()
+
+
+@pytest.mark.parametrize("name", ["a.png", "a.JPG", "a.jpeg", "a.gif", "a.webp"])
+def test_what_is_no_image_is_refused(tmp_path: Path, name: str) -> None:
+    for content in ("<html><script>alert(1)</script></html>", svg("<script/>"), b"x" + pickle.dumps(Harm())):
+        put(name, content)(tmp_path)
+        with pytest.raises(ValueError, match="not the image that"):
+            check_contents(tmp_path)
 
 
 @pytest.mark.parametrize("name", ["pytorch_model.bin", "checkpoint-1/training_args.bin", "a.joblib", "A.PKL"])
@@ -327,7 +347,11 @@ ORDINARY: dict[str, str | bytes] = {
     "LICENSE.txt": "cat\ndog\nReady.\n",
     "NOTICE": "N.\n",
     "NOTICE.md": "(is\n",
-    "NOTICE.de": "x^2 für uns".encode("latin-1"),
+    "NOTICE-de": "x^2 für uns".encode("latin-1"),
+    "plot.png": b"\x89PNG\r\n\x1a\n" + b"\0" * 99,
+    "photo.jpg": b"\xff\xd8\xff\xe0" + b"\0" * 99,
+    "moving.gif": b"GIF89a" + b"\0" * 99,
+    "photo.webp": b"RIFF\n\0\0\0WEBP" + b"\0" * 99,
     "tokenizer.model": b"\n\x0e\n\x05<unk>\x15\0\0\0\0\x18\x02" * 50,
     "plot.svg": '<?xml version="1.0" encoding="utf-8"?>\n<!DOCTYPE svg PUBLIC "-//W3C//DTD SVG 1.1//EN"\n'
     ' "http://www.w3.org/Graphics/SVG/1.1/DTD/svg11.dtd">\n'
