@@ -19,7 +19,7 @@ from foxlm.conversion.foreign_code import foreign_code
 from foxlm.conversion.fox_folder import TASKS, architecture_of, read_config
 from foxlm.conversion.hub_files import refused_by_the_hub, uploaded_files
 from foxlm.conversion.links import is_inside
-from foxlm.conversion.model_card import MISSING
+from foxlm.conversion.model_card import MISSING, check_license
 from foxlm.conversion.new_folder import TEXT_FILES
 from foxlm.conversion.secret_scan import secret_in, secret_rules
 from foxlm.conversion.stored_weights import WEIGHTS_INDEX, StoredWeights, check_sizes, read_fields
@@ -162,8 +162,7 @@ def check_card(folder: Path, allowed: Collection[str] = ()) -> str:
         wanted += ["license_name", "license_link"]
     _none("the first lines of README.md must give", [name for name in wanted if not card.data.get(name)])
     license = str(card.data.license)
-    if not re.fullmatch(r"[a-z0-9][a-z0-9.+-]*", license):
-        raise ValueError(f"license must be written as on the Hub, apache-2.0 for example, or other, got {license!r}")
+    check_license(license)
     for field in ("base_model", "datasets"):
         given = card.data.get(field) or []
         names = given if isinstance(given, list) else [given]

@@ -1,5 +1,6 @@
 """The model card, ``README.md``, of a folder: from its configuration, its weights' header and results at hand."""
 
+import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
@@ -72,10 +73,13 @@ def write_model_card(
         The card's path. What was not given and should be said is marked `MISSING`.
 
     Raises:
-        ValueError: the folder holds no FoX model, or a card and ``overwrite`` is not set; or as `read_results`.
+        ValueError: the folder holds no FoX model, or a card and ``overwrite`` is not set; ``license`` is not as above;
+            or as `read_results`.
     """
     folder = Path(folder)
     card = folder / "README.md"
+    if license is not None:
+        check_license(license)
     config = read_config(folder)
     check_links(folder)
     stored = StoredWeights(folder)
@@ -123,6 +127,12 @@ def _eval_results(results: Results, task: str) -> list[EvalResult]:
         )
         for score in results.scores.values()
     ]
+
+
+def check_license(license: str) -> None:
+    """Raise a `ValueError` unless ``license`` is written as the Hub writes them."""
+    if not re.fullmatch(r"[a-z0-9][a-z0-9.+-]*", license):
+        raise ValueError(f"license must be written as on the Hub, apache-2.0 for example, or other, got {license!r}")
 
 
 def _introduction(config: FoxConfig, license: str | None, base_model: str | None) -> str:

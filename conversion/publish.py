@@ -22,7 +22,8 @@ _CHECKS: dict[str, Callable[[Path, Collection[str]], str]] = {
 }
 # The folder's code is run only if these are in order.
 _BEFORE_CODE = {"configuration", "files", "contents", "code"}
-_BEFORE = {"tokenizer": _BEFORE_CODE, "loading": _BEFORE_CODE | {"weights", "tokenizer"}}
+# Weights are held against a model that transformers builds, with what the configuration names.
+_BEFORE = {"weights": {"code"}, "tokenizer": _BEFORE_CODE, "loading": _BEFORE_CODE | {"weights", "tokenizer"}}
 
 
 @dataclass(frozen=True)

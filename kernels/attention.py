@@ -182,6 +182,8 @@ def hide_padding(decay: Decay, real: Tensor) -> Decay:
         decay: of ``Tq`` queries over ``Tk`` keys.
         real: ``[B, Tk]`` bool, False for padding.
     """
+    if real.shape[1] == 0:
+        return decay
     paged = decay.cached is not None and decay.cached.pages is not None
     key = decay.key if paged else decay.key.masked_fill(~real[:, None, :], float("inf"))
     if decay.shards is None:

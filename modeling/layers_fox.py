@@ -208,6 +208,8 @@ class FoxAttention(nn.Module):
 
     def __init__(self, config: FoxConfig, layer_idx: int) -> None:
         super().__init__()
+        if getattr(config, "model_type", None) != FoxConfig.model_type:
+            raise ValueError(f"config must be a FoxConfig, got {type(config).__name__}")
         if not isinstance(layer_idx, int) or layer_idx < 0:
             raise ValueError(f"layer_idx must be an integer from 0, got {layer_idx!r}")
         self.config = config
@@ -282,6 +284,7 @@ class FoxAttention(nn.Module):
         refuse_unknown(FoxAttention.forward, kwargs, DECODER_ARGUMENTS)
         cache = one_cache(cache, past_key_values)
         if layout is None:
+            self.check_hidden_states(hidden_states)
             self._check_alone(hidden_states, cache)
             layout = token_layout(
                 (hidden_states.shape[0], hidden_states.shape[1]),
@@ -350,13 +353,16 @@ class FoxAttention(nn.Module):
             out = out * self.output_gate_act(gate)
         return self.o_proj(out), weights
 
-    def _check_alone(self, hidden_states: Tensor, cache: Cache | None) -> None:
-        """Raise a `ValueError` unless a layer without its model can take these."""
+    def check_hidden_states(self, hidden_states: Tensor) -> None:
+        """Raise a `ValueError` unless they are ``[B, T, hidden]`` with at least one token."""
         size = self.config.hidden_size
         if hidden_states.ndim != 3 or hidden_states.shape[1] == 0 or hidden_states.shape[2] != size:
             raise ValueError(
                 f"hidden_states must be [B, T, {size}] with at least one token, got shape {list(hidden_states.shape)}"
             )
+
+    def _check_alone(self, hidden_states: Tensor, cache: Cache | None) -> None:
+        """Raise a `ValueError` unless a layer without its model can take these."""
         if cache is not None:
             check_cache(cache, self.config, len(hidden_states), self.layer_idx + 1)
             if isinstance(cache, FoxPagedCache):
@@ -474,8 +480,8 @@ class FoxDecoderLayer(GradientCheckpointingLayer):
 
     def __init__(self, config: FoxConfig, layer_idx: int) -> None:
         super().__init__()
-        self.norms_first = config.norm_position == "pre"
         self.self_attn = FoxAttention(config, layer_idx)
+        self.norms_first = config.norm_position == "pre"
         self.mlp = FoxMLP(config)
         # The names of Llama and of OLMo 2: the same norm stands before the MLP in one and after attention in the other.
         if self.norms_first:
@@ -485,6 +491,9 @@ class FoxDecoderLayer(GradientCheckpointingLayer):
             self.post_feedforward_layernorm = FoxRMSNorm(config.hidden_size, config.rms_norm_eps)
 
     def forward(self, hidden_states: Tensor, **kwargs: Unpack[TransformersKwargs]) -> Tensor:
+        if "layout" not in kwargs:
+            # Before the norm, which would fail in words of its own.
+            self.self_attn.check_hidden_states(hidden_states)
         if self.norms_first:
             attended, _ = self.self_attn(self.input_layernorm(hidden_states), **kwargs)
             hidden_states = hidden_states + attended

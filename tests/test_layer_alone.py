@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from transformers import Cache, DynamicCache, StaticCache
+from transformers import Cache, DynamicCache, LlamaConfig, StaticCache
 
 from foxlm import FoxAttention, FoxConfig, FoxDecoderLayer, FoxForCausalLM, FoxPagedCache
 from models import assert_close, tiny_config, tiny_model, tokens
@@ -179,6 +179,12 @@ def test_nan_in_padding_reaches_no_token() -> None:
     ],
 )
 def test_what_does_not_fit_is_an_error_that_names_it(message: str, arguments: dict[str, Any]) -> None:
-    attention = FoxAttention(tiny_config(), 1)
-    with pytest.raises(ValueError, match=message):
-        attention(**({"hidden_states": torch.zeros(2, 3, 32)} | arguments))
+    for layer in (FoxAttention(tiny_config(), 1), FoxDecoderLayer(tiny_config(), 1)):
+        with pytest.raises(ValueError, match=message):
+            layer(**({"hidden_states": torch.zeros(2, 3, 32)} | arguments))
+
+
+@pytest.mark.parametrize("layer", [FoxAttention, FoxDecoderLayer])
+def test_another_models_configuration_is_refused(layer: type) -> None:
+    with pytest.raises(ValueError, match="config must be a FoxConfig, got LlamaConfig"):
+        layer(LlamaConfig(hidden_size=32), 0)

@@ -263,6 +263,12 @@ def test_missing_and_broken_files_are_refused(model: Path, tmp_path: Path) -> No
         write_model_card(model)
 
 
+@pytest.mark.parametrize("license", ["", "\n", "Apache 2.0", "../x"])
+def test_a_license_that_the_hub_has_not_is_refused(license: str, model: Path) -> None:
+    with pytest.raises(ValueError, match=r"license must be written as on the Hub"):
+        write_model_card(model, license=license)
+
+
 def test_command(model: Path, tmp_path: Path) -> None:
     scores = write(tmp_path / "scores.json", {"mine": {"f1": 0.75}})
     arguments = ["card", str(model), "--license", "mit", "--evaluation", str(scores), "--language", "en"]

@@ -203,6 +203,14 @@ def test_padding_may_hold_anything(value):
     torch.testing.assert_close(actual, expected, rtol=0.0, atol=0.0)
 
 
+@pytest.mark.parametrize("keys", [0, 20])
+def test_no_queries_or_no_tokens_with_a_mask(keys):
+    q, k, v, log_f = (x.detach() for x in draw_inputs(20))
+    mask = padding_mask("left", 2, 20)[:, :keys]
+    out = forgetting_attention(q[:, :0], k[:, :keys], v[:, :keys], log_f[:, :keys], attention_mask=mask)
+    assert out.shape == q[:, :0].shape
+
+
 def test_nan_gates_beside_padding_are_an_error():
     """Negative control: only those of padding are not looked at."""
     q, k, v, log_f = (x.detach() for x in draw_inputs(20))
