@@ -22,6 +22,7 @@ from foxlm.modeling.configuration_fox import FoxConfig
 from foxlm.modeling.modeling_fox import FoxForCausalLM
 
 LAYOUTS = {"authors": AUTHORS, "fla": FLA}
+_LAYOUTS_OF_KINDS = {layout.fields.model_type: layout for layout in LAYOUTS.values()}
 
 # Shards are what memory holds at a time. One weight may be larger: the float32 embeddings of a 7B model are 0.8 GB.
 _SHARD_BYTES = 10**9
@@ -37,7 +38,7 @@ def convert_checkpoint(folder: str | Path, *, allow_pickle: bool = False) -> Fox
     Raises:
         ValueError: it is no such checkpoint, or does not fit; the message names what stands in the way.
     """
-    fields, stored = _read(Path(folder), allow_pickle)
+    fields, stored = _read(Path(folder), allow_pickle, sorted(_LAYOUTS_OF_KINDS))
     model, plan = _read_theirs(fields)
     plan.check(stored.headers, stored.load)
     return make_model(plan, model.config, stored.load, _dtype(stored))
@@ -65,7 +66,8 @@ def convert_to_folder(source: str | Path, out: str | Path, *, to: str = "fox", a
         raise ValueError(f"to must be one of {['fox', *LAYOUTS]}, got {to!r}")
     # Before anything is read, and again when the folder is made.
     check_new(out, source)
-    fields, stored = _read(source, allow_pickle)
+    kinds = sorted(_LAYOUTS_OF_KINDS) if to == "fox" else [FoxConfig.model_type]
+    fields, stored = _read(source, allow_pickle, kinds)
     write_config: Callable[[Path, str], None]
     if to == "fox":
         model, plan = _read_theirs(fields)
@@ -82,9 +84,13 @@ def convert_to_folder(source: str | Path, out: str | Path, *, to: str = "fox", a
         copy_text_files(source, folder)
 
 
-def _read(folder: Path, allow_pickle: bool) -> tuple[dict[str, Any], StoredWeights]:
-    """Its ``config.json`` and its weights."""
+def _read(folder: Path, allow_pickle: bool, kinds: list[str]) -> tuple[dict[str, Any], StoredWeights]:
+    """Its ``config.json``, of a ``model_type`` among ``kinds``, and its weights."""
     fields = read_fields(folder)
+    kind = fields.get("model_type")
+    if kind not in kinds:
+        wanted = f"one of {kinds}" if len(kinds) > 1 else repr(kinds[0])
+        raise ValueError(f"model_type must be {wanted}, got {kind!r:.80}")
     check_links(folder)
     stored = StoredWeights(folder, allow_pickle)
     check_sizes(fields, stored.headers)
@@ -93,10 +99,7 @@ def _read(folder: Path, allow_pickle: bool) -> tuple[dict[str, Any], StoredWeigh
 
 def _read_theirs(fields: dict[str, Any]) -> tuple[FoxForCausalLM, Plan]:
     """The model that their ``config.json`` makes, without weights, and how to make these of theirs."""
-    layouts = {layout.fields.model_type: layout for layout in LAYOUTS.values()}
-    layout = layouts.get(str(fields.get("model_type")))
-    if layout is None:
-        raise ValueError(f"model_type must be one of {sorted(layouts)}, got {fields.get('model_type')!r}")
+    layout = _LAYOUTS_OF_KINDS[fields["model_type"]]
     with one_kind_of_error(), torch.device("meta"):
         model = FoxForCausalLM(layout.to_config(fields))
     return model, plan_to_ours(layout.renames(model.config), model)
@@ -104,8 +107,6 @@ def _read_theirs(fields: dict[str, Any]) -> tuple[FoxForCausalLM, Plan]:
 
 def _read_ours(fields: dict[str, Any], layout: Layout) -> tuple[dict[str, Any], Plan]:
     """Their ``config.json`` for one of ours, and how to make their weights of ours."""
-    if fields.get("model_type") != FoxConfig.model_type:
-        raise ValueError(f"model_type must be {FoxConfig.model_type!r}, got {fields.get('model_type')!r}")
     with one_kind_of_error(), torch.device("meta"):
         model = FoxForCausalLM(FoxConfig.from_dict(fields))
         their_fields = layout.exact_fields(model.config)

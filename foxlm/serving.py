@@ -16,6 +16,8 @@ def serve(arguments: Sequence[str]) -> None:
         ValueError, OSError: the model named in ``arguments`` cannot be read.
     """
     server = fox_server()
+    if arguments and not arguments[0].startswith("-"):
+        read_config(arguments[0])
     for folder in filter(Path.is_dir, map(Path, arguments)):
         read_config(folder)
         check_files(folder)

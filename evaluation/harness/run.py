@@ -12,6 +12,8 @@ from typing import Any
 import numpy as np
 import torch
 
+from foxlm.conversion.pretrained import read_config
+
 from ..loading import load_model, load_tokenizer, pruning_used
 from ..provenance import provenance
 from ..requirements import require_lm_eval
@@ -70,6 +72,8 @@ def evaluate(options: Options, say: Callable[[str], None]) -> Outcome:
     """
     options = options.checked()
     require_lm_eval()
+    # Before lm-eval's index of tasks, which takes ten seconds.
+    read_config(options.model)
     earlier = earlier_results(options.out, overwrite=False)
     run = _Run(options, say)
     for unit in run.units:
