@@ -4,7 +4,7 @@ import re
 from collections.abc import Collection, Iterator
 from pathlib import Path
 
-from foxlm.conversion.stored_weights import read_json
+from foxlm.conversion.stored_weights import read_any_json
 from foxlm.modeling.attention_fox import IMPLEMENTATIONS
 from foxlm.modeling.bundle_fox import AUTO_MAP, bundle
 
@@ -29,14 +29,14 @@ def foreign_code(files: dict[str, Path], allowed: Collection[str]) -> list[str]:
     for name, path in files.items():
         if path.suffix.lower() == ".json" and path.is_file():
             own = AUTO_MAP.items() if name == "config.json" else ()
-            for key, reference in _references(read_json(path)):
+            for key, reference in _references(read_any_json(path)):
                 module = f"{reference.rpartition('.')[0].replace('.', '/')}.py"
                 if (key, reference) not in own and not {reference, module} & {*allowed}:
                     found.append(f"{key}: {reference} in {name}")
     return found
 
 
-def _references(content: dict) -> Iterator[tuple[str, str]]:
+def _references(content: object) -> Iterator[tuple[str, str]]:
     """What is named as code anywhere in a JSON file, each with the key next to it."""
     left: list[tuple[str, object, bool]] = [("", content, False)]
     while left:

@@ -24,13 +24,18 @@ _DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 def read_json(file: Path) -> dict[str, Any]:
     """The object in a JSON file; raises a `ValueError` that names the file if there is none."""
-    try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{file} is not valid JSON: {error}") from error
+    content = read_any_json(file)
     if not isinstance(content, dict):
         raise ValueError(f"{file} must hold a JSON object, got a {type(content).__name__}")
     return content
+
+
+def read_any_json(file: Path) -> Any:
+    """What a JSON file holds; raises a `ValueError` that names the file if it is none."""
+    try:
+        return json.loads(file.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{file} is not valid JSON: {error}") from error
 
 
 def read_fields(folder: Path) -> dict[str, Any]:

@@ -214,8 +214,8 @@ def test_a_card_written_by_hand_is_kept(model: Path) -> None:
 
 
 def test_hostile_text_stays_text(model: Path) -> None:
-    card = ModelCard.load(write_model_card(model, name="a: [b]\n- c | d", license="x: {y", training_data="---\n|"))
-    assert card.data.license == "x: {y"
+    card = ModelCard.load(write_model_card(model, name="a: [b]\n- c | d", languages=["x: {y"], training_data="---\n|"))
+    assert card.data.language == ["x: {y"]
 
 
 def test_latest_result_of_a_task_counts(tmp_path: Path) -> None:
