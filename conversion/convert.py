@@ -11,12 +11,12 @@ from huggingface_hub import split_torch_state_dict_into_shards
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 
-from foxlm.conversion.authors import AUTHORS
-from foxlm.conversion.fla import FLA
-from foxlm.conversion.layout import Layout, one_kind_of_error
-from foxlm.conversion.links import check_links
+from foxlm.conversion.checkpoint_io import WEIGHTS_INDEX, StoredWeights, check_sizes, read_fields
+from foxlm.conversion.formats.authors import AUTHORS
+from foxlm.conversion.formats.fla import FLA
+from foxlm.conversion.formats.format import Layout, one_kind_of_error
+from foxlm.conversion.hub.links import check_links
 from foxlm.conversion.new_folder import check_new, copy_text_files, new_folder
-from foxlm.conversion.stored_weights import WEIGHTS_INDEX, StoredWeights, check_sizes, read_fields
 from foxlm.conversion.weight_map import EMBEDDINGS, Plan, make_model, plan_to_ours, plan_to_theirs
 from foxlm.modeling.configuration_fox import FoxConfig
 from foxlm.modeling.modeling_fox import FoxForCausalLM

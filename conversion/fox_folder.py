@@ -2,8 +2,8 @@
 
 from pathlib import Path
 
-from foxlm.conversion.layout import one_kind_of_error
-from foxlm.conversion.stored_weights import read_fields
+from foxlm.conversion.checkpoint_io import read_fields
+from foxlm.conversion.formats.format import one_kind_of_error
 from foxlm.modeling.configuration_fox import FoxConfig
 
 # By class, the Auto class that loads it and the task as the Hub calls it.

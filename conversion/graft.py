@@ -23,15 +23,15 @@ from transformers import (
     PreTrainedModel,
 )
 
-from foxlm.conversion.bases import base_config, base_of, check_model_type
-from foxlm.conversion.layout import one_kind_of_error
-from foxlm.conversion.links import check_links
+from foxlm.conversion.checkpoint_io import check_sizes, headers_to_load, read_fields
+from foxlm.conversion.formats.format import one_kind_of_error
+from foxlm.conversion.formats.llama_family import base_config, base_of, check_model_type
+from foxlm.conversion.hub.links import check_links
 from foxlm.conversion.new_folder import TEXT_FILES, check_new, copy_text_files, new_folder
 from foxlm.conversion.pretrained import read_config, read_model
-from foxlm.conversion.stored_weights import check_sizes, headers_to_load, read_fields
 from foxlm.conversion.weight_map import Plan, Rename, distinct_weights, make_model, plan_to_ours
 from foxlm.modeling.configuration_fox import FoxConfig
-from foxlm.modeling.gates_fox import bias_for_times, log_spaced_times
+from foxlm.modeling.layers.forget_gate import bias_for_times, log_spaced_times
 from foxlm.modeling.modeling_fox import FoxForCausalLM
 
 DecayTimes = float | Sequence[float] | Sequence[Sequence[float]] | Tensor

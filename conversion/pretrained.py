@@ -8,7 +8,7 @@ from safetensors import safe_open
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from transformers.configuration_utils import PreTrainedConfig
 
-from foxlm.conversion.stored_weights import read_fields, read_json
+from foxlm.conversion.checkpoint_io import read_fields, read_json
 
 
 def read_config(source: str | Path) -> PreTrainedConfig:

@@ -26,7 +26,7 @@ SECTIONS = {
     },
     "Attention and pruning": {
         "foxlm": ["forgetting_attention"],
-        "foxlm.kernels.pruning": ["first_kept", "share_skipped", "centered"],
+        "foxlm.kernels.pruning.rules": ["first_kept", "share_skipped", "centered"],
     },
     "Training": {
         "foxlm.training": ["FoxTrainer"],
@@ -34,16 +34,21 @@ SECTIONS = {
     },
     "Several GPUs": {
         "foxlm": ["ContextParallel", "context_parallel_attention"],
-        "foxlm.kernels.context_parallel": ["Traffic"],
-        "foxlm.kernels.token_split": ["Segment", "balanced", "contiguous"],
-        "foxlm.modeling.sharding": ["prepare_fsdp2", "shard_forget_gates", "save_whole_model", "FoxParallelismConfig"],
-        "foxlm.conversion.deal_heads": ["deal_heads"],
+        "foxlm.kernels.context_parallel.group": ["Traffic"],
+        "foxlm.kernels.context_parallel.partition": ["Segment", "balanced", "contiguous"],
+        "foxlm.modeling.parallel.fsdp": [
+            "prepare_fsdp2",
+            "shard_forget_gates",
+            "save_whole_model",
+            "FoxParallelismConfig",
+        ],
+        "foxlm.conversion.balance_heads": ["deal_heads"],
     },
     "Conversion, grafting and publishing": {
         "foxlm.conversion.convert": ["convert_to_folder"],
         "foxlm.conversion.graft": ["graft", "graft_to_folder"],
-        "foxlm.conversion.model_card": ["write_model_card"],
-        "foxlm.conversion.publish": ["check_folder", "push_folder"],
+        "foxlm.conversion.hub.model_card": ["write_model_card"],
+        "foxlm.conversion.hub.publish": ["check_folder", "push_folder"],
     },
     "Evaluation": {
         "foxlm.evaluation.loading": ["load_model"],

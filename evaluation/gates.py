@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from foxlm.kernels.decay import Decay, accumulate
-from foxlm.kernels.pruning import Rule, centered, first_kept, prune, share_skipped
+from foxlm.kernels.pruning.rules import Rule, centered, first_kept, prune, share_skipped
 from foxlm.kernels.tiles import PRUNED_KEYS, PRUNED_QUERIES
 
 from .recording import AttentionInputs

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from foxlm.modeling.paged_cache_fox import FoxPagedCache
-from foxlm.modeling.versions_fox import CACHE, cache_of
+from foxlm.modeling.cache.paged import FoxPagedCache
+from foxlm.modeling.versions import CACHE, cache_of
 
 _LOGITS_AT_ONCE = 4096
 

@@ -6,8 +6,8 @@ from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
-from foxlm.modeling.attention_fox import ALL_ATTENTION_FUNCTIONS, eager_attention_forward
-from foxlm.modeling.layers_fox import FoxAttention
+from foxlm.modeling.attention_backends import ALL_ATTENTION_FUNCTIONS, eager_attention_forward
+from foxlm.modeling.layers.attention import FoxAttention
 
 
 class AttentionInputs(NamedTuple):

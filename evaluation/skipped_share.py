@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from foxlm.kernels.attention import without_padding
 from foxlm.kernels.decay import Decay
 from foxlm.kernels.tiles import PRUNED_KEYS, PRUNED_QUERIES
-from foxlm.modeling.attention_fox import ALL_ATTENTION_FUNCTIONS, eager_attention_forward, pruned, prunes
-from foxlm.modeling.layers_fox import FoxAttention
+from foxlm.modeling.attention_backends import ALL_ATTENTION_FUNCTIONS, eager_attention_forward, pruned, prunes
+from foxlm.modeling.layers.attention import FoxAttention
 from foxlm.modeling.modeling_fox import FoxForCausalLM, FoxModel
 
 from .recording import replaced_attention

@@ -27,7 +27,7 @@ from transformers import (
 )
 
 import foxlm  # noqa: F401  (registers FoX with the Auto classes)
-from foxlm.modeling.sharding import prepare_fsdp2, save_whole_model
+from foxlm.modeling.parallel.fsdp import prepare_fsdp2, save_whole_model
 from foxlm.training import FoxTrainer
 
 PLAIN_TEMPLATE = (

@@ -53,8 +53,8 @@ from transformers import (
 
 from foxlm import FoxConfig, FoxForCausalLM
 from foxlm.evaluation.demo.tokenizer import byte_tokenizer
-from foxlm.kernels.context_parallel import ContextParallel
-from foxlm.modeling.sharding import FoxParallelismConfig, prepare_fsdp2, save_whole_model
+from foxlm.kernels.context_parallel.group import ContextParallel
+from foxlm.modeling.parallel.fsdp import FoxParallelismConfig, prepare_fsdp2, save_whole_model
 from foxlm.training import FoxTrainer
 
 

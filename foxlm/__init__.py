@@ -9,15 +9,16 @@ Importing this package registers FoX with transformers' Auto classes::
 """
 
 from foxlm import _checkout  # noqa: F401 (first: it lets the imports below find their folders)
-from foxlm.modeling import versions_fox  # noqa: F401 (second: it names a transformers that the others cannot import)
+from foxlm.modeling import versions as versions_fox  # noqa: F401 (second: it names a transformers that the others cannot import)
 
 # isort: split
 from foxlm.kernels.attention import forgetting_attention
-from foxlm.kernels.context_attention import context_parallel_attention
-from foxlm.kernels.context_parallel import ContextParallel
+from foxlm.kernels.context_parallel.api import context_parallel_attention
+from foxlm.kernels.context_parallel.group import ContextParallel
+from foxlm.modeling.cache.paged import FoxPagedCache
 from foxlm.modeling.configuration_fox import FoxConfig
-from foxlm.modeling.decoding_fox import decoding_weights
-from foxlm.modeling.layers_fox import FoxAttention, FoxDecoderLayer
+from foxlm.modeling.fused_projections import decoding_weights
+from foxlm.modeling.layers.attention import FoxAttention, FoxDecoderLayer
 from foxlm.modeling.modeling_fox import (
     FoxForCausalLM,
     FoxForQuestionAnswering,
@@ -26,7 +27,6 @@ from foxlm.modeling.modeling_fox import (
     FoxModel,
     FoxPreTrainedModel,
 )
-from foxlm.modeling.paged_cache_fox import FoxPagedCache
 from foxlm.modeling.registration import register_fox
 
 register_fox()

@@ -158,7 +158,7 @@ def card(
 
     What only you know and did not give is marked in the text, to be filled in.
     """
-    from foxlm.conversion.model_card import MISSING, write_model_card
+    from foxlm.conversion.hub.model_card import MISSING, write_model_card
 
     written = write_model_card(
         folder,
@@ -181,8 +181,8 @@ def bundle(folder: _ModelFolder) -> None:
 
     save_pretrained does so by itself; this is for folders saved by another version of foxlm.
     """
-    from foxlm.conversion.links import check_links
-    from foxlm.modeling.bundle_fox import write_bundle
+    from foxlm.conversion.hub.links import check_links
+    from foxlm.modeling.remote_code import write_bundle
 
     check_links(folder)
     write_bundle(folder)
@@ -214,7 +214,7 @@ def publish(
     """
     from huggingface_hub.utils import validate_repo_id
 
-    from foxlm.conversion.publish import check_folder, push_folder
+    from foxlm.conversion.hub.publish import check_folder, push_folder
 
     if private and push is None:
         raise ValueError("--private needs --push REPO_ID")

@@ -6,18 +6,18 @@ from typing import Literal, NamedTuple, overload
 import torch
 from torch import Tensor
 
-from .backend import HAS_TRITON
+from .backends import HAS_TRITON
 from .decay import Decay, accumulate, sequence_starts
-from .pruning import Rule, prune
+from .pruning.rules import Rule, prune
 from .reference import backward_pass as reference_backward
 from .reference import forward_pass as reference_forward
 from .reference import reference_attention
 from .validation import check_gates, check_inputs, check_options, check_packing, real_tokens
 
 if HAS_TRITON:
-    from .triton_attention import backward_pass as triton_backward
-    from .triton_attention import forward_pass as triton_forward
-    from .triton_attention import supports, triton_attention
+    from .portable.operators import backward_pass as triton_backward
+    from .portable.operators import forward_pass as triton_forward
+    from .portable.operators import supports, triton_attention
 
 
 @overload
@@ -100,7 +100,7 @@ def forgetting_attention(
         dropout: probability of dropping an attention weight, in ``[0, 1)``.
         eps: Adaptive Computation Pruning: leave out keys of which it is proven that no row loses more than this of its
             attention weight in total, in ``(0, 1)``; ``exp(-10)`` in its paper. None leaves out nothing.
-        rule: how that is proven, ``"tight"`` or ``"paper"``: see `foxlm.kernels.pruning`.
+        rule: how that is proven, ``"tight"`` or ``"paper"``: see `foxlm.kernels.pruning.rules`.
         logit_bound: ``U`` of the rule ``paper``, a bound of ``|scale * q . k|``, a number, ``[H]`` or ``[B, H]``,
             finite and at least 0; found by default. If it is too small by ``x``, rows may lose up to ``exp(2 x) eps``.
             On a GPU its values are not checked: where they are not as said, nothing is left out.

@@ -14,13 +14,13 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch import Tensor
 
-from .backend import HAS_TRITON, is_transformed, runs_kernels
+from .backends import HAS_TRITON, is_transformed, runs_kernels
 
 if HAS_TRITON:
-    from .scan import sum_gates
+    from .portable.scan import sum_gates
 
 if TYPE_CHECKING:
-    from .context_parallel import Shards
+    from .context_parallel.group import Shards
 
 # Gates below exp of this count as zero, that is as hard resets. They are far below any floating-point number, and one
 # huge finite sum would cost all later differences their digits.

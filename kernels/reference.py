@@ -23,7 +23,7 @@ Two places decide whether accuracy survives long sequences:
 import torch
 from torch import Tensor
 
-from .backend import NAMESPACE, refuse_second_derivative, refuse_transforms
+from .backends import NAMESPACE, refuse_second_derivative, refuse_transforms
 from .decay import Decay
 
 # Scores held at a time, in elements: 16 MiB in float32, small enough to stay near the caches of a CPU.

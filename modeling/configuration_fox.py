@@ -10,8 +10,7 @@ from transformers.activations import ACT2FN
 from transformers.configuration_utils import PreTrainedConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS, RopeParameters
 
-from .bundle_fox import AUTO_MAP, write_bundle
-from .config_fields_fox import (
+from .config_fields import (
     LARGEST,
     LARGEST_LABELS,
     drop_empty_foreign,
@@ -22,6 +21,7 @@ from .config_fields_fox import (
     unknown_fields,
     warn_unknown,
 )
+from .remote_code import AUTO_MAP, write_bundle
 
 # Caches of transformers know one class for each type of layer: a copy of this code under another package's name, loaded
 # from a model's folder, has a type of its own, so that neither gets the other's.
@@ -249,7 +249,7 @@ class FoxConfig(PreTrainedConfig):
     def layer_types(self) -> list[str]:
         """What each layer caches, for transformers' cache classes; all layers are alike and it is not saved."""
         # Here, since caches import this module.
-        from .cache_fox import register_layer_type
+        from .cache.dynamic import register_layer_type
 
         return [register_layer_type(self)] * self.num_hidden_layers
 

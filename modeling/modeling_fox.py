@@ -1,7 +1,7 @@
 """The Forgetting Transformer (FoX): decoder, language model and task heads."""
 
 # First, so that a transformers too old is named before an import of its parts fails.
-from .versions_fox import CACHE, CACHE_NAMES, cache_of, one_cache
+from .versions import CACHE, CACHE_NAMES, cache_of, one_cache
 
 # isort: split
 
@@ -25,26 +25,26 @@ from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.import_utils import is_torchdynamo_compiling
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
-from ..kernels.context_parallel import ContextParallel, Shards
-from .arguments_fox import DECODER_ARGUMENTS, LOSS_ARGUMENTS, refuse_unknown
-from .attention_fox import (
+from ..kernels.context_parallel.group import ContextParallel, Shards
+from .arguments import DECODER_ARGUMENTS, LOSS_ARGUMENTS, refuse_unknown
+from .attention_backends import (
     CONTEXT_PARALLEL_IMPLEMENTATIONS,
     DEFAULT_IMPLEMENTATION,
     IMPLEMENTATIONS,
     decodes,
     warn_of_attentions,
 )
-from .cache_fox import check_cache, register_layer_type
+from .cache.dynamic import check_cache, register_layer_type
+from .cache.paged import FoxPagedCache
 from .configuration_fox import LAYER_TYPE, FoxConfig
-from .gates_fox import FoxConstantGate, FoxForgetGate, decay_time_bias, share_remembered
-from .generation_fox import FoxGenerationMixin
-from .inputs_fox import check_labels, check_logits_to_keep, check_tokens, embed
-from .layers_fox import FoxAttention, FoxDecoderLayer, FoxRMSNorm, FoxRotaryEmbedding, activation_dtype
-from .layout_fox import token_layout
-from .loss_fox import FoxLMHead, loss_in_chunks, number_of_targets, targets_of_shard
-from .paged_cache_fox import FoxPagedCache
-from .parallel_fox import check_processes, check_tensor_parallel
+from .generation import FoxGenerationMixin
+from .inputs import check_labels, check_logits_to_keep, check_tokens, embed
+from .layers.attention import FoxAttention, FoxDecoderLayer, FoxRMSNorm, FoxRotaryEmbedding, activation_dtype
+from .layers.forget_gate import FoxConstantGate, FoxForgetGate, decay_time_bias, share_remembered
+from .losses import FoxLMHead, loss_in_chunks, number_of_targets, targets_of_shard
+from .parallel.tensor_parallel import check_processes, check_tensor_parallel
 from .peft_defaults import register_peft_defaults
+from .token_layout import token_layout
 
 
 class FoxPreTrainedModel(PreTrainedModel):

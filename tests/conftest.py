@@ -27,7 +27,7 @@ def small_chunks_interpreted() -> Iterator[None]:
     """Triton's interpreter takes a second to scan 1,024 numbers; shorter chunks are more of them besides."""
     with pytest.MonkeyPatch.context() as patch:
         if os.environ.get("TRITON_INTERPRET") == "1":
-            patch.setattr("foxlm.kernels.scan._CHUNK", 64)
+            patch.setattr("foxlm.kernels.portable.scan._CHUNK", 64)
         yield
 
 

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from foxlm.kernels.pruning import Rule
+from foxlm.kernels.pruning.rules import Rule
 from foxlm.modeling.modeling_fox import FoxForCausalLM
 
 from ..gates import RULES, attention_weights, decay_time_table, kept_from, skipped_shares

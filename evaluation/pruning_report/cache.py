@@ -7,9 +7,9 @@ import torch
 from torch import Tensor
 
 from foxlm.kernels.decay import accumulate
-from foxlm.kernels.pruning import Rule, bounds_to_come, first_dead_block
-from foxlm.kernels.summary import empty_summary, extend_summary
-from foxlm.modeling.paged_cache_fox import PAGE, LogitBounds, PagedForgettingLayer
+from foxlm.kernels.pruning.key_stats import empty_summary, extend_summary
+from foxlm.kernels.pruning.rules import Rule, bounds_to_come, first_dead_block
+from foxlm.modeling.cache.paged import PAGE, LogitBounds, PagedForgettingLayer
 
 from ..recording import AttentionInputs
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from foxlm.kernels.decay import accumulate
-from foxlm.kernels.pruning import Rule
+from foxlm.kernels.pruning.rules import Rule
 
 from ..gates import bounded_keys
 from ..recording import AttentionInputs

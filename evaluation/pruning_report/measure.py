@@ -8,9 +8,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from foxlm.kernels.backend import runs_kernels
-from foxlm.kernels.pruning import Rule, share_skipped
-from foxlm.modeling.paged_cache_fox import LogitBounds
+from foxlm.kernels.backends import runs_kernels
+from foxlm.kernels.pruning.rules import Rule, share_skipped
+from foxlm.modeling.cache.paged import LogitBounds
 
 from ..gates import RULES, first_read, in_tiles, kept_from, share_of_tiles_skipped
 from ..recording import AttentionInputs

@@ -15,7 +15,7 @@ from typing import Any
 from torch import nn
 from transformers import PreTrainedModel
 
-from foxlm.kernels.pruning import Rule
+from foxlm.kernels.pruning.rules import Rule
 
 from ..results import parse_json
 from ..speed.inputs import Case

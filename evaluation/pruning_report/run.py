@@ -13,10 +13,10 @@ from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from foxlm.conversion.pretrained import read_config
-from foxlm.kernels.pruning import Rule
+from foxlm.kernels.pruning.rules import Rule
 from foxlm.kernels.tiles import PRUNED_QUERIES
 from foxlm.modeling.configuration_fox import FoxConfig
-from foxlm.modeling.layers_fox import FoxDecoderLayer
+from foxlm.modeling.layers.attention import FoxDecoderLayer
 
 from ..loading import load_model, load_tokenizer, model_name, pruning_changes
 from ..provenance import provenance

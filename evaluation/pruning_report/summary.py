@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from foxlm.modeling.paged_cache_fox import PAGE
+from foxlm.modeling.cache.paged import PAGE
 
 from ..gates import RULES
 from .measure import GRAINS, Findings, Plan

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from foxlm.kernels.pruning import Rule
+from foxlm.kernels.pruning.rules import Rule
 
 from . import flex
 from .implementations import EPS, Attend, Implementation, all_tiles, first_by_definition, share_kept

@@ -21,9 +21,9 @@ import torch.distributed as dist
 import typer
 from torch import Tensor
 
-from foxlm.kernels.context_attention import context_parallel_attention
-from foxlm.kernels.context_parallel import ContextParallel, Shards
-from foxlm.kernels.pruning import Rule
+from foxlm.kernels.context_parallel.api import context_parallel_attention
+from foxlm.kernels.context_parallel.group import ContextParallel, Shards
+from foxlm.kernels.pruning.rules import Rule
 
 from ..results import write_whole
 from .implementations import EPS, Attend, Implementation, pruning_options

@@ -6,8 +6,8 @@ from typing import Annotated
 import typer
 
 from foxlm.evaluation.loading import DTYPES
-from foxlm.kernels.pruning import Rule
-from foxlm.kernels.token_split import NAMED_SPLITS
+from foxlm.kernels.context_parallel.partition import NAMED_SPLITS
+from foxlm.kernels.pruning.rules import Rule
 
 from . import options, report
 from .context import CASES, CPU_CASES, IN_A_ROW, ContextRecipe, run_context

@@ -10,7 +10,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 
 from foxlm import FoxForCausalLM
-from foxlm.kernels.pruning import Rule
+from foxlm.kernels.pruning.rules import Rule
 
 from .implementations import EPS
 from .models import set_pruning

@@ -12,7 +12,7 @@ from typing import Any, Protocol, TypeVar
 import torch
 from torch import Tensor
 
-from foxlm.kernels.pruning import Rule, first_kept, share_skipped
+from foxlm.kernels.pruning.rules import Rule, first_kept, share_skipped
 from foxlm.kernels.tiles import PRUNED_KEYS, PRUNED_QUERIES
 
 from .inputs import Inputs

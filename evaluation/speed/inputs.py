@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from foxlm.kernels.pruning import centered
+from foxlm.kernels.pruning.rules import centered
 
 # Tokens in which a head forgets, the range of the many and of the few.
 _SHORT, _LONG = (1.0, 100.0), (1e3, 1e6)

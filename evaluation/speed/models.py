@@ -6,8 +6,8 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from foxlm import FoxConfig, FoxForCausalLM
-from foxlm.kernels.pruning import Rule
-from foxlm.modeling.gates_fox import FoxForgetGate
+from foxlm.kernels.pruning.rules import Rule
+from foxlm.modeling.layers.forget_gate import FoxForgetGate
 
 from .implementations import EPS
 from .inputs import spread_decay_times

@@ -9,8 +9,8 @@ from transformers import PreTrainedModel
 
 from foxlm import FoxForCausalLM
 from foxlm.kernels.decay import Decay
-from foxlm.kernels.pruning import Rule, centered, prune
-from foxlm.modeling.attention_fox import ALL_ATTENTION_FUNCTIONS
+from foxlm.kernels.pruning.rules import Rule, centered, prune
+from foxlm.modeling.attention_backends import ALL_ATTENTION_FUNCTIONS
 
 from .implementations import EPS, RULES, share_of_tiles
 from .sessions import Decoder, Session, greedy_step

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from foxlm.kernels.attention import best_attention, forgetting_attention
 from foxlm.kernels.decay import Decay, accumulate
-from foxlm.kernels.pruning import Rule, prune
+from foxlm.kernels.pruning.rules import Rule, prune
 
 from .implementations import (
     EPS,

@@ -9,8 +9,8 @@ from torch import Tensor
 from transformers import Cache, DynamicCache, PreTrainedModel, StaticCache
 
 from foxlm import FoxForCausalLM, FoxPagedCache
-from foxlm.kernels.pruning import Rule
-from foxlm.modeling.versions_fox import CACHE
+from foxlm.kernels.pruning.rules import Rule
+from foxlm.modeling.versions import CACHE
 
 from .models import set_pruning
 from .own import own_name

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from foxlm import FoxConfig, FoxForCausalLM
-from foxlm.kernels.pruning import Rule
+from foxlm.kernels.pruning.rules import Rule
 
 from .bars import train_bars
 from .implementations import EPS, with_names

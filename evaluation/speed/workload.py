@@ -14,7 +14,7 @@ from torch import Tensor
 from foxlm import FoxConfig, FoxForCausalLM
 from foxlm.evaluation.loading import DTYPES, load_model, load_tokenizer, model_name
 from foxlm.evaluation.text import rows as rows_of_text
-from foxlm.kernels.pruning import Rule
+from foxlm.kernels.pruning.rules import Rule
 
 from .implementations import RULES
 from .models import Sizes, build_fox

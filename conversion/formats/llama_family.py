@@ -1,0 +1,197 @@
+"""The pretrained decoders that forget gates can be grafted onto, and what each of them is in terms of a FoX model."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from huggingface_hub.errors import StrictDataclassError
+from transformers import PreTrainedConfig
+
+from foxlm.conversion.formats.format import Fields
+from foxlm.modeling.configuration_fox import FoxConfig
+
+
+@dataclass(frozen=True)
+class Base:
+    """A model type of transformers. Its weights have the names that ours have.
+
+    Attributes:
+        fields: its configuration, each field accounted for.
+        parts: what holds for every such model, as fields of ours.
+        zeros: ends of the names of weights that ours has with these parts and it has not; zero, they change nothing.
+    """
+
+    fields: Fields
+    parts: Mapping[str, Any]
+    zeros: tuple[str, ...] = ()
+
+
+_SAME_NAMES = (
+    "vocab_size",
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "head_dim",
+    "hidden_act",
+    "max_position_embeddings",
+    "initializer_range",
+    "rms_norm_eps",
+    "use_cache",
+    "tie_word_embeddings",
+    "rope_parameters",
+    "attention_dropout",
+    "pad_token_id",
+    "bos_token_id",
+    "eos_token_id",
+)
+# In files of any of them. With another value a model would compute something else.
+_ACCEPTED = {"rope_interleaved": (False,), "use_mrope": (False,)}
+# Nothing that transformers computes reads them; all are in files that people publish.
+_WITHOUT_EFFECT = frozenset(
+    {
+        "cls_token_id",
+        "finetuning_task",
+        "is_decoder",
+        "is_llama_config",
+        "mask_token_id",
+        "max_sequence_length",
+        "pretraining_tp",
+        "sep_token_id",
+        "tie_encoder_decoder",
+        "tokenizer_class",
+        "torchscript",
+        "transformers.js_config",
+        "unk_token_id",
+        "unsloth_fixed",
+        "unsloth_version",
+        "use_bfloat16",
+    }
+)
+_NO_PARTS = {
+    "qk_norm": "none",
+    "use_key_shift": False,
+    "use_value_shift": False,
+    "use_output_gate": False,
+    "use_output_norm": False,
+}
+
+
+def _fields(
+    model_type: str,
+    same_names: tuple[str, ...] = (),
+    translated: tuple[str, ...] = (),
+    without_effect: tuple[str, ...] = (),
+) -> Fields:
+    """
+    Args:
+        model_type: of the configuration.
+        same_names: fields beside `_SAME_NAMES` that we have too.
+        translated: fields that `base_config` reads by itself.
+        without_effect: fields that others are derived from.
+    """
+    names = _SAME_NAMES + same_names
+    return Fields(
+        model_type=model_type,
+        # A configuration of transformers is complete but for what its class does not have.
+        defaults=dict.fromkeys(names + translated) | dict.fromkeys(_ACCEPTED, False),
+        ours={name: name for name in names},
+        accepted=_ACCEPTED,
+        without_effect=_WITHOUT_EFFECT | set(without_effect),
+    )
+
+
+_WINDOWS = ("sliding_window", "layer_types")
+_QWEN_WINDOWS = ("use_sliding_window", "max_window_layers")
+
+BASES = {
+    base.fields.model_type: base
+    for base in (
+        Base(_fields("llama", ("attention_bias", "mlp_bias")), {}),
+        Base(_fields("mistral", translated=("sliding_window",)), {}),
+        Base(
+            _fields("qwen2", translated=_WINDOWS, without_effect=_QWEN_WINDOWS),
+            # Of q, k and v only; our `attention_bias` is of o too.
+            {"attention_bias": True},
+            zeros=("o_proj.bias",),
+        ),
+        Base(
+            _fields("qwen3", ("attention_bias",), translated=_WINDOWS, without_effect=_QWEN_WINDOWS),
+            {"qk_norm": "shared"},
+        ),
+        Base(
+            _fields(
+                "smollm3",
+                ("attention_bias", "mlp_bias"),
+                translated=(*_WINDOWS, "no_rope_layers"),
+                without_effect=(*_QWEN_WINDOWS, "no_rope_layer_interval"),
+            ),
+            {},
+        ),
+        Base(_fields("olmo2", ("attention_bias",)), {"qk_norm": "all_heads", "norm_position": "post"}),
+    )
+}
+
+
+def base_of(config: PreTrainedConfig) -> Base:
+    """What describes the models of a configuration; raises a `ValueError` that names the model types there are."""
+    check_model_type(config.model_type)
+    return BASES[config.model_type]
+
+
+def check_model_type(model_type: object) -> None:
+    """Raise a `ValueError` that names the model types there are, if this is none of them."""
+    if model_type not in list(BASES):
+        raise ValueError(f"model_type must be one of {sorted(BASES)}, got {model_type!r}")
+
+
+def base_config(config: PreTrainedConfig, *, keep_rope: bool = True, **chosen: Any) -> FoxConfig:
+    """The configuration of ours that computes, with gates that never forget, what ``config`` does.
+
+    Args:
+        config: of a model in `BASES`.
+        keep_rope: whether to keep its rotary embeddings.
+        chosen: fields of ours that it does not settle.
+
+    Raises:
+        ValueError: a field is unknown, or has a value that a FoX model cannot represent; the message names it.
+    """
+    base = base_of(config)
+    fields = config.to_dict()
+    if fields.pop("quantization_config", None) is not None:
+        raise ValueError("quantization_config must be absent: graft onto the model before quantization")
+    theirs = base.fields.complete(fields)
+    _refuse_windows(theirs)
+    rope = _rope(theirs) if keep_rope else {"rope_parameters": None}
+    try:
+        return FoxConfig(**{**base.fields.to_ours(theirs), **_NO_PARTS, **base.parts, **rope, **chosen})
+    except StrictDataclassError as error:
+        raise ValueError(str(error.__cause__ or error)) from error
+
+
+def _refuse_windows(theirs: Mapping[str, Any]) -> None:
+    """Where a layer sees the last tokens only: FoX forgets instead. Windows that hold all tokens are none."""
+    # Where a type has no `layer_types`, a window is of all layers.
+    types = set(theirs.get("layer_types") or ["sliding_attention"])
+    if unknown := sorted(types - {"full_attention", "sliding_attention"}):
+        raise ValueError(f"layer_types must be of full_attention and sliding_attention, got {unknown}")
+    window, longest = theirs.get("sliding_window"), theirs["max_position_embeddings"]
+    if "sliding_attention" in types and window is not None and window < longest:
+        raise ValueError(
+            f"sliding_window must be at least max_position_embeddings ({longest}) or None in a layer of "
+            f"sliding_attention, got {window}: FoX has no windows. The same model is a base for sequences as long as "
+            f"its window, with max_position_embeddings set to {window}"
+        )
+
+
+def _rope(theirs: Mapping[str, Any]) -> dict[str, Any]:
+    """Our fields for their rotary embeddings."""
+    rope = theirs["rope_parameters"]
+    factor = rope.get("partial_rotary_factor", 1.0)
+    # Their layers rotate whole heads: they ignore another factor, or fail. To one type it means something else.
+    if factor != 1.0 and rope["rope_type"] != "proportional":
+        raise ValueError(f"partial_rotary_factor of rope_parameters must be 1, got {factor!r}")
+    # As theirs have it, 1 stands for a layer with RoPE and 0 for one without.
+    rotates = (theirs.get("no_rope_layers") or [])[: theirs["num_hidden_layers"]]
+    return {"rope_parameters": rope, "nope_layers": [i for i, one in enumerate(rotates) if not one] or None}

@@ -1,0 +1,293 @@
+"""Forgetting attention of a sequence that lies on several ranks: each has the queries of its tokens.
+
+Its work is cut into tasks (`sharded_tasks`) that ordinary kernels compute. Each query of a head is computed by one
+task over all keys that it keeps, so nothing is combined or rescaled, and results are those of one device but for the
+order of sums within tiles. Forward begins with the tasks that need no other rank; backward ends with them, while the
+gradients of fetched keys are on their way home.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..attention import Passes, best_passes
+from ..backends import HAS_TRITON, ONLY_REVERSE_MODE, rows_together, runs_kernels
+from ..decay import Decay
+from .exchange import Exchange, Fetch, Packed
+from .group import Shards
+from .row_copy import Rows, copy_rows
+from .schedule import Placed, Plan
+
+if HAS_TRITON:
+    from .kernels import window_first_on_device
+
+
+# Bytes of a rank's keys and values. Of fewer, what is fetched is there before the host has the next task ready.
+_WORTH_HIDING = 1 << 29
+
+
+class _Tensors(NamedTuple):
+    """Of this rank's tokens, ``[B, T, heads, D]`` and ``[B, gates, T]``; ``c_k`` is +inf for padding."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    c_q: Tensor
+    c_k: Tensor
+    first: Tensor
+
+    def gates(self) -> int:
+        """Of a key/value head."""
+        return self.c_k.shape[1] // self.k.shape[2]
+
+
+def _by_token(c: Tensor, kv_heads: int) -> Tensor:
+    """``[B, G * gates, T] -> [B, T, G, gates]``, a view."""
+    return c.unflatten(1, (kv_heads, -1)).permute(0, 3, 1, 2)
+
+
+def _as_rows(k: Tensor, v: Tensor, c: Tensor) -> Rows:
+    """Of ``[B, T, G, D]`` keys and values with ``[B, G * gates, T]`` running sums."""
+    return Rows(k, v, _by_token(c, k.shape[2]))
+
+
+class _Inputs(NamedTuple):
+    """What the kernels are given for one task."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    decay: Decay
+
+
+def _inputs(x: _Tensors, placed: Placed, packed: Packed | None, shards: Shards) -> _Inputs:
+    task = placed.task
+    q, c_q = x.q[:, task.rows], x.c_q[..., task.rows]
+    width, queries = task.stop - task.start, task.rows.stop - task.rows.start
+    if placed.of_query is not None and placed.of_gate is not None:
+        q, c_q = q.index_select(2, placed.of_query), c_q.index_select(1, placed.of_gate)
+    first = x.first[..., task.rows]
+    if task.start or placed.of_query is not None or placed.crossing is not None:
+        find = window_first_on_device if runs_kernels(q) else _window_first_in_pytorch
+        first = find(first, task.start, width, placed.of_query, placed.crossing, placed.edge)
+    if task.inside:
+        keys = slice(placed.rows.start, task.rows.stop)
+        k, v, c_k = x.k[:, keys], x.v[:, keys], x.c_k[..., keys]
+    else:
+        k, v, c_k = _window(x, placed, packed)
+    return _Inputs(q, k, v, Decay(c_q, c_k, first, shards.tables(q.device).tokens[width - queries : width]))
+
+
+def _window_first_in_pytorch(
+    first: Tensor, start: int, width: int, heads: Tensor | None, crossing: Tensor | None, edge: int
+) -> Tensor:
+    """As `window_first_on_device`."""
+    if heads is not None:
+        first = first.index_select(1, heads)
+    first = (first - start).clamp_(min=0)
+    if crossing is not None:
+        left_out = (crossing.amax(0) > edge).repeat_interleave(first.shape[1] // crossing.shape[1])
+        first.masked_fill_(left_out[:, None], width)
+    return first
+
+
+def _window(x: _Tensors, placed: Placed, packed: Packed | None) -> tuple[Tensor, Tensor, Tensor]:
+    """Keys, values ``[B, W, heads, D]`` and sums ``[B, gates, W]`` of a task; what nobody needs is zero and hidden."""
+    batch, _, _, size = x.k.shape
+    width = placed.task.stop - placed.task.start
+    k, v = x.k.new_zeros(2, batch, width, placed.heads, size).unbind()
+    c = x.c_k.new_full((batch, placed.heads * x.gates(), width), float("inf"))
+    window = _as_rows(k, v, c)
+    copy_rows(_as_rows(x.k, x.v, x.c_k), window, placed.own)
+    if packed is not None:
+        copy_rows(packed.rows(), window, placed.received)
+    return k, v, c
+
+
+class _ShardedAttention(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, q, k, v, c_q, c_k, first, shards, passes, scale, dropout):
+        x = _Tensors(q, k, v, c_q, c_k, first)
+        out = torch.empty_like(q, memory_format=torch.contiguous_format)
+        lse: Tensor | None = None
+        seeds = []
+
+        def run(placed: Placed, packed: Packed | None) -> None:
+            nonlocal lse
+            seed = torch.randint(2**62, (), dtype=torch.int64, device=q.device) if dropout > 0.0 else None
+            seeds.append(seed)
+            result, sums = passes.forward(*_inputs(x, placed, packed, shards), scale, dropout, seed)
+            if lse is None:
+                lse = sums.new_empty(q.shape[0], q.shape[2], q.shape[1])
+            _put(out, result, placed, token_dim=1)
+            _put(lse, sums, placed, token_dim=2)
+
+        plan = Plan(first, k.shape[2], x.gates(), shards)
+        # All of them are under way while the host learns what is needed. Where there is more to fetch some are kept for
+        # when rows are on their way, so they are at least two; but what is dropped depends on how the work is cut, and
+        # backward must drop the same.
+        hides = x.k.nbytes + x.v.nbytes > _WORTH_HIDING
+        inside = plan.inside(parts=2 if hides and len(shards.segments) == 1 and dropout == 0.0 else 1)
+        at_once = (len(inside) + 1) // 2 if hides else len(inside)
+        for placed in inside[:at_once]:
+            run(placed, None)
+        plan.learn()
+        exchange = None
+        if not plan.fetch.idle:
+            exchange = Exchange(_pack(x, plan.fetch), plan.fetch.sent, plan.fetch.received, shards)
+        for placed in inside[at_once:]:
+            run(placed, None)
+        packed = None if exchange is None else exchange.wait()
+        for placed in plan.others:
+            run(placed, packed)
+        _count(plan, x, shards)
+        ctx.save_for_backward(*x, out, lse, *seeds, *(packed or ()))
+        ctx.plan, ctx.passes, ctx.scale, ctx.dropout, ctx.calls = plan, passes, scale, dropout, len(seeds)
+        return out
+
+    @staticmethod
+    def backward(ctx, d_out):
+        if torch.is_grad_enabled():
+            # With create_graph=True. Not later, as other operators do: what is sent has no graph that could lead here.
+            raise NotImplementedError(ONLY_REVERSE_MODE)
+        plan: Plan = ctx.plan
+        # Once: what activation checkpointing has stored in their place may be asked for only once.
+        saved = ctx.saved_tensors
+        x, (out, lse), seeds = _Tensors(*saved[:6]), saved[6:8], saved[8 : 8 + ctx.calls]
+        packed = None if plan.fetch.idle else Packed(*saved[8 + ctx.calls :])
+        inside = plan.inside()
+        gradients = _Gradients(x, packed, plan, inside)
+
+        def run(placed: Placed, seed: Tensor | None) -> None:
+            inputs = _inputs(x, placed, packed, plan.shards)
+            d, o = (_get(y, placed, token_dim=1) for y in (d_out, out))
+            sums = _get(lse, placed, token_dim=2).contiguous()
+            gradients.add(placed, *ctx.passes.backward(d, *inputs, o, sums, ctx.scale, ctx.dropout, seed))
+
+        for placed, seed in zip(plan.others, seeds[ctx.calls - len(plan.others) :], strict=True):
+            run(placed, seed)
+        exchange = None
+        if gradients.packed is not None:
+            # Home, to the ranks that they came from.
+            exchange = Exchange(gradients.packed, plan.fetch.received, plan.fetch.sent, plan.shards)
+        for placed, seed in zip(inside, seeds, strict=False):
+            run(placed, seed)
+        gradients.finish(exchange)
+        return gradients.q, gradients.k, gradients.v, gradients.c_q, gradients.c_k, None, None, None, None, None
+
+
+def _pack(x: _Tensors, fetch: Fetch) -> Packed:
+    """The rows that others need."""
+    count, size = sum(fetch.sent), x.k.shape[-1]
+    packed = Packed(x.k.new_empty(count, 2, size), x.c_k.new_empty(count, x.gates()))
+    copy_rows(_as_rows(x.k, x.v, x.c_k), packed.rows(), fetch.runs)
+    return packed
+
+
+def _count(plan: Plan, x: _Tensors, shards: Shards) -> None:
+    """Add what was fetched to the group's `Traffic`."""
+    batch, tokens, kv_heads, size = x.k.shape
+    row_bytes = 2 * size * x.k.element_size()
+    traffic = shards.context.traffic
+    traffic.moved += sum(plan.fetch.received) * (row_bytes + x.gates() * x.c_k.element_size())
+    traffic.ring += (shards.split.length - tokens) * batch * kv_heads * row_bytes
+
+
+def _get(x: Tensor, placed: Placed, token_dim: int) -> Tensor:
+    """The queries and heads of a task, of ``x`` with query heads in dimension 1 or 2 and tokens in the other."""
+    rows = placed.task.rows
+    x = x.narrow(token_dim, rows.start, rows.stop - rows.start)
+    return x if placed.of_query is None else x.index_select(3 - token_dim, placed.of_query)
+
+
+def _put(whole: Tensor, x: Tensor, placed: Placed, token_dim: int) -> None:
+    rows = placed.task.rows
+    whole = whole.narrow(token_dim, rows.start, rows.stop - rows.start)
+    if placed.of_query is None:
+        whole.copy_(x)
+    else:
+        whole.index_copy_(3 - token_dim, placed.of_query, x)
+
+
+class _Gradients:
+    """Sums of what tasks find. Inside ones write whole segments, so they come first: what others found waits."""
+
+    def __init__(self, x: _Tensors, packed: Packed | None, plan: Plan, inside: list[Placed]) -> None:
+        self._plan = plan
+        covered = len(inside) == len(plan.shards.segments)
+        make = torch.empty_like if covered else torch.zeros_like
+        self.k, self.v = (make(y, memory_format=torch.contiguous_format) for y in (x.k, x.v))
+        self.q = torch.empty_like(x.q, memory_format=torch.contiguous_format)
+        self.c_q, self.c_k = (torch.zeros_like(y, memory_format=torch.contiguous_format) for y in (x.c_q, x.c_k))
+        #: Of the rows that came.
+        self.packed = None if packed is None else Packed(*(torch.zeros_like(y) for y in packed))
+        self._waiting: list[tuple[Placed, Tensor, Rows]] = []
+
+    def add(self, placed: Placed, dq: Tensor, dk: Tensor, dv: Tensor, dc_q: Tensor, dc_k: Tensor) -> None:
+        """What one task found, each in the shape of its inputs."""
+        task = placed.task
+        if placed.of_gate is None:
+            self.c_q[..., task.rows] += dc_q
+        else:
+            self.c_q[..., task.rows].index_add_(1, placed.of_gate, dc_q)
+        if task.inside:
+            self.q[:, task.rows] = dq
+            self.k[:, placed.rows], self.v[:, placed.rows] = dk, dv
+            self.c_k[..., placed.rows] += dc_k
+            return
+        found = _as_rows(dk, dv, dc_k)
+        if self.packed is not None:
+            copy_rows(found, self.packed.rows(), placed.received, add=True, back=True)
+        self._waiting.append((placed, dq, found))
+
+    def finish(self, exchange: Exchange | None) -> None:
+        """Add what waits, and what other ranks found for this one's keys."""
+        whole = _as_rows(self.k, self.v, self.c_k)
+        for placed, dq, found in self._waiting:
+            _put(self.q, dq, placed, token_dim=1)
+            copy_rows(found, whole, placed.own, add=True, back=True)
+        if exchange is not None:
+            rows, runs = exchange.wait().rows(), self._plan.fetch.runs
+            # One rank after the other: of one, no row comes twice, so the order of additions is always the same.
+            for part in self._plan.fetch.of_rank:
+                copy_rows(rows, whole, runs.part(part), add=True, back=True)
+
+
+@torch.compiler.disable
+def sharded_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    decay: Decay,
+    shards: Shards,
+    *,
+    scale: float,
+    dropout: float = 0.0,
+    passes: Passes | None = None,
+) -> Tensor:
+    """Forgetting attention of this rank's queries over the keys of all ranks; differentiable as `reference_attention`.
+
+    All ranks of the group call it together. Waits for the device once, to learn what is needed.
+
+    Args:
+        q: ``[B, T, H, D]`` queries of this rank's tokens.
+        k, v: ``[B, T, G, D]`` its keys and values.
+        decay: of its tokens, with running sums, ``first`` and ``last`` of the whole sequence, and what may be left out
+            left out (`sharded_pruning`): it is what need not be fetched.
+        shards: who has which tokens.
+        scale: multiplies ``q . k``.
+        dropout: probability of dropping an attention weight.
+        passes: what computes each task; `best_passes` by default.
+
+    Returns:
+        ``[B, T, H, D]`` in the type of ``q``.
+    """
+    kv_heads, heads = k.shape[2], q.shape[2]
+    c_q, c_k, first = decay.query, decay.key, decay.first
+    if c_k.shape[1] == 1:
+        c_q, c_k = c_q.expand(-1, kv_heads, -1), c_k.expand(-1, kv_heads, -1)
+    if first.shape[1] != heads:
+        first = first.repeat_interleave(heads // first.shape[1], dim=1)
+    k, v = rows_together(k), rows_together(v)
+    return _ShardedAttention.apply(q, k, v, c_q, c_k, first, shards, passes or best_passes(q), scale, dropout)

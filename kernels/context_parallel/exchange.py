@@ -1,0 +1,198 @@
+"""What attention on one rank must have of the keys and values of others, and how it gets there.
+
+A query keeps the keys from some first one to its own. So of a segment before its own, a head needs the tokens from the
+first key that any of its later queries on that rank keeps to the end: a few next to the border for a head that forgets,
+nothing of segments further back, all of them for a head that remembers. Every rank knows what everybody needs from a
+small table; so each sends, for each head and segment, exactly those rows, and nobody asks.
+"""
+
+from typing import NamedTuple
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from ..backends import HAS_TRITON, runs_kernels
+from .group import Shards
+from .row_copy import Place, Rows, Runs
+
+if HAS_TRITON:
+    from .kernels import needs_on_device
+
+
+class Needs(NamedTuple):
+    """Known on the host.
+
+    Attributes:
+        first: ``[segments, B, G]`` int64, first token that a query of each segment keeps for a key/value head.
+        crossing: ``[segments of this rank, B, G]`` int64, how many leading queries keep a key before the segment.
+    """
+
+    first: np.ndarray
+    crossing: np.ndarray
+
+
+class Question:
+    """What every segment needs, on its way to the host: the device goes on with other work meanwhile."""
+
+    def __init__(self, first: Tensor, kv_heads: int, shards: Shards) -> None:
+        """
+        Args:
+            first: ``[B, H, T]`` int64 in tokens of the sequence, beyond its own for a query that sees nothing.
+            kv_heads: number of key/value heads.
+            shards: who has which tokens.
+        """
+        find = needs_on_device if runs_kernels(first) else _needs_in_pytorch
+        least, crossing = find(first, kv_heads, shards)
+        #: Of each segment of this rank, how many leading queries keep a key before it, ``[segments, B, G]``.
+        self.crossing = crossing
+        self._split = shards.split
+        found = shards.gather(least)
+        self._host, self._copied = [found, crossing], None
+        if first.is_cuda:
+            self._host = [torch.empty(x.shape, dtype=x.dtype, pin_memory=True) for x in (found, crossing)]
+            for host, x in zip(self._host, (found, crossing), strict=True):
+                host.copy_(x, non_blocking=True)
+            self._copied = torch.cuda.current_stream(first.device).record_event()
+
+    def answer(self) -> Needs:
+        """Wait until it is here."""
+        if self._copied is not None:
+            self._copied.synchronize()
+        found, crossing = (x.numpy() for x in self._host)
+        ranks = [segment.rank for segment in self._split.segments]
+        return Needs(found[ranks, self._split.slots], crossing)
+
+
+def _needs_in_pytorch(first: Tensor, kv_heads: int, shards: Shards) -> tuple[Tensor, Tensor]:
+    """As `needs_on_device`."""
+    first = first.unflatten(1, (kv_heads, -1)).amin(2)
+    least = first.new_zeros(shards.split.most_segments, *first.shape[:2])
+    crossing = []
+    for slot, ((_, start, stop), rows) in enumerate(zip(shards.segments, shards.rows, strict=True)):
+        part = first[..., rows]
+        least[slot] = part.amin(-1).clamp(max=start)
+        count = torch.arange(1, stop - start + 1, device=first.device)
+        crossing.append(torch.where(part < start, count, 0).amax(-1))
+    return least, torch.stack(crossing)
+
+
+class Received(NamedTuple):
+    """Rows that came of one segment.
+
+    Attributes:
+        stop: one past the last token of the segment.
+        first: ``[B, G]`` first token that came; ``stop`` if none.
+        row: ``[B, G]`` its row.
+    """
+
+    stop: int
+    first: np.ndarray
+    row: np.ndarray
+
+
+class Fetch(NamedTuple):
+    """One exchange of rows; a row is a token of one key/value head.
+
+    Attributes:
+        runs: from this rank's keys to the rows that it sends, by rank that gets them.
+        of_rank: which of ``runs`` are for each rank.
+        sent, received: how many rows, for each rank.
+        segments: what comes, for each segment of others that is needed.
+        idle: whether nobody in the group sends anything.
+    """
+
+    runs: Runs
+    of_rank: list[slice]
+    sent: list[int]
+    received: list[int]
+    segments: list[Received]
+    idle: bool
+
+
+def plan_fetch(needs: Needs, shards: Shards) -> Fetch:
+    """Who sends what to whom."""
+    split, me = shards.split, shards.rank
+    _, batch, kv_heads = needs.first.shape
+    batches, heads = np.arange(batch)[:, None], np.arange(kv_heads)
+    runs: list[Runs] = []
+    of_rank: list[slice] = []
+    sent, received = [0] * split.ranks, [0] * split.ranks
+    end = 0
+    for rank in range(split.ranks):
+        for i, segment, own in zip(shards.own, shards.segments, shards.rows, strict=True):
+            if rank == me:
+                break
+            kept = _kept_of(needs.first, i, rank, shards)
+            count = segment.stop - kept
+            source = Place(batches, own.start + kept - segment.start, heads)
+            runs.append(Runs.between(source, Place(0, _rows_after(end, count), 0), count))
+            sent[rank] += int(count.sum())
+            end += int(count.sum())
+        so_far = sum(len(x.table) for x in runs)
+        of_rank.append(slice(of_rank[-1].stop if of_rank else 0, so_far))
+    segments, end = [], 0
+    for source_rank in range(split.ranks):
+        for i, segment in enumerate(split.segments):
+            if segment.rank == source_rank != me:
+                kept = _kept_of(needs.first, i, me, shards)
+                count = segment.stop - kept
+                segments.append(Received(segment.stop, kept, _rows_after(end, count)))
+                received[source_rank] += int(count.sum())
+                end += int(count.sum())
+    # What stands before a segment is on another rank.
+    before_segment = needs.first.min((1, 2)) < [segment.start for segment in split.segments]
+    return Fetch(Runs.joined(runs), of_rank, sent, received, segments, not before_segment.any())
+
+
+def _rows_after(row: int, count: np.ndarray) -> np.ndarray:
+    """First row of each of so many, one after the other from ``row`` on."""
+    return row + (np.cumsum(count) - count.ravel()).reshape(count.shape)
+
+
+def _kept_of(first: np.ndarray, i: int, rank: int, shards: Shards) -> np.ndarray:
+    """First token of segment ``i`` that ``rank`` needs, ``[B, G]``; one past the last if it needs none."""
+    owner, start, stop = shards.split.segments[i]
+    later = [j for j, segment in enumerate(shards.split.segments) if segment.rank == rank and j > i]
+    if rank == owner or not later:
+        return np.full(first.shape[1:], stop)
+    return first[later].min(0).clip(start, stop)
+
+
+class Packed(NamedTuple):
+    """Keys, values and running sums of rows: ``[N, 2, D]`` and ``[N, gates of a key/value head]`` float64."""
+
+    kv: Tensor
+    c: Tensor
+
+    def rows(self) -> Rows:
+        """The same, as tokens of one head."""
+        kv, c = self.kv[None, :, :, None], self.c[None, :, None]
+        return Rows(kv[:, :, 0], kv[:, :, 1], c)
+
+
+class Exchange:
+    """Rows on their way. They lie in `rows` after `wait`."""
+
+    def __init__(self, rows: Packed, sent: list[int], received: list[int], shards: Shards) -> None:
+        """
+        Args:
+            rows: to be sent, by rank that gets them.
+            sent, received: how many, for each rank.
+            shards: the group.
+        """
+        # Kept until they are sent.
+        self._sent: Packed | None = rows
+        self.rows = Packed(*(x.new_empty(sum(received), *x.shape[1:]) for x in rows))
+        self._work = [
+            dist.all_to_all_single(into, out, received, sent, group=shards.context.group, async_op=True)
+            for into, out in zip(self.rows, rows, strict=True)
+        ]
+
+    def wait(self) -> Packed:
+        """The rows that have come. The host does not wait for a GPU, whose queue does."""
+        for work in self._work:
+            work.wait()
+        self._work, self._sent = [], None
+        return self.rows

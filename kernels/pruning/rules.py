@@ -1,0 +1,343 @@
+"""Adaptive Computation Pruning (ACP, arXiv 2504.06949): which keys a query may drop, with a proof.
+
+Both rules guarantee that no row loses more than ``eps`` of its attention weight in total. ``D_ij = c_i - c_j`` rises
+with ``j`` and falls with ``i``, so what a query keeps is one range that ends at its own key.
+
+``paper``
+    Drop key ``j`` where ``D_ij < -2U - log L + log eps`` with ``|scale * q . k| <= U`` and ``L`` keys: a dropped weight
+    is at most ``exp(U + D_ij) / exp(-U)``, and there are at most ``L`` of them.
+``tight``
+    Replaces three worst cases by what is cheaply known. A row's normalizer is at least its own term ``s_ii`` (instead
+    of ``-U``); a dropped logit is at most ``scale |q_i| Kmax_n`` with ``Kmax_n = max_{j < n} |k_j|`` (instead of
+    ``U``); the decays of the dropped keys add up to ``P_n = log sum_{j < n} exp(-c_j)`` (instead of ``L`` times the
+    worst). Drop keys ``j < n`` where ``scale |q_i| Kmax_n + c_i + P_n - s_ii <= log eps``. Drops at least what
+    ``paper`` drops where ``U`` is the true maximum of ``scale |q| |k|``.
+
+Both hold for `centered` keys as well. `first_kept` is the definition, in plain PyTorch, for analysis; `prune` is what
+attention runs, on a GPU by kernels (`boundaries`). `may_drop` is both rules, and `predicates` the same for kernels.
+
+**In floating point** the guarantee is about the exact attention weights of ``q``, ``k``, ``log_f`` as they are given:
+attention rounds with pruning as it does without. Every number that a rule reads is rounded to the safe side, by what
+it, and all that is still done with it, may be off (`rounding`). ``u``, half of ``finfo.eps``, is 2^-24 for inputs up
+to float32, in which kernels compute (PyTorch, and sums of gates everywhere, are float64), and 2^-53 for float64.
+
+* Inputs in half precision are exact in float32. A dot product of ``D`` terms, in any order, is off by at most
+  ``D u |q| |k|``, a length by ``(D / 2 + 2) u`` of itself (by as much again if squares underflow, since lengths count
+  as 2^-51 at least), ``scale`` and each further operation by a few ``u``. ``scale |q|`` raised by ``m = 2 (D + 32) u``
+  of itself, and ``s_ii`` lowered by ``m scale |q_i| |k_i|`` (by ``m |s_ii|`` in decoding, which takes it in float64),
+  cover that, what the rule does with them, and the subtraction in `centered`, of ``u`` in each element.
+* Sums over ``n`` gates, in any order, are off by ``n u |c|`` with ``u = 2^-53``, differences of two by twice that, and
+  ``P_n`` by ``n u (|c| + log n + 2)`` more: ``c_i`` is raised by ``4 n u (|c_i| + 32)``. What kernels take in float32
+  of a block of 64 keys is relative to its last one, so the sum is at least 1, and its log off by at most 100 ``u``.
+* Where a rule is about to drop, ``|c_i + P_n|``, or ``-D_ij``, is at most twice the sum of all other terms, or it drops
+  anyhow. So the rounding of that term is covered by the first margin and by ``log eps`` lowered by
+  ``256 u (1 + |log eps|)``, as are its own and those 100 ``u``.
+* ``U`` is raised by ``64 u``. As a product of lengths it is one of upper bounds; a bound by weights must hold for ``q``
+  and ``k`` as the model rounds them (`FoxAttention.logit_bound`); one that is given must be one.
+
+An overflow, or any NaN, makes a comparison false, which keeps keys. So does a ``U`` that is NaN, infinite or negative.
+"""
+
+import math
+from typing import Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..backends import HAS_TRITON, runs_kernels
+from ..decay import Decay, KeySummary, accumulate
+from ..tiles import PRUNED_KEYS, PRUNED_QUERIES
+from ..validation import check_logit_bound, check_rule, check_scale
+from .rounding import decay_margin, log_allowed, logit_margin
+
+if HAS_TRITON:
+    from .search import raise_first
+
+Rule = Literal["paper", "tight"]
+
+
+def first_kept(
+    q: Tensor,
+    k: Tensor,
+    log_f: Tensor,
+    *,
+    eps: float,
+    rule: Rule,
+    scale: float | None = None,
+    logit_bound: float | Tensor | None = None,
+    block_q: int = 1,
+    block_k: int = 1,
+) -> Tensor:
+    """First key that each block of queries keeps: it may drop every key before.
+
+    Args:
+        q: ``[B, Tq, H, D]`` queries, the last ``Tq`` of ``Tk`` tokens.
+        k: ``[B, Tk, G, D]`` keys.
+        log_f: ``[B, Tk, Hf]`` log forget gates, ``Hf`` in ``{H, G, 1}``.
+        eps: largest attention weight that a row may lose in total, in ``(0, 1)``.
+        rule: ``"paper"`` or ``"tight"``.
+        scale: multiplies the logits, finite; ``1 / sqrt(D)`` by default.
+        logit_bound: ``U`` of the rule ``paper``, a number, ``[H]`` or ``[B, H]``, finite and at least 0, e.g. from
+            QK-norm weights; by default ``scale * max |q| * max |k|`` per sequence and head. If some
+            ``|scale * q . k|`` exceeds it by ``x``, rows may lose up to ``exp(2 x) eps``. Values on a GPU are not
+            checked: nothing is dropped where they are NaN, infinite or negative.
+        block_q, block_k: queries and keys are dropped in blocks of these sizes; 1 is per query and key.
+
+    Returns:
+        ``[B, H, ceil(Tq / block_q)]`` int64, multiples of ``block_k``. Keys hidden by a hard reset count as dropped.
+
+    Raises:
+        ValueError: ``eps``, ``rule``, ``scale`` or ``logit_bound`` is not as above.
+    """
+    check_rule(eps, rule)
+    batch, queries, heads, head_dim = q.shape
+    keys = k.shape[1]
+    check_logit_bound(logit_bound, batch, heads)
+    check_scale(scale)
+    scale = head_dim**-0.5 if scale is None else scale
+    c, first = accumulate(log_f)
+    last = torch.arange(keys - queries, keys, device=c.device)
+    decay = Decay(c[..., keys - queries :], c, first[..., keys - queries :], last)
+    kept = _kept(decay, q, k, eps, rule, scale, logit_bound)
+    kept = torch.maximum(kept, _per_query_head(decay.first, heads))
+    return _blocks_minimum(kept, block_q) // block_k * block_k
+
+
+def prune(
+    decay: Decay,
+    q: Tensor,
+    k: Tensor,
+    *,
+    eps: float,
+    rule: Rule = "tight",
+    scale: float,
+    logit_bound: float | Tensor | None = None,
+) -> Decay:
+    """Hide from every query the keys that it may drop, in blocks of 128 queries and 64 keys.
+
+    Args:
+        decay: of ``Tq`` queries over ``Tk`` keys; with resets, packing and padding.
+        q, k, eps, rule, logit_bound: as for `first_kept`; q and k finite, also where they are padding; k may be wider.
+        scale: multiplies the logits.
+
+    Returns:
+        ``decay`` with ``first`` raised, ``[B, H, Tq]``. No row loses more than ``eps`` of its attention weight.
+
+    Raises:
+        ValueError: an argument is not as above.
+    """
+    check_rule(eps, rule)
+    batch, queries, heads, _ = q.shape
+    check_logit_bound(logit_bound, batch, heads)
+    if k.shape[1] <= PRUNED_KEYS or q.numel() == 0:
+        return decay
+    if runs_kernels(q) and q.dtype != torch.float64:
+        if logit_bound is not None:
+            if not isinstance(logit_bound, Tensor):
+                # Filled on the device: a copy of a number from the host would wait for all that is queued.
+                logit_bound = torch.full((1,), logit_bound, dtype=torch.float32, device=q.device)
+            logit_bound = logit_bound.to(device=q.device, dtype=torch.float32).expand(batch, heads)
+        first = raise_first(decay, q, k, eps=eps, tight=rule == "tight", scale=scale, logit_bound=logit_bound)
+        return decay._replace(first=first)
+    kept = _kept(decay, q, k, eps, rule, scale, logit_bound)
+    first = _per_query_head(decay.first, heads)
+    sees_nothing = first > decay.last
+    kept = kept.masked_fill(sees_nothing, torch.iinfo(torch.int64).max)
+    kept = _blocks_minimum(kept, PRUNED_QUERIES) // PRUNED_KEYS * PRUNED_KEYS
+    kept = kept.repeat_interleave(PRUNED_QUERIES, dim=-1)[..., :queries]
+    return decay._replace(first=torch.where(sees_nothing, first, torch.maximum(first, kept)))
+
+
+@torch.no_grad()
+def centered(k: Tensor) -> Tensor:
+    """Keys as short as they may be taken for: minus the mean of the first 64, ``[B, T, G, D]`` in float32 or wider.
+
+    Subtracting one vector from all keys of a head shifts all logits of a row alike, which changes no attention weight.
+    So the rules may be given these keys in place of ``k``. Without QK-norm keys have a large part in common, and the
+    bound ``scale |q| max |k|`` pays for it: in SmolLM2 40 nats, 27 of the centered keys. Of the first 64 because they
+    are there before anything can be dropped.
+    """
+    wide = k.to(torch.promote_types(k.dtype, torch.float32))
+    return wide - wide[:, :PRUNED_KEYS].mean(1, keepdim=True)
+
+
+class QueryBounds(NamedTuple):
+    """What the rules read of queries, ``[B, H, Tq]`` each, rounded to the safe side as the proof says.
+
+    Attributes:
+        c: float64, at least the running sum.
+        norm: at least ``scale |q|``.
+        own: at most the logit with the own key.
+    """
+
+    c: Tensor
+    norm: Tensor
+    own: Tensor
+
+
+def query_bounds(q: Tensor, own_key: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    """``norm`` and ``own`` of `QueryBounds`, in float64.
+
+    Args:
+        q: ``[B, Tq, H, D]``.
+        own_key: ``[B, Tq, G, D]``.
+        scale: multiplies the logits.
+    """
+    margin = logit_margin(q.shape[-1], margin_dtype(own_key))
+    q, own_key = (x.double().transpose(1, 2) for x in (q, own_key))
+    own_key = _per_query_head(own_key, q.shape[1])
+    norm = q.norm(dim=-1) * (abs(scale) * (1.0 + margin))
+    return norm, scale * (q * own_key).sum(-1) - margin * norm * own_key.norm(dim=-1)
+
+
+def margin_dtype(k: Tensor) -> torch.dtype:
+    """Whose rounding counts for keys ``k``."""
+    return torch.promote_types(k.dtype, torch.float32)
+
+
+def raised(c: Tensor, keys: int) -> Tensor:
+    """``c`` of `QueryBounds` from running sums over at most so many keys."""
+    margin = decay_margin(keys)
+    return c * (1.0 - margin) + 32.0 * margin
+
+
+def may_drop(query: QueryBounds, keys: KeySummary, log_eps: float, logit_bound: Tensor | None) -> Tensor:
+    """The rules: whether a query may drop all keys that an entry of ``keys`` counts. False where a number is NaN.
+
+    Args:
+        query, keys: of shapes that broadcast.
+        log_eps: as `rounding.log_allowed` gives it, for ``paper`` with the number of keys.
+        logit_bound: ``U`` of the rule ``paper``; None is the rule ``tight``.
+    """
+    if logit_bound is None:
+        return (query.c + keys.log_decays) + query.norm * keys.largest - query.own <= log_eps
+    threshold = log_eps - 2.0 * (1.0 + logit_margin(0, torch.float32)) * logit_bound
+    return (logit_bound >= 0.0) & (query.c - keys.c < threshold)
+
+
+def most_droppable(
+    query: QueryBounds, keys: KeySummary, most: Tensor, log_eps: float, logit_bound: Tensor | None
+) -> Tensor:
+    """How many leading keys, or blocks of them, each row may drop, by bisection: ``[B, H, Tq]`` int64.
+
+    Args:
+        query: of the rows.
+        keys: ``[B, H, N]``, of each key or block and all before.
+        most: ``[Tq]`` int64, not more than these may be dropped.
+        log_eps: as for `may_drop`.
+        logit_bound: as for `may_drop`, ``[B, H]``.
+    """
+    low = torch.zeros_like(query.norm, dtype=torch.int64)
+    high = most.expand_as(low)
+    bound = None if logit_bound is None else logit_bound[..., None]
+    for _ in range(keys.c.shape[-1].bit_length()):
+        middle = (low + high + 1) // 2
+        before = (middle - 1).clamp(min=0)
+        droppable = may_drop(query, KeySummary(*(x.gather(-1, before) for x in keys)), log_eps, bound)
+        low = torch.where(droppable, middle, low)
+        high = torch.where(droppable, high, middle - 1)
+        high = torch.maximum(low, high)
+    return low
+
+
+def bounds_to_come(bounds: tuple[Tensor, Tensor], heads: int, head_dim: int) -> tuple[Tensor, Tensor]:
+    """``norm`` and ``own`` of `QueryBounds`, ``[H, 1]`` float64, of queries of which only bounds are known.
+
+    Args:
+        bounds: ``scale |q|`` and ``-scale q . k`` with its own key of any such query are at most these, ``[H]`` or
+            ``[1]`` each; the second also bounds any ``|scale q . k|``. Negative ones and NaN count as infinite.
+        heads: number of query heads ``H``.
+        head_dim: size of a head.
+    """
+    # The largest norms of keys are float32.
+    margin = logit_margin(head_dim, torch.float32)
+    given = torch.stack(bounds).double()
+    norm, own = torch.where(given >= 0.0, given * (1.0 + margin), math.inf).expand(2, heads)[..., None]
+    return norm, -own
+
+
+def first_dead_block(
+    c: Tensor,
+    summary: KeySummary,
+    bounds: tuple[Tensor, Tensor],
+    blocks: int,
+    *,
+    eps: float,
+    rule: Rule,
+    keys: int,
+) -> Tensor:
+    """First block of 64 keys that a query to come may need; every later one may drop all before.
+
+    The rules above for queries of which only bounds are known. Their running sum is not above that of any token before
+    them.
+
+    Args:
+        c: ``[B, Hf]`` float64 running sum at some token.
+        summary: of the keys.
+        bounds: of any query from that token on, as `bounds_to_come` gives them.
+        blocks: how many blocks lie wholly before that token.
+        eps: as for `first_kept`.
+        rule: as for `first_kept`.
+        keys: most keys there will ever be.
+
+    Returns:
+        ``[B, G]`` int32, at most ``blocks``: the least over the query heads of a key/value head.
+    """
+    check_rule(eps, rule)
+    norm, own = bounds
+    heads, kv_heads = len(norm), summary.largest.shape[1]
+    c, *entries = (_per_query_head(x, heads) for x in (c[..., None], *(x[..., :blocks] for x in summary)))
+    paper = rule == "paper"
+    log_eps = log_allowed(eps, torch.float32, keys if paper else 1)
+    query = QueryBounds(raised(c, keys), norm, own)
+    dead = may_drop(query, KeySummary(*entries), log_eps, -own if paper else None)
+    return dead.int().cumprod(-1).sum(-1, dtype=torch.int32).unflatten(1, (kv_heads, -1)).amin(2)
+
+
+def share_skipped(first: Tensor, length: int, block_q: int = 1, block_k: int = 1, queries: int | None = None) -> Tensor:
+    """Share of the causal tiles that are skipped when each block of queries starts at its first kept key.
+
+    Args:
+        first: ``[B, H, ceil(Tq / block_q)]`` as `first_kept` returns it for the same blocks.
+        length: number of keys ``Tk``.
+        block_q, block_k: tile sizes; with both 1, pairs of query and key are counted.
+        queries: number of queries ``Tq``, the last of the keys; all of them by default.
+
+    Returns:
+        ``[B, H]`` float64 in ``[0, 1)``.
+    """
+    queries = length if queries is None else queries
+    ends = torch.arange(first.shape[-1], device=first.device) * block_q + block_q
+    tiles = (ends.clamp(max=queries) + length - queries + block_k - 1) // block_k
+    return (first // block_k).sum(-1).double() / tiles.sum()
+
+
+def _per_query_head(x: Tensor, heads: int) -> Tensor:
+    """``[B, Hf, T, ...] -> [B, H, T, ...]``."""
+    return x if x.shape[1] == heads else x.repeat_interleave(heads // x.shape[1], dim=1)
+
+
+def _kept(
+    decay: Decay, q: Tensor, k: Tensor, eps: float, rule: Rule, scale: float, logit_bound: float | Tensor | None
+) -> Tensor:
+    """First key that each query keeps by the rule alone, ``[B, H, Tq]``; never after its own."""
+    batch, _, heads, _ = q.shape
+    length = k.shape[1]
+    c_q, c_k = (_per_query_head(x, heads) for x in (decay.query, decay.key))
+    norm, own = query_bounds(q, k.index_select(1, decay.last), scale)
+    k_norm = _per_query_head(k.double().norm(dim=-1).transpose(1, 2), heads).masked_fill(torch.isposinf(c_k), 0.0)
+    # A hidden key goes with the last one before it that is not.
+    keys = KeySummary(c_k.cummin(-1).values, torch.logcumsumexp(-c_k, dim=-1), k_norm.cummax(-1).values)
+    bound = None
+    if rule == "paper":
+        if logit_bound is None:
+            logit_bound = norm.amax(-1) * k_norm.amax(-1)
+        bound = torch.as_tensor(logit_bound, dtype=torch.float64, device=c_q.device).expand(batch, heads)
+    log_eps = log_allowed(eps, margin_dtype(k), length if rule == "paper" else 1)
+    return most_droppable(QueryBounds(raised(c_q, length), norm, own), keys, decay.last, log_eps, bound)
+
+
+def _blocks_minimum(x: Tensor, block: int) -> Tensor:
+    """Minimum over each block of the last dimension, the last block as long as it is."""
+    padding = x[..., -1:].expand(*x.shape[:-1], -x.shape[-1] % block)
+    return torch.cat([x, padding], dim=-1).unflatten(-1, (-1, block)).amin(-1)

@@ -1,0 +1,256 @@
+"""The attention implementations a FoX layer can be told to use (`attn_implementation`).
+
+================  =========================================================================================
+``fox``           the default: GPU kernels where they run, which leave out what ``acp_eps`` allows, else PyTorch
+``fox_reference`` chunked PyTorch, memory linear in the sequence length; leaves out nothing
+``sdpa``          torch's scaled_dot_product_attention with the decay as a dense bias: memory quadratic
+``eager``         the same written out; returns attention weights (``output_attentions=True``)
+================  =========================================================================================
+
+In the first two, decay is exact at any length. All are called as transformers calls any attention function, with a
+`Decay` beside the usual arguments.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.modeling_utils import AttentionInterface
+from transformers.utils import logging
+from transformers.utils.generic import maybe_autocast
+
+from ..kernels.attention import REFERENCE, best_attention, without_padding
+from ..kernels.backends import HAS_TRITON
+from ..kernels.context_parallel.attention import sharded_attention
+from ..kernels.context_parallel.pruning import prune_shards
+from ..kernels.decay import CachedKeys, Decay
+from ..kernels.pruning.rounding import logit_margin
+from ..kernels.pruning.rules import Rule, centered, prune
+from ..kernels.reference import reference_attention
+from ..kernels.tiles import PRUNED_KEYS
+
+if HAS_TRITON:
+    from ..kernels.portable.decode import decode_attention
+    from ..kernels.portable.decode import decodes as decode_takes
+
+logger = logging.get_logger(__name__)
+
+DEFAULT_IMPLEMENTATION = "fox"
+IMPLEMENTATIONS = (DEFAULT_IMPLEMENTATION, "fox_reference", "sdpa", "eager")
+# Those that compute a sequence of which each rank has a part.
+CONTEXT_PARALLEL_IMPLEMENTATIONS = (DEFAULT_IMPLEMENTATION, "fox_reference")
+
+
+def fox_attention_forward(
+    module: Any,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: None,
+    decay: Decay,
+    scaling: float,
+    dropout: float = 0.0,
+) -> tuple[Tensor, None]:
+    """The best attention for the device, with pruning. Arguments as for `reference_attention_forward`."""
+    config = module.config
+    if decay.cached is not None:
+        options = {}
+        if prunes(config):
+            options = {"eps": config.acp_eps, "rule": config.acp_rule, "logit_bound": _bound(module, query.dtype)}
+        return _decode(query, key, value, decay, decay.cached, scaling, **options), None
+    q, k, v = (x.transpose(1, 2) for x in (query, key, value))
+    q, k, v = without_padding(q, k, v, decay)
+    if decay.shards is not None:
+        if prunes(config):
+            decay = pruned(module, q, k, decay, scaling)
+        return sharded_attention(q, k, v, decay, decay.shards, scale=scaling, dropout=dropout), None
+    attend = best_attention(q)
+    # In PyTorch the search for what may be left out takes longer than leaving it out saves.
+    if attend is not reference_attention and prunes(config):
+        decay = pruned(module, q, k, decay, scaling)
+    out, _ = attend(q, k, v, decay, scale=scaling, dropout=dropout)
+    return out, None
+
+
+def prunes(config: Any) -> bool:
+    """Whether the configuration lets attention leave out keys."""
+    return config.acp_eps is not None and config.forget_gate != "none"
+
+
+def pruned(module: Any, q: Tensor, k: Tensor, decay: Decay, scaling: float) -> Decay:
+    """`prune` by the layer's configuration, which `prunes`; with context parallelism `prune_shards`.
+
+    Args:
+        module: the attention layer.
+        q: ``[B, Tq, H, D]`` queries, as `without_padding` leaves them.
+        k: ``[B, Tk, G, D]`` keys, likewise.
+        decay: not of a cache.
+        scaling: multiplies the logits.
+    """
+    config = module.config
+    options = {"eps": config.acp_eps, "rule": config.acp_rule, "logit_bound": _bound(module, q.dtype)}
+    if decay.shards is not None:
+        keys = decay.shards.centered(k) if _centers(config) else k
+        return prune_shards(decay, q, keys, decay.shards, scale=scaling, **options)
+    return prune(decay, q, centered(k) if _centers(config) else k, scale=scaling, **options)
+
+
+def _bound(module: Any, dtype: torch.dtype) -> Tensor | None:
+    return module.logit_bound(dtype) if module.config.acp_rule == "paper" else None
+
+
+def _centers(config: Any) -> bool:
+    # Normalized keys have little in common; `paper` gains nothing, for the first key is far from the others.
+    return config.qk_norm == "none" and config.acp_rule == "tight"
+
+
+def decodes(query: Tensor, key: Tensor) -> bool:
+    """Whether the kernels of decoding take ``[B, H, Tq, D]`` queries and ``[B, G, T, D]`` new keys."""
+    return HAS_TRITON and decode_takes(query.transpose(1, 2), key.transpose(1, 2))
+
+
+def _decode(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    decay: Decay,
+    cached: CachedKeys,
+    scale: float,
+    eps: float | None = None,
+    rule: Rule = "tight",
+    logit_bound: Tensor | None = None,
+) -> Tensor:
+    q = query.transpose(1, 2)
+    if cached.pages is None:
+        key, value = key.transpose(1, 2), value.transpose(1, 2)
+    if rule == "paper" and logit_bound is None:
+        # Of these queries and all keys so far.
+        largest = cached.summary.largest.index_select(-1, decay.last[-1:] // PRUNED_KEYS)
+        norms = torch.linalg.vector_norm(q, dim=-1, dtype=torch.float64).amax(1)
+        norms = norms * (abs(scale) * (1.0 + logit_margin(q.shape[-1], torch.float32)))
+        logit_bound = norms * largest[..., 0].repeat_interleave(q.shape[2] // largest.shape[1], dim=1)
+    out, _ = decode_attention(
+        q,
+        key,
+        value,
+        decay._replace(key=cached.c),
+        scale=scale,
+        summary=cached.summary,
+        eps=eps,
+        rule=rule,
+        logit_bound=logit_bound,
+        real=decay.real,
+        pages=cached.pages,
+        start=cached.start,
+    )
+    return out
+
+
+def reference_attention_forward(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: None,
+    decay: Decay,
+    scaling: float,
+    dropout: float = 0.0,
+) -> tuple[Tensor, None]:
+    """`reference_attention` behind transformers' signature.
+
+    Args:
+        module: the attention layer.
+        query: ``[B, H, Tq, D]``.
+        key, value: ``[B, G, Tk, D]``.
+        attention_mask: unused; `decay` says which keys a query may see.
+        decay: running sums and visible range of each query.
+        scaling: multiplies the logits.
+        dropout: probability of dropping an attention weight.
+
+    Returns:
+        ``[B, Tq, H, D]`` and None: the weights are never held.
+    """
+    q, k, v = (x.transpose(1, 2) for x in (query, key, value))
+    if decay.shards is not None:
+        return sharded_attention(q, k, v, decay, decay.shards, scale=scaling, dropout=dropout, passes=REFERENCE), None
+    out, _ = reference_attention(q, k, v, decay, scale=scaling, dropout=dropout)
+    return out, None
+
+
+def eager_attention_forward(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: None,
+    decay: Decay,
+    scaling: float,
+    dropout: float = 0.0,
+) -> tuple[Tensor, Tensor]:
+    """Attention written out, as `reference_attention_forward`; returns the weights ``[B, H, Tq, Tk]`` too."""
+    query, key, value = _without_padding(query, key, value, decay)
+    groups = query.shape[1] // key.shape[1]
+    key, value = (x.repeat_interleave(groups, dim=1) for x in (key, value))
+    bias, sees_nothing = _dense_bias(decay, query)
+    with maybe_autocast(query.device.type, enabled=False):
+        scores = (query.to(bias.dtype) * scaling) @ key.to(bias.dtype).mT + bias
+        weights = nn.functional.softmax(scores, dim=-1).masked_fill(sees_nothing, 0.0)
+        weights = nn.functional.dropout(weights, p=dropout, training=module.training)
+        out = (weights @ value.to(bias.dtype)).to(query.dtype)
+    return out.transpose(1, 2).contiguous(), weights.to(query.dtype)
+
+
+def sdpa_forward(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: None,
+    decay: Decay,
+    scaling: float,
+    dropout: float = 0.0,
+) -> tuple[Tensor, None]:
+    """transformers' own SDPA function with the decay as its mask. Arguments as for `reference_attention_forward`."""
+    output_dtype = query.dtype
+    # In float32 throughout: SDPA wants the mask in the type of the queries, and rounded to bfloat16 a decay of -5 would
+    # be off by 2% in the weight.
+    bias, _ = _dense_bias(decay, query)
+    query, key, value = (x.to(bias.dtype) for x in _without_padding(query, key, value, decay))
+    with maybe_autocast(query.device.type, enabled=False):
+        out, _ = sdpa_attention_forward(
+            module, query, key, value, bias, dropout=dropout, scaling=scaling, is_causal=False
+        )
+    return out.to(output_dtype), None
+
+
+def warn_of_attentions(implementation: str) -> None:
+    """Say that attention weights that were asked for will be missing, where they will."""
+    if implementation != "eager":
+        logger.warning_once(
+            "output_attentions=True has no effect: only attn_implementation='eager' holds the attention weights"
+        )
+
+
+def _without_padding(query: Tensor, key: Tensor, value: Tensor, decay: Decay) -> tuple[Tensor, ...]:
+    """`without_padding` of heads before tokens, as these functions have them."""
+    q, k, v = (x.transpose(1, 2) for x in (query, key, value))
+    return tuple(x.transpose(1, 2) for x in without_padding(q, k, v, decay))
+
+
+def _dense_bias(decay: Decay, query: Tensor) -> tuple[Tensor, Tensor]:
+    """``D`` as ``[B, H or 1, Tq, Tk]``, float32 or wider, finite in some key of every query; and which see nothing."""
+    bias = decay.bias()
+    heads = query.shape[1]
+    if bias.shape[1] not in (1, heads):
+        bias = bias.repeat_interleave(heads // bias.shape[1], dim=1)
+    # softmax of a row of -inf is NaN. Such rows belong to padding, whose output nobody reads.
+    sees_nothing = torch.isneginf(bias.amax(-1, keepdim=True))
+    return bias.masked_fill(sees_nothing, 0.0).to(torch.promote_types(query.dtype, torch.float32)), sees_nothing
+
+
+# An instance of our own: these functions need a `Decay`, which other models do not pass.
+ALL_ATTENTION_FUNCTIONS = AttentionInterface()
+ALL_ATTENTION_FUNCTIONS[DEFAULT_IMPLEMENTATION] = fox_attention_forward
+ALL_ATTENTION_FUNCTIONS["fox_reference"] = reference_attention_forward
+ALL_ATTENTION_FUNCTIONS["sdpa"] = sdpa_forward

@@ -1,0 +1,191 @@
+"""What a FoX layer remembers, in buffers of a fixed length: for compiled decoding and exported programs."""
+
+from collections.abc import Iterable
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import StaticLayer
+from transformers.utils.import_utils import is_torchdynamo_compiling, is_torchdynamo_exporting
+
+from ...kernels.backends import runs_kernels
+from ...kernels.decay import CachedKeys, Decay, KeySummary, accumulate
+from ...kernels.pruning.key_stats import Running, empty_summary, extend_summary
+from ..configuration_fox import FoxConfig
+from ..token_layout import TokenLayout
+from ..versions import CACHE
+
+# See `cache_fox`.
+_NOT_EXPORTED = ("_new", "summary")
+
+
+class GateSums(tuple):
+    """Tensors, floating-point ones float64 whatever they were.
+
+    transformers' exporters rebuild a cache with all tensors in the model's type, where a sum over a long context has no
+    digits left for a gate.
+    """
+
+    def __new__(cls, tensors: Iterable[Tensor]) -> "GateSums":
+        return super().__new__(cls, [x.double() if x.is_floating_point() else x for x in tensors])
+
+
+StateSizes = tuple[int, int, tuple[str, ...]]
+"""Gates and key/value heads of a layer (on all ranks), and which of ``key`` and ``value`` go through token shift."""
+
+
+def state_sizes(config: FoxConfig) -> StateSizes:
+    """What the configuration of a model says of the state of a layer."""
+    switches = {"key": config.use_key_shift, "value": config.use_value_shift}
+    # Also of a configuration that is not valid: it is read before it is checked.
+    heads = cast(int, config.num_key_value_heads)
+    return config.num_forget_gates, heads, tuple(name for name, used in switches.items() if used)
+
+
+def check_gates(new: Decay | None) -> None:
+    """Refuse keys without gates: ``new`` are those of the tokens to be taken in, or None.
+
+    Raises:
+        ValueError: there are none.
+    """
+    if new is None:
+        raise ValueError(
+            f"{CACHE} takes in keys and values only in the model's forward, which knows their forget gates: "
+            f"instead of calling update, call model(input_ids, {CACHE}=...)"
+        )
+
+
+class StaticForgettingLayer(StaticLayer):
+    """Buffers of a fixed length, written in place, for compiled decoding.
+
+    Attributes:
+        gates: running sum of log gates at each key, ``[B, Hf, max_cache_len]`` float64 (keys to come are hidden by
+            causality), that at the last token, ``[B, Hf]`` float64, and the first key visible from the last token,
+            ``[B, Hf]`` int64; None before any token.
+        unshifted: by name, ``[B, 1, G, D]`` key and value of the last token before token shift.
+        summary: of the keys, and over all of them; None before any token and where no kernels run.
+    """
+
+    __slots__ = _NOT_EXPORTED
+
+    # transformers' static layers can be cropped from 5.24 on: their length is set back.
+    is_croppable = False
+
+    summary: tuple[KeySummary, Running] | None
+    _new: Decay | None
+
+    def __new__(cls, *args: Any, **kwargs: Any) -> "StaticForgettingLayer":
+        # Not in __init__: exporters make a layer without it.
+        layer = super().__new__(cls)
+        layer.summary = layer._new = None
+        return layer
+
+    def __init__(self, max_cache_len: int, made_for: StateSizes) -> None:
+        """
+        Args:
+            max_cache_len: tokens there is room for.
+            made_for: `state_sizes` of the model's configuration.
+        """
+        super().__init__(max_cache_len=max_cache_len)
+        self.made_for = made_for
+        self.gates: GateSums | None = None
+        self.unshifted: dict[str, Tensor] = {}
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        """Make all buffers, for keys and values like these, ``[B, G, any, D]``."""
+        super().lazy_initialization(key_states, value_states)
+        batch, heads = key_states.shape[:2]
+        all_gates, all_heads, shifted = self.made_for
+        # Of this rank's heads; a gate that all heads share is on every rank.
+        gates = heads * all_gates // all_heads or 1
+        c = key_states.new_zeros(batch, gates, self.max_cache_len, dtype=torch.float64)
+        last_c = key_states.new_zeros(batch, gates, dtype=torch.float64)
+        last_first = key_states.new_zeros(batch, gates, dtype=torch.int64)
+        self.gates = GateSums((c, last_c, last_first))
+        states = {"key": key_states, "value": value_states}
+        self.unshifted = {name: states[name].new_zeros(batch, 1, heads, states[name].shape[-1]) for name in shifted}
+        if runs_kernels(key_states):
+            self.summary = empty_summary(c, key_states, self.max_cache_len)
+        # So that CUDA graphs take in-place writes; not possible while tracing.
+        if not is_torchdynamo_compiling():
+            for buffer in self._buffers():
+                torch._dynamo.mark_static_address(buffer)
+
+    def append_gates(self, log_f: Tensor, layout: TokenLayout) -> None:
+        """As `DynamicForgettingLayer.append_gates`: before `update`, which moves the length that is read here."""
+        assert self.gates is not None, "called after lazy_initialization"
+        all_c, last_c, last_first = self.gates
+        if is_torchdynamo_exporting():
+            last_c, last_first = self._unless_restarted(last_c), self._unless_restarted(last_first)
+        c, first = accumulate(log_f, self.cumulative_length, (last_c, last_first), layout.starts)
+        all_c.index_copy_(2, layout.positions, c)
+        for held, new in zip(self.gates[1:], (c, first), strict=True):
+            held.copy_(new[..., -1])
+        self._new = Decay(c, all_c, first, layout.positions)
+
+    def update(self, key_states: Tensor, value_states: Tensor, few: bool = False) -> tuple[Tensor, Tensor]:
+        """As `DynamicForgettingLayer.update`."""
+        check_gates(self._new)
+        keys, values = super().update(key_states, value_states)
+        if self.summary is not None and self._new is not None:
+            summary, running = self.summary
+            new = self._new.query, key_states.detach(), self._new.last[0]
+            for held, x in zip(running, extend_summary(summary, running, *new), strict=True):
+                held.copy_(x)
+        return keys, values
+
+    def decay(self, few: bool, own_block: bool = False) -> Decay:
+        """As `DynamicForgettingLayer.decay`; the keys are the whole buffer."""
+        decay, self._new = self._new, None
+        assert decay is not None, "called once after append_gates and update"
+        if not few or self.summary is None:
+            return decay
+        return decay._replace(cached=CachedKeys(decay.key, self.summary[0]))
+
+    def before(self, name: str, layout: TokenLayout) -> Tensor:
+        """``[B, 1, G, D]`` unshifted ``name`` of the last token, zeros at the start."""
+        if is_torchdynamo_exporting():
+            return self._unless_restarted(self.unshifted[name])
+        # The buffer is written in place below, while the caller still reads what was there.
+        return self.unshifted[name].clone()
+
+    def remember(self, name: str, states: Tensor, layout: TokenLayout) -> None:
+        """Take in the unshifted ``name`` of new tokens, ``[B, 1 + T, G, D]``: behind what `before` gave."""
+        self.unshifted[name].copy_(states[:, -1:])
+
+    def _unless_restarted(self, state: Tensor) -> Tensor:
+        """``state`` of the last token, or zero if there is none.
+
+        An exported program begins a new sequence by setting the length back to 0: it cannot call `reset`.
+        """
+        return state.masked_fill(self.cumulative_length == 0, 0)
+
+    def _buffers(self) -> list[Tensor]:
+        summary, running = self.summary or ((), ())
+        return [*(self.gates or ()), *self.unshifted.values(), *summary, *running]
+
+    def reset(self) -> None:
+        super().reset()
+        for buffer in self._buffers():
+            buffer.zero_()
+        if self.summary is not None:
+            self.summary[1][0].fill_(float("-inf"))
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Refused: the gates and unshifted states of earlier tokens are not kept.
+
+        Raises:
+            NotImplementedError: there is something to remove.
+        """
+        if tokens_to_remove:
+            raise NotImplementedError(
+                "a static cache of FoX cannot be cropped: use DynamicCache(config=model.config), or FoxPagedCache"
+            )
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        super().reorder_cache(beam_idx)
+        for buffer in self._buffers():
+            buffer.copy_(buffer.index_select(0, beam_idx.to(buffer.device)))
+
+
+__all__ = ["StaticForgettingLayer"]

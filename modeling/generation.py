@@ -1,0 +1,116 @@
+"""What `generate` does otherwise for FoX: its caches, its masks, and what it refuses."""
+
+import functools
+from typing import Any, cast
+
+from torch import Tensor
+from transformers.cache_utils import Cache
+from transformers.generation import GenerationMixin
+from transformers.generation.configuration_utils import GenerationMode
+
+from .arguments import MASK_ARGUMENTS, refuse_unknown
+from .cache.paged import FoxPagedCache
+from .configuration_fox import LAYER_TYPE, FoxConfig
+from .fused_projections import decoding_weights
+from .token_layout import padding_mask, refuse_overflow
+from .versions import CACHE, one_cache, with_one_cache
+
+
+class FoxGenerationMixin(GenerationMixin):
+    """transformers' generation, with caches that keep forget gates."""
+
+    config: FoxConfig
+
+    # Its signature is that of what it wraps.
+    @cast(Any, functools.wraps(GenerationMixin.generate, assigned=()))
+    def generate(self, *args, **kwargs):
+        """As in [`~transformers.GenerationMixin.generate`], within `decoding_weights`."""
+        if kwargs.get("cache_implementation") == "paged":
+            self._refuse_continuous_batching()
+        with decoding_weights(cast(Any, self)):
+            return super().generate(*args, **with_one_cache(kwargs))
+
+    @cast(Any, functools.wraps(GenerationMixin.prepare_inputs_for_generation, assigned=()))
+    def prepare_inputs_for_generation(self, input_ids: Tensor, *args, **kwargs):
+        """As in transformers, if the cache has room: how many tokens it holds may be known to the device alone."""
+        cache = kwargs.get(CACHE)
+        room = -1 if cache is None else cache.get_max_length(0)
+        if 0 <= room < input_ids.shape[1]:
+            new = kwargs.get("next_sequence_length") or 1
+            refuse_overflow(input_ids.shape[1] - new, room, new)
+        # `generate` hands down to the model what is for itself, for `stop_strings`; the model would refuse it.
+        kwargs = {name: value for name, value in kwargs.items() if name not in ("tokenizer", "assistant_tokenizer")}
+        return super().prepare_inputs_for_generation(input_ids, *args, **kwargs)
+
+    @staticmethod
+    def create_masks_for_generate(
+        config: FoxConfig,
+        inputs_embeds: Tensor,
+        attention_mask: Tensor | None,
+        cache: Cache | None = None,
+        *,
+        past_key_values: Cache | None = None,
+        **kwargs: Any,
+    ) -> dict[str, Tensor | None]:
+        """The padding mask at the fixed length of a static cache, so that a compiled step sees one shape.
+
+        Called by `generate` before each step where the cache can be compiled; so a paged cache makes room here, outside
+        of what is compiled.
+        """
+        refuse_unknown(FoxGenerationMixin.create_masks_for_generate, kwargs, MASK_ARGUMENTS)
+        cache = one_cache(cache, past_key_values)
+        batch, length = inputs_embeds.shape[:2]
+        keys = length if cache is None else cache.get_mask_sizes(length, 0)[0]
+        past = 0 if cache is None else cache.get_seq_length()
+        mask = padding_mask(attention_mask, batch, past, length, keys, inputs_embeds.device)
+        if mask is not None and mask.all():
+            mask = None
+        if isinstance(cache, FoxPagedCache):
+            cache.reserve(length)
+        return {LAYER_TYPE: mask}
+
+    def _prepare_cache_for_generation(
+        self, generation_config, model_kwargs, generation_mode, batch_size, max_cache_length
+    ) -> None:
+        assisted = generation_mode == GenerationMode.ASSISTED_GENERATION
+        cache = model_kwargs.get(CACHE)
+        if assisted and isinstance(cache, Cache) and int(cache.get_seq_length()) > 0:
+            raise ValueError(
+                f"{CACHE} must be empty with assistant_model or prompt_lookup_num_tokens, it holds "
+                f"{int(cache.get_seq_length())} tokens, which transformers would feed to it again: leave {CACHE} out, "
+                "or generate without assistance"
+            )
+        # Assisted decoding takes back more tokens than pages allow.
+        rolls_back = assisted or generation_config.is_assistant
+        wanted = self.config.free_dead_cache and generation_config.use_cache is not False and not rolls_back
+        if wanted and cache is None and generation_config.cache_implementation is None:
+            # Room to go on with the cache in a later turn costs little.
+            room = max(max_cache_length, generation_config.max_cache_len or 0, self.config.max_position_embeddings)
+            model_kwargs[CACHE] = FoxPagedCache(self.config, room)
+            return
+        super()._prepare_cache_for_generation(
+            generation_config, model_kwargs, generation_mode, batch_size, max_cache_length
+        )
+
+    # Each of transformers' doors to it, which would otherwise fail somewhere behind.
+
+    def init_continuous_batching(self, *args, **kwargs):
+        """Not supported: raises NotImplementedError."""
+        self._refuse_continuous_batching()
+
+    def continuous_batching_context_manager(self, *args, **kwargs):
+        """Not supported: raises NotImplementedError."""
+        self._refuse_continuous_batching()
+
+    def generate_batch(self, *args, **kwargs):
+        """Not supported: raises NotImplementedError."""
+        self._refuse_continuous_batching()
+
+    def _refuse_continuous_batching(self) -> None:
+        raise NotImplementedError(
+            "FoX has no continuous batching, whose cache keeps no forget gates: call generate(input_ids, "
+            "attention_mask=attention_mask) with prompts padded on their left"
+        )
+
+
+__all__ = ["FoxGenerationMixin"]

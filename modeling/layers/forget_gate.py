@@ -1,0 +1,111 @@
+"""Forget gates: `full`, `bias_only` and `fixed` (Forgetting Transformer, arXiv 2503.02130); what remembering costs."""
+
+import math
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor, nn
+from transformers.utils.generic import maybe_autocast
+
+from ..configuration_fox import FoxConfig
+from ..parallel.tensor_parallel import local_part
+
+_FEW_TOKENS = 16
+# A gate's bias for ever: its log sigmoid and the derivative of that are exactly 0 in float32, and every type holds it.
+_NEVER_FORGETS = 128.0
+# Nats of decay at which pruning leaves a key out: -log(eps) = 10, and what the logits of a head differ by.
+_FORGOTTEN = 30.0
+
+
+def log_spaced_times(low: float, high: float, gates: int) -> Tensor:
+    """``[gates]`` float64 decay times from ``low`` to ``high``."""
+    return torch.linspace(math.log(low), math.log(high), gates, dtype=torch.float64).exp()
+
+
+def bias_for_times(times: Tensor) -> Tensor:
+    """Float64 gate biases ``b = -log(expm1(1 / T))``, with which ``log sigmoid(b) = -1 / T``; 0 for infinite times."""
+    rates = 1.0 / times.double()
+    # Written so that it does not overflow for short times.
+    return (-rates - torch.log(-torch.expm1(-rates))).clamp(max=_NEVER_FORGETS)
+
+
+def decay_time_bias(config: FoxConfig) -> Tensor:
+    """``[Hf]`` float64 gate biases for the decay times of a configuration, log-spaced over the heads."""
+    return bias_for_times(log_spaced_times(config.decay_time_min, config.decay_time_max, config.num_forget_gates))
+
+
+def _gate_dtype() -> torch.dtype:
+    return torch.promote_types(torch.get_default_dtype(), torch.float32)
+
+
+class FoxForgetGate(nn.Linear):
+    """Data-dependent forget gate: ``[B, T, hidden] -> [B, T, Hf]`` logits in float32, whatever the model's type.
+
+    In half precision a slow gate, ``log f = -1e-3``, could not be told from its neighbors; the weights stay in float32
+    too where the model is made or loaded in half precision, though not through `model.to(dtype)`.
+    """
+
+    def __init__(self, hidden_size: int, gates: int) -> None:
+        super().__init__(hidden_size, gates, dtype=_gate_dtype())
+
+    def forward(self, x: Tensor) -> Tensor:
+        with maybe_autocast(x.device.type, enabled=False):
+            dtype = torch.promote_types(x.dtype, torch.float32)
+            x, weight, bias = x.to(dtype), self.weight.to(dtype), self.bias.to(dtype)
+            # An exported program is for any number of tokens, and must not be traced for one side of the limit.
+            traced = torch.compiler.is_compiling() and not torch.compiler.is_exporting()
+            if traced and not torch.is_grad_enabled() and x.shape[:-1].numel() <= _FEW_TOKENS:
+                # In a step of decoding: fused with what is around, where a float32 product would be two more launches.
+                return (x[..., None, :] * weight).sum(-1) + bias
+            return nn.functional.linear(x, weight, bias)
+
+
+class FoxConstantGate(nn.Module):
+    """Forget gate that does not depend on the data: logits ``b``, learned (`bias_only`) or not (`fixed`)."""
+
+    def __init__(self, config: FoxConfig) -> None:
+        super().__init__()
+        self.learned = config.forget_gate == "bias_only"
+        # A parameter also where it is fixed: tensor parallelism shards parameters, not buffers.
+        self.bias = nn.Parameter(decay_time_bias(config).to(_gate_dtype()), requires_grad=self.learned)
+
+    def forward(self, x: Tensor) -> Tensor:
+        bias = local_part(self.bias).to(torch.promote_types(x.dtype, torch.float32))
+        # Detached, since whoever thaws a whole model must not thaw what its configuration calls fixed.
+        return (bias if self.learned else bias.detach()).expand(*x.shape[:-1], -1)
+
+
+def make_forget_gate(config: FoxConfig) -> FoxForgetGate | FoxConstantGate:
+    """The gate that ``config.forget_gate`` names; any but ``none``."""
+    if config.forget_gate == "full":
+        gate = FoxForgetGate(config.hidden_size, config.num_forget_gates)
+        with torch.no_grad():
+            gate.bias.copy_(decay_time_bias(config))
+        return gate
+    return FoxConstantGate(config)
+
+
+def share_remembered(
+    gate_logits: Sequence[Tensor], real: Tensor | None, total: Callable[[Tensor], Tensor] | None = None
+) -> Tensor:
+    """A smooth stand-in for the share of attention that the gates leave to be computed, to be paid for in a loss.
+
+    A head whose gates decay by ``n`` nats over a sequence keeps about ``30 / n`` of it, if that is less than all; here
+    ``30 / (30 + n)``, whose gradient also reaches a head that keeps all. A row of packed sequences counts as one.
+
+    Args:
+        gate_logits: of each layer, ``[B, T, Hf]``.
+        real: ``[B, T]`` bool, False for padding; None without.
+        total: sums over the ranks that have parts of each row; None if it is all here.
+
+    Returns:
+        Mean over rows, layers and gates, a scalar in ``(0, 1]``.
+    """
+    shares = []
+    for logits in gate_logits:
+        log_f = nn.functional.logsigmoid(logits)
+        if real is not None:
+            log_f = log_f.masked_fill(~real[..., None], 0.0)
+        nats = log_f.sum(1) if total is None else total(log_f.sum(1))
+        shares.append((_FORGOTTEN / (_FORGOTTEN - nats)).mean().to(gate_logits[0].device))
+    return torch.stack(shares).mean()

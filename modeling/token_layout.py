@@ -1,0 +1,202 @@
+"""Where the tokens of a forward pass stand: positions, padding and packing, checked once and read by every layer."""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from transformers.cache_utils import Cache
+from transformers.utils.import_utils import is_torchdynamo_compiling
+
+from ..kernels.context_parallel.group import Shards
+from ..kernels.decay import running_max, sequence_starts
+from ..kernels.tiles import PRUNED_KEYS
+from ..kernels.validation import bool_mask, check_cu_seqlens, check_tensor
+from .configuration_fox import LAYER_TYPE
+from .versions import CACHE
+
+
+class TokenLayout(NamedTuple):
+    """Where the tokens of one forward pass stand, found once and read by every layer.
+
+    Attributes:
+        positions: ``[T]`` int64 index of each token in the cache.
+        real: ``[B, T]`` bool, False for padding; None without padding.
+        real_keys: ``[B, Tk]`` the same over all keys, those in the cache included.
+        starts: ``[B, T]`` bool, True where a packed sequence begins; None without packing.
+        slots: ``[1 + T]`` int64 index modulo 64 of the token before and of each: places in a paged cache.
+        shards: with context parallelism, who has which tokens; all of the above is then of this rank's tokens.
+        real_everywhere: ``[B, tokens of all ranks]`` bool as `real`.
+    """
+
+    positions: Tensor
+    real: Tensor | None
+    real_keys: Tensor | None
+    starts: Tensor | None
+    slots: Tensor
+    shards: Shards | None = None
+    real_everywhere: Tensor | None = None
+
+    def shard(self, shards: Shards) -> "TokenLayout":
+        """What of it is this rank's."""
+        real, starts = (None if x is None else shards.take(x) for x in (self.real, self.starts))
+        positions = shards.take(self.positions, dim=0)
+        return TokenLayout(positions, real, real, starts, self.slots, shards, self.real)
+
+
+def token_layout(
+    tokens: tuple[int, int],
+    device: torch.device,
+    attention_mask: Tensor | dict[str, Tensor | None] | None,
+    position_ids: Tensor | None,
+    cu_seqlens: tuple[Tensor | None, Tensor | None],
+    cache: Cache | None,
+    layer_idx: int = 0,
+) -> TokenLayout:
+    """Check and combine what a caller says of its tokens.
+
+    Args:
+        tokens: ``B`` and ``T`` of the new tokens.
+        device: where they are.
+        attention_mask: see `padding_mask`.
+        position_ids: ``[B or 1, T]``; where they restart a new packed sequence begins, if there is no earlier token.
+        cu_seqlens: ``[N + 1]`` offsets of the sequences packed in a batch of one, of queries and of keys; the latter
+            may be None.
+        cache: earlier tokens.
+        layer_idx: which layer of it knows how many: any that has not taken in the new ones.
+
+    Raises:
+        ValueError: an argument does not fit; the message names it.
+    """
+    batch, length = tokens
+    past = 0 if cache is None else cache.get_seq_length(layer_idx)
+    keys = length if cache is None else cache.get_mask_sizes(length, layer_idx)[0]
+    seen = _read_if_free(past)
+    if seen is not None and seen + length > keys:
+        refuse_overflow(seen, keys, length)
+    if position_ids is not None:
+        check_tensor("position_ids", position_ids)
+        wrong = position_ids.is_floating_point() or position_ids.is_complex() or position_ids.dtype == torch.bool
+        if position_ids.shape not in ((1, length), (batch, length)) or wrong:
+            raise ValueError(
+                f"position_ids must be integers [B or 1, T] = [{batch} or 1, {length}], "
+                f"got {position_ids.dtype} of shape {list(position_ids.shape)}"
+            )
+
+    real_keys = padding_mask(attention_mask, batch, past, length, keys, device)
+    prepared = isinstance(attention_mask, dict)
+    if real_keys is not None and not prepared and not is_torchdynamo_compiling() and real_keys.all():
+        real_keys = None
+    indices = torch.arange(-1, length, device=device) + past
+    positions = indices[1:]
+    real = None if real_keys is None else real_keys.index_select(1, positions)
+    # A static cache that holds tokens reports a tensor: packing cannot begin there.
+    fresh = isinstance(past, int) and past == 0
+    starts = None
+    queries, keys_of_queries = cu_seqlens
+    if queries is not None:
+        if batch != 1 or not fresh:
+            raise ValueError(
+                f"cu_seq_lens_q packs sequences in a batch of one, without earlier tokens in {CACHE}; "
+                f"got a batch of {batch}, earlier tokens: {not fresh}"
+            )
+        check_cu_seqlens("cu_seq_lens_q", queries, length)
+        if keys_of_queries is not None and keys_of_queries is not queries:
+            check_cu_seqlens("cu_seq_lens_k", keys_of_queries, length)
+            same_shape = keys_of_queries.shape == queries.shape
+            if not same_shape or (_is_readable(queries) and not torch.equal(keys_of_queries, queries)):
+                raise ValueError("cu_seq_lens_k must equal cu_seq_lens_q: a token's key belongs to its own sequence")
+        starts = sequence_starts(queries, length).to(device)
+    elif position_ids is not None and fresh:
+        starts = _restarts(position_ids.to(device).expand(batch, -1), real, jumps=attention_mask is None)
+    return TokenLayout(positions, real, real_keys, starts, indices.remainder(PRUNED_KEYS))
+
+
+def _restarts(position_ids: Tensor, real: Tensor | None, jumps: bool) -> Tensor | None:
+    """``[B, T]`` bool, True where a token's position does not follow that of the real token before; None if all do.
+
+    Args:
+        position_ids: ``[B, T]``.
+        real: ``[B, T]`` bool, False for padding, whose positions mean nothing.
+        jumps: whether a position further on begins a sequence too, as transformers has it without a mask.
+    """
+    previous = torch.cat([position_ids[:, :1] - 1, position_ids[:, :-1]], dim=1)
+    if real is not None:
+        # Position of the last real token before each; the first real token follows nothing.
+        index = torch.arange(position_ids.shape[1], device=position_ids.device)
+        last_real = nn.functional.pad(running_max(torch.where(real, index, -1))[:, :-1], (1, 0), value=-1)
+        previous = torch.where(last_real < 0, position_ids - 1, position_ids.gather(1, last_real.clamp(min=0)))
+    starts = position_ids != previous + 1 if jumps else position_ids <= previous
+    if real is not None:
+        starts = starts & real
+    # A traced graph cannot depend on the answer; there, positions that do not restart cost a mask.
+    if not is_torchdynamo_compiling() and not starts.any():
+        return None
+    return starts
+
+
+def refuse_overflow(held: int, room: int, more: int) -> None:
+    """Raise ValueError for ``more`` tokens after ``held`` in a cache with room for ``room``."""
+    raise ValueError(
+        f"{CACHE} holds {held} tokens and has room for {room}: {more} more do not fit; make it with a larger "
+        "max_cache_len, or pass max_cache_len to the first generate"
+    )
+
+
+def _is_readable(x: Tensor) -> bool:
+    """Whether its values can be read without waiting for another device or breaking a traced graph."""
+    return x.device.type == "cpu" and not is_torchdynamo_compiling()
+
+
+def _read_if_free(length: int | Tensor) -> int | None:
+    if isinstance(length, int):
+        return length
+    # Neither number nor tensor: a symbol of torch.export.
+    return int(length) if isinstance(length, Tensor) and _is_readable(length) else None
+
+
+def padding_mask(
+    attention_mask: Tensor | dict[str, Tensor | None] | None,
+    batch: int,
+    past: int | Tensor,
+    length: int,
+    keys: int,
+    device: torch.device,
+) -> Tensor | None:
+    """Bring an attention mask over all tokens so far to ``[B, keys]`` bool, False for padding; None without a mask.
+
+    Args:
+        attention_mask: ``[B, past + length]``, or what `create_masks_for_generate` made of it.
+        batch: number of sequences.
+        past: tokens in the cache; a tensor for a static cache that holds some.
+        length: tokens of this pass.
+        keys: keys that attention will see, those still to come in a static cache included.
+        device: where the mask is wanted.
+
+    Raises:
+        ValueError: ``attention_mask`` is not 2-D, or does not fit.
+    """
+    if isinstance(attention_mask, dict):
+        if attention_mask.keys() != {LAYER_TYPE}:
+            raise ValueError(
+                "attention_mask must be 2-D, or what FoxForCausalLM.create_masks_for_generate returns; "
+                f"got a dictionary of {sorted(attention_mask)}"
+            )
+        return attention_mask[LAYER_TYPE]
+    if attention_mask is None:
+        return None
+    check_tensor("attention_mask", attention_mask)
+    if attention_mask.ndim != 2:
+        raise ValueError(
+            f"attention_mask must be 2-D, [B, Tk], nonzero for real tokens; got shape {list(attention_mask.shape)}. "
+            "FoX has no 4-D masks: tokens that a query may not see would still decay those that it may"
+        )
+    seen = _read_if_free(past)
+    expected = attention_mask.shape[1] if seen is None else seen + length
+    if attention_mask.shape != (batch, expected) or expected > keys:
+        raise ValueError(
+            f"attention_mask must cover the tokens in the cache and the new ones, [B, Tk] = {[batch, expected]}, "
+            f"got {list(attention_mask.shape)}"
+        )
+    mask = bool_mask(attention_mask, device)
+    # A static cache is longer than its tokens; the keys to come are hidden by causality.
+    return nn.functional.pad(mask, (0, keys - mask.shape[1]), value=True)

@@ -1,0 +1,353 @@
+"""The example scripts end to end, tiny, as a user would run them, and what they save."""
+
+import importlib.util
+import json
+import math
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import numpy as np
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM, Trainer
+
+EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
+TINY = ["--hidden_size", "32", "--num_hidden_layers", "2", "--num_attention_heads", "2"]
+QUIET = ["--use_cpu", "--report_to", "none", "--logging_steps", "1", "--disable_tqdm", "true"]
+QUIET += ["--per_device_train_batch_size", "4"]
+
+
+def load_script(name: str) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(f"example_{name}", EXAMPLES / f"{name}.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    # HfArgumentParser looks up type hints of the script's dataclasses by module name.
+    sys.modules[spec.name] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+def losses(trainer: Trainer) -> list[float]:
+    return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("text")
+    for index in range(6):
+        (folder / f"{index}.txt").write_text(f"the {index} quick brown foxes jump over the lazy dog\n" * 12)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def pretrained(tmp_path_factory: pytest.TempPathFactory, text: Path) -> Path:
+    out = tmp_path_factory.mktemp("pretrained")
+    trainer = load_script("pretrain").main(
+        [
+            *("--text", str(text), "--output_dir", str(out), "--length", "48", *TINY, *QUIET),
+            *("--max_steps", "20", "--learning_rate", "1e-2", "--save_steps", "10"),
+        ]
+    )
+    history = losses(trainer)
+    assert len(history) == 20
+    assert history[-1] < 0.8 * history[0]
+    assert "eval_loss" in trainer.evaluate()
+    return out
+
+
+def test_pretraining_saves_what_auto_classes_load(pretrained: Path) -> None:
+    model = AutoModelForCausalLM.from_pretrained(pretrained)
+    tokenizer = AutoTokenizer.from_pretrained(pretrained)
+    inputs = tokenizer("the quick", return_tensors="pt")
+    generated = model.generate(**inputs, max_new_tokens=4, min_new_tokens=4, do_sample=False)
+    assert generated.shape == (1, len("the quick") + 4)
+
+
+def has_both_numbers(history: list[dict[str, float]]) -> bool:
+    logged = [entry for entry in history if "loss" in entry]
+    return bool(logged) and all(x["tokens_per_second"] > 0 and 0 <= x["skipped_share"] < 1 for x in logged)
+
+
+def test_pretraining_logs_tokens_per_second_and_the_skipped_share(pretrained: Path) -> None:
+    state = json.loads((pretrained / "checkpoint-20" / "trainer_state.json").read_text())
+    assert has_both_numbers(state["log_history"])
+
+
+def test_pretraining_resumes(pretrained: Path, text: Path, capsys: pytest.CaptureFixture) -> None:
+    trainer = load_script("pretrain").main(
+        [
+            *("--text", str(text), "--output_dir", str(pretrained), "--length", "48", *TINY, *QUIET),
+            *("--max_steps", "22", "--learning_rate", "1e-2", "--resume", "--gradient_checkpointing"),
+        ]
+    )
+    assert trainer.state.global_step == 22
+    assert len(losses(trainer)) == 22, "steps before the checkpoint come from its history, two are new"
+
+
+def test_pretraining_packs_documents_without_mixing_them(text: Path) -> None:
+    """The collator's restarting positions reach the model: packed documents score as they do alone."""
+    script = load_script("pretrain")
+    tokenizer = script.byte_tokenizer()
+    sequences = script.Sequences(script.read_documents([str(text)], ".txt"), tokenizer, 48)
+    batch = script.DataCollatorWithFlattening()([sequences[0], sequences[1]])
+    config = script.build_config(
+        script.PretrainingArguments(text=[], hidden_size=32, num_hidden_layers=1, num_attention_heads=2), tokenizer
+    )
+    model = script.FoxForCausalLM(config).eval()
+    with torch.no_grad():
+        packed = model(input_ids=batch["input_ids"], position_ids=batch["position_ids"], use_cache=False).logits
+        alone = [model(input_ids=torch.tensor([sequences[i]["input_ids"]]), use_cache=False).logits for i in (0, 1)]
+    torch.testing.assert_close(packed, torch.cat(alone, dim=1), rtol=1e-4, atol=1e-5)
+
+
+def test_pretraining_needs_text(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"--text must name text files or folders with \*\.txt files"):
+        load_script("pretrain").main(["--text", str(tmp_path), "--output_dir", str(tmp_path / "out")])
+
+
+def test_finetuning_the_whole_model_on_text(tmp_path: Path, pretrained: Path) -> None:
+    (tmp_path / "notes.txt").write_text("\n\n".join(f"a note, number {index}" for index in range(8)))
+    trainer = load_script("finetune").main(
+        [
+            *("--model", str(pretrained), "--data", str(tmp_path / "notes.txt"), *QUIET),
+            *("--output_dir", str(tmp_path / "out"), "--max_steps", "12", "--learning_rate", "3e-3"),
+        ]
+    )
+    assert losses(trainer)[-1] < losses(trainer)[0]
+    assert has_both_numbers(trainer.state.log_history)
+    before = AutoModelForCausalLM.from_pretrained(pretrained)
+    after = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    name = "model.layers.0.self_attn.forget_gate.weight"
+    assert not torch.equal(before.get_parameter(name), after.get_parameter(name))
+    AutoTokenizer.from_pretrained(tmp_path / "out")
+
+
+def test_finetuning_by_lora_on_conversations(tmp_path: Path, pretrained: Path) -> None:
+    peft = pytest.importorskip("peft")
+    rows = [
+        {"messages": [{"role": "user", "content": f"{i}?"}, {"role": "assistant", "content": f"{i}!"}]}
+        for i in range(8)
+    ]
+    (tmp_path / "chats.jsonl").write_text("".join(json.dumps(row) + "\n" for row in [*rows, {"text": "plain"}]))
+    trainer = load_script("finetune").main(
+        [
+            *("--model", str(pretrained), "--data", str(tmp_path / "chats.jsonl"), "--lora", *QUIET),
+            *("--output_dir", str(tmp_path / "out"), "--max_steps", "15", "--learning_rate", "3e-2"),
+        ]
+    )
+    assert losses(trainer)[-1] < losses(trainer)[0]
+    assert has_both_numbers(trainer.state.log_history)
+    loaded = peft.AutoPeftModelForCausalLM.from_pretrained(tmp_path / "out").eval()
+    tokens = torch.arange(97, 110)[None]
+    with torch.no_grad():
+        torch.testing.assert_close(loaded(tokens).logits, trainer.model.eval()(tokens).logits)
+    base = AutoModelForCausalLM.from_pretrained(pretrained)
+    gate = "model.layers.0.self_attn.forget_gate"
+    saved = loaded.get_base_model().get_submodule(gate)
+    assert not torch.equal(base.get_submodule(gate).weight, saved.modules_to_save["default"].weight)
+    # Going on from an adapter would train a new one on the old base.
+    with pytest.raises(ValueError, match=r"--model must be a whole model"):
+        load_script("finetune").main(
+            [
+                *("--model", str(tmp_path / "out"), "--data", str(tmp_path / "chats.jsonl")),
+                *("--output_dir", str(tmp_path / "again")),
+            ]
+        )
+
+
+def test_finetuning_names_a_bad_line(tmp_path: Path, pretrained: Path) -> None:
+    for line in ('{"txet": "typo"}', '{"text": 5}', "[]", "{broken"):
+        (tmp_path / "bad.jsonl").write_text(f'{{"text": "fine \u2028 still"}}\n\n{line}\n', encoding="utf-8")
+        with pytest.raises(ValueError, match=r"bad\.jsonl:3 must"):
+            load_script("finetune").main(
+                [
+                    *("--model", str(pretrained), "--data", str(tmp_path / "bad.jsonl")),
+                    *("--output_dir", str(tmp_path / "out")),
+                ]
+            )
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A Llama that knows nothing, with a byte tokenizer."""
+    folder = tmp_path_factory.mktemp("base")
+    sizes = {"vocab_size": 258, "hidden_size": 48, "intermediate_size": 64, "num_hidden_layers": 2}
+    torch.manual_seed(0)
+    LlamaForCausalLM(LlamaConfig(**sizes, num_attention_heads=3, num_key_value_heads=1)).save_pretrained(folder)
+    load_script("pretrain").byte_tokenizer().save_pretrained(folder)
+    return folder
+
+
+def run_graft(base: Path, text: Path, out: Path, *options: str) -> dict:
+    (out.parent / "all.txt").write_text("".join(file.read_text() for file in sorted(text.glob("*.txt"))))
+    data = [x for name in ("--data", "--held_out") for x in (name, str(out.parent / "all.txt"))]
+    arguments = [
+        "--base",
+        str(base),
+        *data,
+        "--output_dir",
+        str(out),
+        "--length",
+        "64",
+        "--save_strategy",
+        "no",
+        *QUIET,
+    ]
+    return load_script("graft").main([*arguments, "--max_steps", "8", "--learning_rate", "1e-2", *options])
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        ("--gate_steps", "2", "--forget_aux_loss_coef", "5"),
+        ("--lora_rank", "2", "--decay_times", "4:100", "--bf16", "True"),
+        ("--decay_times", "none"),
+        ("--lora_rank", "2", "--decay_times", "none"),
+        ("--remove_rope", "True", "--output_gate", "True", "--decay_times", "20"),
+    ],
+    ids=["staged", "lora", "base", "lora of base", "nope"],
+)
+def test_grafting_finetunes_and_reports(
+    base: Path, text: Path, tmp_path: Path, options: tuple[str, ...], capsys: pytest.CaptureFixture
+) -> None:
+    report = run_graft(base, text, tmp_path / "out", *options)
+    printed = capsys.readouterr().out
+    assert "'tokens_per_second'" in printed and "samples_per_second" not in printed
+    assert ("'skipped_share'" in printed) == ("none" not in options)
+    assert report == json.loads((tmp_path / "out" / "report.json").read_text())
+    assert report["steps"] == 8 + 2 * ("--gate_steps" in options)
+    assert report["tokens"] == report["steps"] * 4 * 64
+    # Below what guessing among all bytes costs: it has learned, a LoRA on random embeddings less.
+    assert report["loss_inside"]["mean"] < (math.log(258) - 0.02 if "--lora_rank" in options else 4.5)
+    assert [one["tokens"] for one in report["lengths"]] == [64, 256]
+    assert "| 64 to 128 |" in (tmp_path / "out" / "report.md").read_text()
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "out" / "model")
+    assert (model.config.rope_parameters is None) == ("--remove_rope" in options)
+    assert (model.config.forget_gate == "none") == ("none" in options)
+    AutoTokenizer.from_pretrained(tmp_path / "out" / "model")
+    dtypes = {weight.dtype for name, weight in model.named_parameters() if ".forget_gate." not in name}
+    assert dtypes == {torch.bfloat16 if "--bf16" in options else torch.float32}
+    for layer in [] if "none" in options else model.model.layers:
+        bias = layer.self_attn.forget_gate.bias
+        assert bias.dtype == torch.float32 and not torch.equal(bias, bias.bfloat16().float())
+    times = torch.tensor([[t or math.inf for t in row] for row in report["lengths"][0]["decay_times"]])
+    assert times.shape == (2, 3)
+    if "--gate_steps" in options:
+        assert times.max() < 1e6, "heads are paid for forgetting"
+
+
+@pytest.mark.parametrize(
+    ("options", "named"),
+    [
+        (("--decay_times", "soon"), "--decay_times"),
+        (("--decay_times", "-4"), "decay_times must be positive"),
+        (("--decay_times", "none", "--forget_aux_loss_coef", "1"), "--forget_aux_loss_coef"),
+        (("--length", "100000"), "--data must hold"),
+        (("--length", "4"), "--length must be at least 8, got 4"),
+        (("--resume_from_checkpoint", "out"), "--resume_from_checkpoint must be left out, got out"),
+        (("--local_share", "1.5"), "--local_share must be in .*got 1.5"),
+        (("--lora_rank", "-1"), "--lora_rank must be at least 0"),
+        (("--forget_aux_loss_coef", "-1"), "--forget_aux_loss_coef must be at least 0"),
+    ],
+)
+def test_grafting_names_what_it_cannot_use(
+    base: Path, text: Path, tmp_path: Path, options: tuple[str, ...], named: str
+) -> None:
+    with pytest.raises(ValueError, match=named):
+        run_graft(base, text, tmp_path / "out", *options)
+
+
+@pytest.mark.parametrize(
+    ("option", "shape", "named"),
+    [
+        ("--data", (4, 64), r"--data must be of shape \[N\], got \[4, 64\]"),
+        ("--held_out", (4, 32), r"--held_out must be rows of at least --length tokens \(64\), got \[4, 32\]"),
+        ("--held_out", (2, 3, 64), r"--held_out must be rows .*got \[2, 3, 64\]"),
+    ],
+)
+def test_grafting_names_tokens_of_a_wrong_shape(
+    base: Path, text: Path, tmp_path: Path, option: str, shape: tuple[int, ...], named: str
+) -> None:
+    np.save(tmp_path / "tokens.npy", np.ones(shape, dtype=np.int32))
+    with pytest.raises(ValueError, match=named):
+        run_graft(base, text, tmp_path / "out", option, str(tmp_path / "tokens.npy"))
+
+
+@pytest.fixture(scope="module")
+def compared(tmp_path_factory: pytest.TempPathFactory) -> tuple[ModuleType, Path]:
+    """A comparison of two tiny arms, trained for three steps."""
+    script, out = load_script("compare"), tmp_path_factory.mktemp("compared")
+    corpus = out / "corpus.jsonl"
+    documents = [f"{index} foxes forget what the {index} hounds recall. " * (20 + index) for index in range(40)]
+    corpus.write_text("".join(json.dumps({"text": text}) + "\n" for text in documents))
+    script.prepare([corpus], out / "runs", vocabulary=300, held_out=0.2)
+    for arm in ("fox-pro", "transformer-llama"):
+        script.train(arm, out / "runs", layers=1, length=128, batch=2, steps=3)
+    return script, out / "runs"
+
+
+def test_comparison_holds_documents_out_and_trains_both_arms_alike(compared: tuple[ModuleType, Path]) -> None:
+    _, out = compared
+    tokenizer = AutoTokenizer.from_pretrained(out / "tokenizer")
+    tokens = np.load(out / "tokens.npy")
+    trained = tokenizer.decode(tokens).split(tokenizer.eos_token)
+    held_out = [json.loads(line)["text"] for line in (out / "held_out.jsonl").read_text().splitlines()]
+    assert len(held_out) + len(trained) - 1 == 40
+    assert held_out
+    assert not set(held_out) & set(trained)
+    records = [json.loads((out / arm / "training.json").read_text()) for arm in ("fox-pro", "transformer-llama")]
+    assert [one["tokens"] for one in records] == [3 * 2 * 128] * 2
+    assert records[0]["recipe"] == records[1]["recipe"]
+    kinds = [AutoModelForCausalLM.from_pretrained(out / one["arm"] / "model").config for one in records]
+    assert [(one.forget_gate, one.rope_parameters is None, one.use_output_gate) for one in kinds] == [
+        ("full", True, True),
+        ("none", False, False),
+    ]
+
+
+def test_comparison_is_not_done_twice(compared: tuple[ModuleType, Path]) -> None:
+    script, out = compared
+    before = (out / "fox-pro" / "training.json").stat().st_mtime_ns
+    script.train("fox-pro", out, layers=1, length=128, batch=2, steps=3)
+    assert (out / "fox-pro" / "training.json").stat().st_mtime_ns == before
+
+
+def test_comparison_evaluates_every_arm_by_foxlm(
+    compared: tuple[ModuleType, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from typer.testing import CliRunner
+
+    from foxlm.cli import app
+
+    script, out = compared
+
+    def in_this_process(*arguments: str) -> None:
+        done = CliRunner().invoke(app, arguments)
+        assert done.exit_code == 0, (arguments, done.output[-2000:])
+
+    monkeypatch.setattr(script, "foxlm", in_this_process)
+    script.evaluate(out, longest=512, rows=2, samples=1)
+    losses = json.loads((out / "loss" / "loss.json").read_text())
+    assert [model["name"] for model in losses["models"]] == ["fox-pro", "transformer-llama"]
+    assert (out / "transformer-llama" / "needle" / "needle.json").exists()
+    assert json.loads((out / "fox-pro" / "report" / "report.json").read_text())["check"]["passed"]
+    assert not (out / "transformer-llama" / "report").exists()
+
+
+def test_comparison_names_a_wrong_arm(compared: tuple[ModuleType, Path]) -> None:
+    script, out = compared
+    with pytest.raises(Exception, match="--arm must be one of fox-pro"):
+        script.train("fox", out)
+
+
+@pytest.mark.parametrize(("option", "value"), [("steps", 20), ("length", 8192), ("muon_rate", 4e-3)])
+def test_comparison_refuses_a_model_of_other_settings(tmp_path: Path, option: str, value: float) -> None:
+    script = load_script("compare")
+    recipe = {"size": "125m", "length": 16384, "batch": 4, "muon_rate": 6e-3, "adamw_rate": 3e-3}
+    (tmp_path / "fox-pro").mkdir()
+    (tmp_path / "fox-pro" / "training.json").write_text(json.dumps({"steps": 10, "recipe": recipe}))
+    script.train("fox-pro", tmp_path, steps=10)
+    script.train("fox-pro", tmp_path)
+    with pytest.raises(Exception, match=f"trained with {option} .*, now it is {value}"):
+        script.train("fox-pro", tmp_path, **{option: value})

@@ -1,0 +1,172 @@
+"""The package: what importing it does, and the rules that let a checkout, an install and a bundle work alike."""
+
+import ast
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, AutoModelForCausalLM
+
+import foxlm
+
+ROOT = Path(__file__).resolve().parents[2]
+FOLDERS = ("kernels", "modeling", "conversion", "evaluation")
+
+
+def run(code: str, folder: Path, **environment: str) -> str:
+    """Output of a fresh interpreter started in ``folder``, which ``python -c`` puts on the path."""
+    result = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=folder,
+        env=os.environ | environment,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert result.returncode == 0, result.stderr
+    return result.stdout
+
+
+def test_folders_at_the_root_are_no_packages() -> None:
+    """transformers takes an importable `kernels` for the package of that name, whenever the root is on the path."""
+    found = [folder for folder in FOLDERS if (ROOT / folder / "__init__.py").exists()]
+    assert not found, f"{found} must not have an __init__.py"
+    assert (ROOT / "foxlm/__init__.py").is_file()
+
+
+def test_each_file_is_loaded_under_one_name() -> None:
+    code = """
+import collections, json, pathlib, sys
+import transformers, foxlm
+from transformers import AutoModelForCausalLM
+AutoModelForCausalLM.from_config(foxlm.FoxConfig.preset("pro-125m", num_hidden_layers=1, vocab_size=97))
+names = collections.defaultdict(list)
+for name, module in list(sys.modules.items()):
+    if getattr(module, "__file__", None) and pathlib.Path(module.__file__).is_absolute():
+        names[str(pathlib.Path(module.__file__).resolve())].append(name)
+print(json.dumps(names))
+"""
+    names = json.loads(run(code, ROOT))
+    ours = {path: found for path, found in names.items() if ROOT in Path(path).parents and ".venv" not in path}
+    assert len(ours) >= 8, ours
+    for path, found in ours.items():
+        assert len(found) == 1 and found[0].split(".")[0] == "foxlm", f"{path} is loaded as {found}"
+
+
+def test_import_needs_nothing_optional(tmp_path: Path) -> None:
+    """transformers' own models may import some of these; from there on they cannot be imported."""
+    optional = ["triton", "peft", "lm_eval", "matplotlib", "datasets", "wonderwords", "typer", "scipy", "pandas"]
+    code = f"""
+import sys
+from transformers import LlamaForCausalLM, LlamaForQuestionAnswering, LlamaForTokenClassification, Trainer
+sys.modules.update(dict.fromkeys({optional}))
+import foxlm
+print([name for name in {optional} if sys.modules[name] is not None])
+"""
+    assert run(code, tmp_path).strip() == "[]"
+
+
+def test_import_does_not_import_peft(tmp_path: Path) -> None:
+    code = "import sys, foxlm; print([n for n in ('peft', 'lm_eval', 'matplotlib', 'datasets') if n in sys.modules])"
+    assert run(code, tmp_path).strip() == "[]"
+
+
+@pytest.mark.parametrize("first", ["transformers", "foxlm"])
+def test_transformers_works_from_the_root(first: str) -> None:
+    code = f"""
+import {first}
+import transformers, foxlm
+from transformers import AutoModelForCausalLM, LlamaConfig
+tiny = dict(vocab_size=97, hidden_size=32, num_hidden_layers=1, num_attention_heads=4, intermediate_size=48)
+print(type(AutoModelForCausalLM.from_config(LlamaConfig(**tiny))).__name__)
+print(type(AutoModelForCausalLM.from_config(foxlm.FoxConfig(**tiny))).__name__)
+"""
+    assert run(code, ROOT).split() == ["LlamaForCausalLM", "FoxForCausalLM"]
+
+
+def test_import_registers_fox_with_transformers(tmp_path: Path) -> None:
+    code = """
+from transformers import AutoConfig
+try:
+    AutoConfig.for_model("fox")
+except ValueError:
+    import foxlm
+    print(type(AutoConfig.for_model("fox")).__name__)
+"""
+    assert run(code, tmp_path).strip() == "FoxConfig"
+    assert MODEL_FOR_CAUSAL_LM_MAPPING[foxlm.FoxConfig] is foxlm.FoxForCausalLM
+    assert type(AutoConfig.for_model("fox")) is foxlm.FoxConfig
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(foxlm.FoxConfig())
+    assert type(model) is foxlm.FoxForCausalLM
+
+
+def test_registering_twice_is_harmless() -> None:
+    from foxlm.modeling.registration import register_fox
+
+    register_fox()
+    register_fox()
+    assert MODEL_FOR_CAUSAL_LM_MAPPING[foxlm.FoxConfig] is foxlm.FoxForCausalLM
+
+
+def test_everything_promised_is_there() -> None:
+    assert sorted(set(foxlm.__all__)) == sorted(foxlm.__all__)
+    for name in foxlm.__all__:
+        assert getattr(foxlm, name).__name__ == name
+
+
+def wrong_imports(source: str) -> list[str]:
+    """Relative imports that a bundle of flat files could not rewrite, and absolute ones of this package."""
+    wrong = []
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.ImportFrom):
+            parts = (node.module or "").split(".")
+            # `from .mod import name` or `from ..folder.mod import name`, and whatever is not ours
+            fits = node.level == 0 and parts[0] not in ("foxlm", *FOLDERS)
+            fits |= node.level > 0 and bool(parts[0]) and (node.level < 2 or len(parts) > 1 or parts[0] not in FOLDERS)
+            if not fits or any(alias.name == "*" for alias in node.names):
+                wrong.append(ast.unparse(node))
+        elif isinstance(node, ast.Import):
+            wrong += [ast.unparse(node) for alias in node.names if alias.name.split(".")[0] in ("foxlm", *FOLDERS)]
+    return wrong
+
+
+FILES = sorted(path for folder in ("kernels", "modeling") for path in (ROOT / folder).rglob("*.py"))
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: f"{path.parent.name}/{path.name}")
+def test_imports_can_be_rewritten_for_a_bundle(path: Path) -> None:
+    assert not wrong_imports(path.read_text())
+
+
+@pytest.mark.parametrize(
+    ("line", "allowed"),
+    [
+        ("import torch", True),
+        ("from torch import nn", True),
+        ("from .cache_fox import check_cache", True),
+        ("from ..kernels.decay import Decay", True),
+        ("from . import cache_fox", False),
+        ("from .. import kernels", False),
+        ("from ..kernels import decay", False),
+        ("from .a.b import c", True),
+        ("from ...kernels.decay import Decay", True),
+        ("import foxlm", False),
+        ("from foxlm.kernels.decay import Decay", False),
+        ("import kernels.decay", False),
+        ("from .decay import *", False),
+        ("def f():\n    from foxlm import FoxConfig", False),
+    ],
+)
+def test_control_the_import_rule_tells_right_from_wrong(line: str, allowed: bool) -> None:
+    assert (not wrong_imports(line)) == allowed
+
+
+def test_version_is_that_of_the_distribution() -> None:
+    lines = (ROOT / "setup.cfg").read_text().splitlines()
+    stated = next(line.split("=")[1].strip() for line in lines if line.startswith("version"))
+    assert foxlm.__version__ == stated

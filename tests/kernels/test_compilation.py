@@ -1,0 +1,191 @@
+"""Every kernel compiles for every supported architecture, on a machine without a GPU, and fits it."""
+
+import re
+import subprocess
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from attention_inputs import attention, draw_inputs, output_and_gradients
+from foxlm.kernels import decay
+from foxlm.kernels.backends import HAS_TRITON
+from foxlm.kernels.decay import Decay, KeySummary
+from foxlm.kernels.portable import operators as triton_attention
+from foxlm.kernels.pruning import rules as pruning
+from foxlm.kernels.tiles import Tiles, choose_tiles
+from kernel_device import INTERPRETED
+
+if not HAS_TRITON or INTERPRETED:
+    pytest.skip("needs Triton's compiler", allow_module_level=True)
+
+import triton
+
+from ahead_of_time import compiling_only
+from foxlm.kernels.context_parallel.kernels import (
+    carry_on_device,
+    copy_on_device,
+    needs_on_device,
+    window_first_on_device,
+)
+from foxlm.kernels.context_parallel.partition import NAMED_SPLITS, TokenSplit
+from foxlm.kernels.context_parallel.partition_tables import split_tables
+from foxlm.kernels.context_parallel.row_copy import Place, Rows, Runs
+from foxlm.kernels.portable.decode import decode_attention
+
+# Shared memory that one program can have, in KiB.
+SHARED_MEMORY = {80: 163, 86: 99, 89: 99, 90: 227, 100: 227}
+# Registers of all threads of a program.
+REGISTERS = 65536
+# Bytes that a thread may keep in memory for want of registers. Above, smaller tiles would be faster.
+STACK = 2048
+# Architecture, head size and type.
+CASES = [
+    *((capability, head_dim, torch.bfloat16) for capability in SHARED_MEMORY for head_dim in (64, 128)),
+    (86, 40, torch.float16),
+    (86, 128, torch.float32),
+    (90, 256, torch.bfloat16),
+]
+KERNELS = {
+    "_gate_totals_kernel",
+    "_gate_scan_kernel",
+    "_block_decay_kernel",
+    "_scan_decay_kernel",
+    "_norms_kernel",
+    "_scan_largest_kernel",
+    "_search_kernel",
+    "_key_decay_kernel",
+    "_ranges_kernel",
+    "_order_kernel",
+    "_forward_kernel",
+    "_stops_kernel",
+    "_maxima_kernel",
+    "_rows_kernel",
+    "_backward_kernel",
+    "_finish_kernel",
+    "_gradient_totals_kernel",
+    "_gradient_scan_kernel",
+}
+
+
+def compile_for(
+    capability: int, tiles: Tiles, inputs: list[Tensor], monkeypatch: pytest.MonkeyPatch, **options: Any
+) -> dict[str, Any]:
+    """The kernels that forward and backward launch, by name."""
+    for module in (decay, pruning, triton_attention):
+        monkeypatch.setattr(module, "runs_kernels", lambda x: True)
+    monkeypatch.setattr(triton_attention, "_tiles", lambda q: tiles)
+    with compiling_only(capability) as compiled:
+        output_and_gradients(attention, inputs, **options)
+    return {kernel.metadata.name: kernel for kernel in compiled}
+
+
+def resources(kernel: Any, folder: Path) -> dict[str, int]:
+    """Registers of a thread, ``REG``, and what did not fit in them, ``STACK`` in bytes."""
+    file = folder / "kernel.cubin"
+    file.write_bytes(kernel.asm["cubin"])
+    command = [triton.knobs.nvidia.cuobjdump.path, "-res-usage", str(file)]
+    text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    return {name: int(value) for name, value in re.findall(r"\b(REG|STACK):(\d+)", text)}
+
+
+@pytest.mark.parametrize(("capability", "head_dim", "dtype"), CASES, ids=str)
+def test_kernels_fit(capability, head_dim, dtype, monkeypatch, tmp_path):
+    inputs = draw_inputs(300, batch=1, heads=(2, 1, 2), head_dim=head_dim, dtype=dtype)
+    tiles = choose_tiles(head_dim, dtype, (capability // 10, capability % 10))
+    kernels = compile_for(capability, tiles, inputs, monkeypatch, eps=1e-3)
+    assert set(kernels) == KERNELS
+    for name, kernel in kernels.items():
+        assert kernel.metadata.target.arch == capability
+        assert kernel.metadata.shared <= SHARED_MEMORY[capability] * 1024, name
+        used = resources(kernel, tmp_path)
+        assert used["REG"] * 32 * kernel.metadata.num_warps <= REGISTERS, name
+        assert used["STACK"] <= STACK, f"{name}: {used}"
+
+
+def compile_decoding_for(
+    capability: int, head_dim: int, dtype: torch.dtype, heads: tuple[int, int, int], paged: bool, **options: Any
+) -> list[Any]:
+    """The kernels that `decode_attention` launches."""
+    (h, g, hf), keys, blocks = heads, 1024, 16
+
+    def empty(*shape: int, dtype: torch.dtype = torch.float64) -> Tensor:
+        return torch.empty(shape, dtype=dtype)
+
+    summary = KeySummary(empty(2, hf, blocks), empty(2, hf, blocks), empty(2, g, blocks, dtype=torch.float32))
+    first, last = torch.zeros(2, hf, 1, dtype=torch.int64), torch.tensor([keys - 1])
+    if paged:
+        k = empty(2 * g * blocks, 64, head_dim, dtype=dtype)
+        key = empty(2 * g * blocks, max(1, hf // g), 64)
+        options |= {"pages": empty(2, g, blocks, dtype=torch.int32), "start": empty(2, g, dtype=torch.int32)}
+    else:
+        k, key = empty(2, keys, g, head_dim, dtype=dtype), empty(2, hf, keys)
+        options |= {"real": empty(2, keys, dtype=torch.bool)}
+    decay_of = Decay(empty(2, hf, 1), key, first, last)
+    with compiling_only(capability) as compiled:
+        q = empty(2, 1, h, head_dim, dtype=dtype)
+        decode_attention(q, k, k, decay_of, scale=0.125, summary=summary, eps=1e-3, **options)
+    return compiled
+
+
+@pytest.mark.parametrize("capability", SHARED_MEMORY)
+@pytest.mark.parametrize("head_dim", [64, 128, 256])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+def test_decoding_fits(dtype, head_dim, capability, tmp_path):
+    cases = [((2, 2, 2), False, {}), ((8, 2, 8), True, {"rule": "paper", "logit_bound": 8.0})]
+    for heads, paged, options in cases:
+        kernels = compile_decoding_for(capability, head_dim, dtype, heads, paged, **options)
+        assert [kernel.metadata.name for kernel in kernels] == ["_ranges_kernel", "_attend_kernel"]
+        for kernel in kernels:
+            assert kernel.metadata.target.arch == capability
+            assert kernel.metadata.shared <= SHARED_MEMORY[capability] * 1024
+            used = resources(kernel, tmp_path)
+            assert used["REG"] * 32 * kernel.metadata.num_warps <= REGISTERS
+            assert used["STACK"] <= STACK, f"{heads}: {used}"
+
+
+@pytest.mark.parametrize("capability", [80, 90])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+def test_kernels_between_ranks_fit(dtype, capability, tmp_path):
+    split = TokenSplit(1024, 2, NAMED_SPLITS["balanced"](1024, 2))
+    tables = split_tables(split, 0, torch.device("cpu"))
+    shards: Any = SimpleNamespace(
+        split=split, segments=split.of(0), tables=lambda _: tables, gather=lambda x: x.new_empty(2, *x.shape)
+    )
+    first = torch.zeros(1, 4, 512, dtype=torch.int64)
+    keys = torch.zeros(1, 512, 2, 96, dtype=dtype)
+    rows = Rows(keys, keys.clone(), torch.zeros(1, 512, 2, 1, dtype=torch.float64))
+    runs = Runs.between(Place(0, np.arange(2), 0), Place(0, 0, 1), 5)
+    with compiling_only(capability) as kernels:
+        _, crossing = needs_on_device(first, 2, shards)
+        carry_on_device(first.double(), first, shards)
+        window_first_on_device(first, 64, 512, torch.arange(2), None, 0)
+        window_first_on_device(first, 0, 512, None, crossing[0], 128)
+        for add in (False, True):
+            copy_on_device(rows, rows, runs._replace(device=torch.from_numpy(runs.table)), add, back=False)
+    names = ["needs", "ends", "carry", "window_first", "window_first", "copy", "copy"]
+    assert [kernel.metadata.name for kernel in kernels] == [f"_{name}_kernel" for name in names]
+    for kernel in kernels:
+        assert kernel.metadata.target.arch == capability
+        used = resources(kernel, tmp_path)
+        assert used["REG"] * 32 * kernel.metadata.num_warps <= REGISTERS
+        assert used["STACK"] == 0, kernel.metadata.name
+
+
+def test_dropout_and_packing_compile(monkeypatch):
+    inputs = draw_inputs(300, batch=1, heads=(2, 1, 2), head_dim=64, dtype=torch.bfloat16)
+    tiles = choose_tiles(64, torch.bfloat16, (9, 0))
+    options: dict[str, Any] = {"cu_seqlens": torch.tensor([0, 100, 300]), "dropout": 0.1, "eps": 1e-3, "rule": "paper"}
+    kernels = compile_for(90, tiles, inputs, monkeypatch, **options)
+    assert set(kernels) == KERNELS - {"_scan_largest_kernel"}
+
+
+def test_tiles_that_do_not_fit_are_seen(monkeypatch):
+    """Negative control: the tiles of an H100 need more than an A10 has."""
+    inputs = draw_inputs(300, batch=1, heads=(2, 1, 2), head_dim=128, dtype=torch.bfloat16)
+    kernels = compile_for(86, choose_tiles(128, torch.bfloat16, (9, 0)), inputs, monkeypatch)
+    assert max(kernel.metadata.shared for kernel in kernels.values()) > SHARED_MEMORY[86] * 1024

@@ -1,0 +1,69 @@
+"""Run every GPU kernel once on small inputs: what `make sanitize` watches.
+
+Both head sizes that have kernels of their own, one that has not; all types; padding, packing, fewer queries than keys,
+pruning by both rules, dropout; gradients of everything. Decoding over a dense and over a paged cache.
+
+``--without-gluon`` leaves out the Gluon kernels. compute-sanitizer's racecheck does not follow an mbarrier's order from
+thread to thread: it reports a race between a thread that reads a buffer and the one that writes it after an arrival on
+the reader's behalf, also in a kernel of ten lines that does nothing else (see docs/tuning.md, section 9).
+"""
+
+import sys
+from typing import Any
+
+import torch
+
+from attention_inputs import draw_inputs, forgetting_attention, padding_mask
+from foxlm.kernels.decay import Decay, KeySummary, accumulate
+from foxlm.kernels.portable import operators as triton_attention
+from foxlm.kernels.portable.decode import decode_attention
+
+
+def main(gluon: bool) -> None:
+    triton_attention.HAS_GLUON &= gluon
+    for head_dim, dtype in ((64, torch.bfloat16), (128, torch.float16), (40, torch.bfloat16), (64, torch.float32)):
+        for options, keys, queries in (
+            ({"eps": 1e-3, "attention_mask": padding_mask("left", 2, 300).cuda()}, 300, 300),
+            ({"eps": 1e-3, "rule": "paper", "dropout": 0.1}, 200, 130),
+        ):
+            inputs = draw_inputs(keys, queries, head_dim=head_dim, dtype=dtype)
+            inputs = [x.detach().cuda().requires_grad_() for x in inputs]
+            out = forgetting_attention(*inputs, **options)
+            assert all(grad.isfinite().all() for grad in torch.autograd.grad(out.float().square().sum(), inputs))
+    packed = [x.detach().cuda() for x in draw_inputs(300, batch=1, head_dim=64, dtype=torch.bfloat16)]
+    forgetting_attention(*packed, cu_seqlens=torch.tensor([0, 70, 300], device="cuda"))
+    for queries, heads in ((1, (2, 2, 2)), (3, (4, 2, 4))):
+        decode(queries, heads)
+    print("every kernel ran")
+
+
+def decode(queries: int, heads: tuple[int, int, int]) -> None:
+    """One sequence of 320 tokens in a cache for 384, both ways."""
+    drawn = draw_inputs(320, queries, batch=1, heads=heads, head_dim=64, dtype=torch.bfloat16)
+    q, k, v, log_f = (x.detach().cuda() for x in drawn)
+    c, first = accumulate(log_f)
+    summary = KeySummary(
+        c[..., 63::64].contiguous(),
+        torch.logcumsumexp(-c, -1)[..., 63::64].contiguous(),
+        k.float().norm(dim=-1).cummax(1).values.transpose(1, 2)[..., 63::64].contiguous(),
+    )
+    k, v = (torch.nn.functional.pad(x, (0, 0, 0, 0, 0, 64)) for x in (k, v))
+    key = torch.nn.functional.pad(c, (0, 64))
+    last = torch.arange(320 - queries, 320, device="cuda")
+    decay = Decay(c[..., -queries:], key, first[..., -queries:], last)
+    options: dict[str, Any] = {"scale": 0.125, "summary": summary, "eps": 1e-3}
+    dense = decode_attention(q, k, v, decay, **options)
+
+    def blocks(x: torch.Tensor) -> torch.Tensor:
+        """``[1, 384, G, D]`` as pages."""
+        return x.unflatten(1, (6, 64)).permute(0, 3, 1, 2, 4).flatten(0, 2).contiguous()
+
+    kv_heads = heads[1]
+    pages = torch.arange(kv_heads * 6, dtype=torch.int32, device="cuda").view(1, kv_heads, 6)
+    gates = key.unflatten(1, (kv_heads, -1)).unflatten(-1, (6, 64)).transpose(2, 3).flatten(0, 2).contiguous()
+    paged = decode_attention(q, blocks(k), blocks(v), decay._replace(key=gates), pages=pages, **options)
+    torch.testing.assert_close(paged, dense, rtol=1e-2, atol=1e-2)
+
+
+if __name__ == "__main__":
+    main(gluon="--without-gluon" not in sys.argv)
