@@ -9,12 +9,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from test_conversion_fla import EVERYTHING, SIZES, checkpoint
 from transformers import LlamaConfig, LlamaForCausalLM
 from typer.testing import CliRunner
 
 import foxlm
 from checkpoints import write
+from fla_checkpoints import EVERYTHING, FLA_SIZES, fla_checkpoint
 from foxlm.cli import app
 from foxlm.conversion.convert import convert_checkpoint
 from hostile_folders import fox_folder
@@ -162,8 +162,8 @@ def test_unknown_options_and_commands_are_refused() -> None:
 def test_convert_writes_a_folder_to_load(tmp_path: Path) -> None:
     theirs, ours = tmp_path / "theirs", tmp_path / "new" / "ours"
     theirs.mkdir()
-    fields = SIZES | EVERYTHING
-    write(theirs, fields, checkpoint(fields))
+    fields = FLA_SIZES | EVERYTHING
+    write(theirs, fields, fla_checkpoint(fields))
     (theirs / "tokenizer.json").write_text("{}")
     result = invoke("convert", str(theirs), str(ours))
     assert result.exit_code == 0, result.output

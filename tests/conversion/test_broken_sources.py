@@ -10,10 +10,10 @@ from typing import Any
 
 import pytest
 from safetensors.torch import load_file, save_file
-from test_conversion_fla import EVERYTHING, SIZES, checkpoint
 from transformers import LlamaConfig, LlamaForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
 from checkpoints import write, write_index
+from fla_checkpoints import EVERYTHING, FLA_SIZES, fla_checkpoint
 from foxlm.conversion.convert import convert_to_folder
 from foxlm.conversion.graft import graft_to_folder
 from fuzz import fuzz
@@ -38,7 +38,7 @@ READERS: dict[str, Callable[[Path, Path], None]] = {
 def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder of each kind that can be read."""
     folder = tmp_path_factory.mktemp("sources")
-    write(folder / "fla", SIZES | EVERYTHING, checkpoint(SIZES | EVERYTHING))
+    write(folder / "fla", FLA_SIZES | EVERYTHING, fla_checkpoint(FLA_SIZES | EVERYTHING))
     convert_to_folder(folder / "fla", folder / "fox")
     LlamaForCausalLM(LlamaConfig(**BASE)).save_pretrained(folder / "llama")
     Qwen3ForCausalLM(Qwen3Config(**BASE, head_dim=16)).save_pretrained(folder / "qwen3")

@@ -9,9 +9,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from test_evaluation import tiny_model
 from typer.testing import CliRunner
 
+from byte_models import byte_model
 from foxlm.cli import app
 from foxlm.evaluation import loss_report as module
 from foxlm.evaluation.loss_report import LossOptions, bin_edges, measure_losses, summarize
@@ -188,7 +188,7 @@ def test_the_command_measures_draws_and_draws_again(folder: Path, tmp_path: Path
 
 
 def test_a_fox_model_of_real_text(tmp_path: Path, folder: Path) -> None:
-    model = tiny_model(max_position_embeddings=64)
+    model = byte_model(max_position_embeddings=64)
     model.save_pretrained(tmp_path / "fox")
     for name in ("tokenizer.json", "tokenizer_config.json"):
         shutil.copy(folder / "slow" / name, tmp_path / "fox")

@@ -8,9 +8,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from test_evaluation import tiny_model as tiny_byte_model
 from typer.testing import CliRunner
 
+from byte_models import byte_model
 from foxlm.cli import app
 from foxlm.evaluation import needle as module
 from foxlm.evaluation.demo.tokenizer import byte_tokenizer
@@ -83,7 +83,7 @@ def test_a_model_that_sees_600_tokens_finds_needles_that_near(tmp_path: Path, sc
 
 
 def test_a_model_of_random_weights_finds_none(tmp_path: Path) -> None:
-    tiny_byte_model(max_position_embeddings=1024).save_pretrained(tmp_path / "random")
+    byte_model(max_position_embeddings=1024).save_pretrained(tmp_path / "random")
     byte_tokenizer().save_pretrained(tmp_path / "random")
     fields: dict[str, Any] = {"lengths": (480,), "depths": (0.5,), "samples": 2, "answer_tokens": 3, "mode": "standard"}
     for name, chunk in (("whole", 0), ("parts", 300)):

@@ -15,15 +15,15 @@ from foxlm.kernels.backends import HAS_TRITON
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(not HAS_TRITON, reason="needs Triton")]
 
 TESTS = Path(__file__).parent
-# What to run, longest first. In test_prune.py the same functions take kernels then.
+# What to run, longest first. In test_block_search.py the same functions take kernels then.
 RUNS = {
-    "test_kernels.py": [],
-    "test_kernel_operators.py": [],
-    "test_decode_kernels.py": [],
-    "../modeling/test_decoding_on_kernels.py": [],
-    "test_prune.py": ["-m", "not gpu"],
-    "test_rounding.py": ["-m", "not gpu"],
-    "../distributed/test_runs.py": ["-m", "gpu"],
+    "portable/test_accuracy.py": [],
+    "portable/test_kernel_operators.py": [],
+    "portable/test_decode.py": [],
+    "../modeling/generation/test_decoding_on_kernels.py": [],
+    "pruning/test_block_search.py": ["-m", "not gpu"],
+    "pruning/test_rounding_margins.py": ["-m", "not gpu"],
+    "../distributed/test_row_copy.py": ["-m", "gpu"],
     "test_attention_fuzz.py": ["-m", "gpu"],
 }
 

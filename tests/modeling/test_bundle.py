@@ -8,13 +8,13 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from test_conversion_fla import checkpoint as fla_checkpoint
 from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.dynamic_module_utils import get_imports, get_relative_import_files
 from transformers.integrations.peft import MIN_PEFT_VERSION
 
 import foxlm
 from checkpoints import write
+from fla_checkpoints import fla_checkpoint
 from foxlm import FoxConfig, FoxPagedCache
 from foxlm.conversion.convert import convert_to_folder
 from foxlm.conversion.graft import graft_to_folder

@@ -10,11 +10,10 @@ from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
-from test_conversion_fla import EVERYTHING, checkpoint
-from test_conversion_fla import SIZES as FLA_SIZES
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from checkpoints import write
+from fla_checkpoints import EVERYTHING, FLA_SIZES, fla_checkpoint
 from foxlm import FoxConfig, FoxForCausalLM
 from foxlm.evaluation.demo.tokenizer import byte_tokenizer
 from hostile_values import any_value
@@ -49,7 +48,7 @@ def fla_folder(folder: Path) -> None:
     """A checkpoint of flash-linear-attention."""
     folder.mkdir()
     fields = FLA_SIZES | EVERYTHING
-    write(folder, fields, checkpoint(fields))
+    write(folder, fields, fla_checkpoint(fields))
 
 
 def edit(folder: Path, **changes: Any) -> None:

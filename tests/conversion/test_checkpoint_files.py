@@ -15,9 +15,9 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from test_conversion import checkpoint
 from typer.testing import CliRunner
 
+from authors_checkpoints import authors_checkpoint
 from checkpoints import read, write, write_index
 from foxlm import FoxForCausalLM
 from foxlm.cli import app
@@ -27,7 +27,7 @@ from foxlm.conversion.convert import convert_checkpoint, convert_to_folder
 
 @pytest.fixture
 def theirs(tmp_path):
-    fields, _, weights = checkpoint("pro")
+    fields, _, weights = authors_checkpoint("pro")
     write(tmp_path / "theirs", fields, weights)
     return tmp_path / "theirs"
 

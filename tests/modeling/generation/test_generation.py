@@ -5,11 +5,11 @@ from typing import Any
 
 import pytest
 import torch
-from test_cache import restart_sum
 from torch import Tensor
 from transformers import CompileConfig, DynamicCache, StaticCache
 from transformers.cache_utils import DynamicLayer
 
+from cached_run import restart_sum
 from foxlm import FoxPagedCache
 from foxlm.modeling import token_layout as layout_fox
 from foxlm.modeling.cache.dynamic import DynamicForgettingLayer

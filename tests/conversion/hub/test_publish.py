@@ -15,25 +15,10 @@ import foxlm
 from foxlm.cli import app
 from foxlm.conversion.hub import checks as folder_checks
 from foxlm.conversion.hub import publish
-from foxlm.conversion.hub.model_card import MISSING, write_model_card
-from foxlm.evaluation.demo.tokenizer import VOCAB_SIZE, byte_tokenizer
+from foxlm.conversion.hub.model_card import MISSING
+from foxlm.evaluation.demo.tokenizer import VOCAB_SIZE
 from foxlm.modeling.remote_code import bundle
 from models import tiny_model
-
-
-@pytest.fixture(scope="module")
-def ready(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("publish") / "ready"
-    tiny_model(vocab_size=VOCAB_SIZE, dtype=torch.float32).save_pretrained(folder)
-    byte_tokenizer().save_pretrained(folder)
-    write_model_card(folder, license="apache-2.0", training_data="Nothing: its weights are random.")
-    return folder
-
-
-@pytest.fixture
-def folder(ready: Path, tmp_path: Path) -> Path:
-    """A copy, to be spoilt."""
-    return Path(shutil.copytree(ready, tmp_path / "model"))
 
 
 class Hub:
@@ -71,8 +56,8 @@ def invoke(*arguments: str):
     return CliRunner().invoke(app, ["publish", *arguments])
 
 
-def test_whole_folder_passes_and_is_pushed_when_told_to(ready: Path, hub: Hub) -> None:
-    result = invoke(str(ready), "--push", "fox", "--private")
+def test_whole_folder_passes_and_is_pushed_when_told_to(publishable: Path, hub: Hub) -> None:
+    result = invoke(str(publishable), "--push", "fox", "--private")
     assert result.exit_code == 1, "the repository is public"
     assert result.stderr == (
         "error: someone/fox is there already and is public: choose another name, or make it private first\n"
@@ -91,18 +76,18 @@ def without_loading(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("without_loading")
-def test_push_asks_the_hub_for_the_right_things(ready: Path, hub: Hub) -> None:
-    result = invoke(str(ready), "--push", "fox")
+def test_push_asks_the_hub_for_the_right_things(publishable: Path, hub: Hub) -> None:
+    result = invoke(str(publishable), "--push", "fox")
     assert (result.exit_code, result.stdout.splitlines()[-1]) == (0, "uploaded to https://huggingface.co/someone/fox")
     message = f"Upload model, checked by foxlm {foxlm.__version__}"
     assert hub.calls == [
         ("validate", {}),
         ("create_repo", {"repo_id": "fox", "private": None, "exist_ok": True}),
-        ("upload_folder", {"repo_id": "someone/fox", "folder_path": ready, "commit_message": message}),
+        ("upload_folder", {"repo_id": "someone/fox", "folder_path": publishable, "commit_message": message}),
     ]
     hub.calls.clear()
     hub.private = True
-    assert invoke(str(ready), "--push", "fox", "--private").exit_code == 0
+    assert invoke(str(publishable), "--push", "fox", "--private").exit_code == 0
     assert [name for name, _ in hub.calls] == ["validate", "create_repo", "upload_folder"]
 
 
@@ -128,8 +113,10 @@ def test_nothing_is_pushed_unasked_or_unready(folder: Path, hub: Hub) -> None:
         (["--push", "a..b"], "a..b"),
     ],
 )
-def test_wrong_options_are_refused_before_any_check(ready: Path, hub: Hub, arguments: list[str], message: str) -> None:
-    result = invoke(str(ready), *arguments)
+def test_wrong_options_are_refused_before_any_check(
+    publishable: Path, hub: Hub, arguments: list[str], message: str
+) -> None:
+    result = invoke(str(publishable), *arguments)
     assert result.exit_code == 1 and message in result.stderr and not result.stdout and not hub.calls
 
 
@@ -139,16 +126,16 @@ def test_missing_folder_is_refused(tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("without_loading", "hub")
-def test_failing_hub_is_one_line(ready: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_failing_hub_is_one_line(publishable: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(publish, "HfApi", Hub(error=ConnectionError("no route to host")))
-    result = invoke(str(ready), "--push", "fox")
+    result = invoke(str(publishable), "--push", "fox")
     assert (result.exit_code, result.stderr) == (1, "error: pushing to fox failed: no route to host\n")
 
 
 @pytest.mark.usefixtures("without_loading")
-def test_without_network_the_message_says_so(ready: Path) -> None:
+def test_without_network_the_message_says_so(publishable: Path) -> None:
     """The Hub's own client, which the tests have offline."""
-    result = invoke(str(ready), "--push", "fox")
+    result = invoke(str(publishable), "--push", "fox")
     assert result.exit_code == 1
     assert result.stderr.startswith("error: pushing to fox failed: ") and "offline" in result.stderr.lower()
 

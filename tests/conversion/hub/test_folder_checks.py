@@ -29,26 +29,9 @@ from foxlm.conversion.graft import graft_to_folder
 from foxlm.conversion.hub import checks as folder_checks
 from foxlm.conversion.hub import secret_scan
 from foxlm.conversion.hub.checks import check_code, check_contents, check_files, check_secrets
-from foxlm.conversion.hub.model_card import write_model_card
-from foxlm.evaluation.demo.tokenizer import VOCAB_SIZE, byte_tokenizer
 from models import tiny_model
 
 Spoil = Callable[[Path], object]
-
-
-@pytest.fixture(scope="module")
-def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("hostile") / "whole"
-    tiny_model(vocab_size=VOCAB_SIZE, dtype=torch.float32).save_pretrained(folder)
-    byte_tokenizer().save_pretrained(folder)
-    write_model_card(folder, license="apache-2.0", training_data="Nothing: its weights are random.")
-    return folder
-
-
-@pytest.fixture
-def folder(whole: Path, tmp_path: Path) -> Path:
-    """A copy, to be spoilt."""
-    return Path(shutil.copytree(whole, tmp_path / "model"))
 
 
 def put(name: str, content: bytes | str = b"x") -> Spoil:

@@ -1,6 +1,6 @@
 """What a cache holds, moved by any operation, continues as a run from scratch would.
 
-`Run` keeps the tokens beside the cache, applies the same operation to both, and compares after every step.
+`CachedRun` keeps the tokens beside the cache, applies the same operation to both, and compares after every step.
 """
 
 import copy
@@ -10,7 +10,6 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import Tensor
 from transformers import (
     Cache,
     DynamicCache,
@@ -22,95 +21,27 @@ from transformers import (
 )
 from transformers.cache_utils import DynamicLayer, StaticLayer
 
+from cached_run import CachedRun, restart_sum
 from foxlm.modeling.cache.dynamic import DynamicForgettingLayer, FoxPagedCache, StaticForgettingLayer
-from foxlm.modeling.token_layout import TokenLayout
 from foxlm.modeling.versions import CACHE, cache_of
 from models import DECODING_VARIANTS, SIZES, VARIANTS, assert_close, tiny_model, tokens
-
-
-class Run:
-    """Sequences fed through a cache, each row checked against a run of that row alone without one."""
-
-    def __init__(self, model: Any, cache: Cache, batch: int = 2) -> None:
-        self.model, self.cache = model, cache
-        self.ids = torch.zeros(batch, 0, dtype=torch.long)
-        self.real = torch.zeros(batch, 0, dtype=torch.long)
-        self.steps = 0
-        # transformers computes the angles of RoPE in float32.
-        self.tolerance = 1e-9 if model.config.rope_parameters is None else 1e-5
-
-    @torch.no_grad()
-    def extend(self, count: int, padding: Tensor | None = None) -> "Run":
-        """Feed random tokens, ``padding`` of which (``[B, count]``, nonzero) are padding; compare their logits."""
-        self.steps += 1
-        new = tokens(len(self.ids), count, seed=self.steps)
-        real = torch.ones_like(new) if padding is None else (padding == 0).long()
-        self.ids = torch.cat([self.ids, new], dim=1)
-        self.real = torch.cat([self.real, real], dim=1)
-        positions = (self.real.cumsum(-1) - 1).clamp(min=0)[:, -count:]
-        mask = None if self.real.all() else self.real
-        out = self.model(new, attention_mask=mask, position_ids=positions, cache=self.cache, use_cache=True)
-        assert cache_of(out) is self.cache
-        for row, keep in enumerate(self.real.bool()):
-            expected = self.model(self.ids[row, keep][None], use_cache=False).logits[0] if keep.any() else None
-            kept = real[row].bool()
-            if kept.any():
-                assert expected is not None
-                assert_close(out.logits[row, kept], expected[-int(kept.sum()) :], self.tolerance)
-        return self
-
-    def _rows(self, index: Tensor) -> None:
-        self.ids, self.real = self.ids[index], self.real[index]
-
-    def reorder(self, index: list[int]) -> "Run":
-        self.cache.reorder_cache(torch.tensor(index))
-        self._rows(torch.tensor(index))
-        return self
-
-    def repeat(self, count: int) -> "Run":
-        self.cache.batch_repeat_interleave(count)
-        self._rows(torch.arange(len(self.ids)).repeat_interleave(count))
-        return self
-
-    def select(self, index: list[int]) -> "Run":
-        self.cache.batch_select_indices(torch.tensor(index))
-        self._rows(torch.tensor(index))
-        return self
-
-    def crop(self, count: int) -> "Run":
-        self.cache.crop(-count)
-        keep = self.ids.shape[1] - count
-        self.ids, self.real = self.ids[:, :keep], self.real[:, :keep]
-        return self
-
-    def offload(self) -> "Run":
-        for layer in self.cache.layers:
-            layer.offload()
-            layer.prefetch()
-        return self
-
-    def reset(self) -> "Run":
-        self.cache.reset()
-        self.ids, self.real = self.ids[:, :0], self.real[:, :0]
-        return self
-
 
 MODELS = {variant: tiny_model(variant) for variant in DECODING_VARIANTS}
 
 
-def dynamic(variant: str = "pro", batch: int = 2) -> Run:
+def dynamic(variant: str = "pro", batch: int = 2) -> CachedRun:
     model = MODELS[variant]
-    return Run(model, DynamicCache(config=model.config), batch)
+    return CachedRun(model, DynamicCache(config=model.config), batch)
 
 
-def static(variant: str = "pro", batch: int = 2, length: int = 40) -> Run:
+def static(variant: str = "pro", batch: int = 2, length: int = 40) -> CachedRun:
     model = MODELS[variant]
-    return Run(model, StaticCache(config=model.config, max_cache_len=length), batch)
+    return CachedRun(model, StaticCache(config=model.config, max_cache_len=length), batch)
 
 
-def paged(variant: str = "pro", batch: int = 2, length: int = 40) -> Run:
+def paged(variant: str = "pro", batch: int = 2, length: int = 40) -> CachedRun:
     model = MODELS[variant]
-    return Run(model, FoxPagedCache(model.config, length), batch)
+    return CachedRun(model, FoxPagedCache(model.config, length), batch)
 
 
 HOLES = torch.tensor([[1, 1, 0, 0, 1], [0, 0, 0, 1, 1]])
@@ -157,7 +88,7 @@ class TestDynamicCache:
         dynamic(variant).extend(5).extend(5, HOLES).crop(2).extend(2).crop(3).extend(5, HOLES).crop(4).extend(1)
 
     def test_cache_made_without_a_configuration(self, variant: str) -> None:
-        run = Run(MODELS[variant], DynamicCache()).extend(5).reorder([1, 0]).extend(1).crop(3).extend(2)
+        run = CachedRun(MODELS[variant], DynamicCache()).extend(5).reorder([1, 0]).extend(1).crop(3).extend(2)
         assert all(type(layer) is DynamicForgettingLayer for layer in run.cache.layers)
 
     def test_copy_is_independent(self, variant: str) -> None:
@@ -189,7 +120,7 @@ def test_static_cache_made_early_with_another_type_of_gates() -> None:
     model = MODELS["pro"]
     cache = StaticCache(config=model.config, max_cache_len=16)
     cache.early_initialization(batch_size=2, num_heads=2, head_dim=8, dtype=torch.float64, device=torch.device("cpu"))
-    Run(model, cache).extend(5).extend(1).extend(4)
+    CachedRun(model, cache).extend(5).extend(1).extend(4)
 
 
 @pytest.mark.parametrize("implementation", ["sdpa", "eager"])
@@ -204,7 +135,7 @@ def test_other_implementations(make: Any, implementation: str) -> None:
 @pytest.mark.parametrize("variant", [v for v in VARIANTS if v not in DECODING_VARIANTS])
 def test_every_other_variant(variant: str) -> None:
     model = tiny_model(variant)
-    Run(model, DynamicCache(config=model.config)).extend(5, HOLES).extend(1).reorder([1, 0]).extend(3)
+    CachedRun(model, DynamicCache(config=model.config)).extend(5, HOLES).extend(1).reorder([1, 0]).extend(3)
 
 
 # Rolling back
@@ -322,7 +253,7 @@ OPERATION = st.one_of(
 OPERATIONS = st.lists(OPERATION, min_size=3, max_size=9)
 
 
-def apply(run: Run, operation: tuple) -> None:
+def apply(run: CachedRun, operation: tuple) -> None:
     """One random operation, fitted to the batch size and length that there are."""
     name, *arguments = operation
     batch, length = run.ids.shape
@@ -450,24 +381,6 @@ def test_copies_are_compact_and_independent_of_the_room_behind() -> None:
 
 
 # Each of these breaks one thing; the comparison above must see it.
-
-
-APPEND_GATES = DynamicForgettingLayer.append_gates
-
-
-def restart_sum(layer: DynamicForgettingLayer, log_f: Tensor, layout: TokenLayout) -> Any:
-    """`append_gates` whose running sum begins anew at every step."""
-    before = layer.gates
-    APPEND_GATES(layer, log_f, layout)
-    decay = layer._new
-    assert decay is not None
-    if before is None:
-        return
-    query = decay.query - before[0][..., -1:]
-    key = torch.cat([before[0], query], dim=-1)
-    assert layer.gates is not None
-    layer.gates = (key, layer.gates[1])
-    layer._new = decay._replace(query=query, key=key)
 
 
 @pytest.mark.parametrize("variant", DECODING_VARIANTS)

@@ -1,109 +1,21 @@
 """Checkpoints in the authors' layout: every key accounted for, the same model out."""
 
 import json
-from typing import Any
 
 import pytest
 import torch
 from safetensors import safe_open
 
+from authors_checkpoints import AUTHORS_SIZES, AUTHORS_VARIANTS, PRO, authors_checkpoint, authors_config, authors_layout
 from checkpoints import read, write
 from foxlm import FoxConfig, FoxForCausalLM
 from foxlm.conversion.convert import convert_checkpoint, convert_to_folder
 from foxlm.conversion.formats.authors import AUTHORS
-from foxlm.conversion.formats.format import one_kind_of_error
-
-SIZES: dict[str, Any] = {
-    "model_type": AUTHORS.fields.model_type,
-    "vocab_size": 61,
-    "hidden_size": 32,
-    "num_hidden_layers": 2,
-    "num_heads": 4,
-    "intermediate_size": 48,
-    "initializer_range": 0.5,
-}
-PRO: dict[str, Any] = {
-    "use_k_shift": True,
-    "use_v_shift": True,
-    "qk_norm": True,
-    "use_output_gate": True,
-    "use_output_norm": True,
-    "hidden_ratio": 3.5,
-}
-FIXED = {"fgate_bias_init": True, "decay_time_min": 2.0, "decay_time_max": 64.0}
-VARIANTS: dict[str, dict[str, Any]] = {
-    "llama": {},
-    "pro": PRO,
-    "shared QK-norm": PRO | {"qk_norm_share_param_across_head": True},
-    "rope": PRO | {"use_rope": True, "rope_base": 10000.0},
-    "bias_only": PRO | {"fgate_type": "bias_only"} | FIXED,
-    "fixed": {"fgate_type": "fixed"} | FIXED,
-    "none": {"fgate_type": "none", "use_rope": True},
-    "silu output gate": {"use_output_gate": True, "ogate_act": "silu"},
-    "tied": {"tie_word_embeddings": True},
-    "pruned": PRO | {"log_pruning_tolerance": -10.0},
-}
 
 
-def authors_config(fields):
-    with one_kind_of_error():
-        return AUTHORS.to_config(fields)
-
-
-def authors_layout(model, fields):
-    """The weights of one of our models under the names that the authors' modules give them."""
-    ours = model.state_dict()
-    theirs = {
-        "model.embeddings.weight": ours["model.embed_tokens.weight"],
-        "model.norm.weight": ours["model.norm.weight"],
-        "lm_head.weight": ours["lm_head.weight"],
-    }
-    for i in range(fields["num_hidden_layers"]):
-        layer = {k.removeprefix(f"model.layers.{i}."): v for k, v in ours.items() if f".layers.{i}." in k}
-        attn = {k.removeprefix("self_attn."): v for k, v in layer.items() if k.startswith("self_attn.")}
-        block = {
-            "attn_norm.weight": layer["input_layernorm.weight"],
-            "mlp_norm.weight": layer["post_attention_layernorm.weight"],
-            "mlp.gate_proj.weight": torch.cat([layer["mlp.gate_proj.weight"], layer["mlp.up_proj.weight"]]),
-            "mlp.down_proj.weight": layer["mlp.down_proj.weight"],
-            "attn.q_proj.weight": attn["q_proj.weight"],
-            "attn.o_proj.weight": attn["o_proj.weight"],
-        }
-        for letter, name in (("k", "key"), ("v", "value")):
-            if fields.get(f"use_{letter}_shift"):
-                block[f"attn.{letter}_proj.linear.weight"] = attn[f"{letter}_proj.weight"]
-                block[f"attn.{letter}_proj.shift_proj.weight"] = attn[f"{name}_shift.proj.weight"]
-            else:
-                block[f"attn.{letter}_proj.weight"] = attn[f"{letter}_proj.weight"]
-        gate = fields.get("fgate_type", "full")
-        if gate == "full":
-            block["attn.fgate_proj.weight"] = attn["forget_gate.weight"]
-            block["attn.fgate_proj.bias"] = attn["forget_gate.bias"]
-        elif gate != "none":
-            block["attn.fgate_bias"] = attn["forget_gate.bias"]
-        if fields.get("use_output_gate"):
-            block["attn.ogate_proj.weight"] = attn["output_gate.weight"]
-        if fields.get("use_output_norm"):
-            block["attn.output_norm.weight"] = attn["output_norm.weight"]
-        if fields.get("qk_norm"):
-            block["attn.q_norm.weight"] = attn["q_norm.weight"]
-            block["attn.k_norm.weight"] = attn["k_norm.weight"]
-        theirs |= {f"model.layers.{i}.{name}": weight for name, weight in block.items()}
-    return theirs
-
-
-def checkpoint(variant):
-    fields = SIZES | VARIANTS[variant]
-    torch.manual_seed(0)
-    model = FoxForCausalLM(authors_config(fields)).eval()
-    for weight in model.parameters():
-        weight.data += 0.1 * torch.randn_like(weight)
-    return fields, model, authors_layout(model, fields)
-
-
-@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("variant", AUTHORS_VARIANTS)
 def test_folder_becomes_the_same_model(variant, tmp_path):
-    fields, model, weights = checkpoint(variant)
+    fields, model, weights = authors_checkpoint(variant)
     if fields.get("tie_word_embeddings"):
         del weights["lm_head.weight"]
     write(tmp_path, fields, weights)
@@ -117,14 +29,14 @@ def test_folder_becomes_the_same_model(variant, tmp_path):
 
 @pytest.mark.parametrize("ratio", [{"hidden_ratio": None}, {}])
 def test_width_is_theirs_where_no_ratio_is_given(ratio):
-    fields = SIZES | PRO | {"intermediate_size": None, "hidden_size": 512}
+    fields = AUTHORS_SIZES | PRO | {"intermediate_size": None, "hidden_size": 512}
     del fields["hidden_ratio"]
     assert authors_config(fields | ratio).intermediate_size == 1536
     assert authors_config(fields | {"hidden_ratio": 3.5}).intermediate_size == 1280
 
 
 def test_constants_of_their_code_are_kept():
-    config = authors_config(SIZES | PRO)
+    config = authors_config(AUTHORS_SIZES | PRO)
     assert config.qk_norm_eps == 1e-5 and config.rms_norm_eps == 1e-6
     assert authors_config({"model_type": AUTHORS.fields.model_type}).hidden_size == 2048
 
@@ -145,12 +57,12 @@ def test_constants_of_their_code_are_kept():
 )
 def test_configuration_that_cannot_be_represented_is_refused(change, named):
     with pytest.raises(ValueError, match=named):
-        authors_config(SIZES | change)
+        authors_config(AUTHORS_SIZES | change)
 
 
 @pytest.mark.parametrize("fault", ["missing", "unknown", "misshapen", "unsplittable"])
 def test_weights_that_do_not_fit_are_named(fault, tmp_path):
-    fields, _, weights = checkpoint("pro")
+    fields, _, weights = authors_checkpoint("pro")
     name = "model.layers.1.mlp.gate_proj.weight"
     if fault == "missing":
         del weights[name]
@@ -167,9 +79,9 @@ def test_weights_that_do_not_fit_are_named(fault, tmp_path):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("variant", AUTHORS_VARIANTS)
 def test_round_trips_are_bitwise(variant, dtype, tmp_path):
-    fields, _, weights = checkpoint(variant)
+    fields, _, weights = authors_checkpoint(variant)
     weights = {name: weight.to(dtype) for name, weight in weights.items()}
     if fields.get("tie_word_embeddings"):
         del weights["lm_head.weight"]
@@ -193,7 +105,7 @@ def test_round_trips_are_bitwise(variant, dtype, tmp_path):
 @pytest.mark.parametrize("variant", ["pro", "fixed", "tied"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_folder_is_what_save_pretrained_would_write(variant, dtype, tmp_path):
-    fields, _, weights = checkpoint(variant)
+    fields, _, weights = authors_checkpoint(variant)
     write(tmp_path / "theirs", fields, {name: weight.to(dtype) for name, weight in weights.items()})
     convert_to_folder(tmp_path / "theirs", tmp_path / "ours")
     convert_checkpoint(tmp_path / "theirs").save_pretrained(tmp_path / "expected")

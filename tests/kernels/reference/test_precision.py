@@ -1,6 +1,6 @@
 """The error of the reference does not grow with length, and is that of torch in the same type.
 
-``python tests/test_reference_precision.py`` prints the tables.
+``python tests/kernels/reference/test_precision.py`` prints the tables.
 """
 
 import math

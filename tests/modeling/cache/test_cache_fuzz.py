@@ -1,4 +1,4 @@
-"""Random operations on every cache, each step compared with a run without one (see `test_cache.Run`)."""
+"""Random operations on every cache, each step compared with a run without one (see `cached_run`)."""
 
 import copy
 import functools
@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 import torch
-from test_cache import Run
 from transformers import DynamicCache, StaticCache
 
+from cached_run import CachedRun
 from foxlm import FoxPagedCache
 from fuzz import fuzz
 from models import VARIANTS, tiny_model
@@ -29,22 +29,22 @@ def model_of(variant: str, forgetful: bool) -> Any:
     return model
 
 
-def make(kind: str, rng: random.Random) -> tuple[Run, int]:
+def make(kind: str, rng: random.Random) -> tuple[CachedRun, int]:
     """A new cache of two sequences, and how many tokens it may take."""
     model = model_of(rng.choice(sorted(VARIANTS)), kind == "freeing")
     batch, config = rng.randint(1, 3), model.config
     if kind == "dynamic":
-        return Run(model, DynamicCache(config=config) if rng.random() < 0.8 else DynamicCache(), batch), ROOM
+        return CachedRun(model, DynamicCache(config=config) if rng.random() < 0.8 else DynamicCache(), batch), ROOM
     if kind == "static":
-        return Run(model, StaticCache(config=config, max_cache_len=ROOM), batch), ROOM
+        return CachedRun(model, StaticCache(config=config, max_cache_len=ROOM), batch), ROOM
     room = LONG if kind == "freeing" else ROOM
-    run = Run(model, FoxPagedCache(config, room), batch)
+    run = CachedRun(model, FoxPagedCache(config, room), batch)
     if kind == "freeing":
         run.tolerance = max(run.tolerance, 10 * EPS)
     return run, room
 
 
-def extend(run: Run, room: int, rng: random.Random) -> None:
+def extend(run: CachedRun, room: int, rng: random.Random) -> None:
     batch, length = run.ids.shape
     count = 1 if rng.random() < 0.4 else rng.randint(1, room // 5)
     if length + count > room:
@@ -57,7 +57,7 @@ def extend(run: Run, room: int, rng: random.Random) -> None:
     run.extend(count, padding)
 
 
-def operate(run: Run, kind: str, rng: random.Random) -> None:
+def operate(run: CachedRun, kind: str, rng: random.Random) -> None:
     """One operation that is not feeding tokens."""
     batch, length = run.ids.shape
     rows = [rng.randrange(batch) for _ in range(batch)]

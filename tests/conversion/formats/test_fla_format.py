@@ -10,21 +10,13 @@ from safetensors.torch import save_file
 from torch.nn import functional
 
 from checkpoints import read, write
+from fla_checkpoints import EVERYTHING, FLA_SIZES, fla_checkpoint
 from foxlm import FoxForCausalLM
 from foxlm.conversion.convert import convert_checkpoint, convert_to_folder
 from foxlm.conversion.formats.fla import FLA
 from foxlm.conversion.formats.format import one_kind_of_error
 from naive import naive_attention
 
-SIZES: dict[str, Any] = {
-    "model_type": FLA.fields.model_type,
-    "vocab_size": 61,
-    "hidden_size": 32,
-    "num_hidden_layers": 2,
-    "num_heads": 4,
-    "intermediate_size": 48,
-}
-EVERYTHING: dict[str, Any] = {"num_kv_heads": 2, "qkv_bias": True, "qk_norm": True, "use_output_gate": True}
 VARIANTS: dict[str, dict[str, Any]] = {
     "plain": {},
     "GQA": {"num_kv_heads": 2},
@@ -84,42 +76,6 @@ def fla_config(fields):
         return FLA.to_config(fields)
 
 
-def checkpoint(fields):
-    """Random float64 weights with the names and shapes that their modules have."""
-    hidden, heads = fields["hidden_size"], fields["num_heads"]
-    kv_dim = (fields.get("num_kv_heads") or heads) * (hidden // heads)
-    width = fields["intermediate_size"]
-    if width is None:
-        ratio = 4 if fields["hidden_ratio"] is None else fields["hidden_ratio"]
-        width = -(-int(ratio * hidden * 2 / 3) // 256) * 256
-    shapes = {"model.embeddings.weight": (fields["vocab_size"], hidden), "model.norm.weight": (hidden,)}
-    if not fields.get("tie_word_embeddings"):
-        shapes["lm_head.weight"] = (fields["vocab_size"], hidden)
-    for i in range(fields["num_hidden_layers"]):
-        block: dict[str, tuple[int, ...]] = {
-            "attn_norm.weight": (hidden,),
-            "mlp_norm.weight": (hidden,),
-            "mlp.gate_proj.weight": (width, hidden),
-            "mlp.up_proj.weight": (width, hidden),
-            "mlp.down_proj.weight": (hidden, width),
-            "attn.f_proj.weight": (heads, hidden),
-            "attn.f_proj.bias": (heads,),
-            "attn.o_proj.weight": (hidden, hidden),
-        }
-        for letter, size in (("q", hidden), ("k", kv_dim), ("v", kv_dim)):
-            block[f"attn.{letter}_proj.weight"] = (size, hidden)
-            if fields.get("qkv_bias"):
-                block[f"attn.{letter}_proj.bias"] = (size,)
-            if fields.get("qk_norm") and letter != "v":
-                block[f"attn.{letter}_norm.weight"] = (size,)
-        if fields.get("use_output_gate"):
-            block["attn.g_proj.weight"] = (hidden, hidden)
-        shapes |= {f"model.layers.{i}.{name}": shape for name, shape in block.items()}
-    torch.manual_seed(0)
-    weights = {name: 0.4 * torch.randn(shape, dtype=torch.float64) for name, shape in shapes.items()}
-    return {name: weight + ("norm" in name) for name, weight in weights.items()}
-
-
 def rms_norm(x, weight, eps):
     return weight * x / (x.square().mean(-1, keepdim=True) + eps).sqrt()
 
@@ -157,8 +113,8 @@ def fla_logits(tokens, weights, fields):
 
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_logits_are_theirs(variant, tmp_path):
-    fields = SIZES | VARIANTS[variant]
-    weights = checkpoint(fields)
+    fields = FLA_SIZES | VARIANTS[variant]
+    weights = fla_checkpoint(fields)
     write(tmp_path, fields, weights)
     model = convert_checkpoint(tmp_path)
     assert model.dtype == torch.float64 and not model.training
@@ -169,8 +125,8 @@ def test_logits_are_theirs(variant, tmp_path):
 
 
 def test_model_can_be_saved_and_loaded(tmp_path):
-    fields = SIZES | EVERYTHING
-    write(tmp_path, fields, checkpoint(fields))
+    fields = FLA_SIZES | EVERYTHING
+    write(tmp_path, fields, fla_checkpoint(fields))
     model = convert_checkpoint(tmp_path)
     model.save_pretrained(tmp_path / "ours")
     again = FoxForCausalLM.from_pretrained(tmp_path / "ours", dtype=torch.float64)
@@ -180,8 +136,8 @@ def test_model_can_be_saved_and_loaded(tmp_path):
 
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_round_trip_is_bitwise(variant, tmp_path):
-    fields = SIZES | VARIANTS[variant]
-    weights = checkpoint(fields)
+    fields = FLA_SIZES | VARIANTS[variant]
+    weights = fla_checkpoint(fields)
     write(tmp_path / "theirs", fields, weights)
     convert_to_folder(tmp_path / "theirs", tmp_path / "ours")
     convert_to_folder(tmp_path / "ours", tmp_path / "back", to="fla")
@@ -190,11 +146,11 @@ def test_round_trip_is_bitwise(variant, tmp_path):
     assert all(torch.equal(back[name], weight) for name, weight in weights.items())
     assert back["model.norm.weight"].dtype == torch.float64
     fields = json.loads((tmp_path / "back" / "config.json").read_text())
-    assert FLA.to_config(fields).to_diff_dict() == fla_config(SIZES | VARIANTS[variant]).to_diff_dict()
+    assert FLA.to_config(fields).to_diff_dict() == fla_config(FLA_SIZES | VARIANTS[variant]).to_diff_dict()
 
 
 def test_bias_that_theirs_lacks_must_be_zero(tmp_path):
-    model = FoxForCausalLM(fla_config(SIZES | EVERYTHING))
+    model = FoxForCausalLM(fla_config(FLA_SIZES | EVERYTHING))
     model.save_pretrained(tmp_path / "zero")
     convert_to_folder(tmp_path / "zero", tmp_path / "theirs", to="fla")
     model.get_parameter("model.layers.1.self_attn.o_proj.bias").data[3] = 0.5
@@ -205,8 +161,8 @@ def test_bias_that_theirs_lacks_must_be_zero(tmp_path):
 
 
 def test_tied_embeddings_may_stand_twice(tmp_path):
-    fields = SIZES | VARIANTS["tied"]
-    weights = checkpoint(fields)
+    fields = FLA_SIZES | VARIANTS["tied"]
+    weights = fla_checkpoint(fields)
     write(tmp_path, fields, weights | {"lm_head.weight": weights["model.embeddings.weight"].clone()})
     model = convert_checkpoint(tmp_path)
     assert model.lm_head.weight is model.model.embed_tokens.weight
@@ -214,8 +170,8 @@ def test_tied_embeddings_may_stand_twice(tmp_path):
 
 @pytest.mark.parametrize("spoil", [lambda head: head + 1e-9, lambda head: head[:-1]])
 def test_tied_embeddings_that_differ_are_refused_both_ways(spoil, tmp_path):
-    fields = SIZES | VARIANTS["tied"]
-    weights = checkpoint(fields)
+    fields = FLA_SIZES | VARIANTS["tied"]
+    weights = fla_checkpoint(fields)
     write(tmp_path / "theirs", fields, weights)
     convert_to_folder(tmp_path / "theirs", tmp_path / "ours")
     save_file({"lm_head.weight": spoil(weights["model.embeddings.weight"])}, tmp_path / "theirs" / "head.safetensors")
@@ -253,7 +209,7 @@ def test_fields_that_a_file_leaves_out():
 )
 def test_configuration_that_cannot_be_represented_is_refused(change, named):
     with pytest.raises(ValueError, match=rf"\b{named}\b"):
-        fla_config(SIZES | change)
+        fla_config(FLA_SIZES | change)
 
 
 def missing(weights):
@@ -284,8 +240,8 @@ def unasked(weights):
 
 @pytest.mark.parametrize("spoil", [missing, unknown, misshapen, unasked])
 def test_weights_that_do_not_fit_are_named(spoil, tmp_path):
-    fields = SIZES | EVERYTHING
-    weights = checkpoint(fields)
+    fields = FLA_SIZES | EVERYTHING
+    weights = fla_checkpoint(fields)
     name = spoil(weights)
     write(tmp_path, fields, weights)
     with pytest.raises(ValueError, match=name.replace(".", r"\.")):
@@ -294,6 +250,6 @@ def test_weights_that_do_not_fit_are_named(spoil, tmp_path):
 
 @pytest.mark.parametrize("switch", ["qkv_bias", "qk_norm", "use_output_gate"])
 def test_weights_and_switches_must_agree(switch, tmp_path):
-    write(tmp_path, SIZES | EVERYTHING | {switch: False}, checkpoint(SIZES | EVERYTHING))
+    write(tmp_path, FLA_SIZES | EVERYTHING | {switch: False}, fla_checkpoint(FLA_SIZES | EVERYTHING))
     with pytest.raises(ValueError, match="no place"):
         convert_checkpoint(tmp_path)
