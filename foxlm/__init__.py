@@ -18,7 +18,8 @@ from foxlm.kernels.context_parallel.group import ContextParallel
 from foxlm.modeling.cache.paged import FoxPagedCache
 from foxlm.modeling.configuration_fox import FoxConfig
 from foxlm.modeling.fused_projections import decoding_weights
-from foxlm.modeling.layers.attention import FoxAttention, FoxDecoderLayer
+from foxlm.modeling.layers.attention import FoxAttention
+from foxlm.modeling.layers.block import FoxDecoderLayer
 from foxlm.modeling.modeling_fox import (
     FoxForCausalLM,
     FoxForQuestionAnswering,

@@ -39,8 +39,11 @@ from .cache.paged import FoxPagedCache
 from .configuration_fox import LAYER_TYPE, FoxConfig
 from .generation import FoxGenerationMixin
 from .inputs import check_labels, check_logits_to_keep, check_tokens, embed
-from .layers.attention import FoxAttention, FoxDecoderLayer, FoxRMSNorm, FoxRotaryEmbedding, activation_dtype
+from .layers.attention import FoxAttention
+from .layers.block import FoxDecoderLayer
 from .layers.forget_gate import FoxConstantGate, FoxForgetGate, decay_time_bias, share_remembered
+from .layers.norm import FoxRMSNorm
+from .layers.rotary import FoxRotaryEmbedding
 from .losses import FoxLMHead, loss_in_chunks, number_of_targets, targets_of_shard
 from .parallel.tensor_parallel import check_processes, check_tensor_parallel
 from .peft_defaults import register_peft_defaults
@@ -171,6 +174,12 @@ def _unsupported_attention(name: str) -> ValueError:
     )
 
 
+def _activation_dtype(hidden_states: Tensor) -> torch.dtype:
+    """The dtype of what a projection of ``hidden_states`` gives, which autocast changes."""
+    device = hidden_states.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden_states.dtype
+
+
 @torch.compiler.disable
 def _outside_of_graphs(function: Any, *args: Any, **kwargs: Any) -> Any:
     return function(*args, **kwargs)
@@ -258,7 +267,7 @@ class FoxModel(FoxPreTrainedModel):
 
         cu_seqlens = (kwargs.get("cu_seq_lens_q"), kwargs.get("cu_seq_lens_k"))
         if isinstance(cache, FoxPagedCache) and not is_torchdynamo_compiling():
-            layers, dtype = [cast(FoxDecoderLayer, x) for x in self.layers], activation_dtype(inputs_embeds)
+            layers, dtype = [cast(FoxDecoderLayer, x) for x in self.layers], _activation_dtype(inputs_embeds)
             weights = [x.weights_of_bounds() for x in layers]
             cache.take_bounds(weights, dtype, lambda: [x.logit_bounds(dtype) for x in layers])
             if not isinstance(attention_mask, dict):

@@ -16,7 +16,7 @@ from foxlm.conversion.pretrained import read_config
 from foxlm.kernels.pruning.rules import Rule
 from foxlm.kernels.tiles import PRUNED_QUERIES
 from foxlm.modeling.configuration_fox import FoxConfig
-from foxlm.modeling.layers.attention import FoxDecoderLayer
+from foxlm.modeling.layers.block import FoxDecoderLayer
 
 from ..loading import load_model, load_tokenizer, model_name, pruning_changes
 from ..provenance import provenance

@@ -30,7 +30,7 @@ from foxlm.evaluation.recording import AttentionInputs, record_attention
 from foxlm.kernels.pruning.rules import Rule
 from foxlm.kernels.tiles import PRUNED_KEYS
 from foxlm.modeling.cache.paged import PagedForgettingLayer
-from foxlm.modeling.layers.attention import FoxDecoderLayer
+from foxlm.modeling.layers.block import FoxDecoderLayer
 from models import tiny_model, tokens
 
 EPS = math.exp(-10.0)

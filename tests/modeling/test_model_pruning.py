@@ -8,7 +8,7 @@ import torch
 from foxlm.kernels.pruning.rules import first_kept
 from foxlm.kernels.reference import reference_attention
 from foxlm.modeling import attention_backends as attention_fox
-from foxlm.modeling.layers.attention import apply_rotary
+from foxlm.modeling.layers.rotary import apply_rotary
 from models import tiny_model, tokens
 
 

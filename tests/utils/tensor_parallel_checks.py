@@ -16,7 +16,7 @@ from transformers import StaticCache, Trainer, TrainingArguments
 from transformers.distributed import DistributedConfig
 
 from foxlm import FoxConfig, FoxForCausalLM, FoxPagedCache, decoding_weights
-from foxlm.modeling.layers.attention import FoxDecoderLayer
+from foxlm.modeling.layers.block import FoxDecoderLayer
 from foxlm.modeling.parallel import tensor_parallel as parallel_fox
 from foxlm.modeling.versions import cache_of
 from fsdp_on_cpu import accelerate_shards

@@ -13,7 +13,7 @@ from transformers import DynamicCache
 from foxlm import FoxForCausalLM, decoding_weights
 from foxlm.kernels.tiles import PRUNED_KEYS
 from foxlm.modeling.cache.paged import FoxPagedCache, PagedForgettingLayer
-from foxlm.modeling.layers.attention import FoxDecoderLayer
+from foxlm.modeling.layers.block import FoxDecoderLayer
 from foxlm.modeling.versions import cache_of
 from models import tiny_model, tokens
 

@@ -20,7 +20,8 @@ from transformers import CompileConfig, DynamicCache, GenerationMixin
 import foxlm.modeling.fused_projections as decoding_fox
 from foxlm import FoxForCausalLM, decoding_weights
 from foxlm.modeling.fused_projections import FEW_TOKENS, fused_products
-from foxlm.modeling.layers.attention import FoxAttention, FoxMLP
+from foxlm.modeling.layers.attention import FoxAttention
+from foxlm.modeling.layers.block import FoxMLP
 from models import VARIANTS, assert_close, tiny_model, tokens
 
 NEW = 6
@@ -59,7 +60,8 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[int]:
         counted.extend([x.shape[:-1].numel()] if products else [])
         return products
 
-    monkeypatch.setattr("foxlm.modeling.layers.attention.fused_products", counting)
+    for module in ("attention", "block"):
+        monkeypatch.setattr(f"foxlm.modeling.layers.{module}.fused_products", counting)
     return counted
 
 

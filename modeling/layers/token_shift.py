@@ -1,0 +1,77 @@
+"""Data-dependent token shift of keys and values (Forgetting Transformer, arXiv 2503.02130)."""
+
+import torch
+from torch import Tensor, nn
+
+from ...kernels.decay import running_max
+from ..cache.dynamic import ForgettingLayer
+from ..token_layout import TokenLayout
+from .norm import keeping_inputs_only
+
+
+class FoxTokenShift(nn.Module):
+    """Data-dependent token shift: ``alpha_t x_{t-1} + (1 - alpha_t) x_t``, ``alpha_t = sigmoid(w . h_t)`` per head.
+
+    What comes before the first token, and before the first of each packed sequence, is zero; padding is skipped.
+    """
+
+    def __init__(self, hidden_size: int, heads: int) -> None:
+        super().__init__()
+        self.proj = nn.Linear(hidden_size, heads, bias=False)
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        states: Tensor,
+        layout: TokenLayout,
+        cache_layer: ForgettingLayer | None,
+        name: str,
+        logits: Tensor | None = None,
+    ) -> Tensor:
+        """
+        Args:
+            hidden_states: ``[B, T, hidden]`` input of the layer.
+            states: ``[B, T, G, D]`` keys or values.
+            layout: where the tokens stand.
+            cache_layer: the layer's cache, or None.
+            name: what `cache_layer` keeps the unshifted states as.
+            logits: ``[B, T, G]``, those of alpha, where they are known.
+        """
+        if layout.shards is not None:
+            before = layout.shards.states_before(states, layout.real_everywhere)
+            parts = [
+                _after(before[:, i : i + 1], states[:, rows], None if layout.real is None else layout.real[:, rows])
+                for i, rows in enumerate(layout.shards.rows)
+            ]
+            previous = torch.cat([part[:, :-1] for part in parts], dim=1)
+        else:
+            past = None if cache_layer is None else cache_layer.before(name, layout)
+            if past is None:
+                past = states.new_zeros(states.shape[0], 1, *states.shape[2:])
+            extended = _after(past, states, layout.real)
+            if cache_layer is not None:
+                cache_layer.remember(name, extended, layout)
+            previous = extended[:, -states.shape[1] - 1 : -1]
+        if layout.starts is not None:
+            previous = previous.masked_fill(layout.starts[..., None, None], 0.0)
+        logits = self.proj(hidden_states) if logits is None else logits
+        return keeping_inputs_only(_mix, states, previous, logits)
+
+
+def _after(past: Tensor, states: Tensor, real: Tensor | None) -> Tensor:
+    """``past`` and ``states`` one after the other; padding repeats the last real one, which the next is mixed with."""
+    extended = torch.cat([past, states], dim=1)
+    if real is None:
+        return extended
+    index = torch.arange(extended.shape[1], device=states.device)
+    before, new = index.split([past.shape[1], states.shape[1]])
+    source = running_max(torch.where(real, new, before[-1]))
+    source = torch.cat([before.expand(source.shape[0], -1), source], dim=1)[..., None, None]
+    return extended.gather(1, source.expand_as(extended))
+
+
+def _mix(states: Tensor, previous: Tensor, logits: Tensor) -> Tensor:
+    """``alpha previous + (1 - alpha) states`` with ``alpha = sigmoid(logits)`` per head, in float32."""
+    dtype = torch.promote_types(states.dtype, torch.float32)
+    alpha = logits.to(dtype).sigmoid()[..., None]
+    return torch.lerp(states.to(dtype), previous.to(dtype), alpha).to(states.dtype)
