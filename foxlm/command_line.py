@@ -28,6 +28,10 @@ class _Command(TyperCommand):
 
     def invoke(self, ctx: Any) -> Any:
         try:
+            # `import foxlm` leaves this to the commands, so that their help does not wait for transformers.
+            from foxlm.modeling.registration import register_fox
+
+            register_fox()
             return super().invoke(ctx)
         except _PASSED_ON:
             raise

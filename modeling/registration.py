@@ -1,5 +1,10 @@
 """Make FoX known to transformers' Auto classes."""
 
+# First, so that a transformers too old is named before an import of its parts fails.
+from .versions import OLDEST  # noqa: F401
+
+# isort: split
+
 from transformers import (
     AutoConfig,
     AutoModel,

@@ -114,9 +114,45 @@ def test_registering_twice_is_harmless() -> None:
 
 
 def test_everything_promised_is_there() -> None:
-    assert sorted(set(foxlm.__all__)) == sorted(foxlm.__all__)
+    assert sorted(set(foxlm.__all__)) == foxlm.__all__
+    assert set(foxlm.__all__) <= set(dir(foxlm))
     for name in foxlm.__all__:
         assert getattr(foxlm, name).__name__ == name
+    with pytest.raises(AttributeError, match="'foxlm' has no attribute 'FoxModle'"):
+        _ = foxlm.FoxModle
+
+
+def test_help_does_not_wait_for_torch(tmp_path: Path) -> None:
+    """`foxlm` registers with transformers when a command runs; nothing that only describes options imports it."""
+    result = subprocess.run(
+        [sys.executable, "-X", "importtime", "-m", "foxlm", "--help"],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert result.returncode == 0 and "convert" in result.stdout
+    imported = {line.rpartition("|")[2].strip() for line in result.stderr.splitlines()}
+    assert "foxlm.cli" in imported
+    assert not {"torch", "transformers", "numpy"} & imported
+
+
+def test_commands_register_before_they_run(tmp_path: Path) -> None:
+    code = """
+import sys
+sys.orig_argv[-1] = "/usr/bin/foxlm"
+from foxlm.command_line import CommandLine
+assert "transformers" not in sys.modules
+app = CommandLine(help="")
+
+@app.command()
+def show() -> None:
+    from transformers import AutoConfig
+    print(type(AutoConfig.for_model("fox")).__name__)
+
+app([])
+"""
+    assert run(code, tmp_path).strip() == "FoxConfig"
 
 
 def wrong_imports(source: str) -> list[str]:
