@@ -90,7 +90,7 @@ def _is_console_command() -> bool:
     """Whether this process was started as ``foxlm ...`` or ``python -m foxlm ...``.
 
     There `foxlm --help` and errors in options would wait seconds for transformers, which registering imports. Each
-    command registers FoX itself before it runs (`foxlm.command_line`). Processes that a command spawns are started
+    command registers FoX itself before it runs (`foxlm.cli.errors`). Processes that a command spawns are started
     otherwise and register on import.
     """
     # The script, or the module after -m: what stands before the arguments, of which sys.argv[0] says less.

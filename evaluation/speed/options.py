@@ -1,14 +1,14 @@
-"""What the speed commands share: their options, what these must be, and how results are shown."""
+"""What the options of the speed commands must be, and how their results are shown."""
 
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated
 
 import torch
 import typer
 
 from . import report, tables
+from .inputs import Case
 from .models import CPU_SIZES, Sizes
 from .runner import Record
 from .several import SeveralRecipe
@@ -18,41 +18,6 @@ from .workload import Workload
 PRESET = "pro-760m"
 # Processes that are started at most where there are no GPUs to count.
 CPU_RANKS = 8
-
-Preset = Annotated[
-    str | None,
-    typer.Option(help=f"Sizes of a FoxConfig.preset, for a new model on random tokens; {PRESET} if nothing is given."),
-]
-Layers = Annotated[int | None, typer.Option(help="Layers, if not the preset's.")]
-HiddenSize = Annotated[int | None, typer.Option(help="Width of the residual stream, if not the preset's.")]
-Heads = Annotated[int | None, typer.Option(help="Attention heads, if not the preset's.")]
-Model = Annotated[
-    str | None,
-    typer.Option(
-        metavar="FOLDER",
-        help="A FoX model of yours, a folder or a name on the Hugging Face Hub, measured with the gates that it has "
-        "learned, instead of a preset; needs --text.",
-    ),
-]
-Text = Annotated[
-    Path | None,
-    typer.Option(
-        metavar="FILE",
-        help='What that model reads: a UTF-8 file, .jsonl with a "text" in each line, .npy token numbers, or a folder '
-        "of such files.",
-    ),
-]
-Join = Annotated[bool, typer.Option("--join", help="Put documents that are too short one after the other.")]
-Rounds = Annotated[int, typer.Option(help="How often each is timed, in each of two passes.")]
-Only = Annotated[
-    list[str] | None, typer.Option(metavar="NAME", help="Part of a name in the table; may be repeated; all by default.")
-]
-Device = Annotated[str, typer.Option(help="cuda, or cpu to see that all parts work: tiny sizes, figures of no use.")]
-Seed = Annotated[int, typer.Option(help="Of all that is drawn at random.")]
-Commit = Annotated[
-    str | None, typer.Option(help="The commit that is measured, where foxlm lies in no checkout that could tell.")
-]
-AsJson = Annotated[bool, typer.Option("--json", help="Print the results as JSON instead of a table.")]
 
 
 def workload(
@@ -151,3 +116,11 @@ def finish(records: Sequence[Record], complete: bool) -> None:
     """Exit with 1 unless all ``records`` were measured."""
     if not complete or any(one["status"] != "measured" for one in records):
         raise typer.Exit(1)
+
+
+def shared_case(text: str, gpus: int) -> Case:
+    """A case of a sequence that several GPUs share; raises a `ValueError` if it has too few tokens."""
+    case = Case.parse(text)
+    if case.tokens < gpus:
+        raise ValueError(f"--case must have a token for each of {gpus} GPUs, got {text!r} with {case.tokens}")
+    return case

@@ -79,7 +79,7 @@ def test_demo_refuses_a_missing_gpu(tmp_path: Path) -> None:
     ("arguments", "where"),
     [
         (["graft", "", "out"], ""),
-        (["bundle", ""], ""),
+        (["export-code", ""], ""),
         (["loss", "model", "--text", "", "--length", "4"], " after --text"),
         (["demo", "--out="], " after --out"),
         (["bench", "attention", "--out", ""], " after --out"),
@@ -98,9 +98,9 @@ def test_empty_arguments_are_refused(arguments: list[str], where: str) -> None:
         (OSError(28, "No space left on device", "out/x"), "out/x: No space left on device"),
         (PermissionError(13, "Permission denied", "x\udcff\x1b[2J"), "x\\udcff\\x1b[2J: Permission denied"),
         (MemoryError(), "not enough memory"),
-        (torch.OutOfMemoryError("CUDA out of memory."), "not enough memory; fewer tokens at a time, or a smaller"),
-        (KeyError("x"), "KeyError: 'x'; a fault of foxlm: please report it with what FOXLM_TRACEBACK=1 shows"),
-        (NotImplementedError(), "NotImplementedError: NotImplementedError; a fault of foxlm: please report it"),
+        (torch.OutOfMemoryError("CUDA out of memory."), "not enough memory; fewer tokens at a time or a smaller"),
+        (KeyError("x"), "KeyError: 'x'; a bug in foxlm: please report it with the traceback of FOXLM_TRACEBACK=1"),
+        (NotImplementedError(), "NotImplementedError: NotImplementedError; a bug in foxlm: please report it"),
         (ValueError("x" * 10**6), "xxx"),
     ],
 )
@@ -111,11 +111,11 @@ def test_any_failure_is_one_line_and_a_traceback_where_wanted(
         raise error
 
     monkeypatch.setattr("foxlm.conversion.hub.links.check_links", fail)
-    result = invoke("bundle", "folder")
+    result = invoke("export-code", "folder")
     assert result.exit_code == 1 and result.stderr.startswith(f"error: {line}")
     assert result.stderr.count("\n") == 1 and len(result.stderr) < 1000
     monkeypatch.setenv("FOXLM_TRACEBACK", "1")
-    assert invoke("bundle", "folder").exception is error
+    assert invoke("export-code", "folder").exception is error
 
 
 def test_absurd_sizes_are_refused_before_work_begins(tmp_path: Path) -> None:
@@ -135,7 +135,7 @@ def test_absurd_sizes_are_refused_before_work_begins(tmp_path: Path) -> None:
         result = invoke(*arguments, *out)
         assert result.exit_code == 1, (arguments, result.output)
         last = result.stderr.splitlines()[-1]
-        assert last.startswith("error: ") and named in last and "fault of foxlm" not in last, last
+        assert last.startswith("error: ") and named in last and "bug in foxlm" not in last, last
 
 
 def test_a_full_disk_names_the_file(tmp_path: Path) -> None:
@@ -152,6 +152,14 @@ def test_a_full_disk_names_the_file(tmp_path: Path) -> None:
     for result, name in zip(results, ("loss.json", ""), strict=True):
         last = result.stderr.splitlines()[-1]
         assert result.exit_code == 1 and last.startswith("error: ") and name in last and "File too large" in last, last
+
+
+def test_the_former_name_of_export_code_warns(tmp_path: Path) -> None:
+    fox_folder(tmp_path / "model")
+    result = invoke("bundle", str(tmp_path / "model"))
+    assert result.exit_code == 0 and result.stdout.startswith("wrote the code into ")
+    assert result.stderr.endswith("use foxlm export-code\n")
+    assert "bundle" not in invoke("--help").stdout
 
 
 def test_unknown_options_and_commands_are_refused() -> None:
@@ -267,9 +275,7 @@ def test_convert_refuses_in_one_line_and_leaves_nothing(tmp_path: Path) -> None:
 def test_bench_has_the_commands_and_exit_codes_of_the_speed_benchmarks(tmp_path: Path) -> None:
     listed = invoke("bench", "--help")
     assert listed.exit_code == 0
-    assert all(
-        name in listed.stdout for name in ("attention", "context", "train", "prefill", "decode", "table", "plot")
-    )
+    assert all(name in listed.stdout for name in ("attention", "context", "train", "prefill", "decode", "table"))
     assert "--largest-batch" in invoke("bench", "decode", "--help").stdout
     assert invoke("bench", "attention", "--device", "tpu").exit_code == 1
     assert invoke("bench", "nothing").exit_code == 2

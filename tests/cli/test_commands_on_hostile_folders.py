@@ -25,7 +25,7 @@ COMMANDS: dict[str, tuple[str, list[str]]] = {
     "convert back": ("fox", ["convert", "MODEL", "OUT", "--to", "authors"]),
     "graft": ("llama", ["graft", "MODEL", "OUT"]),
     "card": ("fox", ["card", "MODEL", "--overwrite"]),
-    "bundle": ("fox", ["bundle", "MODEL"]),
+    "export-code": ("fox", ["export-code", "MODEL"]),
     "publish": ("fox", ["publish", "MODEL"]),
     "eval": ("fox", ["eval", "MODEL", "--text", "TEXT", "--device", "cpu", "--out", "OUT"]),
     "loss": ("fox", ["loss", "MODEL", "--length", "16", "--rows", "1", *READ]),
@@ -72,7 +72,7 @@ def message(result: Any) -> str:
     lines = [line for line in result.stderr.splitlines() if line.strip()]
     assert result.exit_code in (1, 2), result.output
     assert lines[-1].startswith("error: ") and sum(line.startswith("error: ") for line in lines) == 1, result.stderr
-    assert "Traceback" not in result.output and "a fault of foxlm" not in lines[-1], lines[-1]
+    assert "Traceback" not in result.output and "a bug in foxlm" not in lines[-1], lines[-1]
     return lines[-1]
 
 

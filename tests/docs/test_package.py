@@ -141,7 +141,7 @@ def test_commands_register_before_they_run(tmp_path: Path) -> None:
     code = """
 import sys
 sys.orig_argv[-1] = "/usr/bin/foxlm"
-from foxlm.command_line import CommandLine
+from foxlm.cli.errors import CommandLine
 assert "transformers" not in sys.modules
 app = CommandLine(help="")
 

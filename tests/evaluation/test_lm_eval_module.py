@@ -28,7 +28,7 @@ def test_provenance_names_the_run() -> None:
 
 
 def run_module(*arguments: str, **environment: str) -> subprocess.CompletedProcess:
-    command = [sys.executable, "-m", "foxlm.evaluation", *arguments]
+    command = [sys.executable, "-m", "foxlm", "lm-eval", *arguments]
     offline = {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
     return subprocess.run(command, env=os.environ | offline | environment, capture_output=True, text=True, check=False)
 

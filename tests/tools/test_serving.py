@@ -14,8 +14,8 @@ from typer.testing import CliRunner
 
 from foxlm import FoxForCausalLM
 from foxlm.cli import app
+from foxlm.cli.serve import fox_server
 from foxlm.evaluation.demo.tokenizer import byte_tokenizer
-from foxlm.serving import fox_server
 from hostile_folders import HOSTILE, fox_folder
 from ranks import free_port
 

@@ -16,10 +16,10 @@ from transformers import StaticCache
 from typer.testing import CliRunner
 
 from foxlm import FoxConfig, forgetting_attention
+from foxlm.cli.bench import app
 from foxlm.evaluation.gates import kept_from
 from foxlm.evaluation.recording import record_attention
 from foxlm.evaluation.speed import decode, flex, largest_batch, logits, observed, report, train
-from foxlm.evaluation.speed.__main__ import app
 from foxlm.evaluation.speed.attention import Settings, chosen, run_case
 from foxlm.evaluation.speed.bars import attention_bars, decode_bars, largest_batch_bars, train_bars
 from foxlm.evaluation.speed.competitors import COMPETITORS, CUDNN
@@ -373,7 +373,12 @@ def test_commit_is_given_where_it_cannot_be_found(monkeypatch: pytest.MonkeyPatc
         ),
         (["decode", "--device", "cpu", "--join"], "--join is of --text, got it without"),
         (["table", "no-such-file.json"], "No such file"),
-        (["plot", "no-such-file.json"], "No such file"),
+        (
+            ["plot", "no-such-file.json", "--out", "x.svg"],
+            "foxlm bench plot was removed; foxlm bench table",
+        ),
+        (["plan", "file.json", "--gpus", "8"], "foxlm bench plan was removed; docs/several_gpus.md has the formula"),
+        (["plan", "--help"], "foxlm bench plan was removed"),
     ],
 )
 def test_bad_values_are_refused_in_one_line(arguments: list[str], message: str) -> None:
@@ -385,7 +390,7 @@ def test_bad_values_are_refused_in_one_line(arguments: list[str], message: str) 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")
 def test_module_says_that_there_is_no_gpu() -> None:
-    command = [sys.executable, "-m", "foxlm.evaluation.speed", "attention"]
+    command = [sys.executable, "-m", "foxlm", "bench", "attention"]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 1
     # Before it, torchao says that it has no GPU either, where it is installed: transformers imports it.

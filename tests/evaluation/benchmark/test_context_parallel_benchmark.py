@@ -9,8 +9,8 @@ import torch
 from typer.testing import CliRunner
 
 import speed_ranks
+from foxlm.cli.bench import app
 from foxlm.evaluation.speed import report, several_tables, tables
-from foxlm.evaluation.speed.__main__ import app
 from foxlm.evaluation.speed.context import ContextRecipe, fastest, relative_errors, run_context, slowest
 from foxlm.evaluation.speed.implementations import EPS
 from foxlm.evaluation.speed.inputs import Case

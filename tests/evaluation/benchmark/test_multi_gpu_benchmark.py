@@ -19,8 +19,8 @@ from typer.testing import CliRunner
 
 import speed_ranks
 from foxlm import FoxForCausalLM
+from foxlm.cli.bench import app
 from foxlm.evaluation.speed import tables
-from foxlm.evaluation.speed.__main__ import app
 from foxlm.evaluation.speed.bars import several_bars
 from foxlm.evaluation.speed.flops import StepWork
 from foxlm.evaluation.speed.models import CPU_SIZES, build_fox
@@ -279,27 +279,6 @@ def test_training_on_two_ranks_is_measured(tmp_path: Path) -> None:
     drawn = tables.render(results)
     assert "Figures of no use" in drawn and "| foxlm, ACP tight | FSDP2 on 2 GPUs |" in drawn
     assert "| foxlm, ACP tight | 64 | 8 |" in drawn
-
-    planned = CliRunner().invoke(app, ["plan", str(out), "--gpus", "2", "--gpus", "64", "--json"])
-    assert planned.exit_code == 0, planned.output
-    first, last = json.loads(planned.stdout)[0]["predictions"]
-    assert first["step_ms"] == pytest.approx(scaling["predictions"][0]["step_ms"])
-    assert last == pytest.approx(scaling["predictions"][-1])
-    shown = CliRunner().invoke(app, ["plan", str(out), "--gpus", "64", "--host-bandwidth", "0.000001"])
-    assert "| 64 | 8 |" in shown.stdout and "| network |" in shown.stdout
-
-
-def test_a_plan_needs_a_measurement_on_several_gpus(tmp_path: Path) -> None:
-    file = tmp_path / "one.json"
-    file.write_text(json.dumps({"schema": 1, "kind": "train", "steps": []}))
-    for arguments, message in (
-        ([str(file)], "FILE must hold results of foxlm bench train --gpus N"),
-        ([str(tmp_path / "none.json")], "No such file"),
-        ([str(file), "--gpus", "0"], "--gpus must be a positive integer, got 0"),
-        ([str(file), "--host-bandwidth", "-1"], "--host-bandwidth must be a positive number of GB/s, got -1.0"),
-    ):
-        result = CliRunner().invoke(app, ["plan", *arguments])
-        assert result.exit_code == 1 and result.stderr.startswith("error: ") and message in result.stderr
 
 
 @pytest.mark.parametrize(

@@ -12,10 +12,10 @@ from torch import Tensor
 from typer.testing import CliRunner
 
 from foxlm import FoxForCausalLM
+from foxlm.cli.bench import app
 from foxlm.evaluation.gates import kept_from
 from foxlm.evaluation.recording import record_attention
 from foxlm.evaluation.speed import options, prefill, report, tables
-from foxlm.evaluation.speed.__main__ import app
 from foxlm.evaluation.speed.bars import prefill_bars
 from foxlm.evaluation.speed.competitors import COMPETITORS
 from foxlm.evaluation.speed.correctness import Sample, attend_densely
@@ -26,7 +26,6 @@ from foxlm.evaluation.speed.models import CPU_SIZES
 from foxlm.evaluation.speed.observed import tiles_kept
 from foxlm.evaluation.speed.own import own
 from foxlm.evaluation.speed.recorded import record_inputs
-from foxlm.evaluation.speed.roofline import points_of
 from foxlm.evaluation.speed.runner import Bench
 from foxlm.evaluation.speed.sessions import Session
 from foxlm.evaluation.speed.workload import Workload
@@ -37,9 +36,7 @@ SIZES = tuple(CPU_SIZES.items())
 
 
 def invoke(*arguments: str):
-    return CliRunner().invoke(
-        app, [*arguments[:1], *(() if arguments[0] in ("table", "plot") else ON_CPU), *arguments[1:]]
-    )
+    return CliRunner().invoke(app, [*arguments[:1], *(() if arguments[0] == "table" else ON_CPU), *arguments[1:]])
 
 
 ON_CPU = ("--device", "cpu", "--rounds", "1")
@@ -341,56 +338,6 @@ def test_results_of_earlier_versions_are_read(tmp_path: Path) -> None:
     assert result.stdout.startswith("NVIDIA H100; torch a,")
     assert "| 2 x 3 x 64 x 128 | foxlm, ACP tight | 50% | 2.00 | 2.00 | 400 / 400 | 25% / 25% | 2.0 |" in result.stdout
     assert json.loads(invoke("table", str(file), "--json").stdout) == [published()]
-
-
-def test_roofline_by_hand(tmp_path: Path) -> None:
-    results = published()
-    found = points_of([results])
-    forward, both = found.points
-    # Of 2 x 128 x 3 rows of 64 numbers: q, k, v, out of 2 bytes; and gates of 4.
-    rows = 2 * 128 * 3
-    moved = rows * (4 * 64 * 2 + 4)
-    assert forward.flops_per_byte == pytest.approx(0.5 * 2 * 3 * 2 * 128**2 * 64 / moved)
-    # Backward reads q, k, v, out, dout and gates, and writes the gradients of the inputs.
-    moved += rows * (5 * 64 * 2 + 4) + rows * (3 * 64 * 2 + 4)
-    assert both.flops_per_byte == pytest.approx(3.5 * 0.5 * 2 * 3 * 2 * 128**2 * 64 / moved)
-    assert (found.tflops, found.bytes_per_second, forward.tflops) == (800.0, None, 200.0)
-    # With one head of keys and values for three.
-    results["cases"][0] |= {"kv_heads": 1, "copy_rate": 2e12}
-    found = points_of([results])
-    assert found.points[0].flops_per_byte > forward.flops_per_byte and found.bytes_per_second == 2e12
-
-
-@pytest.mark.parametrize("copy", [None, 2e12])
-def test_roofline_is_drawn(copy: float | None, tmp_path: Path) -> None:
-    pytest.importorskip("matplotlib")
-    results = published()
-    results["cases"][0]["copy_rate"] = copy
-    decoded = {"name": "foxlm, static cache", "read_bytes": 1e9, "weight_bytes": 1e9, "step": {"ms": 2.0}}
-    decoding = results | {"kind": "decode", "batches": [{"batch": 8, "copy_rate": copy, "decoders": [decoded]}]}
-    decoding["largest_batch"] = []
-    files = []
-    for number, one in enumerate((results, decoding)):
-        files.append(str(tmp_path / f"{number}.json"))
-        Path(files[-1]).write_text(json.dumps(one))
-    out = tmp_path / "new" / "roofline.svg"
-    drawn = invoke("plot", *files, "--out", str(out), "--json")
-    assert drawn.exit_code == 0, drawn.output
-    assert out.read_text().startswith("<?xml")
-    assert json.loads(drawn.stdout)["rates"] == [{"batch": 8, "name": "foxlm, static cache", "bytes_per_second": 1e12}]
-    refused = invoke("plot", *files, "--out", str(tmp_path / "roofline.pdf.txt"))
-    assert refused.exit_code == 1 and "--out must end in .svg or .png" in refused.stderr
-
-
-def test_nothing_to_draw_is_said(tmp_path: Path) -> None:
-    file = tmp_path / "old.json"
-    file.write_text(json.dumps(published() | {"kind": "train", "steps": []}))
-    result = invoke("plot", str(file), "--out", str(tmp_path / "x.svg"))
-    assert result.exit_code == 1 and "must hold results of attention, or of decoding" in result.stderr
-    other = published()
-    other["run"]["device"] = "another"
-    with pytest.raises(ValueError, match="must be of one device"):
-        points_of([published(), other])
 
 
 def test_folders_do_not_get_into_results(tmp_path: Path) -> None:

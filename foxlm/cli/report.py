@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from .options import Device, Dtype, Eps, Join, OptionalModel, Overwrite, Rule, Seed, Text, require_nothing_else
+from foxlm.cli.options import Device, Dtype, Eps, Join, OptionalModel, Overwrite, Rule, Seed, Text, require_nothing_else
 
 
 def report(
@@ -42,7 +42,7 @@ def report(
     Also checks on that text, exactly, that no row of attention loses more than eps of its weight, and exits with 1 if
     one does. Where matplotlib is missing report.json is written; draw it elsewhere with --redraw.
     """
-    from ..pruning_report.run import Options, draw, read_report, run_report
+    from foxlm.evaluation.pruning_report.run import Options, draw, read_report, run_report
 
     if redraw is not None:
         require_nothing_else(context)

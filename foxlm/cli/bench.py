@@ -1,38 +1,53 @@
-"""``foxlm bench``: the speed of ``attention``, ``context``, ``train``, ``prefill`` and ``decode``.
-
-``table`` and ``plot`` show it. Also ``python -m foxlm.evaluation.speed``.
-"""
+"""``foxlm bench``: the speed of attention, training, prefill and decoding, measured on this machine."""
 
 import itertools
-from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from foxlm import FoxConfig
-from foxlm.command_line import CommandLine
-from foxlm.evaluation.loading import DTYPES
-from foxlm.evaluation.requirements import require_matplotlib
-from foxlm.evaluation.results import reading
+from foxlm.cli.errors import PASS_THROUGH, CommandLine
 
-from . import decode as decoding
-from . import options, prefill, report, tables
-from .attention import CASES, CPU_CASE, LONG_CASE, Settings, chosen, run_case, run_recorded
-from .context_command import context
-from .decode import Models
-from .implementations import EPS, TILE, with_names
-from .inputs import Case
-from .largest_batch import run_largest_batch
-from .options import AsJson, Commit, Device, Heads, HiddenSize, Join, Layers, Model, Only, Preset, Rounds, Seed, Text
-from .own import OWN
-from .plan import plan
-from .recorded import Recorded, record_inputs
-from .roofline import points_of
-from .sessions import DECODERS
-from .several import run_several
-from .train import CPU_TOKENS, TOKENS, Recipe, run_training
-from .workload import Workload
+if TYPE_CHECKING:
+    from foxlm.evaluation.speed.attention import Settings
+    from foxlm.evaluation.speed.decode import Models
+    from foxlm.evaluation.speed.recorded import Recorded
+    from foxlm.evaluation.speed.workload import Workload
+
+Preset = Annotated[
+    str | None,
+    typer.Option(help="Sizes of a FoxConfig.preset, for a new model on random tokens; pro-760m if nothing is given."),
+]
+Layers = Annotated[int | None, typer.Option(help="Layers, if not the preset's.")]
+HiddenSize = Annotated[int | None, typer.Option(help="Width of the residual stream, if not the preset's.")]
+Heads = Annotated[int | None, typer.Option(help="Attention heads, if not the preset's.")]
+Model = Annotated[
+    str | None,
+    typer.Option(
+        metavar="FOLDER",
+        help="A FoX model of yours, a folder or a name on the Hugging Face Hub, measured with the gates that it has "
+        "learned, instead of a preset; needs --text.",
+    ),
+]
+Text = Annotated[
+    Path | None,
+    typer.Option(
+        metavar="FILE",
+        help='What that model reads: a UTF-8 file, .jsonl with a "text" in each line, .npy token numbers, or a folder '
+        "of such files.",
+    ),
+]
+Join = Annotated[bool, typer.Option("--join", help="Put documents that are too short one after the other.")]
+Rounds = Annotated[int, typer.Option(help="How often each is timed, in each of two passes.")]
+Only = Annotated[
+    list[str] | None, typer.Option(metavar="NAME", help="Part of a name in the table; may be repeated; all by default.")
+]
+Device = Annotated[str, typer.Option(help="cuda, or cpu to see that all parts work: tiny sizes, figures of no use.")]
+Seed = Annotated[int, typer.Option(help="Of all that is drawn at random.")]
+Commit = Annotated[
+    str | None, typer.Option(help="The commit that is measured, where foxlm lies in no checkout that could tell.")
+]
+AsJson = Annotated[bool, typer.Option("--json", help="Print the results as JSON instead of a table.")]
 
 app = CommandLine(
     # Each paragraph one line: the terminal wraps them.
@@ -72,6 +87,13 @@ def attention(
     With --model and --text they are what enters attention in every layer of a model of yours.
     Exits with 1 if foxlm's own attention is wrong or fails.
     """
+    from foxlm.evaluation.loading import DTYPES
+    from foxlm.evaluation.speed import options, report
+    from foxlm.evaluation.speed.attention import CASES, CPU_CASE, LONG_CASE, Settings, chosen, run_case, run_recorded
+    from foxlm.evaluation.speed.implementations import EPS, TILE
+    from foxlm.evaluation.speed.inputs import Case
+    from foxlm.evaluation.speed.own import OWN
+
     options.require_device(device)
     options.require_positive("--rounds", rounds)
     options.require_writable(out)
@@ -100,15 +122,19 @@ def attention(
 
 
 def _recorded(
-    settings: Settings,
+    settings: "Settings",
     model: str | None,
     text: Path | None,
     join: bool,
     rows: int | None,
     length: int | None,
     synthetic: bool,
-) -> Recorded | None:
+) -> "Recorded | None":
     """The inputs of a model that reads text; None where neither is given."""
+    from foxlm.evaluation.speed import options
+    from foxlm.evaluation.speed.recorded import record_inputs
+    from foxlm.evaluation.speed.train import CPU_TOKENS, TOKENS
+
     if model is None and text is None:
         if join or rows is not None or length is not None:
             raise ValueError("--length, --rows and --join are of --model and --text, got them without")
@@ -124,7 +150,68 @@ def _recorded(
     return record_inputs(workload, rows, length, settings.dtype)
 
 
-app.command()(context)
+@app.command()
+def context(
+    out: Annotated[Path, typer.Option(help="JSON file for the results.")] = Path("speed-context.json"),
+    gpus: Annotated[int, typer.Option(help="GPUs of this machine that share each sequence; 2 or more.")] = 2,
+    case: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="BxHxDxT to measure: sequences, heads, their size, tokens of the whole sequence; may be repeated; "
+            "1x24x64x131072, or 1x4x16x1024 on a CPU."
+        ),
+    ] = None,
+    rule: Annotated[
+        str, typer.Option(help="Of pruning, by which keys need not be fetched: tight or paper; none moves all.")
+    ] = "tight",
+    split: Annotated[
+        str,
+        typer.Option(help="Who gets which tokens: balanced (two pieces each, from either end) or contiguous (one)."),
+    ] = "balanced",
+    dtype: Annotated[str, typer.Option(help="bfloat16, float16 or float32.")] = "bfloat16",
+    rounds: Rounds = 7,
+    device: Device = "cuda",
+    seed: Seed = 0,
+    commit: Commit = None,
+    as_json: AsJson = False,
+) -> None:
+    """Attention by context parallelism: one sequence on several GPUs, beside the whole on one of them.
+
+    Forward and backward, with the bytes of keys and values that are moved, and those that ring attention would move.
+    The inputs are synthetic, with gates as those of trained models. Each case must fit on one GPU, for comparison.
+    Exits with 1 if a result is not that of one GPU, or fails.
+    """
+    from foxlm.evaluation.loading import DTYPES
+    from foxlm.evaluation.speed import options, report
+    from foxlm.evaluation.speed.context import CASES, CPU_CASES, IN_A_ROW, ContextRecipe, run_context
+    from foxlm.evaluation.speed.implementations import EPS, RULES, TILE
+    from foxlm.kernels.context_parallel.partition import NAMED_SPLITS
+
+    options.require_device(device)
+    options.require_positive("--rounds", rounds)
+    if gpus < 2:
+        raise ValueError(f"--gpus must be 2 or more, which share a sequence, got {gpus}")
+    options.require_gpus(device, gpus)
+    options.require_writable(out)
+    for name, value, known in (
+        ("--dtype", dtype, DTYPES),
+        ("--rule", rule, (*RULES, "none")),
+        ("--split", split, NAMED_SPLITS),
+    ):
+        if value not in known:
+            raise ValueError(f"{name} must be one of {', '.join(known)}, got {value!r}")
+    cases = [options.shared_case(one, gpus) for one in case or ()] or (CPU_CASES if device == "cpu" else CASES)
+    by_rule = next((one for one in RULES if one == rule), None)
+    recipe = ContextRecipe(cases, gpus, device, DTYPES[dtype], by_rule, split, rounds, seed)
+    facts = {"dtype": dtype, "rounds": rounds, "eps": 0.0 if by_rule is None else EPS, "tile": TILE}
+    facts |= {"gpus": gpus, "rule": rule, "split": split, "calls_in_a_row": IN_A_ROW}
+    results = report.new_results("context", device, seed, commit, facts)
+    results |= run_context(recipe)
+    report.write(results, out)
+    options.show(results, as_json)
+    if "error" in results:
+        typer.echo(f"error: {results['error']}\n{results['detail']}".rstrip(), err=True)
+    options.finish(results["cases"], complete="error" not in results)
 
 
 @app.command()
@@ -139,7 +226,7 @@ def train(
     join: Join = False,
     tokens: Annotated[
         int | None,
-        typer.Option(help=f"Tokens of the one sequence in a step, of each GPU; {TOKENS}, or {CPU_TOKENS} on a CPU."),
+        typer.Option(help="Tokens of the one sequence in a step, of each GPU; 16384, or 256 on a CPU."),
     ] = None,
     gpus: Annotated[
         int, typer.Option(help="GPUs of this machine to train on with FSDP2, and on one of them to compare with.")
@@ -165,6 +252,12 @@ def train(
     With --gpus N also on N GPUs, one sequence on each, with what that says of 8 and 64.
     Exits with 1 if a step is wrong or fails.
     """
+    from foxlm import FoxConfig
+    from foxlm.evaluation.speed import options, report
+    from foxlm.evaluation.speed.implementations import EPS, TILE
+    from foxlm.evaluation.speed.several import run_several
+    from foxlm.evaluation.speed.train import CPU_TOKENS, TOKENS, Recipe, run_training
+
     options.require_device(device)
     options.require_positive("--rounds", rounds)
     options.require_positive("--gpus", gpus)
@@ -219,6 +312,10 @@ def prefill_command(
     The model is a preset with synthetic gates, or yours; the Llama has its sizes.
     Exits with 1 if one is wrong or fails.
     """
+    from foxlm.evaluation.speed import decode as decoding
+    from foxlm.evaluation.speed import options, prefill, report
+    from foxlm.evaluation.speed.implementations import with_names
+
     on_cpu = device == "cpu"
     options.require_device(device)
     options.require_writable(out)
@@ -257,7 +354,7 @@ def decode(
     join: Join = False,
     tokens: Annotated[
         int | None,
-        typer.Option(help=f"Tokens before the first step; {decoding.TOKENS}, or {decoding.CPU_TOKENS} on a CPU."),
+        typer.Option(help="Tokens before the first step; 14336, or 256 on a CPU."),
     ] = None,
     batch: Annotated[list[int] | None, typer.Option(help="Sequences; may be repeated; 1 and 8 by default.")] = None,
     new: Annotated[int, typer.Option(help="Steps in a timed round.")] = 32,
@@ -276,6 +373,12 @@ def decode(
     The model is a preset with synthetic gates, or yours; the Llama has its sizes.
     Exits with 1 if one is wrong or fails.
     """
+    from foxlm.evaluation.speed import decode as decoding
+    from foxlm.evaluation.speed import options, report
+    from foxlm.evaluation.speed.implementations import with_names
+    from foxlm.evaluation.speed.largest_batch import run_largest_batch
+    from foxlm.evaluation.speed.sessions import DECODERS
+
     options.require_device(device)
     options.require_writable(out)
     if tokens is None:
@@ -307,17 +410,16 @@ def decode(
     options.finish(records, complete=all("error" not in one for one in results["batches"]))
 
 
-def _model_facts(workload: Workload, models: Models) -> dict[str, Any]:
+def _model_facts(workload: "Workload", models: "Models") -> dict[str, Any]:
     """What results say of the model."""
+    from foxlm.evaluation.speed.implementations import EPS
+
     fox = models["foxlm"]
     facts = {"dtype": "bfloat16", "eps": EPS} | workload.facts()
     return facts | {
         "layers": fox.config.num_hidden_layers,
         "parameters": sum(parameter.numel() for parameter in fox.parameters()),
     }
-
-
-app.command()(plan)
 
 
 _Files = Annotated[list[Path], typer.Argument(help="JSON files that the others wrote, of any kind.")]
@@ -333,6 +435,9 @@ def table(
     as_json: Annotated[bool, typer.Option("--json", help="Print a JSON list of the results, put together.")] = False,
 ) -> None:
     """Print the tables of results as Markdown, or put them into a file."""
+    from foxlm.evaluation.results import reading
+    from foxlm.evaluation.speed import report, tables
+
     several = [report.read(path) for path in files]
     with reading(*files):
         together = [report.only_cases(results, case or []) for results in report.merged(several)]
@@ -347,34 +452,13 @@ def table(
             readme.write_text(report.insert(content, kind, drawn), encoding="utf-8")
 
 
-@app.command()
-def plot(
-    files: _Files,
-    out: Annotated[Path, typer.Option(help="Image to write, .svg or .png.")] = Path("roofline.svg"),
-    case: Annotated[list[str] | None, typer.Option(help="BxHxDxT to show; may be repeated; all by default.")] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print the points and roofs as JSON too.")] = False,
-) -> None:
-    """Draw how near results come to what the GPU can do: attention as a roofline, decoding as rates of memory.
-
-    The rates of a large product and of a large copy, measured in the same runs, are the roofs.
-    Needs matplotlib, but no GPU.
-    """
-    several = [report.read(path) for path in files]
-    with reading(*files):
-        found = points_of([report.only_cases(results, case or []) for results in report.merged(several)])
-    require_matplotlib()
-    from foxlm.evaluation.plots.figure import save_plot
-    from foxlm.evaluation.plots.roofline import plot_roofline
-
-    if out.suffix not in (".svg", ".png"):
-        raise ValueError(f"--out must end in .svg or .png, got {out}")
-    options.require_writable(out)
-    with reading(*files):
-        save_plot(plot_roofline(found), out)
-    if as_json:
-        typer.echo(report.to_json(asdict(found)))
-    typer.echo(f"wrote {out}", err=as_json)
+@app.command("plan", hidden=True, context_settings=PASS_THROUGH)
+def plan(context: typer.Context) -> None:
+    """Removed: predictions for more GPUs."""
+    raise ValueError("foxlm bench plan was removed; docs/several_gpus.md has the formula that it evaluated")
 
 
-if __name__ == "__main__":
-    app(prog_name="python -m foxlm.evaluation.speed")
+@app.command("plot", hidden=True, context_settings=PASS_THROUGH)
+def plot(context: typer.Context) -> None:
+    """Removed: a roofline of results."""
+    raise ValueError("foxlm bench plot was removed; foxlm bench table prints what it drew")

@@ -1,21 +1,19 @@
-"""transformers' own server, which speaks the protocol of OpenAI's, for FoX models too."""
+"""``foxlm serve``: transformers' own server, which speaks OpenAI's protocol, for FoX models too."""
 
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from foxlm.command_line import CommandLine
-from foxlm.conversion.pretrained import check_files, read_config
+import typer
+
+from foxlm.cli.errors import CommandLine
 
 
-def serve(arguments: Sequence[str]) -> None:
-    """Run ``transformers serve`` with its own options; returns when the server has been stopped.
+def serve(context: typer.Context) -> None:
+    """Answer requests in OpenAI's protocol with models, FoX and others, by transformers' own server: serve --help."""
+    from foxlm.conversion.pretrained import check_files, read_config
 
-    Raises:
-        ImportError: what the server needs is not installed.
-        ValueError, OSError: the model named in ``arguments`` cannot be read.
-    """
     server = fox_server()
+    arguments = context.args
     if arguments and not arguments[0].startswith("-"):
         read_config(arguments[0])
     for folder in filter(Path.is_dir, map(Path, arguments)):
@@ -23,11 +21,11 @@ def serve(arguments: Sequence[str]) -> None:
         check_files(folder)
     app = CommandLine(help="")
     app.command()(server)
-    app(list(arguments), prog_name="foxlm serve")
+    app(arguments, prog_name="foxlm serve")
 
 
 def fox_server() -> Any:
-    """The class of transformers' server, in a process where it finds our models.
+    """The class of transformers' server, in a process where it finds FoX models.
 
     Raises:
         ImportError: what it needs is not installed.
@@ -41,6 +39,6 @@ def fox_server() -> Any:
 
     import foxlm
 
-    # It takes a model's class by its name from transformers, whatever the Auto classes know, and offers no other way.
+    # The server takes a model's class by its name from transformers, whatever the Auto classes know.
     transformers.FoxForCausalLM = foxlm.FoxForCausalLM
     return Serve

@@ -8,16 +8,18 @@ from safetensors import SafetensorError
 from typer.core import TyperCommand
 
 TRACEBACK = "FOXLM_TRACEBACK"
-# What files, options and the machine lead to, whose messages are written for whoever runs a command.
-_SAID = (ValueError, OSError, ImportError, RuntimeError, MemoryError, SafetensorError)
-# typer's own way to end a command; a closed pipe is the reader's wish.
-_PASSED_ON = (typer.Exit, typer.Abort, typer.BadParameter, BrokenPipeError)
-_LONGEST = 600
+# Errors that files, options or the machine cause. Their messages are written for the user.
+_EXPECTED = (ValueError, OSError, ImportError, RuntimeError, MemoryError, SafetensorError)
+# How typer itself ends a command, and a reader that closed the pipe.
+_NOT_OURS = (typer.Exit, typer.Abort, typer.BadParameter, BrokenPipeError)
+_MAX_LENGTH = 600
+# Settings of commands that leave their arguments to another parser, or ignore them.
+PASS_THROUGH = {"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []}
 
 
 class _Command(TyperCommand):
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
-        # A shell's variable that is not set. As a path it would be the current folder.
+        # Empty arguments come from unset shell variables. As a path, one would mean the current folder.
         for before, argument in zip(["", *args], args, strict=False):
             option = before if argument == "" else argument.removesuffix("=")
             if argument == "" or (argument.startswith("--") and option != argument):
@@ -28,12 +30,12 @@ class _Command(TyperCommand):
 
     def invoke(self, ctx: Any) -> Any:
         try:
-            # `import foxlm` leaves this to the commands, so that their help does not wait for transformers.
+            # Importing foxlm does not register FoX in a process of this command, so that --help is quick.
             from foxlm.modeling.registration import register_fox
 
             register_fox()
             return super().invoke(ctx)
-        except _PASSED_ON:
+        except _NOT_OURS:
             raise
         except Exception as error:
             if os.environ.get(TRACEBACK, "0") not in ("", "0"):
@@ -43,9 +45,9 @@ class _Command(TyperCommand):
 
 
 class CommandLine(typer.Typer):
-    """An application whose commands end in one line and exit status 1 where they fail, whatever the reason.
+    """An application whose commands end with one line on stderr and exit status 1 on any error.
 
-    With ``FOXLM_TRACEBACK=1`` in the environment they end in Python's traceback.
+    With ``FOXLM_TRACEBACK=1`` in the environment they end with Python's traceback.
     """
 
     def __init__(self, help: str) -> None:
@@ -55,8 +57,13 @@ class CommandLine(typer.Typer):
         return super().command(*args, cls=_Command, **kwargs)
 
 
+def deprecated(old: str, new: str) -> None:
+    """Warn on stderr that ``old`` is replaced by ``new``."""
+    typer.echo(f"warning: {old} is deprecated and will be removed in the next release; use {new}", err=True)
+
+
 def describe(error: BaseException) -> str:
-    """One printable line of an error; what nobody foresaw is said to be a fault of foxlm's own."""
+    """One printable line for an error. An unexpected one is described as a bug in foxlm."""
     if isinstance(error, OSError) and error.filename is not None and error.strerror:
         text = f"{error.filename}: {error.strerror}"
     elif isinstance(error, MemoryError):
@@ -64,16 +71,16 @@ def describe(error: BaseException) -> str:
     else:
         text = str(error) or type(error).__name__
     if type(error).__name__ == "OutOfMemoryError" or "can't allocate memory" in text:
-        text = f"not enough memory; fewer tokens at a time, or a smaller type of numbers, need less: {text}"
+        text = f"not enough memory; fewer tokens at a time or a smaller dtype need less: {text}"
     text = _in_a_line(text)
-    if not isinstance(error, _SAID) or isinstance(error, NotImplementedError | RecursionError):
-        text = f"{type(error).__name__}: {text}; a fault of foxlm: please report it with what {TRACEBACK}=1 shows"
+    if not isinstance(error, _EXPECTED) or isinstance(error, NotImplementedError | RecursionError):
+        text = f"{type(error).__name__}: {text}; a bug in foxlm: please report it with the traceback of {TRACEBACK}=1"
     return text
 
 
 def _in_a_line(text: str) -> str:
     line = " ".join(text.split()) if "\n" in text else text
-    if len(line) > _LONGEST:
-        line = f"{line[: _LONGEST // 2]} ... {line[-_LONGEST // 2 :]}"
-    # Half a surrogate pair of a file's name, and what would move a terminal's cursor.
+    if len(line) > _MAX_LENGTH:
+        line = f"{line[: _MAX_LENGTH // 2]} ... {line[-_MAX_LENGTH // 2 :]}"
+    # Lone surrogates in file names, and characters that would move a terminal's cursor.
     return "".join(x if x.isprintable() else x.encode("unicode_escape").decode("ascii") for x in line)
