@@ -36,6 +36,30 @@ def test_version_through_the_module() -> None:
     assert (done.returncode, done.stdout.strip()) == (0, f"foxlm {foxlm.__version__}"), done.stderr
 
 
+def test_no_help_page_waits_for_torch() -> None:
+    """Of all commands in one process, in well under the time that importing torch alone takes."""
+    code = """
+import sys, time
+sys.orig_argv[-1] = "foxlm"
+from typer.main import get_command
+from typer.testing import CliRunner
+from foxlm.cli import app
+group = get_command(app)
+names = [(name,) for name in group.commands] + [("bench", name) for name in group.commands["bench"].commands]
+for name in names:
+    # serve, lm-eval and what was removed hand --help on.
+    if name[-1] not in ("serve", "lm-eval", "plan", "plot"):
+        result = CliRunner().invoke(app, [*name, "--help"])
+        assert result.exit_code == 0, (name, result.output)
+assert not {"torch", "transformers", "numpy", "pandas"} & set(sys.modules)
+print(len(names), time.process_time())
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    commands, seconds = done.stdout.split()
+    assert int(commands) >= 15 and float(seconds) < 3.0
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
