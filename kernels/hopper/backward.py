@@ -37,9 +37,10 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from ..decay import Decay
-from ..portable.backward import MAXIMA_KEYS, largest_keys_and_values, norms, seen_until
-from ..portable.forward import heaviest_first, visible_ranges
+from ..portable.backward import MAXIMA_KEYS, largest_keys_and_values, norms
+from ..portable.block_ranges import heaviest_first, kv_start_ranges, query_ranges
 from ..tiles import Tile
+from ..triton_common import INF, LOG2_E
 from .backward_d64 import hopper_backward_64_kernel
 from .backward_d128 import hopper_backward_128_kernel
 from .common import UNITS_PER_QUANTUM
@@ -49,8 +50,6 @@ _QUERIES, _KEYS = 64, 128
 # Of tiles in shared memory. Made once: that takes the host as long as a launch.
 _LAYOUT = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=4)
 
-_LOG2_E = tl.constexpr(1.4426950408889634)
-_INF = tl.constexpr(float("inf"))
 # Room for the rounding of bounds, and of the products that they bound.
 _ROOM = tl.constexpr(1.03)
 # Keeps bounds of dQ from vanishing with the keys.
@@ -71,10 +70,10 @@ def _hopper_keys_kernel(C_K, FINITE, ck_b, ck_h, HF, TK, BLOCK: tl.constexpr):
     head, block = tl.program_id(0), tl.program_id(1)
     keys = block * BLOCK + tl.arange(0, BLOCK)
     p_c = C_K + (head // HF).to(tl.int64) * ck_b + (head % HF).to(tl.int64) * ck_h
-    c = tl.load(p_c + keys, mask=keys < TK, other=_INF)
+    c = tl.load(p_c + keys, mask=keys < TK, other=INF)
     least = tl.min(c, 0)
-    least = tl.where(least == _INF, 0.0, least)
-    tl.store(FINITE + head.to(tl.int64) * TK + keys, tl.where(c == _INF, least, c), mask=keys < TK)
+    least = tl.where(least == INF, 0.0, least)
+    tl.store(FINITE + head.to(tl.int64) * TK + keys, tl.where(c == INF, least, c), mask=keys < TK)
 
 
 @triton.jit
@@ -140,11 +139,11 @@ def _hopper_rows_kernel(
     per_quantum = tl.where((bound != bound) | (bound > _LARGEST_BOUND), float("nan"), per_quantum)
 
     p_c = C_Q + b * cq_b + (h // GATE_GROUP) * cq_h
-    base = tl.load(p_c + m * BLOCK_M) * _LOG2_E
-    relative = tl.load(p_c + rows, mask=is_row, other=0.0) * _LOG2_E - base
+    base = tl.load(p_c + m * BLOCK_M) * LOG2_E
+    relative = tl.load(p_c + rows, mask=is_row, other=0.0) * LOG2_E - base
     lse = tl.load(LSE + head.to(tl.int64) * TQ + rows, mask=is_row, other=0.0)
     # exp(-inf - 0) = 0 for a row that sees nothing, where exp(-inf + inf) would be NaN.
-    shift = tl.where(lse == -_INF, 0.0, lse).to(tl.float64) * _LOG2_E
+    shift = tl.where(lse == -INF, 0.0, lse).to(tl.float64) * LOG2_E
     high = relative.to(tl.float32)
     low = ((relative - high.to(tl.float64)) - shift).to(tl.float32)
     p_first = FIRST + b * first_b + (h // FIRST_GROUP) * first_h
@@ -155,12 +154,12 @@ def _hopper_rows_kernel(
     of_tile = tl.where(o == 0, base_high, tl.where(o == 1, base_low, 0.0))
     of_tile = tl.where(o == 2, tl.max(first, 0), of_tile)
     p = ROWS + tile * (8 * BLOCK_M) + o
-    tl.store(p, tl.where(is_row, (relative - shift).to(tl.float32), -_INF))
+    tl.store(p, tl.where(is_row, (relative - shift).to(tl.float32), -INF))
     tl.store(p + BLOCK_M, tl.where(is_row, delta, 0.0))
     tl.store(p + 2 * BLOCK_M, tl.where(is_row, per_quantum, 0.0))
     tl.store(p + 3 * BLOCK_M, of_tile)
     tl.store(p + 4 * BLOCK_M, tl.where(is_row, high, 0.0))
-    tl.store(p + 5 * BLOCK_M, tl.where(is_row, low, -_INF))
+    tl.store(p + 5 * BLOCK_M, tl.where(is_row, low, -INF))
     tl.store(p + 6 * BLOCK_M, first)
 
 
@@ -261,10 +260,10 @@ def hopper_backward(
     pairs = head_dim == 128
     d_out, q, k, v = (_for_tma(x) for x in (d_out, q, k, v))
     blocks, key_blocks = triton.cdiv(queries, _QUERIES), triton.cdiv(keys, _KEYS)
-    low, high = visible_ranges(decay.first, decay.last, heads, _QUERIES)
+    low, high = kv_start_ranges(decay.first, decay.last, heads, _QUERIES)
     order = heaviest_first(low.view(batch * kv_heads, -1)).int()
     # Of its attributes only the sizes are looked at.
-    stop, _ = seen_until(low, high, decay.last, keys, Tile(_QUERIES, _KEYS, warps=8, stages=3))
+    stop, _ = query_ranges(low, high, decay.last, keys, Tile(_QUERIES, _KEYS, warps=8, stages=3))
     # The kernels count rows.
     stop = stop * _QUERIES
     c_k = decay.key.contiguous()

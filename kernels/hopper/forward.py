@@ -72,8 +72,10 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from ..backends import HAS_GLUON
 from ..decay import Decay
-from ..portable.forward import _BASE_BLOCK, _INF, _LN_2, _LOG2_E, heaviest_first, key_decay, visible_ranges
+from ..portable.block_ranges import heaviest_first, kv_start_ranges
+from ..portable.forward import key_decay
 from ..tiles import HOPPER_FORWARD
+from ..triton_common import BASE_BLOCK, INF, LN_2, LOG2_E
 
 # Queries of a consumer: what a warpgroup multiplies at once.
 QUERIES = 64
@@ -295,7 +297,7 @@ def _write_bias(
         b = (head // sizes.H).to(gl.int64)
         gate = (head % sizes.H // GATE_GROUP).to(gl.int64)
         first_c = gl.load(gates.C_Q + (b * HF + gate) * TQ + block * BLOCK_M)
-        base = first_c * _LOG2_E
+        base = first_c * LOG2_E
         p_relative = gates.RELATIVE + (b * HF + gate) * sizes.TK
         p_base = gates.BASE + (b * HF + gate) * NB
         p_ck = gates.C_K + b * gates.ck_b + gate * gates.ck_h
@@ -304,16 +306,16 @@ def _write_bias(
             keys = tile * BLOCK_N + columns
             if tile < near:
                 relative = gl.load(p_relative + keys)
-                end = gl.load(p_base + keys // _BASE_BLOCK)
+                end = gl.load(p_base + keys // BASE_BLOCK)
                 bias = (base - end).to(gl.float32) - relative
                 mbarrier.wait(barriers.done.index(slot), phase ^ 1)
                 buffers.bias_high.index(slot).store(bias)
             else:
-                c = gl.load(p_ck + keys, mask=keys < sizes.TK, other=_INF)
-                exact = (first_c - c) * _LOG2_E
+                c = gl.load(p_ck + keys, mask=keys < sizes.TK, other=INF)
+                exact = (first_c - c) * LOG2_E
                 high = exact.to(gl.float32)
                 low = (exact - high.to(gl.float64)).to(gl.float32)
-                low = gl.where(high == -_INF, 0.0, low)
+                low = gl.where(high == -INF, 0.0, low)
                 mbarrier.wait(barriers.done.index(slot), phase ^ 1)
                 buffers.bias_high.index(slot).store(high)
                 buffers.bias_low.index(slot).store(low)
@@ -337,7 +339,7 @@ def _softmax(scores, maximum, total, shift, TOTAL: gl.constexpr, BLOCK_N: gl.con
     if LAZY:
         new_maximum = gl.where(new_maximum > maximum + _LAZINESS, new_maximum, maximum)
     # A row that has seen nothing yet: any finite number leaves its weights at zero.
-    finite = gl.where(new_maximum == -_INF, 0.0, new_maximum)
+    finite = gl.where(new_maximum == -INF, 0.0, new_maximum)
     rescale = gl.exp2(maximum - finite)
     weights = gl.exp2(scores - gl.expand_dims(finite - shift, 1))
     # The summed axis lies in registers of one thread only; threads are added up once, at the end.
@@ -461,7 +463,7 @@ def _attend(
     COLUMN: gl.constexpr = gl.SliceLayout(0, SCORES)
     OUT_ROW: gl.constexpr = gl.SliceLayout(1, OUT)
     dtype: gl.constexpr = buffers.q.dtype
-    qk_scale = scale * _LOG2_E
+    qk_scale = scale * LOG2_E
     offset = gl.load(sizes.LAST).to(gl.int32)
     slot = 0
     phase = 0
@@ -493,7 +495,7 @@ def _attend(
         c = gl.load(p_cq + o_rows, mask=is_row, other=0.0)
         p_first = rows.FIRST + b * rows.first_b + h // rows.FIRST_GROUP * rows.first_h
         first = gl.load(p_first + o_rows, mask=is_row, other=0).to(gl.int32)
-        exact = gl.where(is_row, (c - base) * _LOG2_E, 0.0)
+        exact = gl.where(is_row, (c - base) * LOG2_E, 0.0)
         row_high = exact.to(gl.float32)
         row_low = (exact - row_high.to(gl.float64)).to(gl.float32)
         # Seldom needed: registers are for the rest.
@@ -506,7 +508,7 @@ def _attend(
         own_start = gl.maximum(gl.minimum(gl.maximum(low, 0) // BLOCK_N, own_stop), start)
         whole_end = (first_row + offset + 1) // BLOCK_N
         whole_start = (gl.minimum(high, sizes.TK) + BLOCK_N - 1) // BLOCK_N
-        maximum = gl.full([_ROWS], -_INF, gl.float32, ROW)
+        maximum = gl.full([_ROWS], -INF, gl.float32, ROW)
         total = gl.zeros([_ROWS, 8], gl.float32, TOTAL)
         q = buffers.q.index(q_slot * NC + CONSUMER).reshape([_ROWS, D])
         q_phase = (item // QSTAGES) & 1
@@ -568,7 +570,7 @@ def _attend(
             is_async=True,
         )
         sums = gl.convert_layout(gl.sum(total, 1), OUT_ROW, assert_trivial=True)
-        lse = (gl.convert_layout(maximum, OUT_ROW, assert_trivial=True) + gl.log2(sums)) * _LN_2
+        lse = (gl.convert_layout(maximum, OUT_ROW, assert_trivial=True) + gl.log2(sums)) * LN_2
         # The weights of a row that sees nothing are zero.
         inverse = gl.where(sums > 0.0, 1.0 / sums, 0.0)
         i = first_row + gl.arange(0, _ROWS, layout=OUT_ROW)
@@ -773,7 +775,7 @@ def hopper_forward(q: Tensor, k: Tensor, v: Tensor, decay: Decay, scale: float) 
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     lse = torch.empty(batch, heads, queries, dtype=torch.float32, device=q.device)
     relative, base = key_decay(decay.key)
-    low, high = visible_ranges(decay.first, decay.last, heads, QUERIES)
+    low, high = kv_start_ranges(decay.first, decay.last, heads, QUERIES)
     order = heaviest_first(low.flatten(0, 1))
     items = triton.cdiv(queries, QUERIES * shape.consumers)
     counter = torch.zeros(1, dtype=torch.int32, device=q.device)

@@ -25,48 +25,14 @@ from torch import Tensor
 
 from ..decay import Decay
 from ..tiles import Tile, padded_head_dim
-from .forward import (
-    _INF,
-    _LN_2,
-    _LOG2_E,
-    dot_precision,
-    dropout_scale,
-    heaviest_first,
-    load_rows,
-    split,
-    visible_ranges,
-)
+from ..triton_common import INF, LN_2, LOG2_E, dot_precision, load_rows, split_fp64
+from .block_ranges import heaviest_first, kv_start_ranges, query_ranges
+from .forward import dropout_scale
 
 # Keys are reduced to their largest in groups of so many, by programs of so many rows.
 MAXIMA_KEYS, _MAXIMA_ROWS = 16, 128
-_STOPS = 64
 # Keeps bounds and their reciprocals normal numbers.
 _LEAST_BOUND = tl.constexpr(2.0**-60)
-
-
-@triton.jit
-def _stops_kernel(
-    LOW, HIGH, LAST, STOP, CUT, NM, NN, TK, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, CHUNK: tl.constexpr
-):
-    """For blocks of keys: one past the last block of queries that sees them, and the first that `first` may cut."""
-    head = tl.program_id(0)
-    n = tl.program_id(1) * CHUNK + tl.arange(0, CHUNK)
-    offset = tl.load(LAST).to(tl.int32)
-    begin = tl.maximum(n * BLOCK_N - offset, 0) // BLOCK_M
-    last_key = tl.minimum((n + 1) * BLOCK_N, TK) - 1
-    far = tl.cdiv(tl.maximum(last_key - offset, 0), BLOCK_M)
-    stop = begin
-    cut = tl.full([CHUNK], 0, tl.int32) + NM
-    for start in range(0, NM, CHUNK):
-        m = start + tl.arange(0, CHUNK)
-        low = tl.load(LOW + head * NM + m, mask=m < NM, other=2147483647)
-        high = tl.load(HIGH + head * NM + m, mask=m < NM, other=0)
-        seen = (low[None, :] < ((n + 1) * BLOCK_N)[:, None]) & (m[None, :] >= begin[:, None])
-        stop = tl.maximum(stop, tl.max(tl.where(seen, m[None, :] + 1, 0), 1))
-        cuts = (high[None, :] > (n * BLOCK_N)[:, None]) & (m[None, :] >= far[:, None])
-        cut = tl.minimum(cut, tl.min(tl.where(cuts, m[None, :], NM), 1))
-    tl.store(STOP + head * NN + n, stop, mask=n < NN)
-    tl.store(CUT + head * NN + n, cut, mask=n < NN)
 
 
 @triton.jit
@@ -163,16 +129,16 @@ def _rows_kernel(
     lse = tl.load(LSE + head.to(tl.int64) * TQ + rows, mask=is_row, other=0.0)
     delta = tl.sum(out * d_out, 1) - d_lse
     # exp(-inf - 0) = 0 for a row that sees nothing, where exp(-inf + inf) would be NaN.
-    shift = tl.where(lse == -_INF, 0.0, lse) * _LOG2_E
+    shift = tl.where(lse == -INF, 0.0, lse) * LOG2_E
     p_c = C_Q + b * cq_b + (h // (H // HF)) * cq_h
-    base = tl.load(p_c + block * BLOCK_M) * _LOG2_E
-    c = tl.load(p_c + rows, mask=is_row, other=0.0) * _LOG2_E
+    base = tl.load(p_c + block * BLOCK_M) * LOG2_E
+    c = tl.load(p_c + rows, mask=is_row, other=0.0) * LOG2_E
     p = head.to(tl.int64) * TQ + rows
     tl.store(DELTA + p, delta, mask=is_row)
     if WIDE:
-        high, low = split(shift)
+        high, low = split_fp64(shift)
         tl.store(SHIFT + p, high, mask=is_row)
-        tl.store(TERM + p, 1.0 - low * _LN_2, mask=is_row)
+        tl.store(TERM + p, 1.0 - low * LN_2, mask=is_row)
     else:
         tl.store(SHIFT + p, shift, mask=is_row)
         tl.store(TERM + p, (c - base).to(tl.float32) - shift, mask=is_row)
@@ -249,19 +215,19 @@ def _backward_tile(
     delta = tl.load(DELTA + p_row, mask=is_row, other=0.0)
     scores = tl.dot(k, tl.trans(q), input_precision=PRECISION) * qk_scale
     if WIDE or MASKED:
-        row_high, row_low = split(tl.load(p_cq + rows, mask=is_row, other=0.0 if MASKED else -_INF) * _LOG2_E - base)
+        row_high, row_low = split_fp64(tl.load(p_cq + rows, mask=is_row, other=0.0 if MASKED else -INF) * LOG2_E - base)
         shift = tl.load(SHIFT + p_row, mask=is_row, other=0.0)
         bias = (row_high[None, :] - key_high[:, None]) + (row_low[None, :] - key_low[:, None])
         # Rounded as in the forward pass, the error of a score that outweighs its row cancels with that of the shift.
         scores = (scores + bias) - shift[None, :] if WIDE else scores + (bias - shift[None, :])
     else:
         far = (tl.load(BASE + head * NM + block) - base).to(tl.float32)
-        term = tl.load(TERM + p_row, mask=is_row, other=-_INF) + far
+        term = tl.load(TERM + p_row, mask=is_row, other=-INF) + far
         scores = (scores - key_high[:, None]) + term[None, :]
     if MASKED:
         first = tl.load(p_first + rows, mask=is_row, other=0).to(tl.int32)
         visible = (keys[:, None] <= (rows + offset)[None, :]) & (keys[:, None] >= first[None, :]) & is_row[None, :]
-        scores = tl.where(visible, scores, -_INF)
+        scores = tl.where(visible, scores, -INF)
     weights = tl.exp2(scores)
     if WIDE:
         weights *= tl.load(TERM + p_row, mask=is_row, other=0.0)[None, :]
@@ -375,7 +341,7 @@ def _backward_kernel(
     offset = tl.load(LAST).to(tl.int32)
     near = tl.maximum(n * BLOCK_N - offset, 0) // BLOCK_M
     far = tl.cdiv(tl.maximum(tl.minimum((n + 1) * BLOCK_N, TK) - 1 - offset, 0), BLOCK_M)
-    qk_scale = scale * _LOG2_E
+    qk_scale = scale * LOG2_E
     dk = tl.zeros([BLOCK_N, PADDED_DIM], tl.float32)
     dv = tl.zeros([BLOCK_N, PADDED_DIM], tl.float32)
     for member in range(0, KV_GROUP):
@@ -386,10 +352,10 @@ def _backward_kernel(
         p_do = D_OUT + b64 * do_b + h.to(tl.int64) * do_h
         p_cq = C_Q + b64 * cq_b + gate * cq_h
         p_first = FIRST + b64 * first_b + (h // FIRST_GROUP).to(tl.int64) * first_h
-        c = tl.load(C_K + b64 * ck_b + gate * ck_h + keys, mask=is_key, other=_INF) * _LOG2_E
+        c = tl.load(C_K + b64 * ck_b + gate * ck_h + keys, mask=is_key, other=INF) * LOG2_E
         base = tl.min(c, 0)
-        base = tl.where(base == _INF, 0.0, base)
-        key_high, key_low = split(c - base)
+        base = tl.where(base == INF, 0.0, base)
+        key_high, key_low = split_fp64(c - base)
         dc = tl.zeros([BLOCK_N], tl.float64 if WIDE else tl.float32)
         stop = tl.load(STOP + head * NN + n)
         far_stop = tl.minimum(tl.maximum(tl.load(CUT + head * NN + n), far), stop)
@@ -533,38 +499,6 @@ def _finish_kernel(
     tl.store(DC + p_row, row_sums * (bound / (1 << 62)), mask=is_row)
 
 
-def seen_until(low: Tensor, high: Tensor, last: Tensor, keys: int, tile: Tile) -> tuple[Tensor, Tensor]:
-    """For each block of keys, the blocks of queries that see it and those that need no look at ``first``.
-
-    Args:
-        low, high: of `visible_ranges`, ``[B, H, ceil(Tq / tile.queries)]``.
-        last: ``[Tq]`` int64, own key of each query.
-        keys: number of keys.
-        tile: sizes of the blocks.
-
-    Returns:
-        One past the last block that sees it, and the first one past the diagonal that ``first`` may cut:
-        ``[B, H, ceil(Tk / tile.keys)]`` int32 each.
-    """
-    batch, heads, blocks = low.shape
-    key_blocks = triton.cdiv(keys, tile.keys)
-    stop, cut = torch.empty(2, batch, heads, key_blocks, dtype=torch.int32, device=low.device).unbind()
-    _stops_kernel[(batch * heads, triton.cdiv(key_blocks, _STOPS))](
-        low,
-        high,
-        last,
-        stop,
-        cut,
-        blocks,
-        key_blocks,
-        keys,
-        BLOCK_M=tile.queries,
-        BLOCK_N=tile.keys,
-        CHUNK=_STOPS,
-    )
-    return stop, cut
-
-
 def largest_keys_and_values(k: Tensor, v: Tensor) -> Tensor:
     """``max |k_jd|`` and ``max |v_j|`` of all keys up to the end of each group of 16, ``[2, B, G, groups]`` float32."""
     batch, keys, kv_heads, head_dim = k.shape
@@ -610,10 +544,10 @@ def backward(
     batch, queries, heads, head_dim = q.shape
     keys, kv_heads, gates = k.shape[1], k.shape[2], decay.key.shape[1]
     padded = padded_head_dim(head_dim)
-    low, high = visible_ranges(decay.first, decay.last, heads, tile.queries)
+    low, high = kv_start_ranges(decay.first, decay.last, heads, tile.queries)
     order = heaviest_first(low.view(batch * kv_heads, -1))
     blocks, key_blocks = low.shape[-1], triton.cdiv(keys, tile.keys)
-    stop, cut = seen_until(low, high, decay.last, keys, tile)
+    stop, cut = query_ranges(low, high, decay.last, keys, tile)
     wide = q.dtype == torch.float32
     delta, shift, term, per_quantum, row_bound = torch.empty(
         5, batch, heads, queries, dtype=torch.float32, device=q.device

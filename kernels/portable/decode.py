@@ -27,17 +27,13 @@ from ..pruning.predicates import lengths, may_drop_paper, may_drop_tight, raised
 from ..pruning.rounding import decay_margin, log_allowed, logit_margin
 from ..pruning.rules import Rule
 from ..tiles import LARGEST_HEAD_DIM, PRUNED_KEYS, padded_head_dim
+from ..triton_common import INF, INT32_MAX, LN_2, LOG2_E, dot_precision, load_rows
 from ..validation import check_logit_bound, check_rule
-from .forward import dot_precision, load_rows
 
 LARGEST_ROWS, LARGEST_QUERIES = 64, 16
 
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 _BLOCK = tl.constexpr(PRUNED_KEYS)
-_LOG2_E = tl.constexpr(1.4426950408889634)
-_LN_2 = tl.constexpr(0.6931471805599453)
-_INF = tl.constexpr(float("inf"))
-_LARGEST_INT = tl.constexpr(2147483647)
 _NOT_PRUNED, _TIGHT, _PAPER = 0, 1, 2
 # Counts of blocks that are summed at a time; boundaries that one step of the search looks at, for all rows together.
 _SCAN = 1024
@@ -181,10 +177,10 @@ def _ranges_kernel(
             candidates = low[:, None] + (1 + tl.arange(0, CANDIDATES))[None, :] * step[:, None]
             inside = candidates <= high[:, None]
             before = tl.where(inside, candidates - 1, 0)
-            end = tl.load(p_c[:, None] + before, mask=inside, other=_INF)
-            decay = tl.where(end == _INF, -_INF, c[:, None] - tl.where(end == _INF, 0.0, end))
+            end = tl.load(p_c[:, None] + before, mask=inside, other=INF)
+            decay = tl.where(end == INF, -INF, c[:, None] - tl.where(end == INF, 0.0, end))
             if RULE == 1:
-                decays = tl.load(p_decays[:, None] + before, mask=inside, other=-_INF)
+                decays = tl.load(p_decays[:, None] + before, mask=inside, other=-INF)
                 largest = tl.load(p_largest + before, mask=inside, other=0.0).to(tl.float64)
                 droppable = may_drop_tight(norm[:, None], own[:, None], c[:, None] + decays, largest, log_eps)
             else:
@@ -194,7 +190,7 @@ def _ranges_kernel(
         begin = tl.maximum(begin, low)
 
     end = tl.max(tl.where(sees, last // _BLOCK + 1, 1), 0)
-    begin = tl.min(tl.where(sees, begin, _LARGEST_INT), 0)
+    begin = tl.min(tl.where(sees, begin, INT32_MAX), 0)
     if START is not None:
         begin = tl.maximum(begin, tl.load(START + head))
     # At least one block, so that every head has a program that writes its output.
@@ -203,7 +199,7 @@ def _ranges_kernel(
     tl.store(p, begin)
     tl.store(p + heads, end - begin)
     tl.store(p + 2 * heads, 0)
-    tl.store(p + 3 * heads, tl.min(tl.where(sees, first, _LARGEST_INT), 0))
+    tl.store(p + 3 * heads, tl.min(tl.where(sees, first, INT32_MAX), 0))
     tl.store(p + 4 * heads, tl.max(tl.where(sees, last, -1), 0))
 
 
@@ -211,7 +207,7 @@ def _ranges_kernel(
 def _join_parts(PARTS, STATISTICS, slot, parts, R, PADDED_DIM: tl.constexpr, ROWS: tl.constexpr, MERGED: tl.constexpr):
     """Maximum, total and output of the rows over consecutive partial results."""
     rows, columns = tl.arange(0, ROWS), tl.arange(0, PADDED_DIM)
-    maximum = tl.full([ROWS], -_INF, tl.float32)
+    maximum = tl.full([ROWS], -INF, tl.float32)
     total = tl.zeros([ROWS], tl.float32)
     out = tl.zeros([ROWS, PADDED_DIM], tl.float32)
     for start in range(0, parts, MERGED):
@@ -219,12 +215,12 @@ def _join_parts(PARTS, STATISTICS, slot, parts, R, PADDED_DIM: tl.constexpr, ROW
         is_part = (part < parts)[:, None] & (rows < R)[None, :]
         row = (slot + part).to(tl.int64)[:, None] * R + rows[None, :]
         # From the L2 cache: other multiprocessors wrote them.
-        maxima = tl.load(STATISTICS + 2 * row, mask=is_part, other=-_INF, cache_modifier=".cg")
+        maxima = tl.load(STATISTICS + 2 * row, mask=is_part, other=-INF, cache_modifier=".cg")
         totals = tl.load(STATISTICS + 2 * row + 1, mask=is_part, other=0.0, cache_modifier=".cg")
         p_outs = PARTS + row[:, :, None] * PADDED_DIM + columns[None, None, :]
         outs = tl.load(p_outs, mask=is_part[:, :, None], other=0.0, cache_modifier=".cg")
         new_maximum = tl.maximum(maximum, tl.max(maxima, 0))
-        shift = tl.where(new_maximum == -_INF, 0.0, new_maximum)
+        shift = tl.where(new_maximum == -INF, 0.0, new_maximum)
         weights = tl.exp2(maxima - shift[None, :])
         rescale = tl.exp2(maximum - shift)
         total = total * rescale + tl.sum(totals * weights, 0)
@@ -325,7 +321,7 @@ def _attend_kernel(
         p_q = Q + b * q_b + t.to(tl.int64) * q_t + h.to(tl.int64) * q_h
         is_element = is_row[:, None] & (columns[None, :] < HEAD_DIM)
         q = tl.load(p_q[:, None] + columns[None, :], mask=is_element, other=0.0)
-        c_q = tl.load(C_Q + b * cq_b + gate.to(tl.int64) * cq_h + t, mask=is_row, other=0.0) * _LOG2_E
+        c_q = tl.load(C_Q + b * cq_b + gate.to(tl.int64) * cq_h + t, mask=is_row, other=0.0) * LOG2_E
         p_first = FIRST + b * first_b + (h // (H // FIRST_HEADS)).to(tl.int64) * first_h + t
         first = tl.load(p_first, mask=is_row, other=1).to(tl.int32)
         last = tl.load(LAST + t, mask=is_row, other=0).to(tl.int32)
@@ -341,12 +337,12 @@ def _attend_kernel(
         visible_keys = tl.maximum(last - first + 1, 0).to(tl.uint32)
 
         if DOT:
-            maximum = tl.full([ROWS], -_INF, tl.float32)
+            maximum = tl.full([ROWS], -INF, tl.float32)
             total = tl.zeros([ROWS, KEYS], tl.float32)
             out = tl.zeros([ROWS, PADDED_DIM], tl.float32)
         else:
-            q_row = tl.sum(q.to(tl.float32), 0) * (scale * _LOG2_E)
-            maximum = tl.full([KEYS], -_INF, tl.float32)
+            q_row = tl.sum(q.to(tl.float32), 0) * (scale * LOG2_E)
+            maximum = tl.full([KEYS], -INF, tl.float32)
             total = tl.zeros([KEYS], tl.float32)
             out = tl.zeros([KEYS, PADDED_DIM], tl.float32)
         for j in tl.range(keys_begin, keys_end, KEYS, num_stages=STAGES):
@@ -363,11 +359,11 @@ def _attend_kernel(
             k = load_rows(p_k_tile, tile_keys, k_t, readable, HEAD_DIM, PADDED_DIM, True)
             v = load_rows(p_v_tile, tile_keys, v_t, readable, HEAD_DIM, PADDED_DIM, True)
             if ONE_GATE:
-                c_k = tl.load(p_c_tile + tile_keys, mask=readable, other=_INF)[None, :]
+                c_k = tl.load(p_c_tile + tile_keys, mask=readable, other=INF)[None, :]
             else:
                 p_c_rows = p_c_tile + gate.to(tl.int64)[:, None] * ck_h + tile_keys[None, :]
-                c_k = tl.load(p_c_rows, mask=is_row[:, None] & readable[None, :], other=_INF)
-            bias = (c_q[:, None] - c_k * _LOG2_E).to(tl.float32)
+                c_k = tl.load(p_c_rows, mask=is_row[:, None] & readable[None, :], other=INF)
+            bias = (c_q[:, None] - c_k * LOG2_E).to(tl.float32)
             if PAGES is not None:
                 # A missing page is nothing that may pass for a result.
                 bias = tl.where(inside[None, :] & (page < 0), float("nan"), bias)
@@ -375,15 +371,15 @@ def _attend_kernel(
                 real = tl.load(REAL + b * real_b + keys, mask=inside, other=0) != 0
                 v = tl.where(real[:, None], v, 0.0)
             if DOT:
-                scores = tl.dot(q, tl.trans(k), input_precision=PRECISION) * (scale * _LOG2_E) + bias
+                scores = tl.dot(q, tl.trans(k), input_precision=PRECISION) * (scale * LOG2_E) + bias
                 if MASKED:
                     visible = (keys[None, :] - first[:, None]).to(tl.uint32) < visible_keys[:, None]
-                    scores = tl.where(visible, scores, -_INF)
+                    scores = tl.where(visible, scores, -INF)
                 if REAL is not None:
-                    scores = tl.where(real[None, :], scores, -_INF)
+                    scores = tl.where(real[None, :], scores, -INF)
                 new_maximum = tl.maximum(maximum, tl.max(scores, 1))
                 # Where nothing has been seen yet, any finite shift leaves weights at zero.
-                shift = tl.where(new_maximum == -_INF, 0.0, new_maximum)
+                shift = tl.where(new_maximum == -INF, 0.0, new_maximum)
                 weights = tl.exp2(scores - shift[:, None])
                 rescale = tl.exp2(maximum - shift)
                 # A total for every key of a tile: to add them up now would make the warps wait for each other.
@@ -392,9 +388,9 @@ def _attend_kernel(
             else:
                 scores = tl.sum(k.to(tl.float32) * q_row[None, :], 1) + tl.sum(bias, 0)
                 if REAL is not None:
-                    scores = tl.where(real, scores, -_INF)
+                    scores = tl.where(real, scores, -INF)
                 new_maximum = tl.maximum(maximum, scores)
-                shift = tl.where(new_maximum == -_INF, 0.0, new_maximum)
+                shift = tl.where(new_maximum == -INF, 0.0, new_maximum)
                 weights = tl.exp2(scores - shift)
                 rescale = tl.exp2(maximum - shift)
                 total = total * rescale + weights
@@ -405,7 +401,7 @@ def _attend_kernel(
             row_maximum, row_total, row_out = maximum, tl.sum(total, 1), out
         else:
             largest = tl.max(maximum, 0)
-            weights = tl.exp2(maximum - tl.where(largest == -_INF, 0.0, largest))
+            weights = tl.exp2(maximum - tl.where(largest == -INF, 0.0, largest))
             row_maximum = tl.zeros([ROWS], tl.float32) + largest
             row_total = tl.zeros([ROWS], tl.float32) + tl.sum(total * weights, 0)
             row_out = tl.zeros([ROWS, PADDED_DIM], tl.float32) + tl.sum(out * weights[:, None], 0)[None, :]
@@ -430,7 +426,7 @@ def _attend_kernel(
             row_out = row_out / tl.where(row_total == 0.0, 1.0, row_total)[:, None]
             p_out = OUT + ((b * TQ + t) * H + h)[:, None] * HEAD_DIM + columns[None, :]
             tl.store(p_out, row_out.to(OUT.dtype.element_ty), mask=is_element)
-            tl.store(LSE + (b * H + h) * TQ + t, (row_maximum + tl.log2(row_total)) * _LN_2, mask=is_row)
+            tl.store(LSE + (b * H + h) * TQ + t, (row_maximum + tl.log2(row_total)) * LN_2, mask=is_row)
         position, head_begin = segment_end, head_end
         head += 1
 

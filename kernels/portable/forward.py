@@ -1,19 +1,18 @@
-"""Triton kernels of the forward pass, and what both passes prepare.
+"""The forward pass in Triton (names: `triton_common`).
 
-A program holds one block of queries of one head and walks over the blocks of keys that it may see. Two kinds of tiles:
+    O_i = sum_j P_ij V_j,  P_ij = exp(S_ij - lse_i),  S_ij = scale Q_i . K_j + c_i - c_j,  lse_i = log sum_j exp(S_ij)
 
-* *Masked* ones: on the diagonal, or cut by the first visible key of a row. The bias ``c_i - c_j`` is a difference of
-  float64 numbers, each split in two float32 halves relative to the block's first row, so it is exact however large
-  the sums.
-* *Far* ones, all of whose pairs are visible. The bias of a column is added to the scores,
-  ``(base - c_last) + (c_last - c_j)`` with one float64 number per block of 64 keys; that of a row, ``c_i - base``, is
-  only needed where the exponent is taken, and joins the running maximum there. All three have the same sign, so each is
-  rounded relative to the bias itself.
+over the keys ``kv_start_i <= j <= last_i``, by an online softmax. A program holds one block of queries of one head and
+loops over the blocks of keys that it may attend to. How the bias ``c_i - c_j`` is rounded depends on the tile:
 
-For float32 inputs far tiles take the bias of masked ones, as in the backward pass: both must round a score alike. And
+* *Masked tiles*: the bias is a difference of float64 values, each split in two float32 halves relative to the
+  block's first row, so it is exact however large the sums.
+* *Full tiles*: the bias of a column is added to the scores, ``(base - c_last) + (c_last - c_j)`` with one float64
+  value per block of 64 keys; that of a row, ``c_i - base``, is only needed where the exponent is taken, and joins the
+  running maximum there. All three have the same sign, so each is rounded relative to the bias itself.
+
+For float32 inputs full tiles take the bias of masked ones, as in the backward pass: both must round a score alike. And
 the log-sum-exp is float64, since all weights of a row would share its rounding.
-
-Everything inside is in units of log 2: ``exp2`` is what the hardware has.
 """
 
 import torch
@@ -23,84 +22,69 @@ from torch import Tensor
 
 from ..decay import Decay
 from ..tiles import Tile, padded_head_dim
-
-# Keys (and, backward, queries) that share one float64 base.
-BASE_BLOCK = 64
-# Of so many heads one program finds the order.
-_ORDERED_HEADS = 128
-
-_BASE_BLOCK = tl.constexpr(BASE_BLOCK)
-_LOG2_E = tl.constexpr(1.4426950408889634)
-_LN_2 = tl.constexpr(0.6931471805599453)
-_INF = tl.constexpr(float("inf"))
+from ..triton_common import BASE_BLOCK, INF, LN_2, LOG2_E, dot_precision, load_rows, split_fp64
+from .block_ranges import heaviest_first, kv_start_ranges
 
 
 @triton.jit
-def load_rows(p, rows, stride, in_bounds, HEAD_DIM: tl.constexpr, PADDED_DIM: tl.constexpr, CHECK: tl.constexpr):
-    """``[rows, PADDED_DIM]`` rows of a head; zero beyond ``in_bounds`` (if ``CHECK``) and beyond ``HEAD_DIM``."""
-    columns = tl.arange(0, PADDED_DIM)
-    p = p + rows[:, None].to(tl.int64) * stride + columns[None, :]
-    if CHECK:
-        return tl.load(p, mask=in_bounds[:, None] & (columns[None, :] < HEAD_DIM), other=0.0)
-    elif HEAD_DIM != PADDED_DIM:
-        return tl.load(p, mask=columns[None, :] < HEAD_DIM, other=0.0)
-    else:
-        return tl.load(p)
-
-
-@triton.jit
-def split(x):
-    """A float64 number as the sum of two float32 ones; an infinite one has no second part."""
-    high = x.to(tl.float32)
-    low = (x - high.to(tl.float64)).to(tl.float32)
-    return high, tl.where(tl.abs(high) == _INF, 0.0, low)
-
-
-@triton.jit
-def dropout_scale(SEED, head, rows, columns, TQ, TK, dropout):
+def dropout_scale(SEED, i_bh, o_m, o_n, TQ, TK, dropout):
     """0 for a dropped weight and ``1 / (1 - dropout)`` for a kept one, by seed, head, query and key alone."""
-    offset = (head.to(tl.int64) * TQ + rows.to(tl.int64)) * TK + columns
+    offset = (i_bh.to(tl.int64) * TQ + o_m.to(tl.int64)) * TK + o_n
     return tl.where(tl.rand(tl.load(SEED), offset) < dropout, 0.0, 1.0 / (1.0 - dropout))
 
 
 @triton.jit
-def _key_decay_kernel(C, RELATIVE, BASE, stride_b, stride_h, HF, TK, NB):
-    head, block = tl.program_id(0), tl.program_id(1)
-    keys = block * _BASE_BLOCK + tl.arange(0, _BASE_BLOCK)
-    p_c = C + (head // HF).to(tl.int64) * stride_b + (head % HF).to(tl.int64) * stride_h
-    c = tl.load(p_c + keys, mask=keys < TK, other=_INF) * _LOG2_E
+def _key_decay_kernel(C_K, RELATIVE, BASE, ck_b, ck_h, HF, TK, NB):
+    """The results of `key_decay` for a block of keys."""
+    i_bg, i_base = tl.program_id(0), tl.program_id(1)
+    o_n = i_base * BASE_BLOCK + tl.arange(0, BASE_BLOCK)
+    p_ck = C_K + (i_bg // HF).to(tl.int64) * ck_b + (i_bg % HF).to(tl.int64) * ck_h
+    c = tl.load(p_ck + o_n, mask=o_n < TK, other=INF) * LOG2_E
     # Sums only fall, so the least is that of the last key that is not hidden.
     base = tl.min(c, 0)
-    base = tl.where(base == _INF, 0.0, base)
-    tl.store(RELATIVE + head.to(tl.int64) * TK + keys, (c - base).to(tl.float32), mask=keys < TK)
-    tl.store(BASE + head * NB + block, base)
+    base = tl.where(base == INF, 0.0, base)
+    tl.store(RELATIVE + i_bg.to(tl.int64) * TK + o_n, (c - base).to(tl.float32), mask=o_n < TK)
+    tl.store(BASE + i_bg * NB + i_base, base)
+
+
+def key_decay(c_k: Tensor) -> tuple[Tensor, Tensor]:
+    """Split running sums of keys for full tiles, in units of log 2.
+
+    Args:
+        c_k: ``[B, Hf, Tk]`` float64, ``+inf`` for hidden keys; contiguous along the last dimension.
+
+    Returns:
+        ``[B, Hf, Tk]`` float32 relative to the last visible key of each block of 64, and ``[B, Hf, ceil(Tk / 64)]``
+        float64, the sums there.
+    """
+    batch, gates, keys = c_k.shape
+    blocks = triton.cdiv(keys, BASE_BLOCK.value)
+    relative = torch.empty(c_k.shape, dtype=torch.float32, device=c_k.device)
+    base = torch.empty(batch, gates, blocks, dtype=torch.float64, device=c_k.device)
+    _key_decay_kernel[(batch * gates, blocks)](
+        C_K=c_k, ck_b=c_k.stride(0), ck_h=c_k.stride(1),
+        RELATIVE=relative,
+        BASE=base,
+        HF=gates,
+        TK=keys,
+        NB=blocks,
+        num_warps=1,
+    )  # fmt: skip
+    return relative, base
 
 
 @triton.jit
-def _ranges_kernel(FIRST, LAST, LOW, HIGH, stride_b, stride_h, H, GROUP, TQ, NM, BLOCK_M: tl.constexpr):
-    head, block = tl.program_id(0), tl.program_id(1)
-    rows = block * BLOCK_M + tl.arange(0, BLOCK_M)
-    p_first = FIRST + (head // H).to(tl.int64) * stride_b + (head % H // GROUP).to(tl.int64) * stride_h
-    end = tl.load(LAST) + TQ
-    low = tl.min(tl.load(p_first + rows, mask=rows < TQ, other=end), 0)
-    high = tl.max(tl.load(p_first + rows, mask=rows < TQ, other=0), 0)
-    tl.store(LOW + head * NM + block, low.to(tl.int32))
-    tl.store(HIGH + head * NM + block, high.to(tl.int32))
-
-
-@triton.jit
-def _order_kernel(LOW, ORDER, H, NM, HEADS: tl.constexpr, BLOCK: tl.constexpr):
-    """Heads by rising sums of first keys, in one launch where a sum and a sort are eight."""
-    heads = tl.arange(0, HEADS)
-    totals = tl.zeros([HEADS], tl.int64)
-    for start in range(0, NM, BLOCK):
-        blocks = start + tl.arange(0, BLOCK)
-        is_in = (heads[:, None] < H) & (blocks[None, :] < NM)
-        totals += tl.sum(tl.load(LOW + heads[:, None] * NM + blocks[None, :], mask=is_in, other=0).to(tl.int64), 1)
-    before = heads[None, :] < heads[:, None]
-    heavier = (totals[None, :] < totals[:, None]) | ((totals[None, :] == totals[:, None]) & before)
-    rank = tl.sum((heavier & (heads[None, :] < H)).to(tl.int32), 1)
-    tl.store(ORDER + rank, heads.to(tl.int64), mask=heads < H)
+def _key_bias(p_relative, p_base, o_n, n, base, BLOCK_N: tl.constexpr):
+    """``base - c_j`` of the keys of a full tile from ``n`` on, float32; float64 enters once per block of 64 keys."""
+    relative = tl.load(p_relative + o_n)
+    if BLOCK_N <= BASE_BLOCK:
+        distance = (base - tl.load(p_base + n // BASE_BLOCK)).to(tl.float32)
+        return distance - relative
+    else:
+        tl.static_assert(BLOCK_N == 2 * BASE_BLOCK)
+        first = (base - tl.load(p_base + n // BASE_BLOCK)).to(tl.float32)
+        second = (base - tl.load(p_base + n // BASE_BLOCK + 1)).to(tl.float32)
+        return tl.where(o_n < n + BASE_BLOCK, first, second) - relative
 
 
 @triton.jit
@@ -112,11 +96,11 @@ def _forward_kernel(
     C_K,
     RELATIVE,
     BASE,
-    FIRST,
+    KV_START,
     LAST,
-    LOW,
-    HIGH,
-    ORDER,
+    LEAST,
+    GREATEST,
+    HEAD_ORDER,
     SEED,
     OUT,
     LSE,
@@ -133,8 +117,8 @@ def _forward_kernel(
     cq_h,
     ck_b,
     ck_h,
-    first_b,
-    first_h,
+    s_b,
+    s_h,
     scale,
     dropout,
     TQ,
@@ -143,176 +127,107 @@ def _forward_kernel(
     HF,
     KV_GROUP,
     GATE_GROUP,
-    FIRST_GROUP,
+    START_GROUP,
     NM,
     NB,
-    HEAD_DIM: tl.constexpr,
-    PADDED_DIM: tl.constexpr,
+    D: tl.constexpr,
+    BLOCK_D: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
-    WIDE: tl.constexpr,
-    DROPOUT: tl.constexpr,
+    IS_FP32: tl.constexpr,
+    HAS_DROPOUT: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
+    """Output and log-sum-exp of one block of queries of one head; arguments as in `forward`."""
     # Heads with the most work first, and in each the longest rows first: the short ones fill the gaps at the end.
     pid = tl.program_id(0)
-    head = tl.load(ORDER + pid // NM).to(tl.int32)
-    block = NM - 1 - pid % NM
-    b, h = head // H, head % H
-    b64, gate = b.to(tl.int64), h // GATE_GROUP
-    p_k = K + b64 * k_b + (h // KV_GROUP).to(tl.int64) * k_h
-    p_v = V + b64 * v_b + (h // KV_GROUP).to(tl.int64) * v_h
-    p_cq = C_Q + b64 * cq_b + gate.to(tl.int64) * cq_h
-    p_ck = C_K + b64 * ck_b + gate.to(tl.int64) * ck_h
-    p_relative = RELATIVE + (b64 * HF + gate) * TK
-    p_base = BASE + (b64 * HF + gate) * NB
+    i_bh = tl.load(HEAD_ORDER + pid // NM).to(tl.int32)
+    i_m = NM - 1 - pid % NM
+    i_b32, i_h = i_bh // H, i_bh % H
+    i_b, i_gate = i_b32.to(tl.int64), i_h // GATE_GROUP
+    p_k = K + i_b * k_b + (i_h // KV_GROUP).to(tl.int64) * k_h
+    p_v = V + i_b * v_b + (i_h // KV_GROUP).to(tl.int64) * v_h
+    p_cq = C_Q + i_b * cq_b + i_gate.to(tl.int64) * cq_h
+    p_ck = C_K + i_b * ck_b + i_gate.to(tl.int64) * ck_h
+    p_relative = RELATIVE + (i_b * HF + i_gate) * TK
+    p_base = BASE + (i_b * HF + i_gate) * NB
 
-    rows = block * BLOCK_M + tl.arange(0, BLOCK_M)
-    is_row = rows < TQ
-    q = load_rows(Q + b64 * q_b + h.to(tl.int64) * q_h, rows, q_t, is_row, HEAD_DIM, PADDED_DIM, True)
-    base = tl.load(p_cq + block * BLOCK_M) * _LOG2_E
-    row_high, row_low = split(tl.load(p_cq + rows, mask=is_row, other=0.0) * _LOG2_E - base)
-    row_high = tl.where(is_row, row_high, 0.0)
+    o_m = i_m * BLOCK_M + tl.arange(0, BLOCK_M)
+    m_q = o_m < TQ
+    b_q = load_rows(Q + i_b * q_b + i_h.to(tl.int64) * q_h, o_m, q_t, m_q, D, BLOCK_D, True)
+    base = tl.load(p_cq + i_m * BLOCK_M) * LOG2_E
+    row_high, row_low = split_fp64(tl.load(p_cq + o_m, mask=m_q, other=0.0) * LOG2_E - base)
+    row_high = tl.where(m_q, row_high, 0.0)
     offset = tl.load(LAST).to(tl.int32)
-    positions = rows + offset
-    p_first = FIRST + b64 * first_b + (h // FIRST_GROUP).to(tl.int64) * first_h
-    first = tl.load(p_first + rows, mask=is_row, other=0).to(tl.int32)
+    last = o_m + offset
+    p_start = KV_START + i_b * s_b + (i_h // START_GROUP).to(tl.int64) * s_h
+    kv_start = tl.load(p_start + o_m, mask=m_q, other=0).to(tl.int32)
 
-    # Masked tiles are those before far_start and from near on. Far tiles end at or before the block's first row, and so
-    # does the block of keys that shares their base: else the parts of a bias would not have one sign.
-    ALIGNED: tl.constexpr = BLOCK_N if BLOCK_N > _BASE_BLOCK else _BASE_BLOCK
-    end = tl.minimum(offset + tl.minimum((block + 1) * BLOCK_M, TQ), TK)
-    start = tl.minimum(tl.load(LOW + head * NM + block) // BLOCK_N * BLOCK_N, end)
-    near = tl.maximum((offset + block * BLOCK_M + 1) // ALIGNED * ALIGNED, start)
-    far_start = tl.minimum(tl.cdiv(tl.load(HIGH + head * NM + block), BLOCK_N) * BLOCK_N, near)
-    far_start = tl.maximum(far_start, start)
-    near_tiles = tl.cdiv(tl.maximum(end - near, 0), BLOCK_N)
-    edge_tiles = (far_start - start) // BLOCK_N
+    # Tiles from full_begin to full_end are full, those before and after are masked. Full ones end at or before the
+    # block's first row, and so does the block of keys that shares their base: else the parts of a bias would not have
+    # one sign.
+    ALIGNED: tl.constexpr = BLOCK_N if BLOCK_N > BASE_BLOCK else BASE_BLOCK
+    n_end = tl.minimum(offset + tl.minimum((i_m + 1) * BLOCK_M, TQ), TK)
+    n_begin = tl.minimum(tl.load(LEAST + i_bh * NM + i_m) // BLOCK_N * BLOCK_N, n_end)
+    full_end = tl.maximum((offset + i_m * BLOCK_M + 1) // ALIGNED * ALIGNED, n_begin)
+    full_begin = tl.minimum(tl.cdiv(tl.load(GREATEST + i_bh * NM + i_m), BLOCK_N) * BLOCK_N, full_end)
+    full_begin = tl.maximum(full_begin, n_begin)
+    tiles_after = tl.cdiv(tl.maximum(n_end - full_end, 0), BLOCK_N)
+    tiles_before = (full_begin - n_begin) // BLOCK_N
 
-    maximum = tl.full([BLOCK_M], -_INF, tl.float32)
-    total = tl.zeros([BLOCK_M], tl.float64 if WIDE else tl.float32)
-    out = tl.zeros([BLOCK_M, PADDED_DIM], tl.float32)
-    qk_scale = scale * _LOG2_E
-    for tile in tl.range(0, near_tiles + edge_tiles):
-        j = tl.where(tile < near_tiles, near + tile * BLOCK_N, start + (tile - near_tiles) * BLOCK_N)
-        keys = j + tl.arange(0, BLOCK_N)
-        is_key = keys < TK
-        k = load_rows(p_k, keys, k_t, is_key, HEAD_DIM, PADDED_DIM, True)
-        key_high, key_low = split(tl.load(p_ck + keys, mask=is_key, other=_INF) * _LOG2_E - base)
+    maximum = tl.full([BLOCK_M], -INF, tl.float32)
+    total = tl.zeros([BLOCK_M], tl.float64 if IS_FP32 else tl.float32)
+    b_o = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+    qk_scale = scale * LOG2_E
+    for i in tl.range(0, tiles_after + tiles_before):
+        n = tl.where(i < tiles_after, full_end + i * BLOCK_N, n_begin + (i - tiles_after) * BLOCK_N)
+        o_n = n + tl.arange(0, BLOCK_N)
+        m_k = o_n < TK
+        b_k = load_rows(p_k, o_n, k_t, m_k, D, BLOCK_D, True)
+        key_high, key_low = split_fp64(tl.load(p_ck + o_n, mask=m_k, other=INF) * LOG2_E - base)
         bias = (row_high[:, None] - key_high[None, :]) + (row_low[:, None] - key_low[None, :])
-        scores = tl.dot(q, tl.trans(k), input_precision=PRECISION) * qk_scale + bias
-        visible = (keys[None, :] <= positions[:, None]) & (keys[None, :] >= first[:, None])
-        scores = tl.where(visible, scores, -_INF)
-        new_maximum = tl.maximum(maximum, tl.max(scores, 1))
-        # A row that has seen nothing yet: any finite shift leaves its weights at zero.
-        shift = tl.where(new_maximum == -_INF, 0.0, new_maximum)
-        weights = tl.exp2(scores - shift[:, None])
+        b_s = tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION) * qk_scale + bias
+        m_s = (o_n[None, :] <= last[:, None]) & (o_n[None, :] >= kv_start[:, None])
+        b_s = tl.where(m_s, b_s, -INF)
+        new_maximum = tl.maximum(maximum, tl.max(b_s, 1))
+        # A row without a visible key so far: any finite shift leaves its weights at zero.
+        shift = tl.where(new_maximum == -INF, 0.0, new_maximum)
+        b_p = tl.exp2(b_s - shift[:, None])
         rescale = tl.exp2(maximum - shift)
-        total = total * rescale + tl.sum(weights, 1)
-        if DROPOUT:
-            weights *= dropout_scale(SEED, head, rows[:, None], keys[None, :], TQ, TK, dropout)
-        v = load_rows(p_v, keys, v_t, is_key, HEAD_DIM, PADDED_DIM, True)
-        out = out * rescale[:, None] + tl.dot(weights.to(v.dtype), v, input_precision=PRECISION)
+        total = total * rescale + tl.sum(b_p, 1)
+        if HAS_DROPOUT:
+            b_p *= dropout_scale(SEED, i_bh, o_m[:, None], o_n[None, :], TQ, TK, dropout)
+        b_v = load_rows(p_v, o_n, v_t, m_k, D, BLOCK_D, True)
+        b_o = b_o * rescale[:, None] + tl.dot(b_p.to(b_v.dtype), b_v, input_precision=PRECISION)
         maximum = new_maximum
-    for j in tl.range(far_start, near, BLOCK_N):
-        keys = j + tl.arange(0, BLOCK_N)
-        k = load_rows(p_k, keys, k_t, keys < TK, HEAD_DIM, PADDED_DIM, False)
-        if WIDE:
-            key_high, key_low = split(tl.load(p_ck + keys) * _LOG2_E - base)
+    for n in tl.range(full_begin, full_end, BLOCK_N):
+        o_n = n + tl.arange(0, BLOCK_N)
+        b_k = load_rows(p_k, o_n, k_t, o_n < TK, D, BLOCK_D, False)
+        if IS_FP32:
+            key_high, key_low = split_fp64(tl.load(p_ck + o_n) * LOG2_E - base)
             bias = (row_high[:, None] - key_high[None, :]) + (row_low[:, None] - key_low[None, :])
-            scores = tl.dot(q, tl.trans(k), input_precision=PRECISION) * qk_scale + bias
-            new_maximum = tl.maximum(maximum, tl.max(scores, 1))
-            weights = tl.exp2(scores - new_maximum[:, None])
+            b_s = tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION) * qk_scale + bias
+            new_maximum = tl.maximum(maximum, tl.max(b_s, 1))
+            b_p = tl.exp2(b_s - new_maximum[:, None])
         else:
-            bias = key_bias(p_relative, p_base, keys, j, base, BLOCK_N)
-            scores = tl.dot(q, tl.trans(k), input_precision=PRECISION) * qk_scale + bias[None, :]
-            new_maximum = tl.maximum(maximum, tl.max(scores, 1) + row_high)
-            weights = tl.exp2(scores - (new_maximum - row_high)[:, None])
+            bias = _key_bias(p_relative, p_base, o_n, n, base, BLOCK_N)
+            b_s = tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION) * qk_scale + bias[None, :]
+            new_maximum = tl.maximum(maximum, tl.max(b_s, 1) + row_high)
+            b_p = tl.exp2(b_s - (new_maximum - row_high)[:, None])
         rescale = tl.exp2(maximum - new_maximum)
-        total = total * rescale + tl.sum(weights, 1)
-        if DROPOUT:
-            weights *= dropout_scale(SEED, head, rows[:, None], keys[None, :], TQ, TK, dropout)
-        v = load_rows(p_v, keys, v_t, keys < TK, HEAD_DIM, PADDED_DIM, False)
-        out = out * rescale[:, None] + tl.dot(weights.to(v.dtype), v, input_precision=PRECISION)
+        total = total * rescale + tl.sum(b_p, 1)
+        if HAS_DROPOUT:
+            b_p *= dropout_scale(SEED, i_bh, o_m[:, None], o_n[None, :], TQ, TK, dropout)
+        b_v = load_rows(p_v, o_n, v_t, o_n < TK, D, BLOCK_D, False)
+        b_o = b_o * rescale[:, None] + tl.dot(b_p.to(b_v.dtype), b_v, input_precision=PRECISION)
         maximum = new_maximum
 
-    out = out / tl.where(total == 0.0, 1.0, total).to(tl.float32)[:, None]
-    columns = tl.arange(0, PADDED_DIM)
-    p_out = OUT + ((b64 * TQ + rows[:, None]) * H + h) * HEAD_DIM + columns[None, :]
-    tl.store(p_out, out.to(OUT.dtype.element_ty), mask=is_row[:, None] & (columns[None, :] < HEAD_DIM))
-    lse = maximum.to(tl.float64) * _LN_2 + tl.log(total) if WIDE else (maximum + tl.log2(total)) * _LN_2
-    tl.store(LSE + head.to(tl.int64) * TQ + rows, lse, mask=is_row)
-
-
-@triton.jit
-def key_bias(p_relative, p_base, keys, j, base, BLOCK_N: tl.constexpr):
-    """``base - c_j`` of a far tile's keys in float32; float64 enters once per block of keys."""
-    relative = tl.load(p_relative + keys)
-    if BLOCK_N <= _BASE_BLOCK:
-        far = (base - tl.load(p_base + j // _BASE_BLOCK)).to(tl.float32)
-        return far - relative
-    else:
-        tl.static_assert(BLOCK_N == 2 * _BASE_BLOCK)
-        far = (base - tl.load(p_base + j // _BASE_BLOCK)).to(tl.float32)
-        farther = (base - tl.load(p_base + j // _BASE_BLOCK + 1)).to(tl.float32)
-        return tl.where(keys < j + _BASE_BLOCK, far, farther) - relative
-
-
-def dot_precision(q: Tensor) -> str:
-    """How float32 products are taken: as torch takes its own."""
-    return "tf32" if torch.backends.cuda.matmul.allow_tf32 else "ieee"
-
-
-def key_decay(c_k: Tensor) -> tuple[Tensor, Tensor]:
-    """Split running sums of keys for far tiles, in units of log 2.
-
-    Args:
-        c_k: ``[B, Hf, Tk]`` float64, ``+inf`` for hidden keys.
-
-    Returns:
-        ``[B, Hf, Tk]`` float32 relative to the last visible key of each block of 64, and ``[B, Hf, ceil(Tk / 64)]``
-        float64, the sums there.
-    """
-    batch, gates, keys = c_k.shape
-    blocks = triton.cdiv(keys, BASE_BLOCK)
-    relative = torch.empty(c_k.shape, dtype=torch.float32, device=c_k.device)
-    base = torch.empty(batch, gates, blocks, dtype=torch.float64, device=c_k.device)
-    _key_decay_kernel[(batch * gates, blocks)](
-        c_k, relative, base, c_k.stride(0), c_k.stride(1), gates, keys, blocks, num_warps=1
-    )
-    return relative, base
-
-
-def visible_ranges(first: Tensor, last: Tensor, heads: int, block: int) -> tuple[Tensor, Tensor]:
-    """Least and greatest first key of each block of queries, ``[B, H, ceil(Tq / block)]`` int32 each."""
-    batch, first_heads, queries = first.shape
-    blocks = triton.cdiv(queries, block)
-    low, high = torch.empty(2, batch, heads, blocks, dtype=torch.int32, device=first.device).unbind()
-    _ranges_kernel[(batch * heads, blocks)](
-        first,
-        last,
-        low,
-        high,
-        first.stride(0),
-        first.stride(1),
-        heads,
-        heads // first_heads,
-        queries,
-        blocks,
-        BLOCK_M=block,
-        num_warps=1,
-    )
-    return low, high
-
-
-def heaviest_first(low: Tensor) -> Tensor:
-    """Order of heads by falling work, ``[heads]`` int64, from their contiguous first keys ``[heads, blocks]`` int32."""
-    heads, blocks = low.shape
-    if heads > _ORDERED_HEADS:
-        return low.sum(-1).argsort(stable=True)
-    order = torch.empty(heads, dtype=torch.int64, device=low.device)
-    _order_kernel[(1,)](low, order, heads, blocks, HEADS=triton.next_power_of_2(heads), BLOCK=128, num_warps=8)
-    return order
+    b_o = b_o / tl.where(total == 0.0, 1.0, total).to(tl.float32)[:, None]
+    o_d = tl.arange(0, BLOCK_D)
+    p_out = OUT + ((i_b * TQ + o_m[:, None]) * H + i_h) * D + o_d[None, :]
+    tl.store(p_out, b_o.to(OUT.dtype.element_ty), mask=m_q[:, None] & (o_d[None, :] < D))
+    lse = maximum.to(tl.float64) * LN_2 + tl.log(total) if IS_FP32 else (maximum + tl.log2(total)) * LN_2
+    tl.store(LSE + i_bh.to(tl.int64) * TQ + o_m, lse, mask=m_q)
 
 
 def forward(
@@ -320,59 +235,61 @@ def forward(
 ) -> tuple[Tensor, Tensor]:
     """Launch the forward pass. Arguments as for `reference_attention`, each tensor contiguous along its last dimension.
 
+    Args:
+        q: ``[B, Tq, H, D]``.
+        k, v: ``[B, Tk, G, D]``, of the dtype of ``q``.
+        decay: of these queries and keys.
+        scale: multiplies ``q . k``.
+        dropout: share of the weights that is dropped, in ``[0, 1)``.
+        seed: one int64 if ``dropout`` is not zero.
+        tile: shape and resources of a program.
+
     Returns:
-        Output ``[B, Tq, H, D]`` in the type of ``q`` and log-sum-exp ``[B, H, Tq]``, float32 (float64 for float32).
+        Output ``[B, Tq, H, D]`` in the dtype of ``q`` and log-sum-exp ``[B, H, Tq]``, float32 (float64 for float32).
     """
     batch, queries, heads, head_dim = q.shape
     keys, kv_heads, gates = k.shape[1], k.shape[2], decay.key.shape[1]
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
-    wide = q.dtype == torch.float32
-    lse = torch.empty(batch, heads, queries, dtype=torch.float64 if wide else torch.float32, device=q.device)
+    is_fp32 = q.dtype == torch.float32
+    lse = torch.empty(batch, heads, queries, dtype=torch.float64 if is_fp32 else torch.float32, device=q.device)
     relative, base = key_decay(decay.key)
-    low, high = visible_ranges(decay.first, decay.last, heads, tile.queries)
-    order = heaviest_first(low.flatten(0, 1))
-    blocks = low.shape[-1]
+    least, greatest = kv_start_ranges(decay.first, decay.last, heads, tile.queries)
+    blocks = least.shape[-1]
     _forward_kernel[(blocks * batch * heads,)](
-        q,
-        k,
-        v,
-        decay.query,
-        decay.key,
-        relative,
-        base,
-        decay.first,
-        decay.last,
-        low,
-        high,
-        order,
-        seed,
-        out,
-        lse,
-        *q.stride()[:3],
-        *k.stride()[:3],
-        *v.stride()[:3],
-        *decay.query.stride()[:2],
-        *decay.key.stride()[:2],
-        *decay.first.stride()[:2],
-        scale,
-        dropout,
-        queries,
-        keys,
-        heads,
-        gates,
-        heads // kv_heads,
-        heads // gates,
-        heads // decay.first.shape[1],
-        blocks,
-        base.shape[-1],
-        HEAD_DIM=head_dim,
-        PADDED_DIM=padded_head_dim(head_dim),
+        Q=q, q_b=q.stride(0), q_t=q.stride(1), q_h=q.stride(2),
+        K=k, k_b=k.stride(0), k_t=k.stride(1), k_h=k.stride(2),
+        V=v, v_b=v.stride(0), v_t=v.stride(1), v_h=v.stride(2),
+        C_Q=decay.query, cq_b=decay.query.stride(0), cq_h=decay.query.stride(1),
+        C_K=decay.key, ck_b=decay.key.stride(0), ck_h=decay.key.stride(1),
+        RELATIVE=relative,
+        BASE=base,
+        KV_START=decay.first, s_b=decay.first.stride(0), s_h=decay.first.stride(1),
+        LAST=decay.last,
+        LEAST=least,
+        GREATEST=greatest,
+        HEAD_ORDER=heaviest_first(least.flatten(0, 1)),
+        SEED=seed,
+        OUT=out,
+        LSE=lse,
+        scale=scale,
+        dropout=dropout,
+        TQ=queries,
+        TK=keys,
+        H=heads,
+        HF=gates,
+        KV_GROUP=heads // kv_heads,
+        GATE_GROUP=heads // gates,
+        START_GROUP=heads // decay.first.shape[1],
+        NM=blocks,
+        NB=base.shape[-1],
+        D=head_dim,
+        BLOCK_D=padded_head_dim(head_dim),
         BLOCK_M=tile.queries,
         BLOCK_N=tile.keys,
-        WIDE=wide,
-        DROPOUT=dropout > 0.0,
+        IS_FP32=is_fp32,
+        HAS_DROPOUT=dropout > 0.0,
         PRECISION=dot_precision(q),
         num_warps=tile.warps,
         num_stages=tile.stages,
-    )
+    )  # fmt: skip
     return out, lse

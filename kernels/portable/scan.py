@@ -10,6 +10,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..backends import NAMESPACE
+from ..triton_common import larger
 
 _CHUNK = 1024
 
@@ -67,7 +68,7 @@ def _gate_scan_kernel(
         reset = tl.maximum(reset, tl.max(tl.load(RESETS + row * NC + chunks, mask=chunks < chunk, other=-1), 0))
     p = row.to(tl.int64) * T + tokens
     tl.store(C + p, tl.cumsum(log_f, 0) + before, mask=tokens < T)
-    first = tl.maximum(tl.associative_scan(resets, 0, _larger), reset)
+    first = tl.maximum(tl.associative_scan(resets, 0, larger), reset)
     tl.store(FIRST + p, tl.where(first < 0, NO_RESET, first).to(tl.int64), mask=tokens < T)
 
 
@@ -93,11 +94,6 @@ def _sum_before(TOTALS, chunk, CHUNK: tl.constexpr):
         chunks = start + tl.arange(0, CHUNK)
         total += tl.load(TOTALS + chunks, mask=chunks < chunk, other=0.0)
     return tl.sum(total, 0)
-
-
-@triton.jit
-def _larger(a, b):
-    return tl.maximum(a, b)
 
 
 @triton.jit

@@ -14,14 +14,13 @@ from torch import Tensor
 
 from ..backends import NAMESPACE, rows_together
 from ..decay import Decay
-from ..portable.forward import load_rows
 from ..tiles import PRUNED_KEYS, PRUNED_QUERIES, padded_head_dim
+from ..triton_common import INF, larger, load_rows
 from .predicates import lengths, may_drop_paper, may_drop_tight, query_bounds, raised
 from .rounding import decay_margin, log_allowed, logit_margin
 
 _QUERY_BLOCK = tl.constexpr(PRUNED_QUERIES)
 _KEY_BLOCK = tl.constexpr(PRUNED_KEYS)
-_INF = tl.constexpr(float("inf"))
 _SCAN = 1024
 
 
@@ -73,9 +72,9 @@ def _block_decay_kernel(C, END, LOG_SUM, stride_b, stride_h, HF, TK, NB):
     row, block = tl.program_id(0), tl.program_id(1)
     keys = block * _KEY_BLOCK + tl.arange(0, _KEY_BLOCK)
     p = C + (row // HF).to(tl.int64) * stride_b + (row % HF).to(tl.int64) * stride_h
-    c = tl.load(p + keys, mask=keys < TK, other=_INF)
+    c = tl.load(p + keys, mask=keys < TK, other=INF)
     end = tl.min(c, 0)
-    weights = tl.where(c == _INF, 0.0, tl.exp((end - c).to(tl.float32)))
+    weights = tl.where(c == INF, 0.0, tl.exp((end - c).to(tl.float32)))
     tl.store(END + row * NB + block, end)
     tl.store(LOG_SUM + row * NB + block, tl.log(tl.sum(weights, 0)).to(tl.float64))
 
@@ -83,16 +82,11 @@ def _block_decay_kernel(C, END, LOG_SUM, stride_b, stride_h, HF, TK, NB):
 @triton.jit
 def _join(end_a, sum_a, end_b, sum_b):
     """Two runs of keys, the second after the first, as one."""
-    moved = tl.where(end_a == _INF, -_INF, sum_a + tl.where(end_a == _INF, 0.0, end_b - end_a))
+    moved = tl.where(end_a == INF, -INF, sum_a + tl.where(end_a == INF, 0.0, end_b - end_a))
     large, small = tl.maximum(moved, sum_b), tl.minimum(moved, sum_b)
-    joined = tl.where(small == -_INF, large, large + tl.log(1.0 + tl.exp(small - tl.where(large == -_INF, 0.0, large))))
-    hidden = end_b == _INF
+    joined = tl.where(small == -INF, large, large + tl.log(1.0 + tl.exp(small - tl.where(large == -INF, 0.0, large))))
+    hidden = end_b == INF
     return tl.where(hidden, end_a, end_b), tl.where(hidden, sum_a, joined)
-
-
-@triton.jit
-def _larger(a, b):
-    return tl.maximum(a, b)
 
 
 @triton.jit
@@ -100,20 +94,20 @@ def _scan_decay_kernel(END, LOG_SUM, NB, BLOCK: tl.constexpr):
     """Join every block with all before it, in place."""
     row = tl.program_id(0)
     index = tl.arange(0, BLOCK)
-    end_before = tl.full([BLOCK], _INF, tl.float64)
-    sum_before = tl.full([BLOCK], -_INF, tl.float64)
+    end_before = tl.full([BLOCK], INF, tl.float64)
+    sum_before = tl.full([BLOCK], -INF, tl.float64)
     for start in range(0, NB, BLOCK):
         blocks = start + index
         p = row * NB + blocks
-        end = tl.load(END + p, mask=blocks < NB, other=_INF)
-        log_sum = tl.load(LOG_SUM + p, mask=blocks < NB, other=-_INF)
+        end = tl.load(END + p, mask=blocks < NB, other=INF)
+        log_sum = tl.load(LOG_SUM + p, mask=blocks < NB, other=-INF)
         end, log_sum = tl.associative_scan((end, log_sum), 0, _join)
         end, log_sum = _join(end_before, sum_before, end, log_sum)
         tl.store(END + p, end, mask=blocks < NB)
         tl.store(LOG_SUM + p, log_sum, mask=blocks < NB)
         # The last one of these, to every lane: it stands at least as low, and has at least the sum, of any other.
         end_before = tl.min(end, 0) + tl.zeros([BLOCK], tl.float64)
-        sum_before = tl.max(tl.where(index == BLOCK - 1, log_sum, -_INF), 0) + tl.zeros([BLOCK], tl.float64)
+        sum_before = tl.max(tl.where(index == BLOCK - 1, log_sum, -INF), 0) + tl.zeros([BLOCK], tl.float64)
 
 
 @triton.jit
@@ -124,7 +118,7 @@ def _scan_largest_kernel(K_MAX, NB, BLOCK: tl.constexpr):
     for start in range(0, NB, BLOCK):
         blocks = start + tl.arange(0, BLOCK)
         p = K_MAX + row * NB + blocks
-        largest = tl.associative_scan(tl.load(p, mask=blocks < NB, other=0.0).to(tl.float32), 0, _larger)
+        largest = tl.associative_scan(tl.load(p, mask=blocks < NB, other=0.0).to(tl.float32), 0, larger)
         largest = tl.maximum(largest, before)
         tl.store(p, largest, mask=blocks < NB)
         before = tl.max(largest, 0) + tl.zeros([BLOCK], tl.float32)
@@ -192,7 +186,7 @@ def _search_kernel(
         middle = (low + high + 1) // 2
         last = tl.maximum(middle - 1, 0)
         end = tl.load(p_end + last)
-        decay = tl.where(end == _INF, -_INF, c - tl.where(end == _INF, 0.0, end))
+        decay = tl.where(end == INF, -INF, c - tl.where(end == INF, 0.0, end))
         if TIGHT:
             largest = tl.load(p_largest + last).to(tl.float32)
             droppable = may_drop_tight(norm, own, decay + tl.load(p_sum + last), largest, log_eps)

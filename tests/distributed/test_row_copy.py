@@ -9,7 +9,7 @@ from torch import Tensor
 
 from foxlm.kernels.context_parallel import row_copy as module
 from foxlm.kernels.context_parallel.row_copy import NO_RUNS, Place, Rows, Runs, copy_rows, to_device
-from foxlm.kernels.portable.forward import heaviest_first
+from foxlm.kernels.portable.block_ranges import heaviest_first
 from kernel_device import DEVICE, ON_KERNELS
 
 DEVICES = ["cpu", pytest.param(DEVICE, marks=ON_KERNELS)]

@@ -24,9 +24,9 @@ from foxlm.kernels.hopper.backward import hopper_backward, hopper_backward_takes
 STACK = {64: 16, 128: 96}
 SHARED_MEMORY = 227 * 1024
 BEFORE = [
-    "_ranges_kernel",
-    "_order_kernel",
-    "_stops_kernel",
+    "_kv_start_range_kernel",
+    "_head_order_kernel",
+    "_query_range_kernel",
     "_hopper_keys_kernel",
     "_maxima_kernel",
     "_hopper_rows_kernel",

@@ -1,0 +1,94 @@
+"""What all Triton and Gluon kernels share: the names, constants and device functions.
+
+Sizes and indices
+    ===================  ===========================================================================================
+    ``B``                sequences of a batch
+    ``T, TQ, TK``        tokens, queries, keys of a sequence
+    ``H, G, HF``         query heads, key/value heads, forget gates per token; ``HF`` is ``H``, ``G`` or 1
+    ``*_GROUP``          query heads per key/value head (``KV_GROUP``), gate (``GATE_GROUP``) or row of ``KV_START``
+    ``D``                size of a head; ``BLOCK_D`` is the power of two that it is padded to
+    ``NM, NN, NB``       blocks of ``BLOCK_M`` queries, of ``BLOCK_N`` keys, of ``BASE_BLOCK`` keys
+    ``x_b, x_t, x_h``    strides of tensor ``X`` in elements: batch, token, head; the last dimension has stride 1
+    ``i_b, i_h, i_g``    a program's sequence, query head, key/value head; ``i_bh`` is ``i_b * H + i_h``
+    ``i_m, i_n``         index of a block of queries, of keys
+    ===================  ===========================================================================================
+
+Values
+    ===================  ===========================================================================================
+    ``Q, C_Q, ...``      capitals: arguments of a launch, that is pointers to tensors, sizes and constants
+    ``p_``               pointer, moved to the program's sequence and head
+    ``o_``               offsets of a block's rows, ``[BLOCK_M]`` or ``[BLOCK_N]``, or of its columns, ``[BLOCK_D]``
+    ``m_``               mask of such offsets that are inside the tensor
+    ``b_``               tile in registers: ``b_q [BLOCK_M, BLOCK_D]``, scores ``b_s``, weights ``b_p``, output ``b_o``
+    ``HAS_, IS_``        flags known when the kernel is compiled
+    ``c``                running sum of log forget gates, float64; the bias of a score is ``c_i - c_j``
+    ``base``             a float64 sum relative to which sums of a block fit in float32
+    ``x_high, x_low``    a float64 value as the sum of two float32 ones
+    ``kv_start``         first key that a query may attend to, by resets, packing, padding and pruning
+    ===================  ===========================================================================================
+
+Tiles of scores, ``BLOCK_M`` queries by ``BLOCK_N`` keys
+    ===================  ===========================================================================================
+    full tile            every pair is visible: no mask
+    masked tile          some pairs may be hidden: it is on the diagonal or holds a ``kv_start``
+    diagonal tile        holds the diagonal key of a query, the last one that it may attend to
+    work tile            what one pass of a persistent kernel computes: a block of queries (forward) or keys (backward)
+                         of a head. The dynamic scheduler hands them out by a counter in global memory
+    ===================  ===========================================================================================
+
+Warp-specialized kernels (Gluon)
+    ===================  ===========================================================================================
+    role                 what a group of warps does. A producer copies tiles to shared memory by TMA, a consumer
+                         multiplies them; further roles are named where they are
+    stage                slot of a ring of shared-memory buffers
+    phase                parity of the ring's round, which a wait for an mbarrier names; it flips each time round
+    ``x_full, x_empty``  pair of mbarriers of a stage: ``x`` has been written, ``x`` has been read by all. Waits for
+                         *empty* name the opposite phase, which passes at once in the first round
+    ===================  ===========================================================================================
+
+Exponents are in units of log 2, since ``exp2`` is what the hardware has.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+# Keys (and, backward, queries) that share one float64 base.
+BASE_BLOCK = tl.constexpr(64)
+LOG2_E = tl.constexpr(1.4426950408889634)
+LN_2 = tl.constexpr(0.6931471805599453)
+INF = tl.constexpr(float("inf"))
+INT32_MAX = tl.constexpr(2147483647)
+
+
+@triton.jit
+def load_rows(p, o_rows, stride, m_rows, D: tl.constexpr, BLOCK_D: tl.constexpr, HAS_MASK: tl.constexpr):
+    """Rows ``o_rows`` of a head at ``p``, ``[rows, BLOCK_D]``; zero outside ``m_rows`` (if ``HAS_MASK``) and ``D``."""
+    o_d = tl.arange(0, BLOCK_D)
+    p = p + o_rows[:, None].to(tl.int64) * stride + o_d[None, :]
+    if HAS_MASK:
+        return tl.load(p, mask=m_rows[:, None] & (o_d[None, :] < D), other=0.0)
+    elif D != BLOCK_D:
+        return tl.load(p, mask=o_d[None, :] < D, other=0.0)
+    else:
+        return tl.load(p)
+
+
+@triton.jit
+def split_fp64(x):
+    """A float64 value as the sum of two float32 ones; an infinite one has no second part."""
+    high = x.to(tl.float32)
+    low = (x - high.to(tl.float64)).to(tl.float32)
+    return high, tl.where(tl.abs(high) == INF, 0.0, low)
+
+
+@triton.jit
+def larger(a, b):
+    """For scans: their maximum so far."""
+    return tl.maximum(a, b)
+
+
+def dot_precision(q: Tensor) -> str:
+    """``input_precision`` of matmuls of float32 tiles: as torch takes its own."""
+    return "tf32" if torch.backends.cuda.matmul.allow_tf32 else "ieee"
