@@ -17,8 +17,9 @@ from foxlm.cli import app
 from foxlm.evaluation.demo.tokenizer import byte_tokenizer
 
 ROOT = Path(__file__).parents[2]
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
-NAMES = [page.name for page in PAGES]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+NAMES = [page.relative_to(ROOT).as_posix() for page in PAGES]
+LINKING = [*PAGES, ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md"]
 # Not run here: what installs, takes checkpoints that are not there, or minutes.
 NOT_RUN: tuple[str, ...] = ("make ", "pip install", "python examples/")
 NOT_RUN += tuple(f"foxlm {name}" for name in ("publish", "convert", "graft", "card", "bench", "eval"))
@@ -52,14 +53,38 @@ def test_python_runs(page, tmp_path, monkeypatch):
         if ">>>" in snippet:
             continue
         # A page goes on where its last snippet ended; the README's stand alone.
-        scope = names if page.parent.name == "docs" else {"__name__": "page"}
+        scope = {"__name__": "page"} if page.parent == ROOT else names
         exec(compile(snippet, f"{page.name} snippet {index}", "exec"), scope)
 
 
-@pytest.mark.parametrize("page", PAGES, ids=NAMES)
+def anchors(page: Path) -> set[str]:
+    """Of a page's headings, as GitHub makes them."""
+    headings = re.findall(r"^#+ (.+)$", text_of(page), flags=re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("page", LINKING, ids=lambda page: page.relative_to(ROOT).as_posix())
 def test_links_lead_somewhere(page):
-    for target in re.findall(r"\]\((?!https?:)([^)#]+)", text_of(page)):
-        assert (page.parent / target).exists(), target
+    for target in re.findall(r"\]\((?!https?:)([^)]+)\)", text_of(page)):
+        path, _, anchor = target.partition("#")
+        linked = page.parent / path if path else page
+        assert linked.exists(), target
+        assert not anchor or anchor in anchors(linked), target
+
+
+@pytest.mark.parametrize("page", LINKING, ids=lambda page: page.relative_to(ROOT).as_posix())
+def test_paths_that_are_named_exist(page):
+    if page.name in ("tuning.md", "CHANGELOG.md"):
+        return  # what they name may be gone
+    for path in re.findall(
+        r"`((?:foxlm|kernels|modeling|conversion|evaluation|tests|examples|docs)/[\w./-]*)`", text_of(page)
+    ):
+        assert (ROOT / path).exists(), path
+
+
+def test_readme_is_short_and_narrow():
+    lines = text_of(ROOT / "README.md").splitlines()
+    assert len(lines) <= 110 and max(map(len, lines)) <= 200
 
 
 @pytest.fixture
@@ -82,7 +107,7 @@ def folder(tmp_path) -> Path:
     )
     FoxForCausalLM(config).save_pretrained(path / "my-fox")
     tokenizer.save_pretrained(path / "my-fox")
-    (path / "book.txt").write_text(text_of(ROOT / "docs" / "design.md")[:6000], encoding="utf-8")
+    (path / "book.txt").write_text(text_of(ROOT / "docs" / "design" / "pruning.md")[:6000], encoding="utf-8")
     return path
 
 
