@@ -1,4 +1,4 @@
-"""The files of a model's folder: its JSON, and its weights one at a time."""
+"""Read the JSON files and the weights of a model's folder, the weights one at a time."""
 
 import json
 from collections.abc import Mapping
@@ -10,11 +10,11 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-# The names that transformers gives to one file, to shards and to what lists them.
+# File names that transformers gives to weights, shards and their index.
 _SAFETENSORS, WEIGHTS_INDEX = "*.safetensors", "model.safetensors.index.json"
 _PICKLES, _PICKLES_INDEX = "pytorch_model*.bin", "pytorch_model.bin.index.json"
 _MOST_LABELS = 1_000_000
-# Fields that are sizes of weights, by the names of all kinds of models that are read here.
+# Configuration fields that are sizes of weights, in any model type read here.
 _SIZES = (
     *("vocab_size", "hidden_size", "intermediate_size", "head_dim"),
     *("num_heads", "num_kv_heads", "num_attention_heads", "num_key_value_heads"),
@@ -31,7 +31,7 @@ def read_json(file: Path) -> dict[str, Any]:
 
 
 def read_any_json(file: Path) -> Any:
-    """What a JSON file holds; raises a `ValueError` that names the file if it is none."""
+    """The content of a JSON file; raises a `ValueError` that names the file if it is not valid JSON."""
     try:
         return json.loads(file.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:
@@ -43,11 +43,11 @@ def read_fields(folder: Path) -> dict[str, Any]:
     if not (folder / "config.json").is_file():
         raise ValueError(f"the source must be a folder with a config.json, got {folder}")
     fields = read_json(folder / "config.json")
-    # transformers takes it for one.
+    # transformers assumes a mapping.
     if not isinstance(fields.get("auto_map") or {}, dict):
         raise ValueError(f"auto_map in {folder / 'config.json'} must be an object, got {fields['auto_map']!r:.60}")
     labels = fields.get("num_labels")
-    # Any configuration of transformers makes a name for each.
+    # A configuration of transformers creates a name for each label.
     if isinstance(labels, int | float) and not labels <= _MOST_LABELS:
         raise ValueError(f"num_labels in {folder / 'config.json'} must be at most {_MOST_LABELS}, got {labels}")
     names = fields.get("id2label") or {}
@@ -59,25 +59,25 @@ def read_fields(folder: Path) -> dict[str, Any]:
 
 
 def check_sizes(fields: dict[str, Any], headers: Mapping[str, Tensor]) -> None:
-    """Raise a `ValueError` if a ``config.json`` has sizes that its weights cannot have, before anything is made of it.
+    """Raise a `ValueError` if a ``config.json`` states sizes larger than its weights, before a model is built from it.
 
     Args:
         fields: of the ``config.json``.
-        headers: each weight, with or without values.
+        headers: the weights by name; meta tensors will do.
     """
-    weights, numbers = len(headers), sum(weight.numel() for weight in headers.values())
-    for most, held, names in ((weights, "weights", ("num_hidden_layers",)), (numbers, "numbers", _SIZES)):
+    weights, parameters = len(headers), sum(weight.numel() for weight in headers.values())
+    for most, held, names in ((weights, "weights", ("num_hidden_layers",)), (parameters, "parameters", _SIZES)):
         for name in names:
             size = fields.get(name)
             if isinstance(size, int | float) and not size <= most:
-                raise ValueError(f"{name} in config.json is {size}, but the files of weights hold {most:,} {held}")
+                raise ValueError(f"{name} in config.json is {size}, but its files hold {most:,} {held}")
 
 
 def headers_to_load(folder: Path) -> dict[str, Tensor] | None:
-    """Each weight, on the meta device, of the safetensors that transformers would load; None if there are none.
+    """The weights, on the meta device, of the safetensors files that transformers would load; None if there are none.
 
     Raises:
-        ValueError: a file is missing, elsewhere or broken; the message names it.
+        ValueError: a file is missing, outside the folder or broken; the message names it.
     """
     whole, index = folder / "model.safetensors", folder / WEIGHTS_INDEX
     if whole.exists():
@@ -91,19 +91,19 @@ def headers_to_load(folder: Path) -> dict[str, Tensor] | None:
 
 
 class StoredWeights:
-    """The weights in a folder, whatever their size: only names, types and shapes are read until one is asked for.
+    """The weights in a folder, loaded one at a time: only names, dtypes and shapes are read at first.
 
     Attributes:
-        headers: each weight on the meta device.
-        files: the file of each.
+        headers: the weights by name, on the meta device.
+        files: the file of each weight.
 
     Args:
         folder: holds ``*.safetensors``, all of it or what ``model.safetensors.index.json`` lists.
-        allow_pickle: whether ``pytorch_model*.bin`` will do where there is none of that, read as weights only.
+        allow_pickle: also accept ``pytorch_model*.bin`` if there is no safetensors file, read with ``weights_only``.
 
     Raises:
-        ValueError: there are no such files, one is missing, broken or not what the index says, or a weight is not of
-            floating-point numbers; the message names it.
+        ValueError: there are no such files; a file is missing, broken or contradicts the index; or a weight is not of
+            a floating-point dtype. The message names it.
     """
 
     def __init__(self, folder: Path, allow_pickle: bool = False) -> None:
@@ -123,12 +123,12 @@ class StoredWeights:
             _check_index(index, {name: file.name for name, file in self.files.items()})
 
     def load(self, name: str) -> Tensor:
-        """One weight. Its file is opened anew each time, so that memory is given back with the weight."""
+        """Load one weight. Its file is mapped anew each time, so that its memory is freed with the weight."""
         return _mapped(self.files[name])[name]
 
 
 def _weight_files(folder: Path, allow_pickle: bool) -> tuple[list[Path], Path | None]:
-    """The files with a folder's weights, and what lists them."""
+    """The files with a folder's weights, and their index if there is one."""
     for pattern, index in ((_SAFETENSORS, folder / WEIGHTS_INDEX), (_PICKLES, folder / _PICKLES_INDEX)):
         found = sorted(folder.glob(pattern))
         if not found and not index.exists():
@@ -148,11 +148,11 @@ def _weight_files(folder: Path, allow_pickle: bool) -> tuple[list[Path], Path | 
 
 
 def _named_files(index: Path, pattern: str) -> list[Path]:
-    """The files that an index names, if all are files ``pattern`` of its folder."""
+    """The files that an index names; all must match ``pattern`` and lie in its folder."""
     names = sorted(set(_listed(index).values()))
     found = set(index.parent.glob(pattern))
     for name in names:
-        # Its suffix too, or an index of safetensors could have a pickle read.
+        # The pattern includes the suffix: an index of safetensors must not make us read a pickle.
         if index.parent / name not in found or not (index.parent / name).is_file():
             raise ValueError(f"{index} lists {name!r}, which is not a file {pattern} of the folder")
     return [index.parent / name for name in names]
@@ -175,7 +175,7 @@ def _check_index(index: Path, files: dict[str, str]) -> None:
 
 
 def _mapped(file: Path) -> dict[str, Tensor]:
-    """All weights of a file, mapped into memory: reading them is what takes time and space."""
+    """All weights of a file, memory-mapped."""
     try:
         if file.suffix == ".safetensors":
             return load_file(file)
@@ -185,7 +185,7 @@ def _mapped(file: Path) -> dict[str, Tensor]:
     except SafetensorError as error:
         raise ValueError(f"{file} is not a whole safetensors file: {error}") from error
     except Exception as error:
-        # Unpickling garbage can raise anything; what torch advises after its first line is to run it.
+        # Unpickling invalid data can raise anything; after its first line torch advises to load without weights_only.
         reason = str(error).split("\n")[0] or type(error).__name__
         raise ValueError(f"{file} is not a whole file of pickled weights and nothing else: {reason}") from error
     if not isinstance(weights, dict):

@@ -1,12 +1,12 @@
-"""What a FoX model's folder says that it is."""
+"""Configuration, class and task of the FoX model in a folder."""
 
 from pathlib import Path
 
 from foxlm.conversion.checkpoint_io import read_fields
-from foxlm.conversion.formats.format import one_kind_of_error
+from foxlm.conversion.formats.checkpoint_format import invalid_config_as_value_error
 from foxlm.modeling.configuration_fox import FoxConfig
 
-# By class, the Auto class that loads it and the task as the Hub calls it.
+# Model class: the Auto class that loads it, and its task on the Hub.
 TASKS = {
     "FoxForCausalLM": ("AutoModelForCausalLM", "text-generation"),
     "FoxForSequenceClassification": ("AutoModelForSequenceClassification", "text-classification"),
@@ -17,7 +17,7 @@ TASKS = {
 
 
 def read_config(folder: Path) -> FoxConfig:
-    """The configuration in ``folder``; raises a `ValueError` if that is none of a FoX model, or not valid."""
+    """The configuration in ``folder``; raises a `ValueError` if it is invalid or not of a FoX model."""
     has_config = (folder / "config.json").is_file()
     if not has_config and (folder / "adapter_config.json").is_file():
         raise ValueError(
@@ -27,12 +27,12 @@ def read_config(folder: Path) -> FoxConfig:
     fields = read_fields(folder) if has_config else {}
     if fields.get("model_type") != FoxConfig.model_type:
         raise ValueError(f"folder must hold a config.json with model_type 'fox', got {folder}")
-    with one_kind_of_error():
+    with invalid_config_as_value_error():
         return FoxConfig.from_dict(fields)
 
 
 def architecture_of(config: FoxConfig) -> str:
-    """The class that a configuration is of; raises a `ValueError` if that is none of ours."""
+    """The model class named in a configuration; raises a `ValueError` if it is not a FoX class."""
     named = config.architectures or []
     if len(named) != 1 or named[0] not in TASKS:
         raise ValueError(f"architectures of config.json must be one of {sorted(TASKS)}, got {named}")

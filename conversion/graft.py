@@ -1,11 +1,12 @@
-"""Forget gates grafted onto a pretrained Transformer, which then learns to forget by finetuning.
+"""Graft forget gates onto a pretrained Transformer, which then learns to forget by finetuning.
 
-from foxlm.conversion.graft import graft
+    from foxlm.conversion.graft import graft
 
-model = graft("path/to/a/llama")
+    model = graft("path/to/a/llama")
 
-The result is a FoX model of the same weights, whose gates do not depend on the data yet: each head starts with a decay
-time of its own, and with infinite ones (`decay_times=math.inf`) computes what the pretrained model does.
+The result is a FoX model with the weights of the base, mapped one to one by name, plus forget gates that do not depend
+on the data yet: each head starts with a decay time of its own. With infinite decay times (`decay_times=math.inf`) the
+model computes what its base does. Supported bases are listed in `formats.llama_family`.
 """
 
 import copy
@@ -24,12 +25,12 @@ from transformers import (
 )
 
 from foxlm.conversion.checkpoint_io import check_sizes, headers_to_load, read_fields
-from foxlm.conversion.formats.format import one_kind_of_error
+from foxlm.conversion.formats.checkpoint_format import invalid_config_as_value_error
 from foxlm.conversion.formats.llama_family import base_config, base_of, check_model_type
-from foxlm.conversion.hub.links import check_links
+from foxlm.conversion.links import check_links
 from foxlm.conversion.new_folder import TEXT_FILES, check_new, copy_text_files, new_folder
 from foxlm.conversion.pretrained import read_config, read_model
-from foxlm.conversion.weight_map import Plan, Rename, distinct_weights, make_model, plan_to_ours
+from foxlm.conversion.weight_map import Plan, Rename, distinct_weights, make_model, plan_to_fox
 from foxlm.modeling.configuration_fox import FoxConfig
 from foxlm.modeling.layers.forget_gate import bias_for_times, log_spaced_times
 from foxlm.modeling.modeling_fox import FoxForCausalLM
@@ -39,7 +40,7 @@ DecayTimes = float | Sequence[float] | Sequence[Sequence[float]] | Tensor
 _GATES = ("full", "bias_only", "fixed", "none")
 _LOCAL = 64.0
 _BEYOND_CONTEXT = 16.0
-# Beside the biases of the gates, all that is new.
+# New weights besides the biases of the gates.
 _NEW_ZEROS = ("forget_gate.weight", "output_gate.weight")
 _FETCHED = ["config.json", "model*.safetensors*", *TEXT_FILES]
 
@@ -53,28 +54,28 @@ def graft(
     output_gate: bool = False,
     keep_rope: bool = True,
 ) -> FoxForCausalLM:
-    """A pretrained Transformer with forget gates, in its own type of numbers and on its device; a copy.
+    """Add forget gates to a pretrained Transformer; returns a copy with the base's dtype and device.
 
-    Token shift, output norm and QK-norm where there is none change what a model computes however they start, and are
-    not offered. To get back the base model's numbers on a GPU too, where weights up to `acp_eps` are left out, set
-    `model.config.acp_eps` to None.
+    Token shift, output norm and (where the base has none) QK-norm change the function however they are initialised, so
+    they are not offered. On a GPU pruning drops attention weights up to `acp_eps`: set `model.config.acp_eps` to None
+    to reproduce the base's outputs there.
 
     Args:
         model: a language model of transformers (llama, mistral, qwen2, qwen3, smollm3, olmo2), its folder, or its name
             on the Hugging Face Hub.
-        decay_times: decay time in tokens that each gate starts from: `log f = -1 / T`, whatever the token. A number for
-            all; `(min, max)`, log-spaced over the heads of each layer; or a table `[layers, gates]`. None is
-            `(64, 16 * max_position_embeddings)`, from local to longer than the context. Infinite ones, in a table or
-            for all, leave a head as it was, and since their gradient is zero, it stays so.
+        decay_times: initial decay time `T` of each gate in tokens, `log f = -1 / T` for every token. A number for all;
+            `(min, max)`, log-spaced over the heads of each layer; or a table `[layers, gates]`. None means
+            `(64, 16 * max_position_embeddings)`, from local to longer than the context. An infinite decay time leaves
+            a head unchanged, and its gradient is zero, so it stays infinite.
         forget_gate: as in `FoxConfig`: `"full"`, whose weights start from zero, `"bias_only"` or `"fixed"`; or
             `"none"`, the base model as a FoX model, to compare finetuning with and without gates.
         forget_gate_heads: `"query"` or `"key_value"`, as in `FoxConfig`.
-        output_gate: whether to add an output gate. It starts from 1/2 everywhere, which doubled weights make up for.
-        keep_rope: whether to keep rotary embeddings. A model without them is another one, even where no gate forgets.
+        output_gate: whether to add an output gate. It starts at 1/2 everywhere; `o_proj` is doubled to compensate.
+        keep_rope: whether to keep rotary embeddings. Without them the function changes even if no gate forgets.
 
     Raises:
         ValueError: the model has a part that a FoX model cannot represent, or an argument is not as above; the message
-            names what stands in the way.
+            names the field, weight or argument.
         OSError: a file of the model cannot be read.
     """
     if forget_gate not in _GATES:
@@ -83,20 +84,20 @@ def graft(
         raise ValueError("decay_times has no effect with forget_gate 'none'")
     if isinstance(model, str | Path):
         model = _folder_of(model)
-    with one_kind_of_error():
-        theirs = _config_of(model)
+    with invalid_config_as_value_error():
+        source = _config_of(model)
         config = base_config(
-            theirs,
+            source,
             keep_rope=keep_rope,
             forget_gate=forget_gate,
             forget_gate_heads=forget_gate_heads,
             use_output_gate=output_gate,
         )
-    config.grafted_from = theirs.model_type
+    config.grafted_from = source.model_type
     biases = {} if forget_gate == "none" else _set_decay_times(config, decay_times)
 
-    with one_kind_of_error():
-        plan = _plan(config, base_of(theirs).zeros + _NEW_ZEROS)
+    with invalid_config_as_value_error():
+        plan = _plan(config, base_of(source).zeros + _NEW_ZEROS)
     if isinstance(model, PreTrainedModel):
         weights = {name: weight.clone() for name, weight in _plain_weights(model).items()}
     else:
@@ -115,7 +116,7 @@ def graft(
 
 
 def graft_to_folder(source: str | Path, out: str | Path, **options: Any) -> None:
-    """Write `graft` of ``source``, and its tokenizer, to the new folder ``out``: whole or not at all.
+    """Write `graft` of ``source``, and its tokenizer, to the new folder ``out``, atomically.
 
     Args:
         source: folder, or name on the Hugging Face Hub.
@@ -123,10 +124,10 @@ def graft_to_folder(source: str | Path, out: str | Path, **options: Any) -> None
         options: of `graft`.
 
     Raises:
-        ValueError: ``out`` is there already, or in ``source``; or as `graft`.
+        ValueError: ``out`` exists already or lies in ``source``; or as `graft`.
         OSError: as `graft`.
     """
-    # Before anything is fetched or read, and again when the folder is made.
+    # Before anything is fetched or read; `new_folder` checks again.
     check_new(Path(out), Path(source))
     source = _folder_of(source)
     model = graft(source, **options)
@@ -136,7 +137,7 @@ def graft_to_folder(source: str | Path, out: str | Path, **options: Any) -> None
 
 
 def decay_time_table(decay_times: DecayTimes | None, config: FoxConfig) -> Tensor:
-    """``[layers, gates]`` float64 decay times from what `graft` takes; raises a `ValueError` for anything else."""
+    """``[layers, gates]`` float64 decay times from the argument of `graft`; raises a `ValueError` if it is invalid."""
     shape = (config.num_hidden_layers, config.num_forget_gates)
     if decay_times is None:
         decay_times = (_LOCAL, _BEYOND_CONTEXT * config.max_position_embeddings)
@@ -159,9 +160,9 @@ def decay_time_table(decay_times: DecayTimes | None, config: FoxConfig) -> Tenso
 
 
 def _set_decay_times(config: FoxConfig, decay_times: DecayTimes | None) -> dict[str, Tensor]:
-    """Record decay times in ``config``; the float64 biases of its gates that have them."""
+    """Record the range of decay times in ``config`` and return the float64 gate biases that give them, by name."""
     times = decay_time_table(decay_times, config)
-    # For gates made anew, and for whoever reads it.
+    # Read where gates are initialised anew, and by readers of the configuration.
     config.decay_time_min, config.decay_time_max = (_recorded(time) for time in (times.min(), times.max()))
     return {
         f"model.layers.{layer}.self_attn.forget_gate.bias": bias for layer, bias in enumerate(bias_for_times(times))
@@ -169,15 +170,15 @@ def _set_decay_times(config: FoxConfig, decay_times: DecayTimes | None) -> dict[
 
 
 def _plan(config: FoxConfig, zeros: tuple[str, ...]) -> Plan:
-    """Weights are those of the same name, but for names that end as one of ``zeros``."""
+    """The plan that maps weights one to one by name; those whose names end with one of ``zeros`` are zero."""
     with torch.device("meta"):
         model = FoxForCausalLM(config)
     renames = [Rename(None if name.endswith(zeros) else name, (name,)) for name in distinct_weights(model)]
-    return plan_to_ours(renames, model)
+    return plan_to_fox(renames, model)
 
 
 def _folder_of(source: str | Path) -> Path:
-    """The folder itself, or that of what the name stands for on the Hub, fetched if need be."""
+    """The folder itself, or the local snapshot of a model on the Hub, downloaded if needed."""
     folder = Path(source)
     if not folder.is_dir():
         try:
@@ -198,7 +199,7 @@ def _folder_of(source: str | Path) -> Path:
 
 
 def _recorded(time: Tensor) -> float:
-    """A decay time as the configuration takes it, without the roundings of spacing."""
+    """A decay time rounded to nine digits and limited to what `FoxConfig` accepts."""
     return float(f"{min(time.item(), 1e9):.9g}")
 
 
@@ -222,12 +223,12 @@ def _load(source: Path, plan: Plan) -> PreTrainedModel:
     """The model in a folder; raises a `ValueError` if its files do not hold all that ``plan`` reads."""
     headers = headers_to_load(source) or {}
     held, needed = sum(x.numel() for x in headers.values()), sum(shape.numel() for shape in plan.reads.values())
-    # Weights that are not there would be made up, whatever their size. Gates are few and never there.
+    # transformers would initialise missing weights, whatever their size. Gates are small and always missing.
     if headers and needed > 2 * held:
         raise ValueError(
-            f"config.json describes a model of {needed:,} numbers, but the files of {source} hold {held:,}"
+            f"config.json describes a model of {needed:,} parameters, but the files of {source} hold {held:,}"
         )
-    # Weights that are missing or misshapen are made up, those that are too many left out: reported, and refused here.
+    # transformers initialises missing or misshapen weights and ignores unexpected ones; they are refused here.
     model, found = read_model(source, dtype="auto", ignore_mismatched_sizes=True)
     for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
         if names := sorted(map(str, found[kind])):

@@ -1,4 +1,4 @@
-"""Model folders that are made whole or not at all."""
+"""Write model folders atomically."""
 
 import os
 import shutil
@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-# What turns text to tokens and back, chats and samples; as it was. None of it is code.
+# Tokenizer, chat template and generation settings, which are copied unchanged. None of them is code.
 TEXT_FILES = (
     "tokenizer*.json",
     "tokenizer*.model",
@@ -24,12 +24,12 @@ TEXT_FILES = (
 
 @contextmanager
 def new_folder(out: str | Path) -> Iterator[Path]:
-    """A folder to write to, which becomes ``out`` at the end of the block; of a block that fails nothing is left.
+    """A temporary folder that is renamed to ``out`` at the end of the block, and removed if the block fails.
 
     A process that is killed inside leaves a hidden folder ``.NAME-*`` beside ``out``, and no ``out``.
 
     Raises:
-        ValueError: ``out`` is there already.
+        ValueError: ``out`` exists already.
     """
     out = Path(out)
     check_new(out)
@@ -42,7 +42,7 @@ def new_folder(out: str | Path) -> Iterator[Path]:
 
 
 def check_new(out: Path, source: Path | None = None) -> None:
-    """Raise a `ValueError` if there is anything at ``out``, be it a link to nowhere, or if it lies in ``source``."""
+    """Raise a `ValueError` if ``out`` exists (even as a dangling link) or lies in ``source``."""
     if os.path.lexists(out):
         raise ValueError(f"OUT must be a new folder, got {out}, which is there already")
     if source is not None and source.resolve() in out.resolve().parents:

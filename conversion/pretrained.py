@@ -1,4 +1,4 @@
-"""Models of transformers in a folder or on the Hub, read so that whatever is wrong with them is said in one line."""
+"""Read models of transformers from a folder or the Hub; every failure becomes an error of one line."""
 
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,7 @@ def read_config(source: str | Path) -> PreTrainedConfig:
     """The configuration of a model.
 
     Raises:
-        OSError, ValueError: there is none, or of no kind that transformers knows; the message names the field.
+        OSError, ValueError: there is no configuration, or one that transformers rejects; the message names the field.
     """
     file = Path(source) / "config.json"
     if file.exists():
@@ -24,7 +24,7 @@ def read_config(source: str | Path) -> PreTrainedConfig:
             if not isinstance(value, str):
                 raise ValueError(f"{file}: {name} must be a string, got {value!r:.80}")
     try:
-        # Asked to run a folder's code, it would wait for an answer.
+        # Without an explicit value transformers asks on the terminal whether to run a folder's code.
         return AutoConfig.from_pretrained(source, trust_remote_code=False)
     except OSError as error:
         raise OSError(
@@ -35,7 +35,7 @@ def read_config(source: str | Path) -> PreTrainedConfig:
 
 
 def read_model(source: str | Path, **options: Any) -> tuple[PreTrainedModel, dict[str, Any]]:
-    """A causal language model, and which weights were missing, too many or of another shape.
+    """Load a causal language model; also returns which weights were missing, unexpected or misshapen.
 
     Args:
         source: folder, or name on the Hugging Face Hub.
@@ -50,13 +50,13 @@ def read_model(source: str | Path, **options: Any) -> tuple[PreTrainedModel, dic
         )
     except MemoryError:
         raise
-    except Exception as error:  # of transformers, torch and safetensors, which say nothing of the file
+    except Exception as error:  # errors of transformers, torch and safetensors do not name the file
         raise ValueError(_broken_file(Path(source)) or f"{source} cannot be loaded: {reason(error)}") from error
 
 
 def reason(error: Exception) -> str:
-    """An error of another library in a line, with its type where that is what says most."""
-    # `@strict` names the field in the error, and what is wrong with it there and in that one's cause.
+    """An error of another library in one line, with its type where the message alone does not explain it."""
+    # An error of `@strict` names the field and has the reason in its cause.
     shown = error.__cause__ if isinstance(error, StrictDataclassError) and error.__cause__ else error
     text = next((line.strip() for line in str(shown).splitlines() if line.strip()), "")
     known = isinstance(error, ValueError | OSError | StrictDataclassError)
@@ -64,7 +64,7 @@ def reason(error: Exception) -> str:
 
 
 def _class_names(auto_map: Any) -> list[tuple[str, Any]]:
-    """Where a model's own code is, by name; what is no mapping stands for itself."""
+    """The entries of ``auto_map`` with their names; a value that is no mapping is returned as is, to be refused."""
     if not isinstance(auto_map, dict):
         return [] if auto_map is None else [("auto_map", auto_map)]
     return [(f"auto_map[{name!r}]", value) for name, value in auto_map.items() if not isinstance(value, list)]
@@ -77,7 +77,7 @@ def check_files(folder: Path) -> None:
 
 
 def _broken_file(folder: Path) -> str | None:
-    """What is wrong with the first file of weights that cannot be opened; None where all can."""
+    """Describes the first file of weights that cannot be opened; None if all can."""
     files = sorted((*folder.glob("*.safetensors"), *folder.glob("*.safetensors.index.json")))
     return next(filter(None, map(_fault, files)), None)
 

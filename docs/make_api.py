@@ -42,7 +42,7 @@ SECTIONS = {
             "save_whole_model",
             "FoxParallelismConfig",
         ],
-        "foxlm.conversion.balance_heads": ["deal_heads"],
+        "foxlm.conversion.balance_heads": ["balance_heads"],
     },
     "Conversion, grafting and publishing": {
         "foxlm.conversion.convert": ["convert_to_folder"],

@@ -1,11 +1,11 @@
-"""Graft forget gates onto a pretrained Transformer, finetune it, and measure what it cost and what it saves.
+"""Graft forget gates onto a pretrained Transformer, finetune it, and measure the loss it costs and the time it saves.
 
     python examples/graft.py --base smollm2 --data train.txt --held_out held_out.txt --output_dir grafted \
         --max_steps 300 --learning_rate 3e-4 --bf16
 
-The output folder holds the model, and report.json and report.md: held-out loss by position, inside and beyond the
-length it was trained at, the share of attention that pruning skips, and times. `--decay_times none` finetunes the base
-model without gates in the very same way: what to compare with.
+The output folder holds the model, report.json and report.md: held-out loss by position, within and beyond the trained
+length, the share of attention that pruning skips, and times. `--decay_times none` finetunes the base without gates in
+the same way, as the baseline.
 
 Texts are a text file, or `.npy` tokens (`[N]`, and `[rows, length]` for `--held_out`). Every other option is one of
 `TrainingArguments`.
@@ -43,7 +43,7 @@ from foxlm.training import FoxTrainer
 LOG_EPS = -10.0
 # The tiles of queries and keys that the kernels skip or keep.
 TILE = (128, 64)
-# Tokens until the weight of a key has fallen by e, where a head is to start global: longer than any context.
+# Decay time in tokens of heads that start global: longer than any context.
 GLOBAL = 1e6
 
 
@@ -55,19 +55,19 @@ class GraftingArguments:
     decay_times: str = field(
         default="measured",
         metadata={
-            "help": "what gates start from, in tokens: `measured`, --local_time for the heads of the base model that "
-            "look back least and as good as for ever for the others; MIN:MAX, log-spaced over the heads of each "
-            "layer; one number; or `none` for no gates at all"
+            "help": "initial decay times in tokens: `measured` gives --local_time to the heads of the base with the "
+            "shortest reach and a practically infinite one to the others; MIN:MAX is log-spaced over the heads of each "
+            "layer; one number is for all; `none` adds no gates"
         },
     )
     local_share: float = field(default=0.67, metadata={"help": "with `measured`: share of the heads that start local"})
     local_time: float = field(default=16.0, metadata={"help": "with `measured`: their decay time"})
     remove_rope: bool = field(default=False, metadata={"help": "remove the rotary embeddings"})
     output_gate: bool = field(default=False, metadata={"help": "add an output gate, which starts as an identity"})
-    forget_aux_loss_coef: float = field(default=0.0, metadata={"help": "nats a head is paid for forgetting all"})
+    forget_aux_loss_coef: float = field(default=0.0, metadata={"help": "weight of the forget-gate regularisation"})
     length: int = field(default=8192, metadata={"help": "tokens in a training example"})
-    gate_steps: int = field(default=0, metadata={"help": "steps at first that train nothing but the gates"})
-    bias_learning_rate: float = field(default=1e-2, metadata={"help": "of the gates' biases: they move by whole nats"})
+    gate_steps: int = field(default=0, metadata={"help": "first steps, which train only the gates"})
+    bias_learning_rate: float = field(default=1e-2, metadata={"help": "of the gates' biases, which move by whole nats"})
     lora_rank: int = field(default=0, metadata={"help": "train a LoRA of this rank and the gates; 0 trains all"})
     compile_layers: bool = field(default=False, metadata={"help": "compile each layer"})
 
@@ -123,7 +123,7 @@ def read_rows(path: str, tokenizer, length: int, least: int) -> Tensor:
 
 
 def measured_decay_times(base: PreTrainedModel, rows: Tensor, own: GraftingArguments, device: str) -> Tensor:
-    """``[layers, heads]``: ``--local_time`` for the ``--local_share`` of heads that look back least on ``rows``."""
+    """``[layers, heads]``: ``--local_time`` for the ``--local_share`` of heads with the shortest reach on ``rows``."""
     model = graft(base, decay_times=math.inf).to(device).eval()
     with torch.no_grad(), record_attention(model) as layers:
         model.base_model(input_ids=rows.to(device), use_cache=False)

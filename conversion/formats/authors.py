@@ -1,9 +1,9 @@
-"""Checkpoints of the authors' research code: `model_type` ``forgetting_transformer-project_fox``."""
+"""Checkpoint format of the authors' research code: `model_type` ``forgetting_transformer-project_fox``."""
 
 from collections.abc import Mapping
 from typing import Any
 
-from foxlm.conversion.formats.format import Fields, Layout
+from foxlm.conversion.formats.checkpoint_format import CheckpointFormat, Fields
 from foxlm.conversion.weight_map import Rename, all_renames
 from foxlm.modeling.configuration_fox import FoxConfig
 
@@ -26,7 +26,7 @@ _SAME_NAMES = (
 )
 _FIELDS = Fields(
     model_type="forgetting_transformer-project_fox",
-    # Their configuration class's defaults.
+    # Defaults of the format's configuration class.
     defaults={
         "vocab_size": 32000,
         "hidden_size": 2048,
@@ -59,7 +59,7 @@ _FIELDS = Fields(
         "use_k_shift": False,
         "use_v_shift": False,
     },
-    ours={name: name for name in _SAME_NAMES}
+    fox_names={name: name for name in _SAME_NAMES}
     | {
         "num_heads": "num_attention_heads",
         "norm_eps": "rms_norm_eps",
@@ -70,41 +70,41 @@ _FIELDS = Fields(
         "use_v_shift": "use_value_shift",
     },
     accepted={
-        # Their configuration takes others, their layers do not.
+        # That configuration class takes other values, its layers do not.
         "num_kv_heads": (None,),
         "window_size": (None,),
         "elementwise_affine": (True,),
         "hidden_act": ("swish", "sigmoid"),
     },
-    # Fused kernels, pruning, how gates were initialized, biases that their layers lack.
+    # Fused kernels, pruning, initialisation of gates, biases that those layers do not have.
     without_effect=frozenset(
         {"fuse_norm", "fuse_cross_entropy", "log_pruning_tolerance", "fgate_bias_init", "attention_bias"}
     ),
-    # In their MLPs.
+    # The MLP of that code takes None for the default.
     null_is_default=frozenset({"hidden_ratio"}),
 )
 
-# Their QK-norm does not read `norm_eps`: it keeps the default of their RMSNorm.
+# QK-norm in that code does not read `norm_eps`: it keeps the default of its RMSNorm.
 _AUTHORS_QK_NORM_EPS = 1e-5
 
 
 def _config(fields: Mapping[str, Any]) -> FoxConfig:
-    theirs = _FIELDS.complete(fields)
-    if theirs["use_output_norm"] and theirs["use_output_gate"] and theirs["ogate_act"] != "sigmoid":
-        raise ValueError(f"ogate_act must be 'sigmoid' beside use_output_norm, got {theirs['ogate_act']!r}")
-    ours = _FIELDS.to_ours(theirs)
-    ours["hidden_act"] = "silu" if theirs["hidden_act"] == "swish" else theirs["hidden_act"]
-    ours["qk_norm_eps"] = _AUTHORS_QK_NORM_EPS
-    ours["qk_norm"] = "none"
-    if theirs["qk_norm"]:
-        ours["qk_norm"] = "shared" if theirs["qk_norm_share_param_across_head"] else "per_head"
-    if theirs["use_rope"]:
-        ours["rope_parameters"] = {"rope_type": "default", "rope_theta": float(theirs["rope_base"])}
-    return FoxConfig(**ours)
+    source = _FIELDS.complete(fields)
+    if source["use_output_norm"] and source["use_output_gate"] and source["ogate_act"] != "sigmoid":
+        raise ValueError(f"ogate_act must be 'sigmoid' with use_output_norm, got {source['ogate_act']!r}")
+    fox = _FIELDS.to_fox(source)
+    fox["hidden_act"] = "silu" if source["hidden_act"] == "swish" else source["hidden_act"]
+    fox["qk_norm_eps"] = _AUTHORS_QK_NORM_EPS
+    fox["qk_norm"] = "none"
+    if source["qk_norm"]:
+        fox["qk_norm"] = "shared" if source["qk_norm_share_param_across_head"] else "per_head"
+    if source["use_rope"]:
+        fox["rope_parameters"] = {"rope_type": "default", "rope_theta": float(source["rope_base"])}
+    return FoxConfig(**fox)
 
 
 def _fields(config: FoxConfig) -> dict[str, Any]:
-    fields = _FIELDS.to_theirs(config) | {
+    fields = _FIELDS.to_external(config) | {
         "hidden_act": "swish" if config.hidden_act == "silu" else config.hidden_act,
         "qk_norm": config.qk_norm != "none",
         "qk_norm_share_param_across_head": config.qk_norm == "shared",
@@ -114,7 +114,7 @@ def _fields(config: FoxConfig) -> dict[str, Any]:
     if config.rope_parameters is not None:
         fields["rope_base"] = config.rope_parameters["rope_theta"]
     if not fields["fgate_bias_init"]:
-        # Their layers insist.
+        # Layers of that code refuse decay times with any other gate.
         fields["decay_time_min"] = fields["decay_time_max"] = None
     return fields
 
@@ -150,4 +150,4 @@ def _renames(config: FoxConfig) -> list[Rename]:
     return all_renames(block, config)
 
 
-AUTHORS = Layout(_FIELDS, _config, _fields, _renames)
+AUTHORS = CheckpointFormat(_FIELDS, _config, _fields, _renames)

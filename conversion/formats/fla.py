@@ -1,13 +1,13 @@
-"""Checkpoints of flash-linear-attention: `model_type` ``forgetting_transformer``.
+"""Checkpoint format of flash-linear-attention: `model_type` ``forgetting_transformer``.
 
-All its releases with this model, 0.2.0 to 0.6.0, compute the same under the same names.
+Releases 0.2.0 to 0.6.0, all that have this model, compute the same function and use the same weight names.
 """
 
 import math
 from collections.abc import Mapping
 from typing import Any
 
-from foxlm.conversion.formats.format import Fields, Layout
+from foxlm.conversion.formats.checkpoint_format import CheckpointFormat, Fields
 from foxlm.conversion.weight_map import Rename, all_renames
 from foxlm.modeling.configuration_fox import FoxConfig
 
@@ -23,12 +23,12 @@ _SAME_NAMES = (
     "eos_token_id",
     "tie_word_embeddings",
     "use_output_gate",
-    # No field of theirs, but files for several kinds of model may have it. Neither model reads it without RoPE.
+    # Not a field of that class, but present in some files. Neither model reads it without RoPE.
     "max_position_embeddings",
 )
 _FIELDS = Fields(
     model_type="forgetting_transformer",
-    # Their configuration class's defaults.
+    # Defaults of the format's configuration class.
     defaults={
         "vocab_size": 32000,
         "hidden_size": 2048,
@@ -52,7 +52,7 @@ _FIELDS = Fields(
         "attnres_block_size": None,
         "max_position_embeddings": None,
     },
-    ours={name: name for name in _SAME_NAMES}
+    fox_names={name: name for name in _SAME_NAMES}
     | {
         "num_heads": "num_attention_heads",
         "num_kv_heads": "num_key_value_heads",
@@ -61,7 +61,7 @@ _FIELDS = Fields(
         "qkv_bias": "attention_bias",
     },
     accepted={
-        # Only their cache reads it: with and without one, such a model computes different things.
+        # Only the cache of that code reads it: results with and without a cache differ.
         "window_size": (None,),
         # Attention over the outputs of earlier layers in place of residuals (since 0.5.1).
         "attnres_block_size": (None,),
@@ -80,21 +80,21 @@ _FIELDS = Fields(
             "use_l2warp",
         }
     ),
-    # In their MLPs.
+    # The MLP of that code takes None for the default.
     null_is_default=frozenset({"hidden_ratio"}),
 )
 
-# Their QK-norm does not read `norm_eps`: it keeps the default of their GroupNorm.
+# QK-norm in that code does not read `norm_eps`: it keeps the default of its GroupNorm.
 _FLA_QK_NORM_EPS = 1e-5
 
 
 def _config(fields: Mapping[str, Any]) -> FoxConfig:
-    theirs = _FIELDS.complete(fields)
+    source = _FIELDS.complete(fields)
     return FoxConfig(
-        **_FIELDS.to_ours(theirs),
-        qk_norm="per_head" if theirs["qk_norm"] else "none",
+        **_FIELDS.to_fox(source),
+        qk_norm="per_head" if source["qk_norm"] else "none",
         qk_norm_eps=_FLA_QK_NORM_EPS,
-        # New gates start from f = 0.5, as theirs.
+        # That code starts new gates from f = 0.5.
         decay_time_min=1 / math.log(2),
         decay_time_max=1 / math.log(2),
         use_key_shift=False,
@@ -104,7 +104,7 @@ def _config(fields: Mapping[str, Any]) -> FoxConfig:
 
 
 def _fields(config: FoxConfig) -> dict[str, Any]:
-    return _FIELDS.to_theirs(config) | {"qk_norm": config.qk_norm != "none"}
+    return _FIELDS.to_external(config) | {"qk_norm": config.qk_norm != "none"}
 
 
 def _renames(config: FoxConfig) -> list[Rename]:
@@ -129,10 +129,10 @@ def _renames(config: FoxConfig) -> list[Rename]:
         block["attn.g_proj.weight"] = "self_attn.output_gate.weight"
     renames = all_renames(block, config)
     if config.attention_bias:
-        # `qkv_bias` is of q, k and v only, our `attention_bias` of o too.
+        # `qkv_bias` covers q, k and v only, `attention_bias` of FoxConfig also o.
         biases = (f"model.layers.{layer}.self_attn.o_proj.bias" for layer in range(config.num_hidden_layers))
         renames += [Rename(None, (bias,)) for bias in biases]
     return renames
 
 
-FLA = Layout(_FIELDS, _config, _fields, _renames)
+FLA = CheckpointFormat(_FIELDS, _config, _fields, _renames)

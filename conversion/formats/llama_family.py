@@ -1,4 +1,8 @@
-"""The pretrained decoders that forget gates can be grafted onto, and what each of them is in terms of a FoX model."""
+"""The pretrained decoders that forget gates can be grafted onto, each described in terms of `FoxConfig`.
+
+To add a model type, add a `Base` to `BASES`: its configuration fields, each accounted for, and the parts of a FoX model
+that it has. Weights must have the names of FoX (Llama's); `conversion.graft` maps them one to one.
+"""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -7,18 +11,19 @@ from typing import Any
 from huggingface_hub.errors import StrictDataclassError
 from transformers import PreTrainedConfig
 
-from foxlm.conversion.formats.format import Fields
+from foxlm.conversion.formats.checkpoint_format import Fields
 from foxlm.modeling.configuration_fox import FoxConfig
 
 
 @dataclass(frozen=True)
 class Base:
-    """A model type of transformers. Its weights have the names that ours have.
+    """A model type of transformers whose weights have the same names as those of a FoX model.
 
     Attributes:
         fields: its configuration, each field accounted for.
-        parts: what holds for every such model, as fields of ours.
-        zeros: ends of the names of weights that ours has with these parts and it has not; zero, they change nothing.
+        parts: fields of `FoxConfig` that hold for every such model.
+        zeros: name suffixes of weights that a FoX model with these parts has and the base has not; they are set to
+            zero, which changes nothing.
     """
 
     fields: Fields
@@ -87,16 +92,16 @@ def _fields(
     """
     Args:
         model_type: of the configuration.
-        same_names: fields beside `_SAME_NAMES` that we have too.
+        same_names: fields besides `_SAME_NAMES` that `FoxConfig` has too.
         translated: fields that `base_config` reads by itself.
         without_effect: fields that others are derived from.
     """
     names = _SAME_NAMES + same_names
     return Fields(
         model_type=model_type,
-        # A configuration of transformers is complete but for what its class does not have.
+        # A configuration object of transformers has all fields of its class.
         defaults=dict.fromkeys(names + translated) | dict.fromkeys(_ACCEPTED, False),
-        ours={name: name for name in names},
+        fox_names={name: name for name in names},
         accepted=_ACCEPTED,
         without_effect=_WITHOUT_EFFECT | set(without_effect),
     )
@@ -112,7 +117,7 @@ BASES = {
         Base(_fields("mistral", translated=("sliding_window",)), {}),
         Base(
             _fields("qwen2", translated=_WINDOWS, without_effect=_QWEN_WINDOWS),
-            # Of q, k and v only; our `attention_bias` is of o too.
+            # Qwen2 has biases for q, k and v only, `attention_bias` of FoxConfig also for o.
             {"attention_bias": True},
             zeros=("o_proj.bias",),
         ),
@@ -147,12 +152,12 @@ def check_model_type(model_type: object) -> None:
 
 
 def base_config(config: PreTrainedConfig, *, keep_rope: bool = True, **chosen: Any) -> FoxConfig:
-    """The configuration of ours that computes, with gates that never forget, what ``config`` does.
+    """The `FoxConfig` that computes what ``config`` does if its gates never forget.
 
     Args:
         config: of a model in `BASES`.
         keep_rope: whether to keep its rotary embeddings.
-        chosen: fields of ours that it does not settle.
+        chosen: fields of `FoxConfig` that ``config`` does not determine.
 
     Raises:
         ValueError: a field is unknown, or has a value that a FoX model cannot represent; the message names it.
@@ -161,22 +166,22 @@ def base_config(config: PreTrainedConfig, *, keep_rope: bool = True, **chosen: A
     fields = config.to_dict()
     if fields.pop("quantization_config", None) is not None:
         raise ValueError("quantization_config must be absent: graft onto the model before quantization")
-    theirs = base.fields.complete(fields)
-    _refuse_windows(theirs)
-    rope = _rope(theirs) if keep_rope else {"rope_parameters": None}
+    source = base.fields.complete(fields)
+    _refuse_windows(source)
+    rope = _rope(source) if keep_rope else {"rope_parameters": None}
     try:
-        return FoxConfig(**{**base.fields.to_ours(theirs), **_NO_PARTS, **base.parts, **rope, **chosen})
+        return FoxConfig(**{**base.fields.to_fox(source), **_NO_PARTS, **base.parts, **rope, **chosen})
     except StrictDataclassError as error:
         raise ValueError(str(error.__cause__ or error)) from error
 
 
-def _refuse_windows(theirs: Mapping[str, Any]) -> None:
-    """Where a layer sees the last tokens only: FoX forgets instead. Windows that hold all tokens are none."""
-    # Where a type has no `layer_types`, a window is of all layers.
-    types = set(theirs.get("layer_types") or ["sliding_attention"])
+def _refuse_windows(source: Mapping[str, Any]) -> None:
+    """Refuse sliding windows shorter than the context, which FoX does not have."""
+    # Without `layer_types` a window holds for all layers.
+    types = set(source.get("layer_types") or ["sliding_attention"])
     if unknown := sorted(types - {"full_attention", "sliding_attention"}):
         raise ValueError(f"layer_types must be of full_attention and sliding_attention, got {unknown}")
-    window, longest = theirs.get("sliding_window"), theirs["max_position_embeddings"]
+    window, longest = source.get("sliding_window"), source["max_position_embeddings"]
     if "sliding_attention" in types and window is not None and window < longest:
         raise ValueError(
             f"sliding_window must be at least max_position_embeddings ({longest}) or None in a layer of "
@@ -185,13 +190,14 @@ def _refuse_windows(theirs: Mapping[str, Any]) -> None:
         )
 
 
-def _rope(theirs: Mapping[str, Any]) -> dict[str, Any]:
-    """Our fields for their rotary embeddings."""
-    rope = theirs["rope_parameters"]
+def _rope(source: Mapping[str, Any]) -> dict[str, Any]:
+    """The fields of `FoxConfig` for the rotary embeddings of the base."""
+    rope = source["rope_parameters"]
     factor = rope.get("partial_rotary_factor", 1.0)
-    # Their layers rotate whole heads: they ignore another factor, or fail. To one type it means something else.
+    # Layers of the bases rotate whole heads and ignore or reject another factor, which means something else for the
+    # type `proportional`.
     if factor != 1.0 and rope["rope_type"] != "proportional":
         raise ValueError(f"partial_rotary_factor of rope_parameters must be 1, got {factor!r}")
-    # As theirs have it, 1 stands for a layer with RoPE and 0 for one without.
-    rotates = (theirs.get("no_rope_layers") or [])[: theirs["num_hidden_layers"]]
+    # In `no_rope_layers` 1 means a layer with RoPE and 0 one without.
+    rotates = (source.get("no_rope_layers") or [])[: source["num_hidden_layers"]]
     return {"rope_parameters": rope, "nope_layers": [i for i, one in enumerate(rotates) if not one] or None}

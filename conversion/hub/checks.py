@@ -1,4 +1,4 @@
-"""What a model's folder must be before others get it. Each check returns what it found, or raises a `ValueError`."""
+"""Checks of a model's folder before it is published. Each returns what it found, or raises a `ValueError`."""
 
 import os
 import re
@@ -18,11 +18,11 @@ from transformers import AutoTokenizer
 from foxlm.conversion.checkpoint_io import WEIGHTS_INDEX, StoredWeights, check_sizes, read_fields
 from foxlm.conversion.fox_folder import TASKS, architecture_of, read_config
 from foxlm.conversion.hub.foreign_code import foreign_code
-from foxlm.conversion.hub.hub_files import refused_by_the_hub, uploaded_files
-from foxlm.conversion.hub.links import is_inside
 from foxlm.conversion.hub.model_card import MISSING, check_license
 from foxlm.conversion.hub.secret_scan import secret_in, secret_rules
 from foxlm.conversion.hub.unsafe_content import what_runs
+from foxlm.conversion.hub.uploaded_files import refused_by_the_hub, uploaded_files
+from foxlm.conversion.links import is_inside
 from foxlm.conversion.new_folder import TEXT_FILES
 from foxlm.conversion.weight_map import Plan, distinct_weights, few
 from foxlm.modeling import modeling_fox
@@ -37,18 +37,18 @@ _EXPECTED = (
     ".gitattributes",
     *(f"*.{kind}" for kind in ("png", "jpg", "jpeg", "svg", "gif", "webp")),
 )
-# With any other ending it could be a program or a page.
+# Other suffixes could be programs or web pages.
 _LEGAL = re.compile(r"(LICEN[SC]E|NOTICE)[^.]*(\.(md|txt))?", re.IGNORECASE)
 _PICKLES = {".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle", ".joblib", ".npy", ".npz", ".h5", ".msgpack"}
 
 
 def check_configuration(folder: Path, allowed: Collection[str] = ()) -> str:
-    """A valid configuration of one of our classes."""
+    """A valid configuration of a FoX class."""
     return architecture_of(read_config(folder))
 
 
 def check_weights(folder: Path, allowed: Collection[str] = ()) -> str:
-    """Every weight of the model, no others, of its shape, finite; in the files that the index names."""
+    """The files named by the index hold exactly the weights of the model, with its shapes, all finite."""
     config, stored = read_config(folder), StoredWeights(folder)
     check_sizes(read_fields(folder), stored.headers)
     named = set(stored.files.values()) if (folder / WEIGHTS_INDEX).is_file() else {folder / "model.safetensors"}
@@ -66,7 +66,7 @@ def check_weights(folder: Path, allowed: Collection[str] = ()) -> str:
     headers = stored.headers.values()
     dtypes = sorted({str(weight.dtype).removeprefix("torch.") for weight in headers})
     count = sum(weight.numel() for weight in headers)
-    return f"{len(headers)} weights, {count:,} numbers, {' and '.join(dtypes)}, all finite"
+    return f"{len(headers)} weights, {count:,} parameters, {' and '.join(dtypes)}, all finite"
 
 
 def check_tokenizer(folder: Path, allowed: Collection[str] = ()) -> str:

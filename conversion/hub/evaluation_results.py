@@ -1,4 +1,4 @@
-"""Evaluation results at hand, for a model card: lm-eval's files, a report on pruning or of the demo, or scores."""
+"""Read evaluation results for a model card: lm-eval's files, pruning reports, reports of the demo, plain scores."""
 
 import json
 import math
@@ -12,13 +12,13 @@ from foxlm.kernels.tiles import PRUNED_KEYS, PRUNED_QUERIES
 
 @dataclass(frozen=True)
 class Score:
-    """One number.
+    """One score.
 
     Attributes:
         task, metric: what was measured.
         value: as lm-eval gives it.
-        stderr: its standard error, if known.
-        shots, samples: examples in each prompt, and number of questions, if known.
+        stderr: standard error, if known.
+        shots, samples: examples per prompt and number of questions, if known.
     """
 
     task: str
@@ -31,12 +31,12 @@ class Score:
 
 @dataclass(frozen=True)
 class Pruning:
-    """What pruning may leave out of attention, on average over layers and heads.
+    """The share of attention that pruning skips, averaged over layers and heads.
 
     Attributes:
-        tokens, length: of the text it was measured on, and of its windows.
+        tokens, length: tokens measured, and tokens of a window.
         tile: queries and keys of a tile.
-        shares: by log eps and rule, the shares of pairs and of tiles.
+        shares: skipped shares of pairs and of tiles, by log eps and rule.
     """
 
     tokens: int
@@ -47,12 +47,12 @@ class Pruning:
 
 @dataclass(frozen=True)
 class Results:
-    """What `read_results` found.
+    """The results that `read_results` found.
 
     Attributes:
         scores: by task and metric; of the same task the latest.
-        pruning: of ``foxlm report`` or the demo, or None.
-        sources: what measured, for the card.
+        pruning: from ``foxlm report`` or the demo, or None.
+        sources: the programs that measured, for the card.
     """
 
     scores: dict[tuple[str, str], Score] = field(default_factory=dict)

@@ -1,4 +1,4 @@
-"""What would be run in a model's folder that foxlm did not write: files of code, and what JSON files name as code."""
+"""Find code in a model's folder that foxlm did not write: code files, and references to code in JSON files."""
 
 import re
 from collections.abc import Collection, Iterator
@@ -10,11 +10,11 @@ from foxlm.modeling.remote_code import AUTO_MAP, bundle
 
 _CODE = {".py", ".pyc", ".pyo", ".pyw", ".pyx", ".pyd", ".so", ".dll", ".dylib", ".exe", ".sh", ".bat", ".cmd", ".ps1"}
 _CODE |= {".js", ".mjs", ".wasm", ".ipynb", ".jar", ".whl", ".egg", ".cu"}
-# Under these names transformers and peft read what to import.
+# Keys under which transformers and peft read what to import.
 _NAMES_CODE = {"auto_map", "auto_mapping", "custom_pipelines", "custom_generate", "kernel_config"}
-# Attention may be a kernel of the Hub.
+# The value may name an attention kernel on the Hub.
 _NAMES_KERNELS = {"attn_implementation", "_attn_implementation", "_attn_implementation_internal"}
-# ``owner/repository--module.Class``, which is a reference under any name.
+# ``owner/repository--module.Class`` is a reference under any key.
 _ELSEWHERE = re.compile(r"[^\s/]+/[^\s/]+--[\w./-]+\.\w+")
 
 
@@ -23,7 +23,7 @@ def foreign_code(files: dict[str, Path], allowed: Collection[str]) -> list[str]:
 
     Args:
         files: of the folder, by name.
-        allowed: names of files of code, and references as a JSON file has them.
+        allowed: names of code files, and references as they stand in a JSON file.
     """
     found = [name for name, path in files.items() if path.suffix.lower() in _CODE and name not in {*bundle(), *allowed}]
     for name, path in files.items():
@@ -37,12 +37,12 @@ def foreign_code(files: dict[str, Path], allowed: Collection[str]) -> list[str]:
 
 
 def _references(content: object) -> Iterator[tuple[str, str]]:
-    """What is named as code anywhere in a JSON file, each with the key next to it."""
+    """The references to code anywhere in a JSON file, each with its key."""
     left: list[tuple[str, object, bool]] = [("", content, False)]
     while left:
         key, value, is_code = left.pop()
         if isinstance(value, dict):
-            # Attention may be given for each part of a model.
+            # A configuration may name an implementation for each part of a model.
             names = {name: key if key in _NAMES_KERNELS else name for name in value}
             left += [(names[name], x, is_code or name in _NAMES_CODE) for name, x in value.items()]
         elif isinstance(value, list):

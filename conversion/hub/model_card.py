@@ -1,4 +1,4 @@
-"""The model card, ``README.md``, of a folder: from its configuration, its weights' header and results at hand."""
+"""Write the model card, ``README.md``, of a folder from its configuration, weights and evaluation results."""
 
 import re
 from collections.abc import Iterable, Sequence
@@ -9,10 +9,10 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from foxlm.conversion.checkpoint_io import StoredWeights
 from foxlm.conversion.fox_folder import TASKS, architecture_of, read_config
 from foxlm.conversion.hub.evaluation_results import Pruning, Results, read_results
-from foxlm.conversion.hub.links import check_links
+from foxlm.conversion.links import check_links
 from foxlm.modeling.configuration_fox import FoxConfig
 
-# Stands where only the author knows what to write; `foxlm publish` refuses a card that still has it.
+# Marks what only the author can write; `foxlm publish` refuses a card that still contains it.
 MISSING = "[to be filled in]"
 _GATES = {
     "full": "`f_t = sigmoid(w·x_t + b)`, from the token",

@@ -1,4 +1,4 @@
-"""Check a model's folder, and upload it to the Hub if told to."""
+"""Check a model's folder and upload it to the Hub."""
 
 from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass

@@ -1,4 +1,4 @@
-"""Passwords, tokens and keys in files, by the rules of detect-secrets and a few for tokens that it does not know."""
+"""Find passwords, tokens and keys in files, by the rules of detect-secrets and a few of our own."""
 
 import importlib
 import json
@@ -13,9 +13,9 @@ _SHORTEST = 16
 # Longer lines are searched in pieces, since some rules take the square of a line's length; pieces overlap.
 _LONGEST, _OVERLAP = 10_000, 1_000
 _LONGEST_HEADER = 100_000_000
-# They also match ordinary words and numbers: a vocabulary has some of all kinds.
+# These rules match ordinary words and numbers, of which any vocabulary has some.
 _GUESSES = {"ArtifactoryDetector", "IPPublicDetector"}
-# Of whom detect-secrets has no rule, as those who give them out describe them.
+# Tokens for which detect-secrets has no rule, as their issuers describe them.
 _TOKENS = {
     "Hugging Face Token": re.compile(r"\b(?:hf|api_org)_[A-Za-z0-9]{30,}"),
     "GitHub Fine-Grained Token": re.compile(r"\bgithub_pat_\w{60,}"),
@@ -55,16 +55,16 @@ def secret_in(file: Path, rules: dict[str, Rule]) -> str | None:
 def _text(file: Path) -> Iterator[str]:
     content = _header(file) if file.suffix == ".safetensors" else file.read_bytes()
     try:
-        # By its strings: an escape may hide a secret, and a vocabulary be one line of megabytes.
+        # Scan the strings of JSON: escapes may hide a secret, and a vocabulary may be one line of megabytes.
         yield from _strings(json.loads(content))
     except (ValueError, RecursionError):
-        # Without its zeros ASCII is ASCII in UTF-16 and UTF-32 too; elsewhere they stand between texts.
+        # Without zero bytes UTF-16 and UTF-32 read as ASCII; in binary files zero bytes separate strings.
         for zeros in (b"", b"\n") if b"\0" in content else (b"\0",):
             yield from content.replace(b"\0", zeros).decode("latin-1").splitlines()
 
 
 def _header(file: Path) -> bytes:
-    """What comes before the tensors."""
+    """The header of a safetensors file."""
     with file.open("rb") as opened:
         length = opened.read(8)
         header = opened.read(min(int.from_bytes(length, "little"), _LONGEST_HEADER))
@@ -76,7 +76,7 @@ def _strings(content: object) -> Iterator[str]:
     while left:
         value = left.pop()
         if isinstance(value, dict):
-            # Some rules go by the name that a secret is given.
+            # Some rules match the key together with its value.
             yield from (f'"{key}": "{x}"' if isinstance(x, str) else key for key, x in value.items())
             left += [x for x in value.values() if isinstance(x, dict | list)]
         elif isinstance(value, list):

@@ -1,4 +1,4 @@
-"""What a file is by its content, whatever its name, where that could run code on whoever opens it."""
+"""Detect content that may run code when a file is opened, whatever the file's name."""
 
 import mmap
 import pickletools
@@ -11,18 +11,18 @@ from pathlib import Path
 from typing import IO, cast
 from xml.etree import ElementTree
 
-# How archives and compressed files begin, which hide what they hold. `torch.save` writes zip files, joblib the others.
+# First bytes of archives and compressed files, which hide their content. `torch.save` writes zip files, joblib others.
 _ARCHIVES = (
     *(b"PK\x03\x04", b"7z\xbc\xaf\x27\x1c", b"Rar!\x1a\x07", b"\x1f\x8b", b"BZh", b"\xfd7zXZ\0", b"\x28\xb5\x2f\xfd"),
     *(b"\x04\x22\x4d\x18", b"]\0\0"),
 )
-# Of NumPy and HDF5, which may hold pickles.
+# First bytes of NumPy and HDF5 files, which may hold pickles.
 _ARRAYS = (b"\x93NUMPY", b"\x89HDF\r\n\x1a\n")
 _PROGRAMS = (
     *(b"#!", b"\x7fELF", b"MZ", b"\0asm"),
     *(b"\xfe\xed\xfa", b"\xce\xfa\xed\xfe", b"\xcf\xfa\xed\xfe", b"\xca\xfe\xba\xbe"),
 )
-# How images begin, by the endings of their names.
+# First bytes of images, by suffix.
 _IMAGES = {
     ".png": rb"\x89PNG\r\n\x1a\n",
     ".jpg": rb"\xff\xd8\xff",
@@ -30,19 +30,19 @@ _IMAGES = {
     ".gif": rb"GIF8[79]a",
     ".webp": rb"RIFF.{4}WEBP",
 }
-# Operations of pickles: those that fetch something importable, and those that call or change what was fetched.
+# Pickle opcodes that import an object, and those that call or modify an imported one.
 _IMPORTS = {"GLOBAL", "STACK_GLOBAL", "INST", "EXT1", "EXT2", "EXT4"}
 _CALLS = {"STACK_GLOBAL", "INST", "OBJ", "REDUCE", "NEWOBJ", "NEWOBJ_EX", "BUILD"}
 _IMPORTED = re.compile(r"[A-Za-z_][\w.]* [A-Za-z_][\w.]*")
-# Elements of a drawing that run something or show another page.
+# SVG elements that run code or show another page.
 _HTML = "{http://www.w3.org/1999/xhtml}"
 _ACTIVE = {"script", "foreignobject", "iframe", "object", "embed", "handler", "listener", "animate", "set"}
 
 
 def what_runs(file: Path) -> str | None:
-    """What ``file`` is, if opening it by what it is made for may run code: of a few words, or None.
+    """A few words on what ``file`` is, if opening it with its usual program may run code; else None.
 
-    No tensors are read: a file is mapped into memory and looked at from both ends.
+    The file is memory-mapped and read at its beginning and end; no tensors are loaded.
     """
     if file.stat().st_size == 0:
         return None
@@ -56,7 +56,7 @@ def what_runs(file: Path) -> str | None:
             return "NumPy or HDF5"
         if _is_pickle(content):
             return "a pickle"
-    # A zip file may have anything before it.
+    # A zip archive may follow arbitrary bytes.
     if _ends_as_zip(file):
         return "an archive"
     kind = file.suffix.lower()
@@ -83,11 +83,10 @@ def _ends_as_zip(file: Path) -> bool:
 
 
 def _is_pickle(content: mmap.mmap) -> bool:
-    """Whether unpickling would come to a call, or to an end with a value; so also in a pickle that breaks off later.
+    """Whether unpickling would reach a call, or end with a value; also for pickles truncated after that.
 
-    Text may begin as pickles of protocols 0 and 1 do: operations must find on the stack what they take from it, and
-    something must have been imported before a call counts, or before the end of a pickle that does not say that it is
-    one.
+    Plain text may look like a pickle of protocol 0 or 1: so opcodes must find their operands on the stack, and an
+    import must precede a call, or the end of a pickle without a protocol opcode.
     """
     content.seek(0)
     stack: list[object] = []
@@ -101,20 +100,20 @@ def _is_pickle(content: mmap.mmap) -> bool:
             declared |= operation.name == "PROTO"
             if imported and operation.name in _CALLS:
                 return True
-    except (ValueError, LookupError, ArithmeticError):  # no operation, or it lacks an argument
+    except (ValueError, LookupError, ArithmeticError):  # not an opcode, or its operand is missing
         return False
     return imported or declared
 
 
 def _operations(content: mmap.mmap) -> Iterator[tuple[pickletools.OpcodeInfo, object, int | None]]:
     with warnings.catch_warnings():
-        # Of escapes in what may be no pickle at all.
+        # About escapes in data that may not be a pickle.
         warnings.simplefilter("ignore")
         yield from pickletools.genops(cast(IO[bytes], content))
 
 
 def _apply(operation: pickletools.OpcodeInfo, stack: list[object]) -> None:
-    """Take from the stack and put on it what an operation does; raises an `IndexError` if there is too little."""
+    """Apply the stack effect of an opcode; raises an `IndexError` on underflow."""
     mark = pickletools.markobject
     taken = list(operation.stack_before)
     if mark in taken or (operation.name == "POP" and stack and stack[-1] is mark):
@@ -128,9 +127,9 @@ def _apply(operation: pickletools.OpcodeInfo, stack: list[object]) -> None:
 
 
 def _active_drawing(file: Path) -> str | None:
-    """What is wrong with an SVG file: scripts, handlers, and whatever it would fetch from elsewhere."""
+    """The first script, event handler or external reference of an SVG file, in words; None if there is none."""
     content = file.read_bytes()
-    # Drop the zeros, and text of two bytes a character is text of one. An entity can stand for anything.
+    # Without zero bytes UTF-16 text reads as ASCII. Entities could hide anything.
     if re.search(rb"<!ENTITY|<\?xml-stylesheet", content.replace(b"\0", b""), re.IGNORECASE):
         return "a drawing with entities or style sheets of its own"
     try:
@@ -162,5 +161,5 @@ def _fetches(style: str) -> str | None:
 
 
 def _local(name: object) -> str:
-    """Without its namespace."""
+    """A tag or attribute name without its namespace."""
     return str(name).rpartition("}")[2].lower()

@@ -56,7 +56,7 @@ def export_code(folder: _ModelFolder) -> None:
 
     save_pretrained does so by itself; this is for folders saved by another version of foxlm.
     """
-    from foxlm.conversion.hub.links import check_links
+    from foxlm.conversion.links import check_links
     from foxlm.modeling.remote_code import write_bundle
 
     check_links(folder)

@@ -134,7 +134,7 @@ def test_any_failure_is_one_line_and_a_traceback_where_wanted(
     def fail(*arguments: object) -> None:
         raise error
 
-    monkeypatch.setattr("foxlm.conversion.hub.links.check_links", fail)
+    monkeypatch.setattr("foxlm.conversion.links.check_links", fail)
     result = invoke("export-code", "folder")
     assert result.exit_code == 1 and result.stderr.startswith(f"error: {line}")
     assert result.stderr.count("\n") == 1 and len(result.stderr) < 1000

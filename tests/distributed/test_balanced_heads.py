@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from foxlm.conversion.balance_heads import deal_heads
+from foxlm.conversion.balance_heads import balance_heads
 from models import assert_close, tiny_model, tokens
 
 # Every weight that has a part for each head, and those that look as if they had.
@@ -26,7 +26,7 @@ def test_the_model_computes_what_it_did(variant: str) -> None:
     ids = tokens(2, 19)
     expected = model(ids).logits
     before = {name: x.clone() for name, x in model.state_dict().items()}
-    deal_heads(model, 2)
+    balance_heads(model, 2)
     assert_close(model(ids).logits, expected)
     assert any(not torch.equal(x, before[name]) for name, x in model.state_dict().items())
 
@@ -39,7 +39,7 @@ def test_each_rank_remembers_as_long(ranks: int, gates: str) -> None:
     # As in a new model: decay times ascend over the heads.
     with torch.no_grad():
         layer.forget_gate.bias.copy_(torch.arange(layer.forget_gate.bias.numel()))
-    deal_heads(model, ranks)
+    balance_heads(model, ranks)
     shares = layer.forget_gate.bias.view(8, -1).amax(-1).view(ranks, -1)
     assert shares.sum(-1).unique().numel() == 1
     assert torch.equal(shares, shares.sort(descending=True).values)
@@ -52,8 +52,8 @@ def test_each_rank_remembers_as_long(ranks: int, gates: str) -> None:
 
 def test_what_cannot_be_dealt_is_refused() -> None:
     with pytest.raises(ValueError, match="ranks must be positive, got 0"):
-        deal_heads(tiny_model(), 0)
+        balance_heads(tiny_model(), 0)
     with pytest.raises(ValueError, match=r"tp_size must divide .*num_key_value_heads \(2\), got 4"):
-        deal_heads(tiny_model(), 4)
+        balance_heads(tiny_model(), 4)
     with pytest.raises(ValueError, match="model must have forget gates"):
-        deal_heads(tiny_model("gateless"), 2)
+        balance_heads(tiny_model("gateless"), 2)

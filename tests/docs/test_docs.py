@@ -152,12 +152,12 @@ def test_results_are_json():
 def test_examples_of_the_api_reference_run():
     """The prompts in docstrings, with the names that their readers have imported."""
     import foxlm
-    from foxlm.conversion.balance_heads import deal_heads
+    from foxlm.conversion.balance_heads import balance_heads
     from foxlm.evaluation.gates import decay_times
     from foxlm.evaluation.recording import record_attention
 
     names = {name: getattr(foxlm, name) for name in foxlm.__all__} | {"torch": torch, "decay_times": decay_times}
-    names |= {"deal_heads": deal_heads, "DynamicCache": DynamicCache}
+    names |= {"balance_heads": balance_heads, "DynamicCache": DynamicCache}
     names |= {"record_attention": record_attention, "input_ids": torch.tensor([[1, 2, 3]])}
     names["model"] = FoxForCausalLM(FoxConfig(vocab_size=8, hidden_size=32, num_attention_heads=2, num_hidden_layers=1))
     parser, runner = doctest.DocTestParser(), doctest.DocTestRunner(optionflags=doctest.ELLIPSIS)

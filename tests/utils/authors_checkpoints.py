@@ -6,7 +6,7 @@ import torch
 
 from foxlm import FoxForCausalLM
 from foxlm.conversion.formats.authors import AUTHORS
-from foxlm.conversion.formats.format import one_kind_of_error
+from foxlm.conversion.formats.checkpoint_format import invalid_config_as_value_error
 
 AUTHORS_SIZES: dict[str, Any] = {
     "model_type": AUTHORS.fields.model_type,
@@ -41,7 +41,7 @@ AUTHORS_VARIANTS: dict[str, dict[str, Any]] = {
 
 
 def authors_config(fields):
-    with one_kind_of_error():
+    with invalid_config_as_value_error():
         return AUTHORS.to_config(fields)
 
 

@@ -13,8 +13,8 @@ from checkpoints import read, write
 from fla_checkpoints import EVERYTHING, FLA_SIZES, fla_checkpoint
 from foxlm import FoxForCausalLM
 from foxlm.conversion.convert import convert_checkpoint, convert_to_folder
+from foxlm.conversion.formats.checkpoint_format import invalid_config_as_value_error
 from foxlm.conversion.formats.fla import FLA
-from foxlm.conversion.formats.format import one_kind_of_error
 from naive import naive_attention
 
 VARIANTS: dict[str, dict[str, Any]] = {
@@ -72,7 +72,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
 
 
 def fla_config(fields):
-    with one_kind_of_error():
+    with invalid_config_as_value_error():
         return FLA.to_config(fields)
 
 

@@ -413,7 +413,9 @@ def test_links_that_leave_are_refused_by_every_command(sources: dict[str, Path],
     ]
     for command in commands:
         result = CliRunner().invoke(app, command)
-        assert result.exit_code == 1 and "tokenizer.json is a link that leaves its folder" in result.stderr, command
+        assert result.exit_code == 1 and "tokenizer.json is a link that leads out of its folder" in result.stderr, (
+            command
+        )
         assert not out.exists() and not (sources["fox"] / "README.md").exists()
 
 

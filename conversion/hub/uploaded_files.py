@@ -1,4 +1,4 @@
-"""Which files of a folder the Hub's client uploads, and which of them it or the Hub would refuse."""
+"""The files of a folder that the Hub's client uploads, and those that it or the Hub refuses."""
 
 from collections import Counter
 from pathlib import Path
@@ -11,14 +11,14 @@ _MOST_FILES = 25_000
 
 
 def uploaded_files(folder: Path) -> dict[str, Path]:
-    """What `HfApi.upload_folder` would upload, and what it would leave out because a link is broken, by name there."""
+    """The files that `HfApi.upload_folder` uploads, and broken links, which it skips; by name in the repository."""
     paths = {path.relative_to(folder).as_posix(): path for path in sorted(folder.rglob("*"))}
     files = {name: path for name, path in paths.items() if path.is_symlink() or not path.is_dir()}
     return {name: files[name] for name in filter_repo_objects(files, ignore_patterns=DEFAULT_IGNORE_PATTERNS)}
 
 
 def refused_by_the_hub(files: dict[str, Path]) -> list[str]:
-    """The names that cannot be uploaded, or not be used by everybody once they are, each with the reason."""
+    """The names that cannot be uploaded, or that break on some systems, each with the reason."""
     refused = []
     folded = Counter(name.casefold() for name in files)
     for name, path in files.items():

@@ -1,4 +1,4 @@
-"""What is said of somebody's checkpoints: fields of the configuration and names of the weights, in both directions."""
+"""What describes an external checkpoint format: configuration fields and weight names, in both directions."""
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -17,23 +17,23 @@ class Fields:
     """The configuration fields of a ``model_type``, each one accounted for.
 
     Attributes:
-        model_type: what ``config.json`` must say.
+        model_type: the ``model_type`` of its ``config.json``.
         defaults: every field that matters, with its value where a file leaves it out.
-        ours: what we call those that carry over as they are.
-        accepted: the values of those that can have only these.
-        without_effect: fields that nothing which a model computes depends on.
-        null_is_default: those for which null says the same as leaving them out.
+        fox_names: the `FoxConfig` names of those that carry over unchanged.
+        accepted: the accepted values of fields that cannot have others.
+        without_effect: fields on which nothing that a model computes depends.
+        null_is_default: fields for which null means the default.
     """
 
     model_type: str
     defaults: Mapping[str, Any]
-    ours: Mapping[str, str]
+    fox_names: Mapping[str, str]
     accepted: Mapping[str, tuple[Any, ...]]
     without_effect: frozenset[str]
     null_is_default: frozenset[str] = frozenset()
 
     def complete(self, fields: Mapping[str, Any]) -> dict[str, Any]:
-        """The fields of a ``config.json`` over the defaults; raises a `ValueError` that names what does not fit."""
+        """The defaults updated by a ``config.json``; raises a `ValueError` that names a field which does not fit."""
         if fields.get("model_type") != self.model_type:
             raise ValueError(f"model_type must be {self.model_type!r}, got {fields.get('model_type')!r}")
         common = PreTrainedConfig().to_dict()
@@ -54,29 +54,29 @@ class Fields:
                 raise ValueError(f"{name} must be {accepted}, got {complete[name]!r}: no other can be converted")
         return complete
 
-    def to_ours(self, complete: Mapping[str, Any]) -> dict[str, Any]:
-        """Our names for those of the `complete` fields that carry over and are given."""
-        ours = {new: complete[old] for old, new in self.ours.items() if complete[old] is not None}
-        if "intermediate_size" in ours:
-            ours.pop("mlp_ratio", None)
-        return ours
+    def to_fox(self, complete: Mapping[str, Any]) -> dict[str, Any]:
+        """The `FoxConfig` arguments for those of the `complete` fields that carry over and are not null."""
+        fox = {name: complete[external] for external, name in self.fox_names.items() if complete[external] is not None}
+        if "intermediate_size" in fox:
+            fox.pop("mlp_ratio", None)
+        return fox
 
-    def to_theirs(self, config: FoxConfig) -> dict[str, Any]:
-        """Their names for the fields of ours that carry over."""
-        carried = {old: getattr(config, new) for old, new in self.ours.items() if new != "mlp_ratio"}
+    def to_external(self, config: FoxConfig) -> dict[str, Any]:
+        """The fields that carry over from ``config``, by their external names."""
+        carried = {external: getattr(config, name) for external, name in self.fox_names.items() if name != "mlp_ratio"}
         return {"model_type": self.model_type, "architectures": ["ForgettingTransformerForCausalLM"]} | carried
 
 
 @dataclass(frozen=True)
-class Layout:
-    """Somebody's checkpoints.
+class CheckpointFormat:
+    """An external checkpoint format.
 
     Attributes:
-        fields: those of their ``config.json``.
-        to_config: the configuration of ours that computes what theirs does, from their ``config.json``; raises a
-            `ValueError` that names a field which cannot be represented.
-        to_fields: their ``config.json`` for a configuration of ours, as near as it comes.
-        renames: what their weights are called in a model of ours with this configuration.
+        fields: of its ``config.json``.
+        to_config: from its ``config.json`` to the equivalent `FoxConfig`; raises a `ValueError` that names a field
+            which cannot be represented.
+        to_fields: from a `FoxConfig` to its ``config.json``, as close as the format allows.
+        renames: its weight map for a FoX model with a given configuration.
     """
 
     fields: Fields
@@ -85,17 +85,17 @@ class Layout:
     renames: Callable[[FoxConfig], list[Rename]]
 
     def exact_fields(self, config: FoxConfig) -> dict[str, Any]:
-        """`to_fields`, once it is sure that they say all that the model computes.
+        """`to_fields`, checked by converting back.
 
         Raises:
-            ValueError: they cannot; the message names the field of ours.
+            ValueError: the format cannot represent ``config``; the message names the field of `FoxConfig`.
         """
         fields = self.to_fields(config)
-        theirs = _what_is_computed(self.to_config(fields))
-        for name, value in _what_is_computed(config).items():
-            if theirs.get(name) != value:
+        converted_back = _computed_fields(self.to_config(fields))
+        for name, value in _computed_fields(config).items():
+            if converted_back.get(name) != value:
                 raise ValueError(
-                    f"{name} must be {theirs.get(name)!r}, got {value!r}: "
+                    f"{name} must be {converted_back.get(name)!r}, got {value!r}: "
                     f"model_type {self.fields.model_type!r} has no other"
                 )
         return fields
@@ -105,25 +105,25 @@ _ERRORS = (StrictDataclassError, TypeError, AttributeError, LookupError, Arithme
 
 
 @contextmanager
-def one_kind_of_error() -> Iterator[None]:
-    """Whatever a ``config.json`` that holds anything leads to inside the block, as a `ValueError` of one line."""
+def invalid_config_as_value_error() -> Iterator[None]:
+    """Turn any error that an invalid ``config.json`` causes inside the block into a `ValueError` of one line."""
     try:
         yield
     except (*_ERRORS, ValueError) as error:
-        # Ours say what is wrong in one line, those of other libraries in several.
+        # Errors of this library are one line already, those of other libraries are not.
         if isinstance(error, ValueError) and "\n" not in str(error):
             raise
         said = error.__cause__ if isinstance(error, StrictDataclassError) and error.__cause__ else error
         raise ValueError(f"config.json does not describe a model: {' '.join(str(said).split())}") from error
 
 
-# How fast something is computed, what training pays for, where a model came from, and what is kept under another name.
+# Fields that concern speed, the training loss, provenance, or that another field replaces.
 _NOT_COMPUTED = {"acp_eps", "acp_rule", "free_dead_cache", "forget_aux_loss_coef", "loss_chunk_size"}
 _NOT_COMPUTED |= {"grafted_from", "mlp_ratio"}
 
 
-def _what_is_computed(config: FoxConfig) -> dict[str, Any]:
-    """The fields of ``config`` that its model depends on, without those that others of them make idle."""
+def _computed_fields(config: FoxConfig) -> dict[str, Any]:
+    """The fields of ``config`` on which the computed function depends, without those that other fields disable."""
     idle = set(_NOT_COMPUTED)
     if config.qk_norm == "none":
         idle.add("qk_norm_eps")
