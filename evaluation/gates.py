@@ -102,7 +102,7 @@ def first_read(layer: AttentionInputs, log_eps: float, rule: Rule) -> Tensor:
         rule=rule,
         scale=layer.scale,
         logit_bound=layer.logit_bound if rule == "paper" else None,
-    ).first
+    ).kv_start
     return first.repeat_interleave(layer.q.shape[2] // first.shape[1], dim=1)
 
 

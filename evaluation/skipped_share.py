@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from foxlm.kernels.attention import without_padding
 from foxlm.kernels.decay import Decay
+from foxlm.kernels.padding import without_padding
 from foxlm.kernels.tiles import PRUNED_KEYS, PRUNED_QUERIES
 from foxlm.modeling.attention_backends import ALL_ATTENTION_FUNCTIONS, eager_attention_forward, pruned, prunes
 from foxlm.modeling.layers.attention import FoxAttention
@@ -52,13 +52,13 @@ def skipped_share(model: nn.Module, batch: Mapping[str, Any]) -> Tensor | None:
     before: list[Tensor] = []
     after: list[Tensor] = []
 
-    def counting(module, query, key, value, attention_mask, *, decay, scaling, **kwargs):
+    def counting(module, query, key, value, attention_mask, *, decay, scaling, real, **kwargs):
         if prunes(module.config):
             q, k, v = (x.transpose(1, 2) for x in (query, key, value))
-            q, k, _ = without_padding(q, k, v, decay)
+            q, k, _ = without_padding(q, k, v, decay, real)
             before.append(_tiles_read(decay, q.shape[2]))
             after.append(_tiles_read(pruned(module, q, k, decay, scaling), q.shape[2]))
-        return attend(module, query, key, value, attention_mask, decay=decay, scaling=scaling, **kwargs)
+        return attend(module, query, key, value, attention_mask, decay=decay, scaling=scaling, real=real, **kwargs)
 
     # A compiled layer would be compiled again for the other attention function.
     with _evaluating(model), replaced_attention(name, counting), torch.compiler.set_stance("force_eager"):
@@ -83,7 +83,7 @@ def _tiles_read(decay: Decay, heads: int) -> Tensor:
     """Number of tiles that attention computes for ``heads`` query heads, over batch and heads."""
     # Beyond any key, and exact as the float that `pad` takes it for.
     none = torch.iinfo(torch.int32).max
-    first = decay.first.masked_fill(decay.first > decay.last, none)
+    first = decay.kv_start.masked_fill(decay.kv_start > decay.last, none)
     padding = (0, -first.shape[-1] % PRUNED_QUERIES)
     starts = nn.functional.pad(first, padding, value=none).unflatten(-1, (-1, PRUNED_QUERIES)).amin(-1) // PRUNED_KEYS
     ends = nn.functional.pad(decay.last, padding).unflatten(-1, (-1, PRUNED_QUERIES)).amax(-1) // PRUNED_KEYS + 1

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from .backends import HAS_TRITON
 from .decay import Decay, accumulate, sequence_starts
+from .padding import hide_padding, without_padding
 from .pruning.rules import Rule, prune
 from .reference import backward_pass as reference_backward
 from .reference import forward_pass as reference_forward
@@ -133,7 +134,7 @@ def forgetting_attention(
     decay = _last_queries(q.shape[1], log_f, starts)
     if real is not None:
         decay = hide_padding(decay, real)
-        q, k, v = without_padding(q, k, v, decay)
+        q, k, v = without_padding(q, k, v, decay, real)
     scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
     if eps is not None:
         decay = prune(decay, q, k, eps=eps, rule=rule, scale=scale, logit_bound=logit_bound)
@@ -142,7 +143,7 @@ def forgetting_attention(
     if return_lse:
         results.append(lse)
     if return_first:
-        first = decay.first
+        first = decay.kv_start
         results.append(first.repeat_interleave(q.shape[2] // first.shape[1], dim=1))
     return tuple(results) if len(results) > 1 else out
 
@@ -173,34 +174,3 @@ def _last_queries(queries: int, log_f: Tensor, starts: Tensor | None) -> Decay:
     c, first = accumulate(log_f, starts=starts)
     last = torch.arange(keys - queries, keys, device=log_f.device)
     return Decay(c[..., keys - queries :], c, first[..., keys - queries :], last)
-
-
-def hide_padding(decay: Decay, real: Tensor) -> Decay:
-    """Hide padding from every query, and everything from the queries that are padding.
-
-    Args:
-        decay: of ``Tq`` queries over ``Tk`` keys.
-        real: ``[B, Tk]`` bool, False for padding.
-    """
-    if real.shape[1] == 0:
-        return decay
-    paged = decay.cached is not None and decay.cached.pages is not None
-    key = decay.key if paged else decay.key.masked_fill(~real[:, None, :], float("inf"))
-    if decay.shards is None:
-        real_query = real.index_select(1, decay.last)
-        # Left padding is beyond the first visible key: kernels do not even visit it.
-        first = torch.maximum(decay.first, real.int().argmax(1)[:, None, None])
-    else:
-        # The keys are those of the same tokens; what is padding further left, other ranks know.
-        real_query, first = real, decay.first
-    first = torch.where(real_query[:, None, :], first, decay.last + 1)
-    return decay._replace(key=key, first=first, real=real)
-
-
-def without_padding(q: Tensor, k: Tensor, v: Tensor, decay: Decay) -> tuple[Tensor, Tensor, Tensor]:
-    """Zero what stands in padding, if there is any: a weight of zero times a NaN is a NaN."""
-    if decay.real is None:
-        return q, k, v
-    sees_nothing = (decay.first > decay.last).all(1)[..., None, None]
-    hidden = ~decay.real[..., None, None]
-    return q.masked_fill(sees_nothing, 0.0), k.masked_fill(hidden, 0.0), v.masked_fill(hidden, 0.0)

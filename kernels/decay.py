@@ -9,7 +9,7 @@ A gate of exactly zero (``log f = -inf``) hides everything before its token. It 
 but a boundary, as the start of a packed sequence is, so both become the first key that a query may see.
 """
 
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -19,9 +19,6 @@ from .backends import HAS_TRITON, is_transformed, runs_kernels
 if HAS_TRITON:
     from .portable.scan import sum_gates
 
-if TYPE_CHECKING:
-    from .context_parallel.group import Shards
-
 # Gates below exp of this count as zero, that is as hard resets. They are far below any floating-point number, and one
 # huge finite sum would cost all later differences their digits.
 LOG_ZERO_GATE = -1e4
@@ -30,67 +27,31 @@ LOG_ZERO_GATE = -1e4
 _FEW = 16
 
 
-class KeySummary(NamedTuple):
-    """What pruning must know of all keys up to the end of each block of 64; blocks to come may hold anything.
-
-    Attributes:
-        c: ``[B, Hf, N]`` float64, running sum at the last key of each block.
-        log_decays: ``[B, Hf, N]`` float64, ``log sum_j exp(-c_j)`` over all keys up to there.
-        largest: ``[B, G, N]`` float32, ``max_j |k_j|`` over the same keys, at least `rounding.SHORTEST_LENGTH`.
-    """
-
-    c: Tensor
-    log_decays: Tensor
-    largest: Tensor
-
-
-class CachedKeys(NamedTuple):
-    """How a cache holds the running sums of its keys.
-
-    Attributes:
-        c: ``[B, Hf, Tk]`` float64, also of padding; with pages ``[P, max(1, Hf / G), 64]``, a row for each gate of a
-            key/value head.
-        summary: of the keys.
-        pages: ``[B, G, N]`` int32, the page that holds each 64 tokens of a key/value head; keys and values are then
-            ``[P, 64, D]``. None without pages.
-        start: ``[B, G]`` int32, the first block that is still held; those before are proven dead. With pages.
-    """
-
-    c: Tensor
-    summary: KeySummary
-    pages: Tensor | None = None
-    start: Tensor | None = None
-
-
 class Decay(NamedTuple):
-    """What a block of queries needs to know of the gates: all that attention reads beside q, k and v.
+    """What attention reads of the gates, beside q, k and v: the decay of ``Tq`` queries over ``Tk`` keys.
 
-    ``Hf`` is the number of gates per token: the query heads, the key/value heads, or 1 (shared by all heads).
+    ``Hf`` is the number of gates per token: the query heads, the key/value heads, or 1 (shared by all heads). With
+    context parallelism all four are of this rank's tokens, but sums and indices count from the beginning of the
+    sequence, and `last` rises by more than one where a segment of another rank lies between.
 
     Attributes:
         query: ``[B, Hf, Tq]`` float64, running sum ``c_i`` at each query.
-        key: ``[B, Hf, Tk]`` float64, running sum ``c_j`` at each key; ``+inf`` hides a key.
-        first: ``[B, H or Hf or 1, Tq]`` int64, first key that a query may see. Greater than ``last`` for a query that
-            may see nothing; its output is zero.
+        key: ``[B, Hf, Tk]`` float64, running sum ``c_j`` at each key; ``+inf`` hides a key. Of a paged cache, a pool
+            ``[P, max(1, Hf / G), 64]`` of the gates of each page's key/value head.
+        kv_start: ``[B, H or Hf or 1, Tq]`` int64, first key that a query may see. Greater than `last` for a fully
+            masked row, whose output is zero.
         last: ``[Tq]`` int64, last key that a query may see: its own index. Consecutive and ascending.
-        real: ``[B, Tk]`` bool, False for padding, whose keys are hidden and whose queries see nothing; None without.
-        cached: what decoding with few queries reads of a cache instead of `key`; None if that is not offered.
-        shards: with context parallelism, who has which tokens. All of the above is then of this rank's tokens, but `c`,
-            `first` and `last` count from the beginning of the sequence; `last` rises, not always by one.
     """
 
     query: Tensor
     key: Tensor
-    first: Tensor
+    kv_start: Tensor
     last: Tensor
-    real: Tensor | None = None
-    cached: CachedKeys | None = None
-    shards: "Shards | None" = None
 
     def bias(self) -> Tensor:
         """The dense bias ``D`` as ``[B, Hf, Tq, Tk]`` float64, ``-inf`` where a query may not see a key."""
         keys = torch.arange(self.key.shape[-1], device=self.key.device)
-        visible = (keys >= self.first[..., None]) & (keys <= self.last[:, None])
+        visible = (keys >= self.kv_start[..., None]) & (keys <= self.last[:, None])
         bias = self.query[..., None] - self.key[..., None, :]
         if visible.shape[1] > bias.shape[1] > 1:
             bias = bias.repeat_interleave(visible.shape[1] // bias.shape[1], dim=1)

@@ -59,7 +59,7 @@ def reference_attention(
     refuse_transforms(q, k, v, decay.query, decay.key)
     # The seed is a tensor so that a compiled graph draws a new one at each call.
     seed = torch.randint(2**62, (), dtype=torch.int64) if dropout > 0.0 else None
-    return _forward(q, k, v, decay.query, decay.key, decay.first, decay.last, scale, dropout, seed)
+    return _forward(q, k, v, decay.query, decay.key, decay.kv_start, decay.last, scale, dropout, seed)
 
 
 def forward_pass(
@@ -68,7 +68,7 @@ def forward_pass(
     """`reference_attention` without autograd."""
     # A seed is read on the host.
     seed = None if seed is None else seed.cpu()
-    return _forward(q, k, v, decay.query, decay.key, decay.first, decay.last, scale, dropout, seed)
+    return _forward(q, k, v, decay.query, decay.key, decay.kv_start, decay.last, scale, dropout, seed)
 
 
 def backward_pass(
@@ -85,7 +85,7 @@ def backward_pass(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of q, k, v and the running sums at queries and keys, from what `forward_pass` returned."""
     seed = None if seed is None else seed.cpu()
-    sums = (decay.query, decay.key, decay.first, decay.last)
+    sums = (decay.query, decay.key, decay.kv_start, decay.last)
     return _backward(d_out, torch.zeros_like(lse), q, k, v, *sums, lse, scale, dropout, seed, True)
 
 

@@ -11,7 +11,7 @@ In the first two, decay is exact at any length. All are called as transformers c
 `Decay` beside the usual arguments.
 """
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -20,19 +20,24 @@ from transformers.modeling_utils import AttentionInterface
 from transformers.utils import logging
 from transformers.utils.generic import maybe_autocast
 
-from ..kernels.attention import REFERENCE, best_attention, without_padding
+from ..kernels.attention import REFERENCE, best_attention
 from ..kernels.backends import HAS_TRITON
 from ..kernels.context_parallel.attention import sharded_attention
 from ..kernels.context_parallel.pruning import prune_shards
-from ..kernels.decay import CachedKeys, Decay
+from ..kernels.decay import Decay
+from ..kernels.padding import without_padding
 from ..kernels.pruning.rounding import logit_margin
 from ..kernels.pruning.rules import Rule, centered, prune
 from ..kernels.reference import reference_attention
 from ..kernels.tiles import PRUNED_KEYS
+from .cache.view import CacheView
 
 if HAS_TRITON:
     from ..kernels.portable.decode import decode_attention
     from ..kernels.portable.decode import decodes as decode_takes
+
+if TYPE_CHECKING:
+    from ..kernels.context_parallel.group import Shards
 
 logger = logging.get_logger(__name__)
 
@@ -51,20 +56,23 @@ def fox_attention_forward(
     decay: Decay,
     scaling: float,
     dropout: float = 0.0,
+    real: Tensor | None = None,
+    view: CacheView | None = None,
+    shards: "Shards | None" = None,
 ) -> tuple[Tensor, None]:
     """The best attention for the device, with pruning. Arguments as for `reference_attention_forward`."""
     config = module.config
-    if decay.cached is not None:
+    if view is not None:
         options = {}
         if prunes(config):
             options = {"eps": config.acp_eps, "rule": config.acp_rule, "logit_bound": _bound(module, query.dtype)}
-        return _decode(query, key, value, decay, decay.cached, scaling, **options), None
+        return _decode(query, key, value, decay, real, view, scaling, **options), None
     q, k, v = (x.transpose(1, 2) for x in (query, key, value))
-    q, k, v = without_padding(q, k, v, decay)
-    if decay.shards is not None:
+    q, k, v = without_padding(q, k, v, decay, real)
+    if shards is not None:
         if prunes(config):
-            decay = pruned(module, q, k, decay, scaling)
-        return sharded_attention(q, k, v, decay, decay.shards, scale=scaling, dropout=dropout), None
+            decay = pruned(module, q, k, decay, scaling, shards)
+        return sharded_attention(q, k, v, decay, shards, scale=scaling, dropout=dropout), None
     attend = best_attention(q)
     # In PyTorch the search for what may be left out takes longer than leaving it out saves.
     if attend is not reference_attention and prunes(config):
@@ -78,7 +86,7 @@ def prunes(config: Any) -> bool:
     return config.acp_eps is not None and config.forget_gate != "none"
 
 
-def pruned(module: Any, q: Tensor, k: Tensor, decay: Decay, scaling: float) -> Decay:
+def pruned(module: Any, q: Tensor, k: Tensor, decay: Decay, scaling: float, shards: "Shards | None" = None) -> Decay:
     """`prune` by the layer's configuration, which `prunes`; with context parallelism `prune_shards`.
 
     Args:
@@ -87,12 +95,13 @@ def pruned(module: Any, q: Tensor, k: Tensor, decay: Decay, scaling: float) -> D
         k: ``[B, Tk, G, D]`` keys, likewise.
         decay: not of a cache.
         scaling: multiplies the logits.
+        shards: with context parallelism, who has which tokens.
     """
     config = module.config
     options = {"eps": config.acp_eps, "rule": config.acp_rule, "logit_bound": _bound(module, q.dtype)}
-    if decay.shards is not None:
-        keys = decay.shards.centered(k) if _centers(config) else k
-        return prune_shards(decay, q, keys, decay.shards, scale=scaling, **options)
+    if shards is not None:
+        keys = shards.centered(k) if _centers(config) else k
+        return prune_shards(decay, q, keys, shards, scale=scaling, **options)
     return prune(decay, q, centered(k) if _centers(config) else k, scale=scaling, **options)
 
 
@@ -115,18 +124,19 @@ def _decode(
     key: Tensor,
     value: Tensor,
     decay: Decay,
-    cached: CachedKeys,
+    real: Tensor | None,
+    view: CacheView,
     scale: float,
     eps: float | None = None,
     rule: Rule = "tight",
     logit_bound: Tensor | None = None,
 ) -> Tensor:
     q = query.transpose(1, 2)
-    if cached.pages is None:
+    if view.pages is None:
         key, value = key.transpose(1, 2), value.transpose(1, 2)
     if rule == "paper" and logit_bound is None:
         # Of these queries and all keys so far.
-        largest = cached.summary.largest.index_select(-1, decay.last[-1:] // PRUNED_KEYS)
+        largest = view.summary.largest.index_select(-1, decay.last[-1:] // PRUNED_KEYS)
         norms = torch.linalg.vector_norm(q, dim=-1, dtype=torch.float64).amax(1)
         norms = norms * (abs(scale) * (1.0 + logit_margin(q.shape[-1], torch.float32)))
         logit_bound = norms * largest[..., 0].repeat_interleave(q.shape[2] // largest.shape[1], dim=1)
@@ -134,15 +144,15 @@ def _decode(
         q,
         key,
         value,
-        decay._replace(key=cached.c),
+        decay,
         scale=scale,
-        summary=cached.summary,
+        summary=view.summary,
         eps=eps,
         rule=rule,
         logit_bound=logit_bound,
-        real=decay.real,
-        pages=cached.pages,
-        start=cached.start,
+        real=real,
+        pages=view.pages,
+        start=view.start,
     )
     return out
 
@@ -156,6 +166,9 @@ def reference_attention_forward(
     decay: Decay,
     scaling: float,
     dropout: float = 0.0,
+    real: Tensor | None = None,
+    view: CacheView | None = None,
+    shards: "Shards | None" = None,
 ) -> tuple[Tensor, None]:
     """`reference_attention` behind transformers' signature.
 
@@ -167,13 +180,17 @@ def reference_attention_forward(
         decay: running sums and visible range of each query.
         scaling: multiplies the logits.
         dropout: probability of dropping an attention weight.
+        real: ``[B, Tk]`` bool, False for padding, whose keys are hidden and whose rows are fully masked in ``decay``;
+            None without padding.
+        view: the cache, for few queries: ``key`` and ``value`` are then as it holds them. Only ``fox`` reads it.
+        shards: with context parallelism, who has which tokens: all of the above is then of this rank's.
 
     Returns:
         ``[B, Tq, H, D]`` and None: the weights are never held.
     """
     q, k, v = (x.transpose(1, 2) for x in (query, key, value))
-    if decay.shards is not None:
-        return sharded_attention(q, k, v, decay, decay.shards, scale=scaling, dropout=dropout, passes=REFERENCE), None
+    if shards is not None:
+        return sharded_attention(q, k, v, decay, shards, scale=scaling, dropout=dropout, passes=REFERENCE), None
     out, _ = reference_attention(q, k, v, decay, scale=scaling, dropout=dropout)
     return out, None
 
@@ -187,9 +204,12 @@ def eager_attention_forward(
     decay: Decay,
     scaling: float,
     dropout: float = 0.0,
+    real: Tensor | None = None,
+    view: CacheView | None = None,
+    shards: "Shards | None" = None,
 ) -> tuple[Tensor, Tensor]:
     """Attention written out, as `reference_attention_forward`; returns the weights ``[B, H, Tq, Tk]`` too."""
-    query, key, value = _without_padding(query, key, value, decay)
+    query, key, value = _without_padding(query, key, value, decay, real)
     groups = query.shape[1] // key.shape[1]
     key, value = (x.repeat_interleave(groups, dim=1) for x in (key, value))
     bias, sees_nothing = _dense_bias(decay, query)
@@ -210,13 +230,16 @@ def sdpa_forward(
     decay: Decay,
     scaling: float,
     dropout: float = 0.0,
+    real: Tensor | None = None,
+    view: CacheView | None = None,
+    shards: "Shards | None" = None,
 ) -> tuple[Tensor, None]:
     """transformers' own SDPA function with the decay as its mask. Arguments as for `reference_attention_forward`."""
     output_dtype = query.dtype
     # In float32 throughout: SDPA wants the mask in the type of the queries, and rounded to bfloat16 a decay of -5 would
     # be off by 2% in the weight.
     bias, _ = _dense_bias(decay, query)
-    query, key, value = (x.to(bias.dtype) for x in _without_padding(query, key, value, decay))
+    query, key, value = (x.to(bias.dtype) for x in _without_padding(query, key, value, decay, real))
     with maybe_autocast(query.device.type, enabled=False):
         out, _ = sdpa_attention_forward(
             module, query, key, value, bias, dropout=dropout, scaling=scaling, is_causal=False
@@ -232,10 +255,12 @@ def warn_of_attentions(implementation: str) -> None:
         )
 
 
-def _without_padding(query: Tensor, key: Tensor, value: Tensor, decay: Decay) -> tuple[Tensor, ...]:
+def _without_padding(
+    query: Tensor, key: Tensor, value: Tensor, decay: Decay, real: Tensor | None
+) -> tuple[Tensor, ...]:
     """`without_padding` of heads before tokens, as these functions have them."""
     q, k, v = (x.transpose(1, 2) for x in (query, key, value))
-    return tuple(x.transpose(1, 2) for x in without_padding(q, k, v, decay))
+    return tuple(x.transpose(1, 2) for x in without_padding(q, k, v, decay, real))
 
 
 def _dense_bias(decay: Decay, query: Tensor) -> tuple[Tensor, Tensor]:

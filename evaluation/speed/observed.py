@@ -29,7 +29,7 @@ def keys_kept(model: PreTrainedModel, ids: Tensor) -> Shares:
         return {None: 1.0}
     session = Session(Decoder("foxlm", "dynamic", "tight"), model, greedy_step, len(ids), ids.shape[1])
     session.fill(ids)
-    with _observed(model, lambda decay: 1.0 - (decay.first / (decay.last + 1)).double().mean().item()) as shares:
+    with _observed(model, lambda decay: 1.0 - (decay.kv_start / (decay.last + 1)).double().mean().item()) as shares:
         session.step()
     return _means(shares)
 
@@ -42,7 +42,7 @@ def tiles_kept(model: FoxForCausalLM, ids: Tensor) -> Shares:
     """
     if model.config.forget_gate == "none":
         return {None: 1.0}
-    with _observed(model, lambda decay: share_of_tiles(decay.first)) as shares:
+    with _observed(model, lambda decay: share_of_tiles(decay.kv_start)) as shares:
         for row in ids.split(1):
             model.model(row, use_cache=False)
     return _means(shares)

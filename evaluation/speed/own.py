@@ -60,7 +60,7 @@ def _attend_as_model(q: Tensor, k: Tensor, v: Tensor, log_f: Tensor, inputs: Inp
 def _first_kept(inputs: Inputs, rule: Rule) -> Tensor:
     """The first key that the kernels keep for each query, ``[B, H, T]``."""
     if inputs.centers:
-        return _boundary_search(inputs, rule)().first
+        return _boundary_search(inputs, rule)().kv_start
     options = pruning_options(inputs, rule)
     return forgetting_attention(*inputs[:4], scale=inputs.scale, return_first=True, **options)[1]
 

@@ -2,8 +2,8 @@
 
 from torch import Tensor
 
-from ..attention import hide_padding, without_padding
 from ..decay import Decay, sequence_starts
+from ..padding import hide_keys, mask_rows, without_padding
 from ..pruning.rules import Rule
 from ..validation import check_gates, check_inputs, check_options, check_packing, real_tokens
 from .attention import sharded_attention
@@ -67,10 +67,11 @@ def context_parallel_attention(
         log_f = log_f.masked_fill(~real[..., None], 0.0)
     check_gates(log_f)
     c, first = shards.accumulate(log_f, starts)
-    decay = Decay(c, c, first, shards.tables(q.device).positions, shards=shards)
+    decay = Decay(c, c, first, shards.tables(q.device).positions)
     if real is not None:
-        decay = hide_padding(decay, real)
-        q, k, v = without_padding(q, k, v, decay)
+        # What padding stands further left, other ranks know: no row starts later for it.
+        decay = mask_rows(hide_keys(decay, real), real)
+        q, k, v = without_padding(q, k, v, decay, real)
     scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
     if eps is not None:
         decay = prune_shards(decay, q, k, shards, eps=eps, rule=rule, scale=scale, logit_bound=logit_bound)

@@ -284,7 +284,7 @@ def sharded_attention(
         ``[B, T, H, D]`` in the type of ``q``.
     """
     kv_heads, heads = k.shape[2], q.shape[2]
-    c_q, c_k, first = decay.query, decay.key, decay.first
+    c_q, c_k, first = decay.query, decay.key, decay.kv_start
     if c_k.shape[1] == 1:
         c_q, c_k = c_q.expand(-1, kv_heads, -1), c_k.expand(-1, kv_heads, -1)
     if first.shape[1] != heads:

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from ..backends import HAS_TRITON, rows_together, runs_kernels
-from ..decay import Decay, KeySummary
+from ..decay import Decay
+from ..pruning.key_stats import KeySummary
 from ..pruning.rounding import log_allowed
 from ..pruning.rules import QueryBounds, Rule, margin_dtype, most_droppable, query_bounds, raised
 from ..tiles import PRUNED_KEYS, PRUNED_QUERIES
@@ -55,13 +56,13 @@ def prune_shards(
     """As `pruning.prune`, for this rank's queries over the keys of all ranks.
 
     Args:
-        decay: of this rank's tokens, with ``first`` and ``last`` in tokens of the whole sequence.
+        decay: of this rank's tokens, with ``kv_start`` and ``last`` in tokens of the whole sequence.
         q, k: ``[B, T, heads, D]`` of this rank's tokens, finite.
         shards: who has which tokens.
         eps, rule, scale, logit_bound: as for `pruning.prune`.
 
     Returns:
-        ``decay`` with ``first`` raised, ``[B, H, T]``.
+        ``decay`` with ``kv_start`` raised, ``[B, H, T]``.
     """
     check_rule(eps, rule)
     heads, kv_heads = q.shape[2], k.shape[2]
@@ -73,7 +74,7 @@ def prune_shards(
     logit_bound = _bound(logit_bound, rows, keys, kv_heads, shards) if rule == "paper" else None
     log_eps = log_allowed(eps, margin_dtype(k), shards.split.length if rule == "paper" else 1)
 
-    first = decay.first
+    first = decay.kv_start
     if first.shape[1] != heads:
         first = first.repeat_interleave(heads // first.shape[1], dim=1)
     if fast:
@@ -85,7 +86,7 @@ def prune_shards(
         of_part = _Rows(*(x[..., part] for x in rows))
         c_q, seen = decay.query[..., part], first[..., part]
         raised.append(find(of_part, keys, c_q, seen, part, shards, log_eps, logit_bound))
-    return decay._replace(first=raised[0] if len(raised) == 1 else torch.cat(raised, -1))
+    return decay._replace(kv_start=raised[0] if len(raised) == 1 else torch.cat(raised, -1))
 
 
 def _parts(shards: Shards) -> list[slice]:

@@ -260,7 +260,7 @@ def hopper_backward(
     pairs = head_dim == 128
     d_out, q, k, v = (_for_tma(x) for x in (d_out, q, k, v))
     blocks, key_blocks = triton.cdiv(queries, _QUERIES), triton.cdiv(keys, _KEYS)
-    low, high = kv_start_ranges(decay.first, decay.last, heads, _QUERIES)
+    low, high = kv_start_ranges(decay.kv_start, decay.last, heads, _QUERIES)
     order = heaviest_first(low.view(batch * kv_heads, -1)).int()
     # Of its attributes only the sizes are looked at.
     stop, _ = query_ranges(low, high, decay.last, keys, Tile(_QUERIES, _KEYS, warps=8, stages=3))
@@ -283,7 +283,7 @@ def hopper_backward(
         decay.query,
         lse,
         d_lse,
-        decay.first,
+        decay.kv_start,
         maxima,
         rows,
         sums,
@@ -292,13 +292,13 @@ def hopper_backward(
         *out.stride()[:3],
         *decay.query.stride()[:2],
         *d_lse.stride()[:2],
-        *decay.first.stride()[:2],
+        *decay.kv_start.stride()[:2],
         queries,
         keys,
         heads,
         heads // kv_heads,
         heads // gates,
-        heads // decay.first.shape[1],
+        heads // decay.kv_start.shape[1],
         blocks,
         maxima.shape[-1],
         HEAD_DIM=head_dim,

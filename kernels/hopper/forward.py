@@ -775,7 +775,7 @@ def hopper_forward(q: Tensor, k: Tensor, v: Tensor, decay: Decay, scale: float) 
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     lse = torch.empty(batch, heads, queries, dtype=torch.float32, device=q.device)
     relative, base = key_decay(decay.key)
-    low, high = kv_start_ranges(decay.first, decay.last, heads, QUERIES)
+    low, high = kv_start_ranges(decay.kv_start, decay.last, heads, QUERIES)
     order = heaviest_first(low.flatten(0, 1))
     items = triton.cdiv(queries, QUERIES * shape.consumers)
     counter = torch.zeros(1, dtype=torch.int32, device=q.device)
@@ -791,14 +791,14 @@ def hopper_forward(q: Tensor, k: Tensor, v: Tensor, decay: Decay, scale: float) 
         relative,
         base,
         lse,
-        decay.first,
+        decay.kv_start,
         decay.last,
         order,
         low,
         high,
         counter,
         *decay.key.stride()[:2],
-        *decay.first.stride()[:2],
+        *decay.kv_start.stride()[:2],
         scale,
         batch * heads,
         items,
@@ -810,7 +810,7 @@ def hopper_forward(q: Tensor, k: Tensor, v: Tensor, decay: Decay, scale: float) 
         heads // kv_heads,
         gates,
         heads // gates,
-        heads // decay.first.shape[1],
+        heads // decay.kv_start.shape[1],
         NC=shape.consumers,
         BLOCK_N=shape.keys,
         STAGES=shape.stages,

@@ -544,7 +544,7 @@ def backward(
     batch, queries, heads, head_dim = q.shape
     keys, kv_heads, gates = k.shape[1], k.shape[2], decay.key.shape[1]
     padded = padded_head_dim(head_dim)
-    low, high = kv_start_ranges(decay.first, decay.last, heads, tile.queries)
+    low, high = kv_start_ranges(decay.kv_start, decay.last, heads, tile.queries)
     order = heaviest_first(low.view(batch * kv_heads, -1))
     blocks, key_blocks = low.shape[-1], triton.cdiv(keys, tile.keys)
     stop, cut = query_ranges(low, high, decay.last, keys, tile)
@@ -601,7 +601,7 @@ def backward(
             d_out,
             decay.query,
             decay.key,
-            decay.first,
+            decay.kv_start,
             decay.last,
             delta,
             shift,
@@ -624,7 +624,7 @@ def backward(
             *d_out.stride()[:3],
             *decay.query.stride()[:2],
             *decay.key.stride()[:2],
-            *decay.first.stride()[:2],
+            *decay.kv_start.stride()[:2],
             scale,
             dropout,
             queries,
@@ -633,7 +633,7 @@ def backward(
             kv_heads,
             heads // kv_heads,
             heads // gates,
-            heads // decay.first.shape[1],
+            heads // decay.kv_start.shape[1],
             blocks,
             key_blocks,
             HEAD_DIM=head_dim,

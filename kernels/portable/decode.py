@@ -22,7 +22,8 @@ import triton.language as tl
 from torch import Tensor
 
 from ..backends import NAMESPACE, rows_together, runs_kernels
-from ..decay import Decay, KeySummary
+from ..decay import Decay
+from ..pruning.key_stats import KeySummary
 from ..pruning.predicates import lengths, may_drop_paper, may_drop_tight, raised
 from ..pruning.rounding import decay_margin, log_allowed, logit_margin
 from ..pruning.rules import Rule
@@ -501,7 +502,7 @@ def decode_attention(
         v,
         decay.query,
         decay.key,
-        decay.first,
+        decay.kv_start,
         decay.last,
         real,
         pages,

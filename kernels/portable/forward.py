@@ -253,7 +253,7 @@ def forward(
     is_fp32 = q.dtype == torch.float32
     lse = torch.empty(batch, heads, queries, dtype=torch.float64 if is_fp32 else torch.float32, device=q.device)
     relative, base = key_decay(decay.key)
-    least, greatest = kv_start_ranges(decay.first, decay.last, heads, tile.queries)
+    least, greatest = kv_start_ranges(decay.kv_start, decay.last, heads, tile.queries)
     blocks = least.shape[-1]
     _forward_kernel[(blocks * batch * heads,)](
         Q=q, q_b=q.stride(0), q_t=q.stride(1), q_h=q.stride(2),
@@ -263,7 +263,7 @@ def forward(
         C_K=decay.key, ck_b=decay.key.stride(0), ck_h=decay.key.stride(1),
         RELATIVE=relative,
         BASE=base,
-        KV_START=decay.first, s_b=decay.first.stride(0), s_h=decay.first.stride(1),
+        KV_START=decay.kv_start, s_b=decay.kv_start.stride(0), s_h=decay.kv_start.stride(1),
         LAST=decay.last,
         LEAST=least,
         GREATEST=greatest,
@@ -279,7 +279,7 @@ def forward(
         HF=gates,
         KV_GROUP=heads // kv_heads,
         GATE_GROUP=heads // gates,
-        START_GROUP=heads // decay.first.shape[1],
+        START_GROUP=heads // decay.kv_start.shape[1],
         NM=blocks,
         NB=base.shape[-1],
         D=head_dim,

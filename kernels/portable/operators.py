@@ -41,7 +41,7 @@ def triton_attention(
     """
     refuse_transforms(q, k, v, decay.query, decay.key)
     seed = torch.randint(2**62, (), dtype=torch.int64, device=q.device) if dropout > 0.0 else None
-    out, lse = _forward(q, k, v, decay.query, decay.key, decay.first, decay.last, scale, dropout, seed)
+    out, lse = _forward(q, k, v, decay.query, decay.key, decay.kv_start, decay.last, scale, dropout, seed)
     return out, lse.float()
 
 
@@ -107,7 +107,7 @@ def _launch_forward(
 
 
 def _rows_together(decay: Decay) -> Decay:
-    c_q, c_k, first = (rows_together(x) for x in (decay.query, decay.key, decay.first))
+    c_q, c_k, first = (rows_together(x) for x in (decay.query, decay.key, decay.kv_start))
     return Decay(c_q, c_k, first, decay.last)
 
 

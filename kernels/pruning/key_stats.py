@@ -3,12 +3,28 @@
 They are what the rules of `pruning` take of the keys before a boundary; a new token changes only those of its block.
 """
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor, nn
 
-from ..decay import KeySummary
 from ..tiles import PRUNED_KEYS
 from .rounding import SHORTEST_LENGTH
+
+
+class KeySummary(NamedTuple):
+    """What pruning must know of all keys up to the end of each block of 64; blocks to come may hold anything.
+
+    Attributes:
+        c: ``[B, Hf, N]`` float64, running sum at the last key of each block.
+        log_decays: ``[B, Hf, N]`` float64, ``log sum_j exp(-c_j)`` over all keys up to there.
+        largest: ``[B, G, N]`` float32, ``max_j |k_j|`` over the same keys, at least `rounding.SHORTEST_LENGTH`.
+    """
+
+    c: Tensor
+    log_decays: Tensor
+    largest: Tensor
+
 
 Running = tuple[Tensor, Tensor]
 """``log sum_j exp(-c_j)``, ``[B, Hf]`` float64, and ``max_j |k_j|``, ``[B, G]`` float32, over all keys so far."""

@@ -45,9 +45,10 @@ import torch
 from torch import Tensor
 
 from ..backends import HAS_TRITON, runs_kernels
-from ..decay import Decay, KeySummary, accumulate
+from ..decay import Decay, accumulate
 from ..tiles import PRUNED_KEYS, PRUNED_QUERIES
 from ..validation import check_logit_bound, check_rule, check_scale
+from .key_stats import KeySummary
 from .rounding import decay_margin, log_allowed, logit_margin
 
 if HAS_TRITON:
@@ -99,7 +100,7 @@ def first_kept(
     last = torch.arange(keys - queries, keys, device=c.device)
     decay = Decay(c[..., keys - queries :], c, first[..., keys - queries :], last)
     kept = _kept(decay, q, k, eps, rule, scale, logit_bound)
-    kept = torch.maximum(kept, _per_query_head(decay.first, heads))
+    kept = torch.maximum(kept, _per_query_head(decay.kv_start, heads))
     return _blocks_minimum(kept, block_q) // block_k * block_k
 
 
@@ -121,7 +122,7 @@ def prune(
         scale: multiplies the logits.
 
     Returns:
-        ``decay`` with ``first`` raised, ``[B, H, Tq]``. No row loses more than ``eps`` of its attention weight.
+        ``decay`` with ``kv_start`` raised, ``[B, H, Tq]``. No row loses more than ``eps`` of its attention weight.
 
     Raises:
         ValueError: an argument is not as above.
@@ -138,14 +139,14 @@ def prune(
                 logit_bound = torch.full((1,), logit_bound, dtype=torch.float32, device=q.device)
             logit_bound = logit_bound.to(device=q.device, dtype=torch.float32).expand(batch, heads)
         first = raise_first(decay, q, k, eps=eps, tight=rule == "tight", scale=scale, logit_bound=logit_bound)
-        return decay._replace(first=first)
+        return decay._replace(kv_start=first)
     kept = _kept(decay, q, k, eps, rule, scale, logit_bound)
-    first = _per_query_head(decay.first, heads)
+    first = _per_query_head(decay.kv_start, heads)
     sees_nothing = first > decay.last
     kept = kept.masked_fill(sees_nothing, torch.iinfo(torch.int64).max)
     kept = _blocks_minimum(kept, PRUNED_QUERIES) // PRUNED_KEYS * PRUNED_KEYS
     kept = kept.repeat_interleave(PRUNED_QUERIES, dim=-1)[..., :queries]
-    return decay._replace(first=torch.where(sees_nothing, first, torch.maximum(first, kept)))
+    return decay._replace(kv_start=torch.where(sees_nothing, first, torch.maximum(first, kept)))
 
 
 @torch.no_grad()

@@ -213,7 +213,7 @@ def raise_first(
         logit_bound: ``U`` of ``paper``, ``[B, H]`` float32 with any strides; None is from the largest norms.
     """
     q, k, c_q, c_k = (x.detach() for x in (q, k, decay.query, decay.key))
-    return _raise_first(q, k, c_q, c_k, decay.first, decay.last, eps, tight, scale, logit_bound)
+    return _raise_first(q, k, c_q, c_k, decay.kv_start, decay.last, eps, tight, scale, logit_bound)
 
 
 @torch.library.custom_op(f"{NAMESPACE}::raise_first", mutates_args=())
@@ -252,7 +252,7 @@ def _launch(
             join_largest(largest)
         else:
             logit_bound = q_norm.amax(-1) * largest.amax(-1).repeat_interleave(q.shape[2] // k.shape[2], dim=1)
-    rows = Queries(decay.query, decay.first, decay.last, q_norm, own)
+    rows = Queries(decay.query, decay.kv_start, decay.last, q_norm, own)
     blocks = Blocks(end, log_sum, largest)
     log_eps = log_allowed(eps, torch.float32, 1 if tight else keys)
     return search(rows, blocks, q.shape[2], k.shape[2], log_eps, None if tight else logit_bound)

@@ -28,14 +28,15 @@ from transformers.cache_utils import (
 )
 from transformers.utils.import_utils import is_torchdynamo_compiling, is_torchdynamo_exporting
 
-from ...kernels.decay import CachedKeys, Decay, KeySummary, accumulate
-from ...kernels.pruning.key_stats import Running, empty_summary, extend_summary, running_before
+from ...kernels.decay import Decay, accumulate
+from ...kernels.pruning.key_stats import KeySummary, Running, empty_summary, extend_summary, running_before
 from ...kernels.tiles import PRUNED_KEYS
 from ..configuration_fox import LAYER_TYPE, FoxConfig
 from ..token_layout import TokenLayout
 from ..versions import CACHE
 from .paged import FoxPagedCache, PagedForgettingLayer
 from .static import StaticForgettingLayer, check_gates, state_sizes
+from .view import CacheView
 
 _ACCEPTED = (
     "DynamicCache(config=model.config), StaticCache(config=model.config, max_cache_len=...) "
@@ -147,24 +148,21 @@ class DynamicForgettingLayer(DynamicLayer):
         self._reordered = False
         return self.keys, self.values
 
-    def decay(self, few: bool, own_block: bool = False) -> Decay:
-        """What the queries of the tokens taken in last need to know.
+    def decay(self, few: bool, own_block: bool = False) -> tuple[Decay, CacheView | None]:
+        """The decay of the tokens taken in last over all keys, and with ``few`` what the kernels of decoding read.
 
         Args:
-            few: whether they are few enough for the kernels of decoding, which then get what they need.
-            own_block: whether what they need includes the block of 64 keys of the last of them.
+            few: whether these kernels take so few queries.
+            own_block: whether what they read includes the block of 64 keys of the last of them.
         """
         decay, self._new = self._new, None
         assert decay is not None, "called once after append_gates and update"
         if not few or is_torchdynamo_compiling():
-            return decay
+            return decay, None
         length = decay.key.shape[-1]
         # No query drops its own block. So a step seldom has to summarize, and a prompt, which reads its keys, never.
-        return decay._replace(
-            cached=CachedKeys(
-                decay.key, self._summarize(length if own_block else (length - 1) // PRUNED_KEYS * PRUNED_KEYS)
-            )
-        )
+        summarized = length if own_block else (length - 1) // PRUNED_KEYS * PRUNED_KEYS
+        return decay, CacheView(self._summarize(summarized))
 
     def _join(self, name: str, held: Tensor, new: Tensor, dim: int) -> Tensor:
         """``held`` followed by ``new``: written behind it where it is the beginning of a larger tensor of our own."""

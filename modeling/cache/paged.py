@@ -20,8 +20,8 @@ from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin
 from transformers.utils.import_utils import is_torchdynamo_compiling
 
-from ...kernels.decay import CachedKeys, Decay, KeySummary, accumulate
-from ...kernels.pruning.key_stats import Running, empty_summary, extend_summary, running_before
+from ...kernels.decay import Decay, accumulate
+from ...kernels.pruning.key_stats import KeySummary, Running, empty_summary, extend_summary, running_before
 from ...kernels.pruning.rounding import logit_margin
 from ...kernels.pruning.rules import Rule, bounds_to_come, first_dead_block
 from ...kernels.tiles import PRUNED_KEYS as PAGE
@@ -29,6 +29,7 @@ from ..configuration_fox import FoxConfig
 from ..token_layout import TokenLayout, refuse_overflow
 from ..versions import CACHE
 from .static import StateSizes, state_sizes
+from .view import CacheView
 
 # How many of each head are handed out in advance: looking for dead ones takes as long as several steps.
 _PAGES_AHEAD = 4
@@ -183,14 +184,14 @@ class PagedForgettingLayer(CacheLayerMixin):
         self.cumulative_length.add_(key_states.shape[2])
         return result
 
-    def decay(self, few: bool, own_block: bool = False) -> Decay:
+    def decay(self, few: bool, own_block: bool = False) -> tuple[Decay, CacheView | None]:
         """As `DynamicForgettingLayer.decay`."""
         decay, self._new = self._new, None
         gathered, self._gathered = self._gathered, None
         if not few:
             assert gathered is not None, "called once after append_gates and update"
-            return gathered
-        return decay._replace(key=self.c, cached=CachedKeys(self.c, self.summary, self.pages, self.start))
+            return gathered, None
+        return decay._replace(key=self.c), CacheView(self.summary, self.pages, self.start)
 
     def _summarize(self, c: Tensor, key_states: Tensor, position: int | Tensor) -> None:
         for held, new in zip(
@@ -235,7 +236,7 @@ class PagedForgettingLayer(CacheLayerMixin):
             keys, values = torch.cat([held_keys, keys], dim=2), torch.cat([held_values, values], dim=2)
             c = torch.cat([held_c, c], dim=-1)
         # Rows that may not see what is freed; those of the new tokens see all of the new tokens.
-        first = new.first
+        first = new.kv_start
         freed = self.start.long() * PAGE
         if first.shape[1] not in (1, heads):
             freed = freed.repeat_interleave(first.shape[1] // heads, dim=1)

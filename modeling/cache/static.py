@@ -9,11 +9,12 @@ from transformers.cache_utils import StaticLayer
 from transformers.utils.import_utils import is_torchdynamo_compiling, is_torchdynamo_exporting
 
 from ...kernels.backends import runs_kernels
-from ...kernels.decay import CachedKeys, Decay, KeySummary, accumulate
-from ...kernels.pruning.key_stats import Running, empty_summary, extend_summary
+from ...kernels.decay import Decay, accumulate
+from ...kernels.pruning.key_stats import KeySummary, Running, empty_summary, extend_summary
 from ..configuration_fox import FoxConfig
 from ..token_layout import TokenLayout
 from ..versions import CACHE
+from .view import CacheView
 
 # See `cache_fox`.
 _NOT_EXPORTED = ("_new", "summary")
@@ -134,13 +135,13 @@ class StaticForgettingLayer(StaticLayer):
                 held.copy_(x)
         return keys, values
 
-    def decay(self, few: bool, own_block: bool = False) -> Decay:
+    def decay(self, few: bool, own_block: bool = False) -> tuple[Decay, CacheView | None]:
         """As `DynamicForgettingLayer.decay`; the keys are the whole buffer."""
         decay, self._new = self._new, None
         assert decay is not None, "called once after append_gates and update"
         if not few or self.summary is None:
-            return decay
-        return decay._replace(cached=CachedKeys(decay.key, self.summary[0]))
+            return decay, None
+        return decay, CacheView(self.summary[0])
 
     def before(self, name: str, layout: TokenLayout) -> Tensor:
         """``[B, 1, G, D]`` unshifted ``name`` of the last token, zeros at the start."""

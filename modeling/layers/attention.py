@@ -16,8 +16,8 @@ from transformers.cache_utils import Cache
 from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs
 
-from ...kernels.attention import hide_padding
 from ...kernels.decay import Decay, accumulate
+from ...kernels.padding import hide_keys, hide_padding, mask_rows, skip_padding
 from ...kernels.pruning.rounding import logit_margin, stored_margin
 from ..arguments import DECODER_ARGUMENTS, refuse_unknown
 from ..attention_backends import ALL_ATTENTION_FUNCTIONS, DEFAULT_IMPLEMENTATION, decodes, eager_attention_forward
@@ -182,22 +182,42 @@ class FoxAttention(nn.Module):
         if layout.real is not None:
             log_f = log_f.masked_fill(~layout.real[..., None], 0.0)
         q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+        view = None
         if cache is None or cache_layer is None:
             sum_gates = accumulate if layout.shards is None else layout.shards.accumulate
             c, first = sum_gates(log_f, starts=layout.starts)
-            decay = Decay(c, c, first, layout.positions, shards=layout.shards)
+            decay = Decay(c, c, first, layout.positions)
         else:
             few = searches and self._few_queries(q, k)
             cache_layer.append_gates(log_f, layout)
             k, v = cache.update(k, v, self.layer_idx, few=few)
-            decay = cache_layer.decay(few, own_block=self._bound_needs_keys())
+            decay, view = cache_layer.decay(few, own_block=self._bound_needs_keys())
         if (real := layout.real_keys) is not None:
-            # A mask may be as long as a cache of fixed size, where the keys are those so far.
-            decay = hide_padding(decay, real if decay.cached is not None else real[:, : decay.key.shape[-1]])
+            if view is not None:
+                decay = skip_padding(decay, real)
+            elif layout.shards is not None:
+                # What padding stands further left, other ranks know: no row starts later for it.
+                decay = mask_rows(hide_keys(decay, real), real)
+            else:
+                # A mask may be as long as a cache of fixed size, where the keys are those so far.
+                real = real[:, : decay.key.shape[-1]]
+                decay = hide_padding(decay, real)
 
         attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.implementation, eager_attention_forward)
         dropout = self.attention_dropout if self.training else 0.0
-        out, weights = attend(self, q, k, v, None, decay=decay, scaling=self.scaling, dropout=dropout)
+        out, weights = attend(
+            self,
+            q,
+            k,
+            v,
+            None,
+            decay=decay,
+            scaling=self.scaling,
+            dropout=dropout,
+            real=real,
+            view=view,
+            shards=layout.shards,
+        )
 
         if self.config.use_output_norm:
             out = self.output_norm(out)

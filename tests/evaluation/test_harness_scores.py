@@ -46,7 +46,7 @@ def skipped(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
     def counting(decay: Decay, *args: Any, **kwargs: Any) -> Decay:
         pruned = prune(decay, *args, **kwargs)
-        seen.append(int((pruned.first - decay.first).sum()))
+        seen.append(int((pruned.kv_start - decay.kv_start).sum()))
         return pruned
 
     def attend(*args: Any, **kwargs: Any) -> Any:

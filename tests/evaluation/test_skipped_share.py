@@ -11,8 +11,8 @@ from transformers import DataCollatorWithFlattening, TrainerCallback, TrainingAr
 from foxlm.evaluation.gates import skipped_shares
 from foxlm.evaluation.recording import record_attention, replaced_attention
 from foxlm.evaluation.skipped_share import skipped_share
-from foxlm.kernels.attention import without_padding
 from foxlm.kernels.decay import Decay
+from foxlm.kernels.padding import without_padding
 from foxlm.modeling.attention_backends import ALL_ATTENTION_FUNCTIONS, eager_attention_forward, pruned
 from foxlm.modeling.modeling_fox import FoxForSequenceClassification
 from foxlm.training import FoxTrainer
@@ -62,10 +62,10 @@ def test_it_is_the_share_of_tiles_that_pruning_hides(kind: str, variant: str, ru
         module: Any, query: Tensor, key: Tensor, value: Tensor, mask: None, decay: Decay, **kwargs: Any
     ) -> Any:
         q, k, v = (x.transpose(1, 2) for x in (query, key, value))
-        q, k, _ = without_padding(q, k, v, decay)
-        before = decay.first.expand(-1, 4 if decay.first.shape[1] == 1 else -1, -1)
+        q, k, _ = without_padding(q, k, v, decay, kwargs["real"])
+        before = decay.kv_start.expand(-1, 4 if decay.kv_start.shape[1] == 1 else -1, -1)
         before = before.repeat_interleave(4 // before.shape[1], dim=1)
-        after = pruned(module, q, k, decay, kwargs["scaling"]).first
+        after = pruned(module, q, k, decay, kwargs["scaling"]).kv_start
         counted.append((count_tiles(before, decay.last), count_tiles(after, decay.last)))
         return attend(module, query, key, value, mask, decay=decay, **kwargs)
 

@@ -33,11 +33,11 @@ def test_output_differs_by_no_more_than_allowed(variant, rule, calls):
     ids = tokens(2, 300)
     model.config.acp_eps = None
     exact = model(ids).logits
-    assert not any(decay.first.any() for _, _, decay, _ in calls)
+    assert not any(decay.kv_start.any() for _, _, decay, _ in calls)
     calls.clear()
     model.config.acp_eps = 1e-6
     assert (model(ids).logits - exact).abs().max() < 1e-4
-    assert any(decay.first.any() for _, _, decay, _ in calls), "nothing was pruned"
+    assert any(decay.kv_start.any() for _, _, decay, _ in calls), "nothing was pruned"
 
 
 @torch.no_grad()
@@ -54,7 +54,7 @@ def test_a_common_part_of_the_keys_costs_nothing_without_qk_norm(dtype, calls):
         model.config.acp_eps = 1e-6
         calls.clear()
         assert (model(tokens(2, 300)).logits - exact[-1]).abs().max() < 1e-3
-        kept.append(sum(decay.first.sum().item() for _, _, decay, _ in calls))
+        kept.append(sum(decay.kv_start.sum().item() for _, _, decay, _ in calls))
     assert torch.allclose(exact[0], exact[1], atol=1e-2), "attention does not see a common part"
     assert kept[1] > 0.95 * kept[0] > 0
 

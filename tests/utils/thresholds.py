@@ -12,8 +12,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from foxlm.kernels.attention import hide_padding
 from foxlm.kernels.decay import Decay, accumulate, sequence_starts
+from foxlm.kernels.padding import hide_padding
 from foxlm.kernels.pruning.rules import Rule
 
 BLOCK, SCALE = 64, 0.25
@@ -46,7 +46,7 @@ class Threshold(NamedTuple):
         decays = log_f[::-1].cumsum(0)[::-1]
         decays = np.concatenate([decays[1:], np.zeros_like(decays[:1])]).T
         logits = np.longdouble(SCALE) * (q[0] * k).sum(-1).T + decays
-        seen = torch.isfinite(self.decay.key[0]) & (torch.arange(tokens) >= self.decay.first[0, :, 0, None])
+        seen = torch.isfinite(self.decay.key[0]) & (torch.arange(tokens) >= self.decay.kv_start[0, :, 0, None])
         logits[~seen.expand(heads, -1).numpy()] = -np.inf
         weights = np.exp(logits - logits.max(1, keepdims=True))
         dropped = np.arange(tokens) < first.numpy()[:, None]

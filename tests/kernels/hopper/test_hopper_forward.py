@@ -136,7 +136,7 @@ def test_the_stride_of_a_single_element_does_not_matter():
 
 
 def on_gpu(q: Tensor, k: Tensor, v: Tensor, decay: Decay) -> tuple[Tensor, Tensor, Tensor, Decay]:
-    gates = Decay(decay.query.cuda(), decay.key.cuda(), decay.first.cuda(), decay.last.cuda())
+    gates = Decay(decay.query.cuda(), decay.key.cuda(), decay.kv_start.cuda(), decay.last.cuda())
     return q.cuda(), k.cuda(), v.cuda(), gates
 
 

@@ -14,9 +14,10 @@ from torch import Tensor
 from attention_inputs import attention, draw_inputs, output_and_gradients
 from foxlm.kernels import decay
 from foxlm.kernels.backends import HAS_TRITON
-from foxlm.kernels.decay import Decay, KeySummary
+from foxlm.kernels.decay import Decay
 from foxlm.kernels.portable import operators as triton_attention
 from foxlm.kernels.pruning import rules as pruning
+from foxlm.kernels.pruning.key_stats import KeySummary
 from foxlm.kernels.tiles import Tiles, choose_tiles
 from kernel_device import INTERPRETED
 

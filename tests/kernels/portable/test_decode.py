@@ -9,9 +9,10 @@ from torch import Tensor
 
 from attention_inputs import draw_gates, draw_inputs, padding_mask
 from eager import eager_attention
-from foxlm.kernels.attention import hide_padding
 from foxlm.kernels.backends import HAS_TRITON
-from foxlm.kernels.decay import Decay, KeySummary, accumulate
+from foxlm.kernels.decay import Decay, accumulate
+from foxlm.kernels.padding import hide_padding
+from foxlm.kernels.pruning.key_stats import KeySummary
 from foxlm.kernels.reference import reference_attention
 from kernel_device import DEVICE, DTYPES, INTERPRETED, ON_KERNELS, SOME_DTYPES
 
@@ -42,7 +43,7 @@ class Cache(NamedTuple):
     real: Tensor | None = None
 
     def to(self, device: str) -> "Cache":
-        query, key, first, last = self.decay[:4]
+        query, key, first, last = self.decay
         decay = Decay(query.to(device), key.to(device), first.to(device), last.to(device))
         real = None if self.real is None else self.real.to(device)
         return Cache(self.q.to(device), self.k.to(device), self.v.to(device), decay, real)
@@ -279,9 +280,9 @@ def test_expected_blocks_are_read(rule, bound, queries, heads, monkeypatch):
     unread = cache._replace(v=cache.v.masked_fill(~read[..., None], math.nan))
     out, lse = both(unread, **options)
     assert out.isfinite().all()
-    first = cache.decay.first.repeat_interleave(heads[0] // heads[2], 1)
+    first = cache.decay.kv_start.repeat_interleave(heads[0] // heads[2], 1)
     first = torch.maximum(first, BLOCK * kept.repeat_interleave(heads[0] // heads[1], 1)[..., None])
-    _, expected = exact(cache._replace(decay=cache.decay._replace(first=first)))
+    _, expected = exact(cache._replace(decay=cache.decay._replace(kv_start=first)))
     torch.testing.assert_close(lse, expected.float(), rtol=1e-3, atol=1e-3)
     # Not one block less is read.
     position = BLOCK * kept
@@ -335,9 +336,9 @@ def test_freed_pages():
 
 def test_rows_that_see_nothing_need_no_page():
     cache = cache_of(draw((4, 2, 4), 2))
-    first = cache.decay.first.clone()
+    first = cache.decay.kv_start.clone()
     first[0] = cache.decay.last + 1
-    in_pages, pages = paged(cache._replace(decay=cache.decay._replace(first=first)))
+    in_pages, pages = paged(cache._replace(decay=cache.decay._replace(kv_start=first)))
     pages[0] = -1
     out, lse = decoded(in_pages, pages=pages.to(DEVICE))
     assert (out[0] == 0.0).all() and torch.isneginf(lse[0]).all()
@@ -387,7 +388,7 @@ def test_compiled_to_a_graph_while_the_sequence_grows():
     summary = summary_of(cache)
 
     def step(position: Tensor) -> tuple[Tensor, Tensor]:
-        now = Decay(decay.key.index_select(2, position), decay.key, torch.zeros_like(decay.first), position)
+        now = Decay(decay.key.index_select(2, position), decay.key, torch.zeros_like(decay.kv_start), position)
         return decode_attention(q, k, v, now, scale=0.25, summary=summary, eps=1e-3)
 
     compiled = torch.compile(step, fullgraph=True, mode="reduce-overhead")

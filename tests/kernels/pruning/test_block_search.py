@@ -13,10 +13,10 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from attention_inputs import attention, draw_inputs, forgetting_attention, output_and_gradients, padding_mask
-from foxlm.kernels.attention import hide_padding
 from foxlm.kernels.backends import HAS_TRITON
 from foxlm.kernels.context_parallel.pruning import prune_shards
 from foxlm.kernels.decay import Decay, accumulate, sequence_starts
+from foxlm.kernels.padding import hide_padding
 from foxlm.kernels.pruning.rules import Rule, centered, first_kept, prune
 from foxlm.kernels.tiles import PRUNED_KEYS, PRUNED_QUERIES
 from kernel_device import INTERPRETED
@@ -83,9 +83,8 @@ def exact_weights(q: Tensor, k: Tensor, decay: Decay, scale: float) -> Tensor:
 
 def pruned_first(q: Tensor, k: Tensor, decay: Decay, device: str, **options: Any) -> Tensor:
     """First keys ``[B, H, Tq]`` by what runs on ``device``, on the CPU."""
-    query, key, first, last = (x.to(device) for x in decay[:4])
-    moved = Decay(query, key, first, last, decay.real)
-    return prune(moved, q.to(device), k.to(device), **options).first.cpu()
+    moved = Decay(*(x.to(device) for x in decay))
+    return prune(moved, q.to(device), k.to(device), **options).kv_start.cpu()
 
 
 @settings(max_examples=8 if INTERPRETED else 60)
@@ -117,7 +116,7 @@ def test_no_row_loses_more_than_eps(
         mask = padding_mask(hidden, 2, keys)
     decay = decay_of(log_f, queries, mask, offsets)
     weights = exact_weights(q, k, decay, scale)
-    visible = decay.first.repeat_interleave(heads[0] // heads[2], dim=1)
+    visible = decay.kv_start.repeat_interleave(heads[0] // heads[2], dim=1)
     bounded = centered(k) if centers else k
     found = {}
     for rule in RULES:
@@ -140,7 +139,7 @@ def test_blocks_are_dropped_as_defined(device, rule, heads, queries):
     blocks = {"block_q": PRUNED_QUERIES, "block_k": PRUNED_KEYS}
     defined = first_kept(q, k, log_f, eps=1e-4, rule=rule, scale=0.25, **blocks)
     defined = defined.repeat_interleave(PRUNED_QUERIES, dim=-1)[..., :queries]
-    visible = decay_of(log_f, queries).first
+    visible = decay_of(log_f, queries).kv_start
     visible = visible.repeat_interleave(heads[0] // heads[2], dim=1)
     assert torch.equal(first, torch.maximum(defined, visible))
     assert (first > visible).any()
@@ -186,10 +185,10 @@ def test_a_shard_is_pruned_as_a_whole_with_any_strides(device, rule):
     c, first = accumulate(log_f)
     decay = Decay(c, c, first, torch.arange(384, device=device))
     options: Any = {"eps": 1e-4, "rule": rule, "scale": 0.25}
-    expected = prune(decay, q, k, **options).first
+    expected = prune(decay, q, k, **options).kv_start
     assert expected.any()
     for x, y in ((q, k), (q.mT.contiguous().mT, k.mT.contiguous().mT)):
-        assert torch.equal(prune_shards(decay, x, y, Alone(384), **options).first, expected)
+        assert torch.equal(prune_shards(decay, x, y, Alone(384), **options).kv_start, expected)
 
 
 @pytest.mark.parametrize("rule", RULES)

@@ -13,8 +13,8 @@ from torch import Tensor
 
 from foxlm.kernels.backends import HAS_TRITON
 from foxlm.kernels.context_parallel.pruning import prune_shards
-from foxlm.kernels.decay import Decay, KeySummary
-from foxlm.kernels.pruning.key_stats import empty_summary, extend_summary
+from foxlm.kernels.decay import Decay
+from foxlm.kernels.pruning.key_stats import KeySummary, empty_summary, extend_summary
 from foxlm.kernels.pruning.rounding import logit_margin
 from foxlm.kernels.pruning.rules import Rule, bounds_to_come, first_dead_block, first_kept, prune
 from kernel_device import INTERPRETED
@@ -53,12 +53,12 @@ def case_of(rule: Rule, own: str, size: float, dtype: torch.dtype, **options: An
 def by_definition(case: Threshold, rule: Rule, device: str) -> Tensor:
     q, k, log_f = (x.to(device) for x in (case.q, case.k, case.log_f))
     first = first_kept(q, k, log_f, eps=EPS, rule=rule, scale=SCALE, block_k=BLOCK, **bound_of(case, rule, device))
-    return torch.maximum(first[0, :, 0].cpu(), case.decay.first[0, :, 0])
+    return torch.maximum(first[0, :, 0].cpu(), case.decay.kv_start[0, :, 0])
 
 
 def by_attention(case: Threshold, rule: Rule, device: str) -> Tensor:
     q, k, decay = moved(case, device)
-    return prune(decay, q, k, eps=EPS, rule=rule, scale=SCALE, **bound_of(case, rule, device)).first[0, :, 0].cpu()
+    return prune(decay, q, k, eps=EPS, rule=rule, scale=SCALE, **bound_of(case, rule, device)).kv_start[0, :, 0].cpu()
 
 
 def by_ranks(case: Threshold, rule: Rule, device: str) -> Tensor:
@@ -66,10 +66,10 @@ def by_ranks(case: Threshold, rule: Rule, device: str) -> Tensor:
     q, k, decay = moved(case, device)
     tokens, heads = k.shape[1], q.shape[2]
     q = torch.nn.functional.pad(q, (0, 0, 0, 0, tokens - 1, 0))
-    first = torch.nn.functional.pad(decay.first.expand(-1, heads, -1), (tokens - 1, 0))
+    first = torch.nn.functional.pad(decay.kv_start.expand(-1, heads, -1), (tokens - 1, 0))
     decay = Decay(decay.key, decay.key, first, torch.arange(tokens, device=device))
     options: Any = {"eps": EPS, "rule": rule, "scale": SCALE, **bound_of(case, rule, device)}
-    return prune_shards(decay, q, k, Alone(tokens), **options).first[0, :, -1].cpu()
+    return prune_shards(decay, q, k, Alone(tokens), **options).kv_start[0, :, -1].cpu()
 
 
 def by_decoding(case: Threshold, rule: Rule, device: str) -> Tensor:
@@ -87,7 +87,7 @@ def by_decoding(case: Threshold, rule: Rule, device: str) -> Tensor:
         summary = summary_of(k, decay.key)
         decode.decode_attention(q, k, k, decay, scale=SCALE, summary=summary, eps=EPS, rule=rule, **options)
     first = (BLOCK * found[0][0].cpu()).long().repeat_interleave(q.shape[2] // k.shape[2])
-    return torch.maximum(first, case.decay.first[0, :, 0])
+    return torch.maximum(first, case.decay.kv_start[0, :, 0])
 
 
 def by_paging(case: Threshold, rule: Rule, device: str) -> Tensor:
@@ -98,7 +98,7 @@ def by_paging(case: Threshold, rule: Rule, device: str) -> Tensor:
     options: Any = {"eps": EPS, "rule": rule, "keys": last + 1}
     dead = first_dead_block(decay.key[..., -1], summary, to_come, last // BLOCK, **options)
     first = (BLOCK * dead[0].cpu()).long().repeat_interleave(q.shape[2] // k.shape[2])
-    return torch.maximum(first, case.decay.first[0, :, 0])
+    return torch.maximum(first, case.decay.kv_start[0, :, 0])
 
 
 class Place(NamedTuple):
@@ -119,7 +119,7 @@ PLACES = {
 
 
 def moved(case: Threshold, device: str) -> tuple[Tensor, Tensor, Decay]:
-    query, key, first, last = (x.to(device) for x in case.decay[:4])
+    query, key, first, last = (x.to(device) for x in case.decay)
     return case.q.to(device), case.k.to(device), Decay(query, key, first, last)
 
 
@@ -206,7 +206,9 @@ def test_without_margins_rows_lose_more(device: str, name: str, monkeypatch: pyt
     """Negative control."""
     if name == "decoding" and device == "cpu" and not INTERPRETED:
         pytest.skip("is done by kernels")
-    modules = ["pruning", "sharded_pruning"] + (["boundaries", "decode"] if HAS_TRITON else [])
+    modules = ["pruning.rules", "context_parallel.pruning"] + (
+        ["pruning.search", "portable.decode"] if HAS_TRITON else []
+    )
     for module in modules:
         for margin in ("logit_margin", "decay_margin"):
             monkeypatch.setattr(f"foxlm.kernels.{module}.{margin}", lambda *_: 0.0, raising=False)
@@ -231,7 +233,7 @@ def test_what_is_no_bound_drops_nothing_where_it_is_not_read(
         pytest.skip("is done by kernels")
     if rule == "tight" and name != "paging":
         pytest.skip("has no use for a bound")
-    for module in ("pruning", "sharded_pruning", *(["decode"] if HAS_TRITON else [])):
+    for module in ("pruning.rules", "context_parallel.pruning", *(["portable.decode"] if HAS_TRITON else [])):
         monkeypatch.setattr(f"foxlm.kernels.{module}.check_logit_bound", lambda *_: None)
     case = on_the_rules_own(name, rule, 76.0, 0)
     case.bounds[:3] = torch.tensor([math.nan, -1.0, math.inf])

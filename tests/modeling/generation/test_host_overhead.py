@@ -146,9 +146,9 @@ class Summaries:
         keys = torch.randn(2, 1, count, 8)
         self.layer.append_gates(-torch.rand(2, count, 3), TokenLayout(positions, None, None, None, positions))
         self.layer.update(keys, keys)
-        decay = self.layer.decay(few, own_block)
-        assert (decay.cached is None) != few
-        if decay.cached is not None:
+        decay, view = self.layer.decay(few, own_block)
+        assert (view is None) != few
+        if view is not None:
             # A query reads of the blocks before its own; with own_block of that too.
             length = past + count
             blocks = -(-length // 64) if own_block else (length - 1) // 64
@@ -156,7 +156,7 @@ class Summaries:
             for token in range(length):
                 now = decay.key[..., token : token + 1], self.layer.keys[..., token : token + 1, :]
                 running = self._real(expected, running, *now, torch.tensor(token))
-            for x, y in zip(decay.cached.summary, expected, strict=True):
+            for x, y in zip(view.summary, expected, strict=True):
                 torch.testing.assert_close(x[..., :blocks], y[..., :blocks])
 
 
