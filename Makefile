@@ -6,9 +6,12 @@ SECONDS ?= 60
 SHELL := bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help venv demo docs test test-versions test-gpu fuzz sanitize lint typecheck format clean
+.PHONY: help venv demo docs test test-slow test-versions test-gpu fuzz sanitize lint typecheck format clean
 
 bin := .venv/bin
+parallel = -n $(WORKERS) --dist worksteal
+# A GPU, if there is one, is hidden from kernels that are to run on the CPU.
+interpreted := TRITON_INTERPRET=1 CUDA_VISIBLE_DEVICES=
 stamp := .venv/.installed
 
 help:  ## Print the targets
@@ -35,15 +38,19 @@ demo: $(stamp)  ## Train, save, reload and evaluate a small model
 docs: $(stamp)  ## Write docs/api.md anew, from the docstrings
 	$(bin)/python docs/make_api.py
 
-test: $(stamp)  ## Run the tests on the CPU (WORKERS=2)
-	$(bin)/python -m pytest -m "not gpu" -n $(WORKERS) --dist worksteal
+test: $(stamp)  ## Run the tests on the CPU that are not slow (WORKERS=2)
+	$(bin)/python -m pytest -m "not gpu and not slow" $(parallel)
+
+test-slow: $(stamp)  ## Run the slow tests on the CPU, and those of the kernels in Triton's interpreter
+	$(bin)/python -m pytest -m "slow and not gpu" $(parallel)
+	$(interpreted) $(bin)/python -m pytest -m kernels $(parallel)
 
 # The pinned set under another transformers and what that asks for: the oldest that setup.cfg allows, and the newest
 # that the index has when it is installed (make clean installs anew).
 test-versions: $(stamp) .venv-oldest/.installed .venv-newest/.installed  ## Run the tests that tell versions of transformers apart
 	@for venv in $(VENVS); do \
 	  echo "transformers $$($$venv/bin/python -c 'import importlib.metadata as m; print(m.version("transformers"))'):"; \
-	  $$venv/bin/python -m pytest -m "versions and not gpu" -n $(WORKERS) --dist worksteal; \
+	  $$venv/bin/python -m pytest -m "versions and not gpu" $(parallel); \
 	done
 
 .venv-oldest/.installed: transformers := $(shell sed -nE 's/ *(transformers)>=([0-9.]+),.*/\1==\2/p' setup.cfg)
@@ -59,8 +66,8 @@ test-gpu: $(stamp)  ## Run the tests that need a GPU
 	$(bin)/python -m pytest -m gpu
 
 fuzz: $(stamp)  ## Give each test marked fuzz new random cases for a while (SECONDS=60)
-	FOXLM_FUZZ_SECONDS=$(SECONDS) $(bin)/python -m pytest -m "fuzz and not gpu" -n $(WORKERS) --dist worksteal
-	TRITON_INTERPRET=1 CUDA_VISIBLE_DEVICES= FOXLM_FUZZ_SECONDS=$(SECONDS) $(bin)/python -m pytest -m "fuzz and gpu" -n $(WORKERS) --dist worksteal
+	FOXLM_FUZZ_SECONDS=$(SECONDS) $(bin)/python -m pytest -m "fuzz and not gpu" $(parallel)
+	$(interpreted) FOXLM_FUZZ_SECONDS=$(SECONDS) $(bin)/python -m pytest -m "fuzz and kernels" $(parallel)
 
 # Without torch's own cache of memory, so that each tensor has its bounds.
 sanitize: $(stamp)  ## Run every GPU kernel under compute-sanitizer, which comes with the CUDA toolkit

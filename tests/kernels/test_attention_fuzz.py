@@ -78,10 +78,8 @@ def test_a_decay_that_is_off_by_one_token_is_caught() -> None:
         fuzz(one_case, seconds=60.0)
 
 
-@ON_KERNELS[0]
-@ON_KERNELS[1]
 @pytest.mark.fuzz
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("dtype", [pytest.param(dtype, marks=ON_KERNELS) for dtype in DTYPES], ids=str)
 def test_attention_by_kernels(dtype: torch.dtype) -> None:
     def one_case(rng: random.Random) -> None:
         # Some of the head sizes: for each choice of tiles, and none that fills them.

@@ -56,6 +56,7 @@ def draw(
     return on_device(draw_inputs(tokens, queries, batch=batch, heads=heads, head_dim=head_dim, dtype=dtype)), options
 
 
+@pytest.mark.smoke
 def test_kernels_are_what_runs():
     inputs, _ = draw()
     assert best_attention(inputs[0]) is triton_attention.triton_attention
@@ -171,6 +172,7 @@ def test_gates_that_hide_all_history(gate):
     assert_near(inputs)
 
 
+@pytest.mark.smoke
 def test_scale_zero_is_the_mean_by_decay():
     inputs, _ = draw(dtype=SOME_DTYPES[0])
     assert_near(inputs, scale=0.0)

@@ -310,6 +310,7 @@ def test_no_row_loses_more_than_eps(rate, kind, seed):
         assert (found - out).abs().max() <= 2.0 * eps * cache.v.abs().max() + 1e-5
 
 
+@pytest.mark.smoke
 def test_freed_pages():
     """Missing pages before the kept range are as good as dropped; one within it is seen in the result."""
     heads, eps = (2, 2, 2), 1e-3

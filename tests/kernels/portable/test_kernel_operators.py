@@ -101,6 +101,7 @@ def test_non_contiguous_inputs():
     assert_equal(actual, output_and_gradients(attention, copies, eps=1e-3))
 
 
+@pytest.mark.smoke
 def test_non_contiguous_gradients():
     inputs = draw()
     out = forgetting_attention(*inputs)

@@ -1,6 +1,6 @@
 """What attention leaves out with ``eps``: never more than that of a row's weight, and all that the rule says.
 
-In PyTorch on the CPU, by kernels on a GPU, and by interpreted kernels where test_interpreted.py runs this.
+In PyTorch on the CPU, by kernels on a GPU, and by kernels on the CPU in Triton's interpreter (`make test-slow`).
 """
 
 import math
@@ -19,15 +19,14 @@ from foxlm.kernels.decay import Decay, accumulate, sequence_starts
 from foxlm.kernels.padding import hide_padding
 from foxlm.kernels.pruning.rules import Rule, centered, first_kept, prune
 from foxlm.kernels.tiles import PRUNED_KEYS, PRUNED_QUERIES
-from kernel_device import INTERPRETED
+from kernel_device import DEVICES, INTERPRETED
 from one_rank import Alone
 
 RULES: list[Rule] = ["paper", "tight"]
-GPU = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")]
 KINDS = ["random", "far keys fit", "own key does not fit", "outlier", "one gate forgets", "long past", "common part"]
 
 
-@pytest.fixture(params=["cpu", pytest.param("cuda", marks=GPU)], scope="module")
+@pytest.fixture(params=DEVICES, scope="module")
 def device(request: pytest.FixtureRequest) -> str:
     return request.param
 
@@ -145,6 +144,7 @@ def test_blocks_are_dropped_as_defined(device, rule, heads, queries):
     assert (first > visible).any()
 
 
+@pytest.mark.smoke
 @pytest.mark.parametrize("rule", RULES)
 def test_constant_gates_drop_the_expected_blocks(device, rule):
     """With zero queries every bound is an equality in closed form."""

@@ -1,6 +1,6 @@
 """No row loses more than ``eps`` on the threshold of pruning, wherever it is decided, and what is below it is dropped.
 
-In PyTorch on the CPU, by kernels on a GPU, and by interpreted kernels where test_interpreted.py runs this.
+In PyTorch on the CPU, by kernels on a GPU, and by kernels on the CPU in Triton's interpreter (`make test-slow`).
 """
 
 import math
@@ -17,7 +17,7 @@ from foxlm.kernels.decay import Decay
 from foxlm.kernels.pruning.key_stats import KeySummary, empty_summary, extend_summary
 from foxlm.kernels.pruning.rounding import logit_margin
 from foxlm.kernels.pruning.rules import Rule, bounds_to_come, first_dead_block, first_kept, prune
-from kernel_device import INTERPRETED
+from kernel_device import DEVICES, INTERPRETED
 from one_rank import Alone
 from thresholds import BLOCK, SCALE, Threshold, on_threshold
 
@@ -26,12 +26,11 @@ if HAS_TRITON:
 
 EPS, HEAD_DIM = 1e-15, 16
 RULES: list[Rule] = ["paper", "tight"]
-GPU = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")]
 # As multiples of the logit's size, in nats; and so far below that no margin may keep it.
 EXCESS = (0.0, 2.0**-53, 2.0**-50, 2.0**-26, 2.0**-24, 2.0**-22, 2.0**-20)
 
 
-@pytest.fixture(params=["cpu", pytest.param("cuda", marks=GPU)], scope="module")
+@pytest.fixture(params=DEVICES, scope="module")
 def device(request: pytest.FixtureRequest) -> str:
     return request.param
 
