@@ -37,7 +37,7 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from ..decay import Decay
-from ..portable.backward import MAXIMA_KEYS, largest_keys_and_values, norms
+from ..portable.backward_rows import MAXIMA_KEYS, row_norms, running_maxima
 from ..portable.block_ranges import heaviest_first, kv_start_ranges, query_ranges
 from ..tiles import Tile
 from ..triton_common import INF, LOG2_E
@@ -132,7 +132,7 @@ def _hopper_rows_kernel(
     p_maxima = MAXIMA + (head // KV_GROUP) * NB + tl.minimum((TK - TQ + rows) // MAXIMA_KEYS, NB - 1)
     largest_k, largest_v = tl.load(p_maxima), tl.load(p_maxima + tl.num_programs(0) // KV_GROUP * NB)
     # A delta that is not a number makes the bounds ones that are not either, and with them the gradients.
-    bound = (2.0 * norms(d_out) * largest_v + tl.abs(d_lse)) * _ROOM + delta * 0.0
+    bound = (2.0 * row_norms(d_out) * largest_v + tl.abs(d_lse)) * _ROOM + delta * 0.0
     # A power of two: 2^30 steps reach the largest dQ of a row, and so many of `UNITS_PER_QUANTUM` its sum of dS.
     bound *= tl.maximum(largest_k, _LEAST_KEY)
     per_quantum = ((284 - _exponent(bound)) << 23).to(tl.float32, bitcast=True)
@@ -276,7 +276,7 @@ def hopper_backward(
     rows = torch.empty(tiles * 2, 4 * _QUERIES, dtype=torch.float32, device=q.device)
     sums = torch.empty(tiles * _QUERIES * head_dim, dtype=torch.int32, device=q.device)
     row_sums = torch.empty(tiles * _QUERIES, dtype=torch.int64, device=q.device)
-    maxima = largest_keys_and_values(k, v)
+    maxima = running_maxima(k, v)
     _hopper_rows_kernel[(batch * heads, blocks)](
         d_out,
         out,

@@ -1,22 +1,29 @@
-"""Triton kernels of the backward pass: every score is computed once, and the result is the same bits every time.
+"""The backward pass in Triton: every score is computed once, and results are bitwise deterministic.
 
-A program holds one block of keys of one key/value head and walks over the blocks of queries that see it. It keeps its
-``dK``, ``dV`` and key gradients of the decay; its share of ``dQ`` must be added to that of other programs.
-Floating-point sums in the order of arrival would differ from run to run, so shares are rounded to integers, whose sums
-do not depend on order: row ``i`` in units of ``2^-30`` (``2^-62`` for float32 inputs) of what bounds its sum,
+    dV_j = sum_i P_ij dO_i,   dS_ij = P_ij (dO_i . V_j - delta_i),   delta_i = dO_i . O_i - dlse_i
+    dQ_i = scale sum_j dS_ij K_j,   dK_j = scale sum_i dS_ij Q_i,   dc_i = sum_j dS_ij,   dc_j = -sum_i dS_ij
+
+(names: `triton_common`). A program holds one block of keys of one key/value head and loops over the blocks of queries
+that attend to it. It accumulates their ``dK``, ``dV`` and ``dc_j``; its share of ``dQ`` must be added to that of other
+programs. Floating-point sums in the order of arrival would differ from run to run, so shares are rounded to integers,
+whose sums do not depend on order. The fixed-point scale of row ``i`` is ``2^30`` (``2^62`` for float32 inputs) over
+what bounds its sum,
 
     |sum_j dS_ij k_jd| <= (2 |dO_i| max_j |v_j| + |dlse_i|) max_jd |k_jd|
 
 with the maxima over the keys up to that row.
 
-A row of ``dS`` sums to ``dlse_i``, but for the rounding of ``O`` in ``delta_i = dO_i . O_i``. Summed along the sequence
-those residues would grow into the gates' gradients, so the rows are summed too, of the same ``dS`` as the columns, and
-in the same way: in the gradient of a gate all but the pairs across it cancel.
+A row of ``dS`` sums to ``dlse_i``, but for the rounding of ``O`` in ``delta_i``. Summed along the sequence those
+residues would grow into the gates' gradients, so the rows are summed too, of the same ``dS`` as the columns, and in the
+same way: in the gradient of a gate all but the pairs across it cancel.
 
 For float32 inputs the residues would be the largest error, so a first pass finds them, and ``delta_i`` becomes the sum
-of the very ``P_ij dP_ij`` that it is taken from. Scores are rounded as in the forward pass, and what the log-sum-exp
-loses as a float32 number is a factor of the row's weights: they sum to one as those of a softmax that divides.
+of the very ``P_ij dP_ij`` that it is subtracted from. Scores are rounded as in the forward pass, and what the
+log-sum-exp loses as a float32 value is a factor of the row's weights: they sum to one as those of a softmax that
+divides.
 """
+
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -25,243 +32,151 @@ from torch import Tensor
 
 from ..decay import Decay
 from ..tiles import Tile, padded_head_dim
-from ..triton_common import INF, LN_2, LOG2_E, dot_precision, load_rows, split_fp64
+from ..triton_common import INF, LOG2_E, dot_precision, load_rows, split_fp64
+from .backward_rows import MAXIMA_KEYS, backward_rows_kernel, running_maxima
 from .block_ranges import heaviest_first, kv_start_ranges, query_ranges
 from .forward import dropout_scale
 
-# Keys are reduced to their largest in groups of so many, by programs of so many rows.
-MAXIMA_KEYS, _MAXIMA_ROWS = 16, 128
-# Keeps bounds and their reciprocals normal numbers.
-_LEAST_BOUND = tl.constexpr(2.0**-60)
+
+class _HeadPointers(NamedTuple):
+    """What a query head's rows are loaded from; ``p_do`` as ``p_q``."""
+
+    p_q: Any
+    q_t: Any
+    p_do: Any
+    do_t: Any
+    p_cq: Any
+    p_start: Any
 
 
-@triton.jit
-def _maxima_kernel(
-    K,
-    V,
-    MAXIMA,
-    k_b,
-    k_t,
-    k_h,
-    v_b,
-    v_t,
-    v_h,
-    TK,
-    G,
-    NB,
-    HEAD_DIM: tl.constexpr,
-    PADDED_DIM: tl.constexpr,
-    ROWS: tl.constexpr,
-    KEYS: tl.constexpr,
-):
-    """Largest ``|k_jd|`` and ``|v_j|`` of every `MAXIMA_KEYS` keys."""
-    head, block = tl.program_id(0), tl.program_id(1)
-    b, g = (head // G).to(tl.int64), (head % G).to(tl.int64)
-    keys = block * ROWS + tl.arange(0, ROWS)
-    k = load_rows(K + b * k_b + g * k_h, keys, k_t, keys < TK, HEAD_DIM, PADDED_DIM, True).to(tl.float32)
-    v = load_rows(V + b * v_b + g * v_h, keys, v_t, keys < TK, HEAD_DIM, PADDED_DIM, True).to(tl.float32)
-    PER_PROGRAM: tl.constexpr = ROWS // KEYS
-    groups = block * PER_PROGRAM + tl.arange(0, PER_PROGRAM)
-    p = MAXIMA + head * NB + groups
-    largest_k, largest_v = tl.max(tl.abs(k), 1), norms(v)
-    tl.store(p, tl.max(tl.reshape(largest_k, [PER_PROGRAM, KEYS]), 1), mask=groups < NB)
-    tl.store(p + tl.num_programs(0) * NB, tl.max(tl.reshape(largest_v, [PER_PROGRAM, KEYS]), 1), mask=groups < NB)
+class _RowStatistics(NamedTuple):
+    """Of all rows, as `backward_rows_kernel` writes them."""
+
+    DELTA: Any
+    SHIFT: Any
+    ROW_TERM: Any
+    BASE: Any
+    DQ_SCALE: Any
+    ROW_BOUND: Any
 
 
-@triton.jit
-def norms(x):
-    """Length of each row, without overflow on the way."""
-    largest = tl.max(tl.abs(x), 1)
-    scaled = x / tl.where(largest == 0.0, 1.0, largest)[:, None]
-    return largest * tl.sqrt(tl.sum(scaled * scaled, 1))
+class _Sums(NamedTuple):
+    """Fixed-point sums, int64: of ``dQ``, for 16-bit inputs two values in one; and of rows of ``dS``."""
+
+    DQ: Any
+    ROW_SUMS: Any
 
 
-@triton.jit
-def _rows_kernel(
-    OUT,
-    D_OUT,
-    LSE,
-    D_LSE,
-    C_Q,
-    MAXIMA,
-    DELTA,
-    SHIFT,
-    TERM,
-    BASE,
-    PER_QUANTUM,
-    ROW_BOUND,
-    LAST,
-    o_b,
-    o_t,
-    o_h,
-    do_b,
-    do_t,
-    do_h,
-    dl_b,
-    dl_h,
-    cq_b,
-    cq_h,
-    TQ,
-    H,
-    HF,
-    KV_GROUP,
-    NM,
-    NB,
-    dropout,
-    HEAD_DIM: tl.constexpr,
-    PADDED_DIM: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    KEYS: tl.constexpr,
-    UNITS: tl.constexpr,
-    WIDE: tl.constexpr,
-):
-    """What the main kernel needs of each row: delta, the shift of its scores, and the units of its integer sums.
+class _KeyBlock(NamedTuple):
+    """The program's keys and values, and ``c_j`` relative to ``base`` in two parts."""
 
-    For float32 inputs ``TERM`` is a factor of its weights instead of a part of its scores.
-    """
-    head, block = tl.program_id(0), tl.program_id(1)
-    b, h = (head // H).to(tl.int64), (head % H).to(tl.int64)
-    rows = block * BLOCK_M + tl.arange(0, BLOCK_M)
-    is_row = rows < TQ
-    out = load_rows(OUT + b * o_b + h * o_h, rows, o_t, is_row, HEAD_DIM, PADDED_DIM, True).to(tl.float32)
-    d_out = load_rows(D_OUT + b * do_b + h * do_h, rows, do_t, is_row, HEAD_DIM, PADDED_DIM, True).to(tl.float32)
-    d_lse = tl.load(D_LSE + b * dl_b + h * dl_h + rows, mask=is_row, other=0.0).to(tl.float32)
-    lse = tl.load(LSE + head.to(tl.int64) * TQ + rows, mask=is_row, other=0.0)
-    delta = tl.sum(out * d_out, 1) - d_lse
-    # exp(-inf - 0) = 0 for a row that sees nothing, where exp(-inf + inf) would be NaN.
-    shift = tl.where(lse == -INF, 0.0, lse) * LOG2_E
-    p_c = C_Q + b * cq_b + (h // (H // HF)) * cq_h
-    base = tl.load(p_c + block * BLOCK_M) * LOG2_E
-    c = tl.load(p_c + rows, mask=is_row, other=0.0) * LOG2_E
-    p = head.to(tl.int64) * TQ + rows
-    tl.store(DELTA + p, delta, mask=is_row)
-    if WIDE:
-        high, low = split_fp64(shift)
-        tl.store(SHIFT + p, high, mask=is_row)
-        tl.store(TERM + p, 1.0 - low * LN_2, mask=is_row)
-    else:
-        tl.store(SHIFT + p, shift, mask=is_row)
-        tl.store(TERM + p, (c - base).to(tl.float32) - shift, mask=is_row)
-    tl.store(BASE + head * NM + block, base)
-
-    # The largest of the keys that a row can see, and of a few after it.
-    positions = tl.load(LAST).to(tl.int32) + rows
-    p_maxima = MAXIMA + (head // KV_GROUP) * NB + tl.minimum(positions // KEYS, NB - 1)
-    largest_k, largest_v = tl.load(p_maxima), tl.load(p_maxima + tl.num_programs(0) // KV_GROUP * NB)
-    # A delta that is not a number makes the bounds ones that are not either, and with them the gradients.
-    row_bound = 2.0 / (1.0 - dropout) * norms(d_out) * largest_v + tl.abs(d_lse) + delta * 0.0
-    tl.store(PER_QUANTUM + p, UNITS / _at_least(row_bound * largest_k), mask=is_row)
-    tl.store(ROW_BOUND + p, _at_least(row_bound), mask=is_row)
+    b_k: Any
+    b_v: Any
+    o_n: Any
+    key_high: Any
+    key_low: Any
+    base: Any
 
 
-@triton.jit
-def _at_least(bound):
-    """``bound``, if it is a number not too small."""
-    return tl.where(bound < _LEAST_BOUND, _LEAST_BOUND, bound)
+class _Sizes(NamedTuple):
+    TQ: Any
+    TK: Any
+    NM: Any
+    offset: Any
+
+
+class _Dropout(NamedTuple):
+    SEED: Any
+    dropout: Any
 
 
 @triton.jit
 def _backward_tile(
-    block,
-    head,
-    k,
-    v,
-    keys,
-    key_high,
-    key_low,
-    base,
-    offset,
+    i_m,
+    i_bh,
     dk,
     dv,
     dc,
-    p_q,
-    p_do,
-    p_cq,
-    p_first,
-    DELTA,
-    SHIFT,
-    TERM,
-    BASE,
-    PER_QUANTUM,
-    ROW_BOUND,
-    DQ,
-    ROW_SUMS,
-    SEED,
-    q_t,
-    do_t,
+    keys: _KeyBlock,
+    head: _HeadPointers,
+    rows: _RowStatistics,
+    sums: _Sums,
+    drop: _Dropout,
+    sizes: _Sizes,
     qk_scale,
-    dropout,
-    TQ,
-    TK,
-    NM,
-    HEAD_DIM: tl.constexpr,
-    PADDED_DIM: tl.constexpr,
+    D: tl.constexpr,
+    BLOCK_D: tl.constexpr,
     BLOCK_M: tl.constexpr,
-    MASKED: tl.constexpr,
-    WIDE: tl.constexpr,
-    RESIDUES: tl.constexpr,
-    DROPOUT: tl.constexpr,
+    IS_MASKED: tl.constexpr,
+    IS_FP32: tl.constexpr,
+    IS_RESIDUE_PASS: tl.constexpr,
+    HAS_DROPOUT: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """Add one block of queries to the gradients of a block of keys, or only, for ``RESIDUES``, its rows to their sums.
+    """Add one block of queries to the gradients of a block of keys; in the residue pass only its rows to their sums.
 
-    Scores are held as ``[keys, queries]``.
+    Scores are held transposed, ``[BLOCK_N, BLOCK_M]``.
+
+    Returns:
+        ``dk`` and ``dv``, ``[BLOCK_N, BLOCK_D]``, and ``dc``, ``[BLOCK_N]``, with what was added.
     """
-    rows = block * BLOCK_M + tl.arange(0, BLOCK_M)
-    is_row = rows < TQ
-    p_row = head.to(tl.int64) * TQ + rows
-    q = load_rows(p_q, rows, q_t, is_row, HEAD_DIM, PADDED_DIM, True)
-    do = load_rows(p_do, rows, do_t, is_row, HEAD_DIM, PADDED_DIM, True)
-    delta = tl.load(DELTA + p_row, mask=is_row, other=0.0)
-    scores = tl.dot(k, tl.trans(q), input_precision=PRECISION) * qk_scale
-    if WIDE or MASKED:
-        row_high, row_low = split_fp64(tl.load(p_cq + rows, mask=is_row, other=0.0 if MASKED else -INF) * LOG2_E - base)
-        shift = tl.load(SHIFT + p_row, mask=is_row, other=0.0)
-        bias = (row_high[None, :] - key_high[:, None]) + (row_low[None, :] - key_low[:, None])
+    o_m = i_m * BLOCK_M + tl.arange(0, BLOCK_M)
+    m_q = o_m < sizes.TQ
+    o_row = i_bh.to(tl.int64) * sizes.TQ + o_m
+    b_q = load_rows(head.p_q, o_m, head.q_t, m_q, D, BLOCK_D, True)
+    b_do = load_rows(head.p_do, o_m, head.do_t, m_q, D, BLOCK_D, True)
+    delta = tl.load(rows.DELTA + o_row, mask=m_q, other=0.0)
+    b_s = tl.dot(keys.b_k, tl.trans(b_q), input_precision=PRECISION) * qk_scale
+    if IS_FP32 or IS_MASKED:
+        c = tl.load(head.p_cq + o_m, mask=m_q, other=0.0 if IS_MASKED else -INF)
+        row_high, row_low = split_fp64(c * LOG2_E - keys.base)
+        shift = tl.load(rows.SHIFT + o_row, mask=m_q, other=0.0)
+        bias = (row_high[None, :] - keys.key_high[:, None]) + (row_low[None, :] - keys.key_low[:, None])
         # Rounded as in the forward pass, the error of a score that outweighs its row cancels with that of the shift.
-        scores = (scores + bias) - shift[None, :] if WIDE else scores + (bias - shift[None, :])
+        b_s = (b_s + bias) - shift[None, :] if IS_FP32 else b_s + (bias - shift[None, :])
     else:
-        far = (tl.load(BASE + head * NM + block) - base).to(tl.float32)
-        term = tl.load(TERM + p_row, mask=is_row, other=-INF) + far
-        scores = (scores - key_high[:, None]) + term[None, :]
-    if MASKED:
-        first = tl.load(p_first + rows, mask=is_row, other=0).to(tl.int32)
-        visible = (keys[:, None] <= (rows + offset)[None, :]) & (keys[:, None] >= first[None, :]) & is_row[None, :]
-        scores = tl.where(visible, scores, -INF)
-    weights = tl.exp2(scores)
-    if WIDE:
-        weights *= tl.load(TERM + p_row, mask=is_row, other=0.0)[None, :]
-    d_weights = tl.dot(v, tl.trans(do), input_precision=PRECISION)
-    kept_weights = weights
-    if DROPOUT:
-        kept = dropout_scale(SEED, head, rows[None, :], keys[:, None], TQ, TK, dropout)
-        kept_weights = weights * kept
-        d_weights = d_weights * kept
-    if not RESIDUES:
-        dv += tl.dot(kept_weights.to(do.dtype), do, input_precision=PRECISION)
-    d_scores = weights * (d_weights - delta[None, :])
-    # Rows and columns must cancel in the gates' gradients as exactly as the type of the inputs allows.
-    sums = d_scores.to(tl.float64) if WIDE else d_scores
-    if not RESIDUES:
-        dc += tl.sum(sums, 1)
-        narrow = d_scores.to(q.dtype)
-        dk += tl.dot(narrow, q, input_precision=PRECISION)
+        distance = (tl.load(rows.BASE + i_bh * sizes.NM + i_m) - keys.base).to(tl.float32)
+        term = tl.load(rows.ROW_TERM + o_row, mask=m_q, other=-INF) + distance
+        b_s = (b_s - keys.key_high[:, None]) + term[None, :]
+    if IS_MASKED:
+        kv_start = tl.load(head.p_start + o_m, mask=m_q, other=0).to(tl.int32)
+        is_past = keys.o_n[:, None] <= (o_m + sizes.offset)[None, :]
+        m_s = is_past & (keys.o_n[:, None] >= kv_start[None, :]) & m_q[None, :]
+        b_s = tl.where(m_s, b_s, -INF)
+    b_p = tl.exp2(b_s)
+    if IS_FP32:
+        b_p *= tl.load(rows.ROW_TERM + o_row, mask=m_q, other=0.0)[None, :]
+    b_dp = tl.dot(keys.b_v, tl.trans(b_do), input_precision=PRECISION)
+    b_p_kept = b_p
+    if HAS_DROPOUT:
+        kept = dropout_scale(drop.SEED, i_bh, o_m[None, :], keys.o_n[:, None], sizes.TQ, sizes.TK, drop.dropout)
+        b_p_kept = b_p * kept
+        b_dp = b_dp * kept
+    if not IS_RESIDUE_PASS:
+        dv += tl.dot(b_p_kept.to(b_do.dtype), b_do, input_precision=PRECISION)
+    b_ds = b_p * (b_dp - delta[None, :])
+    # Rows and columns must cancel in the gates' gradients as exactly as the dtype of the inputs allows.
+    summed = b_ds.to(tl.float64) if IS_FP32 else b_ds
+    if not IS_RESIDUE_PASS:
+        dc += tl.sum(summed, 1)
+        b_ds_16 = b_ds.to(b_q.dtype)
+        dk += tl.dot(b_ds_16, b_q, input_precision=PRECISION)
 
-        dq = tl.dot(tl.trans(narrow), k, input_precision=PRECISION)
-        per_quantum = tl.load(PER_QUANTUM + p_row, mask=is_row, other=0.0)
-        share = tl.floor(dq * per_quantum[:, None] + 0.5).to(tl.int64)
-        if not WIDE:
+        b_dq = tl.dot(tl.trans(b_ds_16), keys.b_k, input_precision=PRECISION)
+        dq_scale = tl.load(rows.DQ_SCALE + o_row, mask=m_q, other=0.0)
+        fixed = tl.floor(b_dq * dq_scale[:, None] + 0.5).to(tl.int64)
+        if not IS_FP32:
             # Two 32-bit sums to an addition of 64 bits, the second on top: half as many atomic operations.
-            low, high = tl.split(tl.reshape(share, [BLOCK_M, PADDED_DIM // 2, 2]))
-            share = (high << 32) + low
-        WORDS: tl.constexpr = HEAD_DIM if WIDE else (HEAD_DIM + 1) // 2
-        words = tl.arange(0, PADDED_DIM if WIDE else PADDED_DIM // 2)
-        mask = is_row[:, None]
-        if HEAD_DIM != PADDED_DIM:
-            mask = mask & (words < WORDS)[None, :]
-        tl.atomic_add(DQ + p_row[:, None] * WORDS + words[None, :], share, mask=mask, sem="relaxed")
-    units = (1 << 62) / tl.load(ROW_BOUND + p_row, mask=is_row, other=1.0).to(sums.dtype)
-    tl.atomic_add(ROW_SUMS + p_row, (tl.sum(sums, 0) * units).to(tl.int64), mask=is_row, sem="relaxed")
+            low, high = tl.split(tl.reshape(fixed, [BLOCK_M, BLOCK_D // 2, 2]))
+            fixed = (high << 32) + low
+        WORDS: tl.constexpr = D if IS_FP32 else (D + 1) // 2
+        o_word = tl.arange(0, BLOCK_D if IS_FP32 else BLOCK_D // 2)
+        m_word = m_q[:, None]
+        if D != BLOCK_D:
+            m_word = m_word & (o_word < WORDS)[None, :]
+        tl.atomic_add(sums.DQ + o_row[:, None] * WORDS + o_word[None, :], fixed, mask=m_word, sem="relaxed")
+    sum_scale = (1 << 62) / tl.load(rows.ROW_BOUND + o_row, mask=m_q, other=1.0).to(summed.dtype)
+    tl.atomic_add(sums.ROW_SUMS + o_row, (tl.sum(summed, 0) * sum_scale).to(tl.int64), mask=m_q, sem="relaxed")
     return dk, dv, dc
 
 
@@ -273,17 +188,17 @@ def _backward_kernel(
     D_OUT,
     C_Q,
     C_K,
-    FIRST,
+    KV_START,
     LAST,
     DELTA,
     SHIFT,
-    TERM,
+    ROW_TERM,
     BASE,
-    PER_QUANTUM,
+    DQ_SCALE,
     ROW_BOUND,
-    STOP,
-    CUT,
-    ORDER,
+    M_END,
+    M_FULL_END,
+    HEAD_ORDER,
     SEED,
     DQ,
     DK,
@@ -306,8 +221,8 @@ def _backward_kernel(
     cq_h,
     ck_b,
     ck_h,
-    first_b,
-    first_h,
+    s_b,
+    s_h,
     scale,
     dropout,
     TQ,
@@ -316,150 +231,90 @@ def _backward_kernel(
     G,
     KV_GROUP,
     GATE_GROUP,
-    FIRST_GROUP,
+    START_GROUP,
     NM,
     NN,
-    HEAD_DIM: tl.constexpr,
-    PADDED_DIM: tl.constexpr,
+    D: tl.constexpr,
+    BLOCK_D: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
-    WIDE: tl.constexpr,
-    RESIDUES: tl.constexpr,
-    DROPOUT: tl.constexpr,
+    IS_FP32: tl.constexpr,
+    IS_RESIDUE_PASS: tl.constexpr,
+    HAS_DROPOUT: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    # Heads with the most work first, and in each the keys that the most queries see.
+    """Gradients of one block of keys and values of one key/value head, and its shares of ``dQ`` and of the row sums.
+
+    Arguments as in `backward`; ``DC`` is ``[B, H, Tk]`` float64, a value per query head.
+    """
+    # Heads with the most work first, and in each the keys that the most queries attend to.
     pid = tl.program_id(0)
-    kv_head = tl.load(ORDER + pid // NN).to(tl.int32)
-    n = pid % NN
-    b, g = kv_head // G, kv_head % G
-    b64 = b.to(tl.int64)
-    keys = n * BLOCK_N + tl.arange(0, BLOCK_N)
-    is_key = keys < TK
-    k = load_rows(K + b64 * k_b + g.to(tl.int64) * k_h, keys, k_t, is_key, HEAD_DIM, PADDED_DIM, True)
-    v = load_rows(V + b64 * v_b + g.to(tl.int64) * v_h, keys, v_t, is_key, HEAD_DIM, PADDED_DIM, True)
+    i_bg = tl.load(HEAD_ORDER + pid // NN).to(tl.int32)
+    i_n = pid % NN
+    i_b32, i_g = i_bg // G, i_bg % G
+    i_b = i_b32.to(tl.int64)
+    o_n = i_n * BLOCK_N + tl.arange(0, BLOCK_N)
+    m_k = o_n < TK
+    b_k = load_rows(K + i_b * k_b + i_g.to(tl.int64) * k_h, o_n, k_t, m_k, D, BLOCK_D, True)
+    b_v = load_rows(V + i_b * v_b + i_g.to(tl.int64) * v_h, o_n, v_t, m_k, D, BLOCK_D, True)
     offset = tl.load(LAST).to(tl.int32)
-    near = tl.maximum(n * BLOCK_N - offset, 0) // BLOCK_M
-    far = tl.cdiv(tl.maximum(tl.minimum((n + 1) * BLOCK_N, TK) - 1 - offset, 0), BLOCK_M)
+    m_begin = tl.maximum(i_n * BLOCK_N - offset, 0) // BLOCK_M
+    full_begin = tl.cdiv(tl.maximum(tl.minimum((i_n + 1) * BLOCK_N, TK) - 1 - offset, 0), BLOCK_M)
     qk_scale = scale * LOG2_E
-    dk = tl.zeros([BLOCK_N, PADDED_DIM], tl.float32)
-    dv = tl.zeros([BLOCK_N, PADDED_DIM], tl.float32)
+    dk = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
+    dv = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
+    rows = _RowStatistics(DELTA, SHIFT, ROW_TERM, BASE, DQ_SCALE, ROW_BOUND)
+    sums = _Sums(DQ, ROW_SUMS)
+    drop = _Dropout(SEED, dropout)
+    sizes = _Sizes(TQ, TK, NM, offset)
     for member in range(0, KV_GROUP):
-        h = g * KV_GROUP + member
-        head = b * H + h
-        gate = (h // GATE_GROUP).to(tl.int64)
-        p_q = Q + b64 * q_b + h.to(tl.int64) * q_h
-        p_do = D_OUT + b64 * do_b + h.to(tl.int64) * do_h
-        p_cq = C_Q + b64 * cq_b + gate * cq_h
-        p_first = FIRST + b64 * first_b + (h // FIRST_GROUP).to(tl.int64) * first_h
-        c = tl.load(C_K + b64 * ck_b + gate * ck_h + keys, mask=is_key, other=INF) * LOG2_E
+        i_h = i_g * KV_GROUP + member
+        i_bh = i_b32 * H + i_h
+        i_gate = (i_h // GATE_GROUP).to(tl.int64)
+        head = _HeadPointers(
+            p_q=Q + i_b * q_b + i_h.to(tl.int64) * q_h,
+            q_t=q_t,
+            p_do=D_OUT + i_b * do_b + i_h.to(tl.int64) * do_h,
+            do_t=do_t,
+            p_cq=C_Q + i_b * cq_b + i_gate * cq_h,
+            p_start=KV_START + i_b * s_b + (i_h // START_GROUP).to(tl.int64) * s_h,
+        )
+        c = tl.load(C_K + i_b * ck_b + i_gate * ck_h + o_n, mask=m_k, other=INF) * LOG2_E
         base = tl.min(c, 0)
         base = tl.where(base == INF, 0.0, base)
         key_high, key_low = split_fp64(c - base)
-        dc = tl.zeros([BLOCK_N], tl.float64 if WIDE else tl.float32)
-        stop = tl.load(STOP + head * NN + n)
-        far_stop = tl.minimum(tl.maximum(tl.load(CUT + head * NN + n), far), stop)
-        near_blocks = tl.maximum(tl.minimum(far, stop) - near, 0)
-        edge_blocks = tl.maximum(stop - tl.maximum(far_stop, far), 0)
-        for index in tl.range(0, near_blocks + edge_blocks):
-            block = tl.where(index < near_blocks, near + index, far_stop + index - near_blocks)
+        keys = _KeyBlock(b_k, b_v, o_n, key_high, key_low, base)
+        dc = tl.zeros([BLOCK_N], tl.float64 if IS_FP32 else tl.float32)
+        # Tiles from full_begin to full_end are full; masked ones come before, on the diagonal, and after.
+        m_end = tl.load(M_END + i_bh * NN + i_n)
+        full_end = tl.minimum(tl.maximum(tl.load(M_FULL_END + i_bh * NN + i_n), full_begin), m_end)
+        tiles_before = tl.maximum(tl.minimum(full_begin, m_end) - m_begin, 0)
+        tiles_after = tl.maximum(m_end - tl.maximum(full_end, full_begin), 0)
+        for i in tl.range(0, tiles_before + tiles_after):
+            i_m = tl.where(i < tiles_before, m_begin + i, full_end + i - tiles_before)
             dk, dv, dc = _backward_tile(
-                block,
-                head,
-                k,
-                v,
-                keys,
-                key_high,
-                key_low,
-                base,
-                offset,
-                dk,
-                dv,
-                dc,
-                p_q,
-                p_do,
-                p_cq,
-                p_first,
-                DELTA,
-                SHIFT,
-                TERM,
-                BASE,
-                PER_QUANTUM,
-                ROW_BOUND,
-                DQ,
-                ROW_SUMS,
-                SEED,
-                q_t,
-                do_t,
-                qk_scale,
-                dropout,
-                TQ,
-                TK,
-                NM,
-                HEAD_DIM,
-                PADDED_DIM,
-                BLOCK_M,
-                True,
-                WIDE,
-                RESIDUES,
-                DROPOUT,
-                PRECISION,
-            )
-        for block in tl.range(far, far_stop):
+                i_m, i_bh, dk, dv, dc, keys, head, rows, sums, drop, sizes, qk_scale,
+                D=D, BLOCK_D=BLOCK_D, BLOCK_M=BLOCK_M, IS_MASKED=True, IS_FP32=IS_FP32,
+                IS_RESIDUE_PASS=IS_RESIDUE_PASS, HAS_DROPOUT=HAS_DROPOUT, PRECISION=PRECISION,
+            )  # fmt: skip
+        for i_m in tl.range(full_begin, full_end):
             dk, dv, dc = _backward_tile(
-                block,
-                head,
-                k,
-                v,
-                keys,
-                key_high,
-                key_low,
-                base,
-                offset,
-                dk,
-                dv,
-                dc,
-                p_q,
-                p_do,
-                p_cq,
-                p_first,
-                DELTA,
-                SHIFT,
-                TERM,
-                BASE,
-                PER_QUANTUM,
-                ROW_BOUND,
-                DQ,
-                ROW_SUMS,
-                SEED,
-                q_t,
-                do_t,
-                qk_scale,
-                dropout,
-                TQ,
-                TK,
-                NM,
-                HEAD_DIM,
-                PADDED_DIM,
-                BLOCK_M,
-                False,
-                WIDE,
-                RESIDUES,
-                DROPOUT,
-                PRECISION,
-            )
-        tl.store(DC + head.to(tl.int64) * TK + keys, -dc.to(tl.float64), mask=is_key)
-    dims = tl.arange(0, PADDED_DIM)
-    p = ((b64 * TK + keys[:, None]) * G + g) * HEAD_DIM + dims[None, :]
-    mask = is_key[:, None] & (dims < HEAD_DIM)[None, :]
-    tl.store(DK + p, (dk * scale).to(DK.dtype.element_ty), mask=mask)
-    tl.store(DV + p, dv.to(DV.dtype.element_ty), mask=mask)
+                i_m, i_bh, dk, dv, dc, keys, head, rows, sums, drop, sizes, qk_scale,
+                D=D, BLOCK_D=BLOCK_D, BLOCK_M=BLOCK_M, IS_MASKED=False, IS_FP32=IS_FP32,
+                IS_RESIDUE_PASS=IS_RESIDUE_PASS, HAS_DROPOUT=HAS_DROPOUT, PRECISION=PRECISION,
+            )  # fmt: skip
+        tl.store(DC + i_bh.to(tl.int64) * TK + o_n, -dc.to(tl.float64), mask=m_k)
+    o_d = tl.arange(0, BLOCK_D)
+    o_out = ((i_b * TK + o_n[:, None]) * G + i_g) * D + o_d[None, :]
+    m_out = m_k[:, None] & (o_d < D)[None, :]
+    tl.store(DK + o_out, (dk * scale).to(DK.dtype.element_ty), mask=m_out)
+    tl.store(DV + o_out, dv.to(DV.dtype.element_ty), mask=m_out)
 
 
 @triton.jit
-def _finish_kernel(
+def _backward_finish_kernel(
     SUMS,
-    PER_QUANTUM,
+    DQ_SCALE,
     ROW_SUMS,
     ROW_BOUND,
     DQ,
@@ -467,58 +322,106 @@ def _finish_kernel(
     scale,
     TQ,
     H,
-    HEAD_DIM: tl.constexpr,
-    PADDED_DIM: tl.constexpr,
+    D: tl.constexpr,
+    BLOCK_D: tl.constexpr,
     BLOCK_M: tl.constexpr,
-    WIDE: tl.constexpr,
+    IS_FP32: tl.constexpr,
 ):
-    """Integer sums to gradients of queries and of their running sums."""
-    head, block = tl.program_id(0), tl.program_id(1)
-    b, h = (head // H).to(tl.int64), (head % H).to(tl.int64)
-    rows = block * BLOCK_M + tl.arange(0, BLOCK_M)
-    is_row = rows < TQ
-    p_row = head.to(tl.int64) * TQ + rows
-    dims = tl.arange(0, PADDED_DIM)
-    mask = is_row[:, None] & (dims < HEAD_DIM)[None, :]
-    if WIDE:
-        sums = tl.load(SUMS + p_row[:, None] * HEAD_DIM + dims[None, :], mask=mask, other=0)
+    """Fixed-point sums of a block of queries to ``DQ``, ``[B, Tq, H, D]``, and ``DC``, ``[B, H, Tq]`` float64."""
+    i_bh, i_m = tl.program_id(0), tl.program_id(1)
+    i_b, i_h = (i_bh // H).to(tl.int64), (i_bh % H).to(tl.int64)
+    o_m = i_m * BLOCK_M + tl.arange(0, BLOCK_M)
+    m_q = o_m < TQ
+    o_row = i_bh.to(tl.int64) * TQ + o_m
+    o_d = tl.arange(0, BLOCK_D)
+    m_dq = m_q[:, None] & (o_d < D)[None, :]
+    if IS_FP32:
+        sums = tl.load(SUMS + o_row[:, None] * D + o_d[None, :], mask=m_dq, other=0)
     else:
-        words = tl.arange(0, PADDED_DIM // 2)
-        WORDS: tl.constexpr = (HEAD_DIM + 1) // 2
-        is_word = is_row[:, None] & (words < WORDS)[None, :]
-        pair = tl.load(SUMS + p_row[:, None] * WORDS + words[None, :], mask=is_word, other=0)
+        o_word = tl.arange(0, BLOCK_D // 2)
+        WORDS: tl.constexpr = (D + 1) // 2
+        m_word = m_q[:, None] & (o_word < WORDS)[None, :]
+        pair = tl.load(SUMS + o_row[:, None] * WORDS + o_word[None, :], mask=m_word, other=0)
         low = pair.to(tl.int32).to(tl.int64)
-        sums = tl.reshape(tl.join(low, (pair - low) >> 32), [BLOCK_M, PADDED_DIM])
-    per_quantum = tl.load(PER_QUANTUM + p_row, mask=is_row, other=1.0)
-    dq = sums.to(tl.float32) * (scale / per_quantum)[:, None]
-    p = ((b * TQ + rows[:, None]) * H + h) * HEAD_DIM + dims[None, :]
-    tl.store(DQ + p, dq.to(DQ.dtype.element_ty), mask=mask)
+        sums = tl.reshape(tl.join(low, (pair - low) >> 32), [BLOCK_M, BLOCK_D])
+    dq_scale = tl.load(DQ_SCALE + o_row, mask=m_q, other=1.0)
+    b_dq = sums.to(tl.float32) * (scale / dq_scale)[:, None]
+    o_dq = ((i_b * TQ + o_m[:, None]) * H + i_h) * D + o_d[None, :]
+    tl.store(DQ + o_dq, b_dq.to(DQ.dtype.element_ty), mask=m_dq)
 
-    bound = tl.load(ROW_BOUND + p_row, mask=is_row, other=0.0).to(tl.float64)
-    row_sums = tl.load(ROW_SUMS + p_row, mask=is_row, other=0).to(tl.float64)
-    tl.store(DC + p_row, row_sums * (bound / (1 << 62)), mask=is_row)
+    row_bound = tl.load(ROW_BOUND + o_row, mask=m_q, other=0.0).to(tl.float64)
+    row_sums = tl.load(ROW_SUMS + o_row, mask=m_q, other=0).to(tl.float64)
+    tl.store(DC + o_row, row_sums * (row_bound / (1 << 62)), mask=m_q)
 
 
-def largest_keys_and_values(k: Tensor, v: Tensor) -> Tensor:
-    """``max |k_jd|`` and ``max |v_j|`` of all keys up to the end of each group of 16, ``[2, B, G, groups]`` float32."""
-    batch, keys, kv_heads, head_dim = k.shape
-    groups = triton.cdiv(keys, MAXIMA_KEYS)
-    maxima = torch.empty(2, batch, kv_heads, groups, dtype=torch.float32, device=k.device)
-    _maxima_kernel[(batch * kv_heads, triton.cdiv(keys, _MAXIMA_ROWS))](
-        k,
-        v,
-        maxima,
-        *k.stride()[:3],
-        *v.stride()[:3],
-        keys,
-        kv_heads,
-        groups,
-        HEAD_DIM=head_dim,
-        PADDED_DIM=padded_head_dim(head_dim),
-        ROWS=_MAXIMA_ROWS,
-        KEYS=MAXIMA_KEYS,
+class _Gradients(NamedTuple):
+    """``sums`` and ``row_sums`` are fixed-point, the others what `backward` returns."""
+
+    sums: Tensor
+    row_sums: Tensor
+    dq: Tensor
+    dk: Tensor
+    dv: Tensor
+    dc_q: Tensor
+    dc_k: Tensor
+
+
+def _empty_gradients(q: Tensor, k: Tensor, v: Tensor) -> _Gradients:
+    batch, queries, heads, head_dim = q.shape
+    words = head_dim if q.dtype == torch.float32 else triton.cdiv(head_dim, 2)
+    dq, dk, dv = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))
+    return _Gradients(
+        sums=torch.zeros(batch, heads, queries, words, dtype=torch.int64, device=q.device),
+        row_sums=torch.zeros(batch, heads, queries, dtype=torch.int64, device=q.device),
+        dq=dq,
+        dk=dk,
+        dv=dv,
+        dc_q=torch.empty(batch, heads, queries, dtype=torch.float64, device=q.device),
+        dc_k=torch.empty(batch, heads, k.shape[1], dtype=torch.float64, device=q.device),
     )
-    return maxima.cummax(-1).values
+
+
+def _row_statistics(
+    d_out: Tensor, d_lse: Tensor, out: Tensor, lse: Tensor, decay: Decay, maxima: Tensor, dropout: float, tile: Tile
+) -> _RowStatistics:
+    """Launch `backward_rows_kernel`; ``maxima`` is that of `running_maxima`."""
+    batch, queries, heads, head_dim = out.shape
+    gates, kv_heads = decay.key.shape[1], maxima.shape[2]
+    blocks = triton.cdiv(queries, tile.queries)
+    is_fp32 = out.dtype == torch.float32
+    delta, shift, row_term, dq_scale, row_bound = torch.empty(
+        5, batch, heads, queries, dtype=torch.float32, device=out.device
+    ).unbind()
+    base = torch.empty(batch, heads, blocks, dtype=torch.float64, device=out.device)
+    backward_rows_kernel[(batch * heads, blocks)](
+        OUT=out, o_b=out.stride(0), o_t=out.stride(1), o_h=out.stride(2),
+        D_OUT=d_out, do_b=d_out.stride(0), do_t=d_out.stride(1), do_h=d_out.stride(2),
+        LSE=lse,
+        D_LSE=d_lse, dl_b=d_lse.stride(0), dl_h=d_lse.stride(1),
+        C_Q=decay.query, cq_b=decay.query.stride(0), cq_h=decay.query.stride(1),
+        MAXIMA=maxima,
+        DELTA=delta,
+        SHIFT=shift,
+        ROW_TERM=row_term,
+        BASE=base,
+        DQ_SCALE=dq_scale,
+        ROW_BOUND=row_bound,
+        LAST=decay.last,
+        TQ=queries,
+        H=heads,
+        HF=gates,
+        KV_GROUP=heads // kv_heads,
+        NM=blocks,
+        NG=maxima.shape[-1],
+        dropout=dropout,
+        D=head_dim,
+        BLOCK_D=padded_head_dim(head_dim),
+        BLOCK_M=tile.queries,
+        KEYS=MAXIMA_KEYS,
+        LARGEST_SUM=2.0 ** (62 if is_fp32 else 30),
+        IS_FP32=is_fp32,
+    )  # fmt: skip
+    return _RowStatistics(delta, shift, row_term, base, dq_scale, row_bound)
 
 
 def backward(
@@ -537,133 +440,89 @@ def backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Launch the backward pass. Each tensor is contiguous along its last dimension.
 
+    Args:
+        d_out, d_lse: gradients of ``out``, ``[B, Tq, H, D]``, and ``lse``, ``[B, H, Tq]`` float32.
+        q, k, v, decay, scale, dropout, seed: what `forward` took.
+        out, lse: what it returned.
+        tile: shape and resources of a program.
+
     Returns:
-        Gradients of q, k and v, in their shapes and types, and of the running sums at queries and keys, per query
+        Gradients of q, k and v, in their shapes and dtypes, and of the running sums at queries and keys, per query
         head: ``[B, H, Tq]`` and ``[B, H, Tk]`` float64.
     """
     batch, queries, heads, head_dim = q.shape
     keys, kv_heads, gates = k.shape[1], k.shape[2], decay.key.shape[1]
-    padded = padded_head_dim(head_dim)
-    low, high = kv_start_ranges(decay.kv_start, decay.last, heads, tile.queries)
-    order = heaviest_first(low.view(batch * kv_heads, -1))
-    blocks, key_blocks = low.shape[-1], triton.cdiv(keys, tile.keys)
-    stop, cut = query_ranges(low, high, decay.last, keys, tile)
-    wide = q.dtype == torch.float32
-    delta, shift, term, per_quantum, row_bound = torch.empty(
-        5, batch, heads, queries, dtype=torch.float32, device=q.device
-    ).unbind()
-    base = torch.empty(batch, heads, blocks, dtype=torch.float64, device=q.device)
-    maxima = largest_keys_and_values(k, v)
-    _rows_kernel[(batch * heads, blocks)](
-        out,
-        d_out,
-        lse,
-        d_lse,
-        decay.query,
-        maxima,
-        delta,
-        shift,
-        term,
-        base,
-        per_quantum,
-        row_bound,
-        decay.last,
-        *out.stride()[:3],
-        *d_out.stride()[:3],
-        *d_lse.stride()[:2],
-        *decay.query.stride()[:2],
-        queries,
-        heads,
-        gates,
-        heads // kv_heads,
-        blocks,
-        maxima.shape[-1],
-        dropout,
-        HEAD_DIM=head_dim,
-        PADDED_DIM=padded,
-        BLOCK_M=tile.queries,
-        KEYS=MAXIMA_KEYS,
-        UNITS=2.0 ** (62 if wide else 30),
-        WIDE=wide,
-    )
-
-    words = head_dim if wide else triton.cdiv(head_dim, 2)
-    sums = torch.zeros(batch, heads, queries, words, dtype=torch.int64, device=q.device)
-    row_sums = torch.zeros(batch, heads, queries, dtype=torch.int64, device=q.device)
-    dq, dk, dv = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))
-    dc_q = torch.empty(batch, heads, queries, dtype=torch.float64, device=q.device)
-    dc_k = torch.empty(batch, heads, keys, dtype=torch.float64, device=q.device)
-    for residues in (True, False) if wide else (False,):
+    least, greatest = kv_start_ranges(decay.kv_start, decay.last, heads, tile.queries)
+    order = heaviest_first(least.view(batch * kv_heads, -1))
+    blocks, key_blocks = least.shape[-1], triton.cdiv(keys, tile.keys)
+    m_end, full_end = query_ranges(least, greatest, decay.last, keys, tile)
+    is_fp32 = q.dtype == torch.float32
+    rows = _row_statistics(d_out, d_lse, out, lse, decay, running_maxima(k, v), dropout, tile)
+    gradients = _empty_gradients(q, k, v)
+    for is_residue_pass in (True, False) if is_fp32 else (False,):
         _backward_kernel[(key_blocks * batch * kv_heads,)](
-            q,
-            k,
-            v,
-            d_out,
-            decay.query,
-            decay.key,
-            decay.kv_start,
-            decay.last,
-            delta,
-            shift,
-            term,
-            base,
-            per_quantum,
-            row_bound,
-            stop,
-            cut,
-            order,
-            seed,
-            sums,
-            dk,
-            dv,
-            dc_k,
-            row_sums,
-            *q.stride()[:3],
-            *k.stride()[:3],
-            *v.stride()[:3],
-            *d_out.stride()[:3],
-            *decay.query.stride()[:2],
-            *decay.key.stride()[:2],
-            *decay.kv_start.stride()[:2],
-            scale,
-            dropout,
-            queries,
-            keys,
-            heads,
-            kv_heads,
-            heads // kv_heads,
-            heads // gates,
-            heads // decay.kv_start.shape[1],
-            blocks,
-            key_blocks,
-            HEAD_DIM=head_dim,
-            PADDED_DIM=padded,
+            Q=q, q_b=q.stride(0), q_t=q.stride(1), q_h=q.stride(2),
+            K=k, k_b=k.stride(0), k_t=k.stride(1), k_h=k.stride(2),
+            V=v, v_b=v.stride(0), v_t=v.stride(1), v_h=v.stride(2),
+            D_OUT=d_out, do_b=d_out.stride(0), do_t=d_out.stride(1), do_h=d_out.stride(2),
+            C_Q=decay.query, cq_b=decay.query.stride(0), cq_h=decay.query.stride(1),
+            C_K=decay.key, ck_b=decay.key.stride(0), ck_h=decay.key.stride(1),
+            KV_START=decay.kv_start, s_b=decay.kv_start.stride(0), s_h=decay.kv_start.stride(1),
+            LAST=decay.last,
+            DELTA=rows.DELTA,
+            SHIFT=rows.SHIFT,
+            ROW_TERM=rows.ROW_TERM,
+            BASE=rows.BASE,
+            DQ_SCALE=rows.DQ_SCALE,
+            ROW_BOUND=rows.ROW_BOUND,
+            M_END=m_end,
+            M_FULL_END=full_end,
+            HEAD_ORDER=order,
+            SEED=seed,
+            DQ=gradients.sums,
+            DK=gradients.dk,
+            DV=gradients.dv,
+            DC=gradients.dc_k,
+            ROW_SUMS=gradients.row_sums,
+            scale=scale,
+            dropout=dropout,
+            TQ=queries,
+            TK=keys,
+            H=heads,
+            G=kv_heads,
+            KV_GROUP=heads // kv_heads,
+            GATE_GROUP=heads // gates,
+            START_GROUP=heads // decay.kv_start.shape[1],
+            NM=blocks,
+            NN=key_blocks,
+            D=head_dim,
+            BLOCK_D=padded_head_dim(head_dim),
             BLOCK_M=tile.queries,
             BLOCK_N=tile.keys,
-            WIDE=wide,
-            RESIDUES=residues,
-            DROPOUT=dropout > 0.0,
+            IS_FP32=is_fp32,
+            IS_RESIDUE_PASS=is_residue_pass,
+            HAS_DROPOUT=dropout > 0.0,
             PRECISION=dot_precision(q),
             num_warps=tile.warps,
             num_stages=tile.stages,
-        )
-        if residues:
+        )  # fmt: skip
+        if is_residue_pass:
             # What else it stored is overwritten.
-            delta += row_sums * (row_bound.double() / 2**62) - d_lse
-            row_sums.zero_()
-    _finish_kernel[(batch * heads, blocks)](
-        sums,
-        per_quantum,
-        row_sums,
-        row_bound,
-        dq,
-        dc_q,
-        scale,
-        queries,
-        heads,
-        HEAD_DIM=head_dim,
-        PADDED_DIM=padded,
+            rows.DELTA.add_(gradients.row_sums * (rows.ROW_BOUND.double() / 2**62) - d_lse)
+            gradients.row_sums.zero_()
+    _backward_finish_kernel[(batch * heads, blocks)](
+        SUMS=gradients.sums,
+        DQ_SCALE=rows.DQ_SCALE,
+        ROW_SUMS=gradients.row_sums,
+        ROW_BOUND=rows.ROW_BOUND,
+        DQ=gradients.dq,
+        DC=gradients.dc_q,
+        scale=scale,
+        TQ=queries,
+        H=heads,
+        D=head_dim,
+        BLOCK_D=padded_head_dim(head_dim),
         BLOCK_M=tile.queries,
-        WIDE=wide,
+        IS_FP32=is_fp32,
     )
-    return dq, dk, dv, dc_q, dc_k
+    return gradients.dq, gradients.dk, gradients.dv, gradients.dc_q, gradients.dc_k

@@ -65,9 +65,9 @@ KERNELS = {
     "_forward_kernel",
     "_query_range_kernel",
     "_maxima_kernel",
-    "_rows_kernel",
+    "backward_rows_kernel",
     "_backward_kernel",
-    "_finish_kernel",
+    "_backward_finish_kernel",
     "_gradient_totals_kernel",
     "_gradient_scan_kernel",
 }
