@@ -10,8 +10,7 @@ from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from foxlm.conversion.pretrained import read_config, read_model, reason
 from foxlm.kernels.attention import best_attention
 from foxlm.kernels.reference import reference_attention
-from foxlm.modeling.attention_backends import DEFAULT_IMPLEMENTATION
-from foxlm.modeling.configuration_fox import FoxConfig
+from foxlm.modeling.configuration_fox import DEFAULT_IMPLEMENTATION, FoxConfig
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 

@@ -14,10 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .backends import HAS_TRITON, is_transformed, runs_kernels
-
-if HAS_TRITON:
-    from .portable.scan import sum_gates
+from .backends import is_transformed, runs_kernels
 
 # Gates below exp of this count as zero, that is as hard resets. They are far below any floating-point number, and one
 # huge finite sum would cost all later differences their digits.
@@ -81,6 +78,9 @@ def accumulate(
     # Far enough below zero that no offset makes it an index.
     no_reset = 0 if unbroken else -(1 << 31)
     if runs_kernels(log_f) and log_f.shape[1] > _FEW and not is_transformed(log_f):
+        # Not before it is used: defining kernels and operators takes time.
+        from .portable.scan import sum_gates
+
         c, first = sum_gates(log_f, starts, LOG_ZERO_GATE, no_reset)
     else:
         c, first = _sum_gates_in_pytorch(log_f, starts, no_reset)

@@ -17,7 +17,6 @@ import torch
 from torch import Tensor, nn
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.modeling_utils import AttentionInterface
-from transformers.utils import logging
 from transformers.utils.generic import maybe_autocast
 
 from ..kernels.attention import REFERENCE, best_attention
@@ -31,6 +30,7 @@ from ..kernels.pruning.rules import Rule, centered, prune
 from ..kernels.reference import reference_attention
 from ..kernels.tiles import PRUNED_KEYS
 from .cache.view import CacheView
+from .configuration_fox import DEFAULT_IMPLEMENTATION
 
 if HAS_TRITON:
     from ..kernels.portable.decode import decode_attention
@@ -38,13 +38,6 @@ if HAS_TRITON:
 
 if TYPE_CHECKING:
     from ..kernels.context_parallel.group import Shards
-
-logger = logging.get_logger(__name__)
-
-DEFAULT_IMPLEMENTATION = "fox"
-IMPLEMENTATIONS = (DEFAULT_IMPLEMENTATION, "fox_reference", "sdpa", "eager")
-# Those that compute a sequence of which each rank has a part.
-CONTEXT_PARALLEL_IMPLEMENTATIONS = (DEFAULT_IMPLEMENTATION, "fox_reference")
 
 
 def fox_attention_forward(
@@ -245,14 +238,6 @@ def sdpa_forward(
             module, query, key, value, bias, dropout=dropout, scaling=scaling, is_causal=False
         )
     return out.to(output_dtype), None
-
-
-def warn_of_attentions(implementation: str) -> None:
-    """Say that attention weights that were asked for will be missing, where they will."""
-    if implementation != "eager":
-        logger.warning_once(
-            "output_attentions=True has no effect: only attn_implementation='eager' holds the attention weights"
-        )
 
 
 def _without_padding(

@@ -26,6 +26,11 @@ from .remote_code import AUTO_MAP, write_bundle
 # Caches of transformers know one class for each type of layer: a copy of this code under another package's name, loaded
 # from a model's folder, has a type of its own, so that neither gets the other's.
 LAYER_TYPE = f"{__package__}.forgetting_attention"
+DEFAULT_IMPLEMENTATION = "fox"
+IMPLEMENTATIONS = (DEFAULT_IMPLEMENTATION, "fox_reference", "sdpa", "eager")
+"""What ``attn_implementation`` may be: see `attention_backends`."""
+CONTEXT_PARALLEL_IMPLEMENTATIONS = (DEFAULT_IMPLEMENTATION, "fox_reference")
+"""Those that compute a sequence of which each rank has a part."""
 # The style of tensor parallelism of a weight that ranks share, each for heads of its own (`parallel_fox`).
 SHARED_BY_HEADS = "fox_shared_by_heads"
 # And of one whose outputs are summed over ranks, by another way in decoding.

@@ -21,7 +21,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.nn.modules import module as _module
 from torch.utils.dlpack import from_dlpack, to_dlpack
 
-from .parallel.tensor_parallel import held_tensor, hold, is_sharded, share_memory
+from .parallel.tensor_parallel import held_tensor, hold, is_sharded
 
 # Of a call in which projections are one product: its parts are strided, which longer calls would have to copy.
 FEW_TOKENS = 64
@@ -133,6 +133,8 @@ def _use_held_tensors(module: Any, on_exit: Callable[..., Any]) -> None:
         if not is_sharded(weight):
             continue
         if hasattr(module, "sums_through") and name == "weight":
+            from .parallel.small_sums import share_memory
+
             module.sums_through = share_memory(weight)
             on_exit(setattr, module, "sums_through", None)
         part = nn.Parameter(held_tensor(weight), requires_grad=False)

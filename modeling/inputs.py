@@ -4,8 +4,11 @@ from typing import cast
 
 import torch
 from torch import Tensor, nn
+from transformers.utils import logging
 
 from ..kernels.validation import check_tensor
+
+logger = logging.get_logger(__name__)
 
 _INTEGERS = (torch.int32, torch.int64)
 
@@ -73,4 +76,12 @@ def check_labels(labels: Tensor, tokens: tuple[int, ...]) -> None:
         raise ValueError(
             f"labels must be int64 and have the shape of the tokens with logits, {list(tokens)}, "
             f"got {labels.dtype} of shape {list(labels.shape)} (logits_to_keep leaves logits of fewer tokens)"
+        )
+
+
+def warn_of_missing_attentions(implementation: str) -> None:
+    """Say that attention weights that were asked for will be missing, where they will."""
+    if implementation != "eager":
+        logger.warning_once(
+            "output_attentions=True has no effect: only attn_implementation='eager' holds the attention weights"
         )

@@ -1,12 +1,13 @@
 """The loss of a language model over part of the tokens at a time, for sequences whose logits would not fit."""
 
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from ..kernels.context_parallel.group import Shards
+if TYPE_CHECKING:
+    from ..kernels.context_parallel.group import Shards
 
 _IGNORED = -100
 
@@ -85,7 +86,7 @@ def loss_in_chunks(
 
 
 def targets_of_shard(
-    shards: Shards,
+    shards: "Shards",
     labels: Tensor,
     shift_labels: Tensor | None = None,
     num_items_in_batch: Tensor | int | None = None,

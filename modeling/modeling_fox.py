@@ -5,7 +5,7 @@ from .versions import CACHE, CACHE_NAMES, cache_of, one_cache
 
 # isort: split
 
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -25,20 +25,18 @@ from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.import_utils import is_torchdynamo_compiling
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
-from ..kernels.context_parallel.group import ContextParallel, Shards
 from .arguments import DECODER_ARGUMENTS, LOSS_ARGUMENTS, refuse_unknown
-from .attention_backends import (
+from .cache.dynamic import check_cache, register_layer_type
+from .cache.paged import FoxPagedCache
+from .configuration_fox import (
     CONTEXT_PARALLEL_IMPLEMENTATIONS,
     DEFAULT_IMPLEMENTATION,
     IMPLEMENTATIONS,
-    decodes,
-    warn_of_attentions,
+    LAYER_TYPE,
+    FoxConfig,
 )
-from .cache.dynamic import check_cache, register_layer_type
-from .cache.paged import FoxPagedCache
-from .configuration_fox import LAYER_TYPE, FoxConfig
 from .generation import FoxGenerationMixin
-from .inputs import check_labels, check_logits_to_keep, check_tokens, embed
+from .inputs import check_labels, check_logits_to_keep, check_tokens, embed, warn_of_missing_attentions
 from .layers.attention import FoxAttention
 from .layers.block import FoxDecoderLayer
 from .layers.forget_gate import FoxConstantGate, FoxForgetGate, decay_time_bias, share_remembered
@@ -48,6 +46,9 @@ from .losses import FoxLMHead, loss_in_chunks, number_of_targets, targets_of_sha
 from .parallel.tensor_parallel import check_processes, check_tensor_parallel
 from .peft_defaults import register_peft_defaults
 from .token_layout import token_layout
+
+if TYPE_CHECKING:
+    from ..kernels.context_parallel.group import ContextParallel, Shards
 
 
 class FoxPreTrainedModel(PreTrainedModel):
@@ -108,7 +109,7 @@ class FoxPreTrainedModel(PreTrainedModel):
                 module.bias.requires_grad_(module.learned)
         return loaded
 
-    def set_context_parallel(self, context: ContextParallel | None) -> None:
+    def set_context_parallel(self, context: "ContextParallel | None") -> None:
         """Share each sequence with the other ranks of a group, which all call the model with the same sequences.
 
         The model takes its own tokens of what it is given whole: tokens, labels, mask, positions. Logits and hidden
@@ -239,7 +240,7 @@ class FoxModel(FoxPreTrainedModel):
         """
         refuse_unknown(FoxModel.forward, kwargs, DECODER_ARGUMENTS)
         if kwargs.get("output_attentions"):
-            warn_of_attentions(self.config._attn_implementation)
+            warn_of_missing_attentions(self.config._attn_implementation)
         cache = one_cache(cache, past_key_values)
         given = check_tokens(input_ids, inputs_embeds, self.config.hidden_size)
         tokens = (given.shape[0], given.shape[1])
@@ -299,11 +300,13 @@ class FoxModel(FoxPreTrainedModel):
 
     def _steps_in_graph(self, cache: FoxPagedCache, tokens: tuple[int, int]) -> bool:
         """Whether the kernels of decoding take these tokens: the rest of what pages need waits for the device."""
+        from .attention_backends import decodes
+
         heads, kv_heads, head_dim = self.config.heads
         q, k = (self.norm.weight[:1].expand(tokens[0], x, tokens[1], head_dim) for x in (heads, kv_heads))
         return cache.is_initialized and self.config._attn_implementation == "fox" and decodes(q, k)
 
-    def _shards(self, context: ContextParallel, length: int, cache: Cache | None) -> Shards:
+    def _shards(self, context: "ContextParallel", length: int, cache: Cache | None) -> "Shards":
         if cache is not None:
             raise ValueError(
                 f"{CACHE} must be None with context parallelism, which is for whole sequences; "

@@ -1,18 +1,20 @@
 """Where the tokens of a forward pass stand: positions, padding and packing, checked once and read by every layer."""
 
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from transformers.cache_utils import Cache
 from transformers.utils.import_utils import is_torchdynamo_compiling
 
-from ..kernels.context_parallel.group import Shards
 from ..kernels.decay import running_max, sequence_starts
 from ..kernels.tiles import PRUNED_KEYS
 from ..kernels.validation import bool_mask, check_cu_seqlens, check_tensor
 from .configuration_fox import LAYER_TYPE
 from .versions import CACHE
+
+if TYPE_CHECKING:
+    from ..kernels.context_parallel.group import Shards
 
 
 class TokenLayout(NamedTuple):
@@ -33,10 +35,10 @@ class TokenLayout(NamedTuple):
     real_keys: Tensor | None
     starts: Tensor | None
     slots: Tensor
-    shards: Shards | None = None
+    shards: "Shards | None" = None
     real_everywhere: Tensor | None = None
 
-    def shard(self, shards: Shards) -> "TokenLayout":
+    def shard(self, shards: "Shards") -> "TokenLayout":
         """What of it is this rank's."""
         real, starts = (None if x is None else shards.take(x) for x in (self.real, self.starts))
         positions = shards.take(self.positions, dim=0)

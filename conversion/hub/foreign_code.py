@@ -5,7 +5,7 @@ from collections.abc import Collection, Iterator
 from pathlib import Path
 
 from foxlm.conversion.checkpoint_io import read_any_json
-from foxlm.modeling.attention_backends import IMPLEMENTATIONS
+from foxlm.modeling.configuration_fox import IMPLEMENTATIONS
 from foxlm.modeling.remote_code import AUTO_MAP, bundle
 
 _CODE = {".py", ".pyc", ".pyo", ".pyw", ".pyx", ".pyd", ".so", ".dll", ".dylib", ".exe", ".sh", ".bat", ".cmd", ".ps1"}

@@ -44,15 +44,12 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from ..backends import HAS_TRITON, runs_kernels
+from ..backends import runs_kernels
 from ..decay import Decay, accumulate
 from ..tiles import PRUNED_KEYS, PRUNED_QUERIES
 from ..validation import check_logit_bound, check_rule, check_scale
 from .key_stats import KeySummary
 from .rounding import decay_margin, log_allowed, logit_margin
-
-if HAS_TRITON:
-    from .search import raise_first
 
 Rule = Literal["paper", "tight"]
 
@@ -133,6 +130,9 @@ def prune(
     if k.shape[1] <= PRUNED_KEYS or q.numel() == 0:
         return decay
     if runs_kernels(q) and q.dtype != torch.float64:
+        # Not before it is used: defining kernels and operators takes time.
+        from .search import raise_first
+
         if logit_bound is not None:
             if not isinstance(logit_bound, Tensor):
                 # Filled on the device: a copy of a number from the host would wait for all that is queued.

@@ -20,11 +20,10 @@ from ...kernels.decay import Decay, accumulate
 from ...kernels.padding import hide_keys, hide_padding, mask_rows, skip_padding
 from ...kernels.pruning.rounding import logit_margin, stored_margin
 from ..arguments import DECODER_ARGUMENTS, refuse_unknown
-from ..attention_backends import ALL_ATTENTION_FUNCTIONS, DEFAULT_IMPLEMENTATION, decodes, eager_attention_forward
 from ..cache.dynamic import check_cache, layer_of
 from ..cache.paged import FoxPagedCache
 from ..cache.static import StaticForgettingLayer
-from ..configuration_fox import FoxConfig
+from ..configuration_fox import DEFAULT_IMPLEMENTATION, FoxConfig
 from ..fused_projections import FusedProjections, fused_products
 from ..parallel.tensor_parallel import local_part
 from ..token_layout import TokenLayout, token_layout
@@ -203,6 +202,9 @@ class FoxAttention(nn.Module):
                 real = real[:, : decay.key.shape[-1]]
                 decay = hide_padding(decay, real)
 
+        # Not before they are used: importing the kernels takes time.
+        from ..attention_backends import ALL_ATTENTION_FUNCTIONS, eager_attention_forward
+
         attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.implementation, eager_attention_forward)
         dropout = self.attention_dropout if self.training else 0.0
         out, weights = attend(
@@ -322,4 +324,8 @@ class FoxAttention(nn.Module):
         """Whether the kernels of decoding take these, ``[B, H, Tq, D]`` and ``[B, G, T, D]``."""
         differentiable = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad)
         dropout = self.training and self.attention_dropout > 0.0
-        return self.implementation == DEFAULT_IMPLEMENTATION and not differentiable and not dropout and decodes(q, k)
+        if self.implementation != DEFAULT_IMPLEMENTATION or differentiable or dropout:
+            return False
+        from ..attention_backends import decodes
+
+        return decodes(q, k)

@@ -75,6 +75,26 @@ def test_import_does_not_import_peft(tmp_path: Path) -> None:
     assert run(code, tmp_path).strip() == "[]"
 
 
+def test_import_loads_what_registering_needs_and_no_more(tmp_path: Path) -> None:
+    """Beside what any model of transformers loads, our own modules; no kernels, operators or context parallelism."""
+    code = """
+import sys
+from transformers import AutoModelForCausalLM, LlamaForCausalLM
+before = set(sys.modules)
+import foxlm
+new = set(sys.modules) - before
+print(*sorted(name for name in new if name.partition(".")[0] != "foxlm"))
+print(*sorted(name for name in new if name.startswith("foxlm.kernels")))
+import torch
+print([name for name in dir(torch.ops.foxlm_kernels) if not name.startswith("_")])
+"""
+    others, kernels, operators = run(code, tmp_path).split("\n")[:3]
+    assert not others.split()
+    heavy = ("attention", "reference", "portable", "hopper", "context_parallel", "pruning.search")
+    assert not [name for name in kernels.split() if name.removeprefix("foxlm.kernels.").startswith(heavy)]
+    assert operators == "['name']"
+
+
 @pytest.mark.parametrize("first", ["transformers", "foxlm"])
 def test_transformers_works_from_the_root(first: str) -> None:
     code = f"""

@@ -17,7 +17,7 @@ from foxlm import (
     context_parallel_attention,
     decoding_weights,
 )
-from foxlm.modeling import attention_backends as attention_fox
+from foxlm.modeling import inputs
 from models import (
     IMPLEMENTATIONS,
     assert_close,
@@ -64,7 +64,7 @@ def test_attention_implementation_can_be_chosen_anywhere(tmp_path) -> None:
 @pytest.mark.parametrize("implementation", ["fox_reference", "sdpa"])
 def test_attention_weights_that_are_not_computed_are_warned_of(implementation: str, monkeypatch) -> None:
     warnings: list[str] = []
-    monkeypatch.setattr(attention_fox.logger, "warning_once", warnings.append)
+    monkeypatch.setattr(inputs.logger, "warning_once", warnings.append)
     model = tiny_model()
     model.set_attn_implementation(implementation)
     assert not model(tokens(1, 5), output_attentions=True).attentions

@@ -17,7 +17,7 @@ from transformers.distributed import DistributedConfig
 
 from foxlm import FoxConfig, FoxForCausalLM, FoxPagedCache, decoding_weights
 from foxlm.modeling.layers.block import FoxDecoderLayer
-from foxlm.modeling.parallel import tensor_parallel as parallel_fox
+from foxlm.modeling.parallel import small_sums as sums
 from foxlm.modeling.versions import cache_of
 from fsdp_on_cpu import accelerate_shards
 from models import DECODING_VARIANTS, tokens
@@ -253,13 +253,13 @@ def small_sums(sharded: FoxForCausalLM, single: FoxForCausalLM) -> Measured:
         model.float()
     expected = generate(single, ids)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(parallel_fox, "_may_share", lambda mesh: True)
-        patch.setattr(parallel_fox, "_meet", lambda memory, group, device: memory)
-        map_memory = parallel_fox._map_memory
-        patch.setattr(parallel_fox, "_map_memory", lambda group, _: map_memory(group, device))
+        patch.setattr(sums, "_may_share", lambda mesh: True)
+        patch.setattr(sums, "_meet", lambda memory, group, device: memory)
+        map_memory = sums._map_memory
+        patch.setattr(sums, "_map_memory", lambda group, _: map_memory(group, device))
 
         def allocate(memory: Any, group: Any, device: Any) -> Tensor:
-            return torch.empty(parallel_fox._SMALL, dtype=torch.uint8)
+            return torch.empty(sums._SMALL, dtype=torch.uint8)
 
         def fail(memory: Any, group: Any, device: Any) -> Tensor:
             if dist.get_rank() == 1:
@@ -271,10 +271,10 @@ def small_sums(sharded: FoxForCausalLM, single: FoxForCausalLM) -> Measured:
             "one fails": ("_meet", fail),
             "shared": ("_allocate", allocate),
         }.items():
-            parallel_fox._SHARED_MEMORY.clear()
-            patch.setattr(parallel_fox, "_allocate", allocate)
+            sums._SHARED_MEMORY.clear()
+            patch.setattr(sums, "_allocate", allocate)
             with pytest.MonkeyPatch.context() as inner:
-                target = f"foxlm.modeling.parallel.tensor_parallel.{hindrance[0]}"
+                target = f"foxlm.modeling.parallel.small_sums.{hindrance[0]}"
                 inner.setattr(target, hindrance[1])
                 found = generate(sharded, ids)
             measured[f"{name}: tokens"] = 0.0 if torch.equal(found.sequences, expected.sequences) else 1.0
