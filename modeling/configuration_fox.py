@@ -2,6 +2,7 @@
 
 import math
 import os
+import sys
 from pathlib import Path
 from typing import ClassVar, Literal, cast
 
@@ -55,6 +56,17 @@ _LLAMA_PARTS = {
     "use_output_gate": False,
     "use_output_norm": False,
 }
+
+
+def extend_peft_defaults() -> None:
+    """Let PEFT, where it is imported, adapt in a FoX model what it adapts in a Llama if a user names no targets.
+
+    PEFT keeps one mapping from model types to target modules for each of its methods, and has no call to extend them.
+    """
+    constants = sys.modules.get("peft.utils.constants")
+    for name, mapping in vars(constants).items() if constants else ():
+        if name.startswith("TRANSFORMERS_MODELS_TO_") and "llama" in mapping:
+            mapping.setdefault(FoxConfig.model_type, mapping["llama"])
 
 
 @strict
@@ -316,6 +328,9 @@ class FoxConfig(PreTrainedConfig):
             self.push_to_hub(kwargs.pop("repo_id", Path(save_directory).name), **kwargs)
 
     def to_dict(self) -> dict:
+        """As in transformers, without ``auto_map`` entries of our own code."""
+        # PEFT calls this before it looks up default targets, and may have been imported after the model was made.
+        extend_peft_defaults()
         fields = super().to_dict()
         # Where a folder has our code: not part of the configuration, and written anew with the code.
         others = {name: where for name, where in fields.pop("auto_map", {}).items() if AUTO_MAP.get(name) != where}

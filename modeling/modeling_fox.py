@@ -44,7 +44,6 @@ from .layers.norm import FoxRMSNorm
 from .layers.rotary import FoxRotaryEmbedding
 from .losses import FoxLMHead, loss_in_chunks, number_of_targets, targets_of_shard
 from .parallel.tensor_parallel import check_processes, check_tensor_parallel
-from .peft_defaults import register_peft_defaults
 from .token_layout import token_layout
 
 if TYPE_CHECKING:
@@ -496,6 +495,3 @@ __all__ = [
     "FoxModel",
     "FoxPreTrainedModel",
 ]
-
-# Here, so that it holds for a model's own code too, where foxlm is not imported.
-register_peft_defaults()

@@ -14,7 +14,7 @@ from transformers import (
     AutoModelForTokenClassification,
 )
 
-from .configuration_fox import FoxConfig
+from .configuration_fox import FoxConfig, extend_peft_defaults
 from .modeling_fox import (
     FoxForCausalLM,
     FoxForQuestionAnswering,
@@ -25,7 +25,8 @@ from .modeling_fox import (
 
 
 def register_fox() -> None:
-    """Register the configuration and every model; harmless when repeated."""
+    """Register the configuration and every model, and extend PEFT's defaults if it is imported; may be repeated."""
+    extend_peft_defaults()
     AutoConfig.register(FoxConfig.model_type, FoxConfig, exist_ok=True)
     for auto, model in (
         (AutoModel, FoxModel),

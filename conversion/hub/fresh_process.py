@@ -8,17 +8,10 @@ Its arguments: the model's folder, the file to write, the Auto class, ``foxlm`` 
 import sys
 
 
-class _WithoutFoxlm:
-    """Finds everything but foxlm, wherever it is installed."""
-
-    def find_spec(self, name, path=None, target=None):
-        if name.partition(".")[0] == "foxlm":
-            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
-
-
 def _main(folder: str, out: str, auto_class: str, source: str, trusted: str) -> None:
     if source == "folder":
-        sys.meta_path.insert(0, _WithoutFoxlm())
+        # None blocks an import: as where foxlm is not installed.
+        sys.modules["foxlm"] = None  # type: ignore[assignment]
     else:
         import foxlm  # noqa: F401
 

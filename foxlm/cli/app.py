@@ -1,10 +1,10 @@
 """The ``foxlm`` command: what it is made of. No command imports torch or transformers before it runs."""
 
-from importlib.metadata import PackageNotFoundError, version
 from typing import Annotated
 
 import typer
 
+from foxlm import __version__
 from foxlm.cli.bench import app as bench
 from foxlm.cli.convert import convert
 from foxlm.cli.demo import demo
@@ -24,12 +24,7 @@ app = CommandLine(
 def _print_version(wanted: bool) -> None:
     if not wanted:
         return
-    try:
-        typer.echo(f"foxlm {version('foxlm')}")
-    except PackageNotFoundError:
-        from foxlm import __version__
-
-        typer.echo(f"foxlm {__version__}")
+    typer.echo(f"foxlm {__version__}")
     raise typer.Exit
 
 

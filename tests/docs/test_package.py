@@ -1,10 +1,12 @@
 """The package: what importing it does, and the rules that let a checkout, an install and a bundle work alike."""
 
 import ast
+import configparser
 import json
 import os
 import subprocess
 import sys
+from importlib import metadata
 from pathlib import Path
 
 import pytest
@@ -222,7 +224,10 @@ def test_control_the_import_rule_tells_right_from_wrong(line: str, allowed: bool
     assert (not wrong_imports(line)) == allowed
 
 
-def test_version_is_that_of_the_distribution() -> None:
-    lines = (ROOT / "setup.cfg").read_text().splitlines()
-    stated = next(line.split("=")[1].strip() for line in lines if line.startswith("version"))
-    assert foxlm.__version__ == stated
+def test_version_is_stated_once() -> None:
+    setup = configparser.ConfigParser()
+    setup.read(ROOT / "setup.cfg")
+    assert setup["metadata"]["version"] == "attr: foxlm.__version__"
+    # A literal, which building reads without importing the package.
+    assert f'\n__version__ = "{foxlm.__version__}"\n' in (ROOT / "foxlm/__init__.py").read_text()
+    assert metadata.version("foxlm") == foxlm.__version__, "make venv renews what is installed"

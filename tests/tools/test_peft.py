@@ -11,6 +11,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 from foxlm import FoxForCausalLM
 from foxlm.conversion.graft import graft
 from models import assert_close, tiny_model, tokens
+from without_foxlm import run_without
 
 peft = pytest.importorskip("peft")
 
@@ -122,6 +123,35 @@ def test_lora_without_named_targets_adapts_queries_and_values(variant: str) -> N
     model = peft.get_peft_model(tiny_model(variant, dtype=torch.float32), peft.LoraConfig(r=4))
     adapted = {name.split(".")[-2] for name, _ in model.named_modules() if name.endswith("lora_A")}
     assert adapted == {"q_proj", "v_proj"}
+
+
+ORDERS = {
+    "peft first": "import peft; import foxlm",
+    "foxlm first": "import foxlm; import peft",
+    "model first": "import foxlm; build(foxlm); import peft",
+    "foxlm from its command": "import sys; sys.orig_argv[-1] = 'foxlm'; import foxlm; build(foxlm); import peft",
+}
+
+
+@pytest.mark.parametrize("order", ORDERS)
+def test_default_targets_are_known_in_every_order_of_imports(order: str, tmp_path: Path) -> None:
+    code = f"""
+def build(foxlm):
+    global model
+    sizes = dict(vocab_size=97, hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=2)
+    model = foxlm.FoxForCausalLM(foxlm.FoxConfig(**sizes))
+
+{ORDERS[order]}
+if "model" not in globals():
+    build(foxlm)
+for config in (peft.LoraConfig(r=2), peft.IA3Config(), peft.LNTuningConfig()):
+    print(*sorted(peft.get_peft_model(model, config).peft_config["default"].target_modules))
+"""
+    assert run_without((), code, tmp_path).splitlines() == [
+        "q_proj v_proj",
+        "down_proj k_proj v_proj",
+        "input_layernorm norm post_attention_layernorm",
+    ]
 
 
 def test_grafted_model_in_bfloat16_with_lora_and_trained_gates(tmp_path: Path) -> None:
