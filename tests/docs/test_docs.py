@@ -12,6 +12,7 @@ import torch
 from transformers import DynamicCache
 from typer.testing import CliRunner
 
+import foxlm
 from foxlm import FoxConfig, FoxForCausalLM
 from foxlm.cli import app
 from foxlm.evaluation.demo.tokenizer import byte_tokenizer
@@ -144,6 +145,11 @@ def test_api_reference_is_up_to_date():
     assert module.PAGE.read_text(encoding="utf-8") == module.render(), "run: python docs/make_api.py"
 
 
+def test_changelog_dates_the_version():
+    releases = re.findall(r"^## \[(.+)\] - \d{4}-\d\d-\d\d$", text_of(ROOT / "CHANGELOG.md"), flags=re.MULTILINE)
+    assert foxlm.__version__ in releases[:2]
+
+
 def test_results_are_json():
     for file in (ROOT / "docs" / "results").rglob("*.json"):
         json.loads(file.read_text(encoding="utf-8"))
@@ -151,7 +157,6 @@ def test_results_are_json():
 
 def test_examples_of_the_api_reference_run():
     """The prompts in docstrings, with the names that their readers have imported."""
-    import foxlm
     from foxlm.conversion.balance_heads import balance_heads
     from foxlm.evaluation.gates import decay_times
     from foxlm.evaluation.recording import record_attention
