@@ -1,6 +1,7 @@
 """What the README and the pages in docs/ show runs as shown, and their links lead somewhere."""
 
 import doctest
+import functools
 import importlib.util
 import json
 import re
@@ -129,12 +130,27 @@ def test_commands_have_the_options_that_are_shown(page):
     """Also of those that are not run."""
     for line in commands(page):
         if line.startswith("foxlm "):
-            name, *rest = shlex.split(line)[1:]
-            if name == "bench":
-                continue
-            shown = CliRunner().invoke(app, [name, "--help"], env={"COLUMNS": "400"}).output
-            for option in (word.split("=")[0] for word in rest if word.startswith("--")):
+            words = shlex.split(line)[1:]
+            name = words[:2] if words[0] == "bench" else words[:1]
+            shown = help_of(*name)
+            for option in (word.split("=")[0] for word in words if word.startswith("--")):
                 assert option in shown, line
+
+
+@functools.cache
+def help_of(*name: str) -> str:
+    done = CliRunner().invoke(app, [*name, "--help"], env={"COLUMNS": "400"})
+    assert done.exit_code == 0, (name, done.output)
+    return done.output
+
+
+@pytest.mark.parametrize("page", PAGES, ids=NAMES)
+def test_commands_that_are_named_exist(page):
+    for name, bench in re.findall(r"`foxlm ([a-z-]+)(?: ([a-z]+))?", text_of(page)):
+        if name == "bench" and bench:
+            help_of(name, bench)
+        elif name != "lm-eval":  # whose help is lm-evaluation-harness's
+            help_of(name)
 
 
 def test_api_reference_is_up_to_date():
