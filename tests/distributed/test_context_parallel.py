@@ -34,7 +34,13 @@ def test_attention_of_one_device(ranks: int, seeds: range) -> None:
 def test_attention_on_interpreted_kernels() -> None:
     """What runs on a GPU: kernels for gates, pruning and attention."""
     found = run_ranks(
-        "context_checks:attention_errors", 2, range(100, 104), 300, 16, environment={"TRITON_INTERPRET": "1"}
+        "context_checks:attention_errors",
+        2,
+        range(100, 104),
+        300,
+        16,
+        environment={"TRITON_INTERPRET": "1"},
+        fresh=True,
     )
     for of_rank in found:
         for case in of_rank:
@@ -48,7 +54,7 @@ def test_attention_of_one_gpu() -> None:
     """By NCCL, within the rounding of bfloat16: padded, packed, pruned by either rule, grouped, and a token or two."""
     # Nearly all of it is compiling kernels, anew for what each case has of options: with -s each says when it is done.
     cases = [(64, 400), (64, 401), (64, 403), (64, 404), (128, 414)]
-    for of_rank in run_ranks("context_checks:attention_errors_on_gpus", 2, cases, timeout=600, show=True):
+    for of_rank in run_ranks("context_checks:attention_errors_on_gpus", 2, cases, timeout=600, show=True, fresh=True):
         for case in of_rank:
             assert max(case["errors"].values()) < 2e-2, case
 

@@ -6,11 +6,12 @@
 
     results = run_ranks("sums:total", 2, rank_argument)
 
-A process needs 10 to 15 s to import torch and transformers: do many checks in one run.
+Ranks are forked from one process that has the modules below imported, which would cost each of them seconds.
 """
 
 import contextlib
 import importlib
+import multiprocessing
 import os
 import pickle
 import signal
@@ -20,13 +21,47 @@ import sys
 import tempfile
 import time
 import traceback
+from collections.abc import Sequence
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 # How long ranks may go on when one has failed: a rank that waits for it then fails too, and says where.
 _GRACE = 3.0
 _POLL = 0.05
+
+# Not from the process of the tests, whose threads and state no rank is to have.
+_FORKS = multiprocessing.get_context("forkserver")
+_FORKS.set_forkserver_preload(["context_checks", "sharding_checks", "tensor_parallel_checks"])
+
+
+class _Forked:
+    """A process like `subprocess.Popen`'s that calls ``_main(folder)`` in a session of its own."""
+
+    def __init__(self, folder: Path, environment: dict[str, str], output: Path) -> None:
+        self._process = _FORKS.Process(target=_forked, args=(folder, environment, output))
+        # What the process that forks is started with, at the first start: it must not have threads.
+        with mock.patch.dict(os.environ, {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parent)}):
+            self._process.start()
+        assert self._process.pid is not None
+        self.pid: int = self._process.pid
+
+    def poll(self) -> int | None:
+        return self._process.exitcode
+
+    def wait(self) -> None:
+        self._process.join()
+
+
+def _forked(folder: Path, environment: dict[str, str], output: Path) -> None:
+    os.setsid()
+    os.environ.clear()
+    os.environ.update(environment)
+    with output.open("wb") as file:
+        os.dup2(file.fileno(), 1)
+        os.dup2(file.fileno(), 2)
+    _main(folder)
 
 
 class RankError(RuntimeError):
@@ -57,10 +92,12 @@ def rank_environment(rank: int, world_size: int, port: int) -> dict[str, str]:
     }
 
 
-def kill_session(process: subprocess.Popen) -> None:
-    """End a process started with ``start_new_session=True`` and all that it started."""
-    with contextlib.suppress(ProcessLookupError):
-        os.killpg(process.pid, signal.SIGKILL)
+def kill_session(process: subprocess.Popen | _Forked) -> None:
+    """End a process that has a session of its own, and all that it started."""
+    # The process itself too: it may not have its session yet.
+    for kill in (os.killpg, os.kill):
+        with contextlib.suppress(ProcessLookupError):
+            kill(process.pid, signal.SIGKILL)
     process.wait()
 
 
@@ -72,6 +109,7 @@ def run_ranks(
     environment: dict[str, str] | None = None,
     group: bool = True,
     show: bool = False,
+    fresh: bool = False,
 ) -> list[Any]:
     """Call ``function(*arguments)`` on each of ``world_size`` ranks.
 
@@ -83,6 +121,7 @@ def run_ranks(
         environment: variables beside those of `rank_environment`.
         group: whether the process group is made before the call (and destroyed after it).
         show: let rank 0 print to the standard output of the caller, as it goes on.
+        fresh: processes that import everything themselves, as kernels need that are interpreted or run on a GPU.
 
     Returns:
         What each rank returned, by rank.
@@ -95,20 +134,15 @@ def run_ranks(
         folder = Path(name)
         call = {"function": function, "arguments": arguments, "timeout": timeout, "group": group}
         (folder / "call").write_bytes(pickle.dumps(call))
-        processes: list[subprocess.Popen] = []
+        processes: list[subprocess.Popen | _Forked] = []
         try:
             for rank in range(world_size):
                 own = os.environ | rank_environment(rank, world_size, port) | (environment or {})
-                with (folder / f"output-{rank}").open("wb") as output:
-                    processes.append(
-                        subprocess.Popen(
-                            [sys.executable, __file__, str(folder)],
-                            env=own,
-                            stdout=None if show and rank == 0 else output,
-                            stderr=subprocess.STDOUT,
-                            start_new_session=True,
-                        )
-                    )
+                output = folder / f"output-{rank}"
+                if fresh:
+                    processes.append(_fresh(folder, own, None if show and rank == 0 else output))
+                else:
+                    processes.append(_Forked(folder, dict(own), output))
             in_time = _wait(processes, timeout)
             codes = [process.poll() for process in processes]
         finally:
@@ -119,7 +153,18 @@ def run_ranks(
         return [pickle.loads((folder / f"result-{rank}").read_bytes()) for rank in range(world_size)]
 
 
-def _wait(processes: list[subprocess.Popen], timeout: float) -> bool:
+def _fresh(folder: Path, environment: dict[str, str], output: Path | None) -> subprocess.Popen:
+    with contextlib.nullcontext() if output is None else output.open("wb") as file:
+        return subprocess.Popen(
+            [sys.executable, __file__, str(folder)],
+            env=environment,
+            stdout=file,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
+
+
+def _wait(processes: Sequence[subprocess.Popen | _Forked], timeout: float) -> bool:
     """Until all are done, or one has failed and the others had a moment to fail as well; False when time is up."""
     end, failed_at = time.monotonic() + timeout, None
     while any(process.poll() is None for process in processes):
