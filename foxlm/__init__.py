@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from foxlm.kernels.context_parallel.group import ContextParallel
     from foxlm.modeling.cache.paged import FoxPagedCache
     from foxlm.modeling.configuration_fox import FoxConfig
-    from foxlm.modeling.fused_projections import decoding_weights
+    from foxlm.modeling.generation import decoding_weights
     from foxlm.modeling.layers.attention import FoxAttention
     from foxlm.modeling.layers.block import FoxDecoderLayer
     from foxlm.modeling.modeling_fox import (
@@ -62,7 +62,7 @@ _MODULES = {
         "kernels.context_parallel.group": ["ContextParallel"],
         "modeling.cache.paged": ["FoxPagedCache"],
         "modeling.configuration_fox": ["FoxConfig"],
-        "modeling.fused_projections": ["decoding_weights"],
+        "modeling.generation": ["decoding_weights"],
         "modeling.layers.attention": ["FoxAttention"],
         "modeling.layers.block": ["FoxDecoderLayer"],
         "modeling.modeling_fox": [x for x in __all__ if x.startswith(("FoxFor", "FoxModel", "FoxPreTrained"))],

@@ -1,9 +1,12 @@
 """What `generate` does otherwise for FoX: its caches, its masks, and what it refuses."""
 
+import contextlib
 import functools
+import warnings
+from collections.abc import Iterator
 from typing import Any, cast
 
-from torch import Tensor
+from torch import Tensor, nn
 from transformers.cache_utils import Cache
 from transformers.generation import GenerationMixin
 from transformers.generation.configuration_utils import GenerationMode
@@ -11,9 +14,41 @@ from transformers.generation.configuration_utils import GenerationMode
 from .arguments import MASK_ARGUMENTS, refuse_unknown
 from .cache.paged import FoxPagedCache
 from .configuration_fox import LAYER_TYPE, FoxConfig
-from .fused_projections import decoding_weights
+from .layers.fused_projections import fuse_projections
+from .parallel.tensor_parallel import local_weights
 from .token_layout import padding_mask, refuse_overflow
 from .versions import CACHE, one_cache, with_one_cache
+
+
+@contextlib.contextmanager
+def decoding_mode(model: nn.Module) -> Iterator[None]:
+    """Within it, projections are fused where they can be, and the weights of a tensor-parallel model are local.
+
+    Calls do not look again whether projections are what was fused: within it weights are changed in place only. The
+    buffers outlive it, so that the next entry finds them at the same addresses.
+    """
+    changed = fuse_projections(model, uses="always")
+    try:
+        with local_weights(model):
+            yield
+    finally:
+        for module, before in changed:
+            module.uses_fused = before
+
+
+@contextlib.contextmanager
+def decoding_weights(model: nn.Module) -> Iterator[None]:
+    """Deprecated: call ``model.fuse_projections()``, and with tensor parallelism enter ``model.local_weights()``."""
+    if not isinstance(model, nn.Module):
+        raise ValueError(f"model must be a module of torch, got {type(model).__name__}")
+    warnings.warn(
+        "decoding_weights is deprecated and will be removed in the next release: call model.fuse_projections() once "
+        "instead, and with tensor parallelism run the loop within model.local_weights()",
+        FutureWarning,
+        stacklevel=3,
+    )
+    with decoding_mode(model):
+        yield
 
 
 class FoxGenerationMixin(GenerationMixin):
@@ -24,10 +59,10 @@ class FoxGenerationMixin(GenerationMixin):
     # Its signature is that of what it wraps.
     @cast(Any, functools.wraps(GenerationMixin.generate, assigned=()))
     def generate(self, *args, **kwargs):
-        """As in [`~transformers.GenerationMixin.generate`], within `decoding_weights`."""
+        """As in [`~transformers.GenerationMixin.generate`], with fused projections and local weights."""
         if kwargs.get("cache_implementation") == "paged":
             self._refuse_continuous_batching()
-        with decoding_weights(cast(Any, self)):
+        with decoding_mode(cast(Any, self)):
             return super().generate(*args, **with_one_cache(kwargs))
 
     @cast(Any, functools.wraps(GenerationMixin.prepare_inputs_for_generation, assigned=()))

@@ -5,6 +5,7 @@ from .versions import CACHE, CACHE_NAMES, cache_of, one_cache
 
 # isort: split
 
+from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
@@ -40,10 +41,11 @@ from .inputs import check_labels, check_logits_to_keep, check_tokens, embed, war
 from .layers.attention import FoxAttention
 from .layers.block import FoxDecoderLayer
 from .layers.forget_gate import FoxConstantGate, FoxForgetGate, decay_time_bias, share_remembered
+from .layers.fused_projections import FusableProjections, fuse_projections
 from .layers.norm import FoxRMSNorm
 from .layers.rotary import FoxRotaryEmbedding
 from .losses import FoxLMHead, loss_in_chunks, number_of_targets, targets_of_shard
-from .parallel.tensor_parallel import check_processes, check_tensor_parallel
+from .parallel.tensor_parallel import check_processes, check_tensor_parallel, local_weights
 from .token_layout import token_layout
 
 if TYPE_CHECKING:
@@ -127,6 +129,48 @@ class FoxPreTrainedModel(PreTrainedModel):
                 "whole sequence"
             )
         self.base_model.context_parallel = context
+
+    def fuse_projections(self) -> None:
+        """Have calls without gradients of up to 64 tokens compute the projections of one input as one matmul.
+
+        For decoding loops of your own; `generate` does it by itself. Per attention layer and MLP, weights are copied
+        into one buffer and become its rows: parameters remain the same objects with the same names and values, no
+        weight is held twice, and saving, training and changes of weights in place work as before.
+
+        The contract is that of ``model.to()``: tensors taken from the model before, as by ``state_dict()``, keep their
+        values but no longer share memory with it, and CUDA graphs captured before are to be captured again.
+        ``model.to()`` and its kin and ``model.train()`` undo it. Where a projection is replaced, adapted or hooked
+        afterwards, its layer calls projections one by one; a compiled model does not look, and needs another call of
+        this or of `unfuse_projections`. Before weights are moved one by one (accelerate's ``dispatch_model``), call
+        `unfuse_projections`, since the buffer would hold their memory.
+
+        A layer is left as it is where a projection is more than a matmul (LoRA, quantized), has hooks, is on another
+        device, is a part of a larger memory or shares its weight; under FSDP; and where its buffer does not fit.
+
+        Example:
+            >>> model = FoxForCausalLM(FoxConfig.preset("pro-125m", num_hidden_layers=2)).eval()
+            >>> model.fuse_projections()
+            >>> cache = FoxPagedCache(model.config, max_cache_len=4096)
+            >>> with torch.no_grad():
+            ...     for ids in torch.tensor([[1, 2, 3]]), torch.tensor([[4]]):
+            ...         logits = model(ids, cache=cache).logits
+        """
+        fuse_projections(self)
+
+    def unfuse_projections(self) -> None:
+        """Undo `fuse_projections`, and what `generate` left fused: each weight gets memory of its own again."""
+        for module in self.modules():
+            if isinstance(module, FusableProjections):
+                module.unfuse_projections()
+
+    def local_weights(self) -> AbstractContextManager[None]:
+        """A context in which a tensor-parallel model decodes faster, for loops of your own; `generate` enters it.
+
+        Within it, sharded weights (`DTensor`) are this rank's plain tensors, and small sums over ranks go through
+        memory that the GPUs of one host share. All ranks must enter together. Do not train, save, move or replace
+        weights within it. Other models are left as they are.
+        """
+        return local_weights(self)
 
     @classmethod
     def prepare_distribute_model(cls, distributed_config, **kwargs):

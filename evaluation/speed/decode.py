@@ -11,7 +11,8 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from foxlm import FoxForCausalLM, decoding_weights
+from foxlm import FoxForCausalLM
+from foxlm.modeling.generation import decoding_mode
 
 from .bars import decode_bars
 from .logits import CHECKED_TOKENS, DTYPE, LogitsCheck
@@ -146,7 +147,7 @@ class _Bench:
             return
         try:
             # As `generate` does.
-            with decoding_weights(self._models[decoder.family]):
+            with decoding_mode(self._models[decoder.family]):
                 fault = self._check(decoder, record) if first else None
                 if fault is None:
                     self._passes[decoder].append(self._time(decoder, record, first))

@@ -24,11 +24,11 @@ from ..cache.dynamic import check_cache, layer_of
 from ..cache.paged import FoxPagedCache
 from ..cache.static import StaticForgettingLayer
 from ..configuration_fox import DEFAULT_IMPLEMENTATION, FoxConfig
-from ..fused_projections import FusedProjections, fused_products
 from ..parallel.tensor_parallel import local_part
 from ..token_layout import TokenLayout, token_layout
 from ..versions import CACHE, one_cache
 from .forget_gate import make_forget_gate
+from .fused_projections import FusableProjections
 from .norm import FoxRMSNorm
 from .rotary import FoxRotaryEmbedding, apply_rotary
 from .token_shift import FoxTokenShift
@@ -38,7 +38,7 @@ from .token_shift import FoxTokenShift
 _ROPE_ROUNDINGS = 2.0 + 2.0**0.5
 
 
-class FoxAttention(nn.Module):
+class FoxAttention(FusableProjections):
     """Forgetting attention with its projections, gates, norms and token shift; in a FoX model or in one of your own.
 
     Args:
@@ -55,9 +55,7 @@ class FoxAttention(nn.Module):
         (torch.Size([2, 10, 64]), torch.Size([2, 1, 64]))
     """
 
-    # Of the same input, which are one product in decoding.
     projections = ("q_proj", "k_proj", "v_proj", "output_gate", "key_shift.proj", "value_shift.proj")
-    fused_projections: FusedProjections | None = None
 
     def __init__(self, config: FoxConfig, layer_idx: int) -> None:
         super().__init__()
@@ -154,7 +152,7 @@ class FoxAttention(nn.Module):
             )
         cache_layer = None if cache is None else layer_of(cache, self.layer_idx)
         # In decoding all at once, else each where it is needed.
-        fused = fused_products(self, hidden_states)
+        fused = self.project(hidden_states)
         q, k, v = (
             fused[name] if fused else getattr(self, name)(hidden_states) for name in ("q_proj", "k_proj", "v_proj")
         )

@@ -1,8 +1,9 @@
 """The block of a FoX model: attention and MLP, each with its norm and a residual connection."""
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
-from torch.nn.utils import parametrize
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.models.llama.modeling_llama import LlamaMLP
 from transformers.processing_utils import Unpack
@@ -10,31 +11,25 @@ from transformers.utils import TransformersKwargs
 
 from ...kernels.pruning.rounding import logit_margin
 from ..configuration_fox import FoxConfig
-from ..fused_projections import FusedProjections, fused_products
-from ..parallel.tensor_parallel import is_sharded, local_part
+from ..parallel.tensor_parallel import local_part
 from .attention import FoxAttention
+from .fused_projections import FusableProjections, is_plain_linear
 from .norm import FoxRMSNorm
 
 # Of inputs, weights and partial sums of a projection, by TF32, autocast to bfloat16 or sums in it.
 _PRODUCT_MARGIN = 2.0**-7
 
 
-def _is_plain(module: nn.Module) -> bool:
-    """Whether ``module`` is a product with its weight and nothing else; torchao's weights say that they are float."""
-    if type(module) is not nn.Linear or parametrize.is_parametrized(module):
-        return False
-    return is_sharded(module.weight) or type(module.weight) is nn.Parameter
-
-
-class FoxMLP(LlamaMLP):
+class FoxMLP(FusableProjections, LlamaMLP):
     """Gated MLP, ``down(act(gate(x)) * up(x))``."""
 
     projections = ("gate_proj", "up_proj")
-    fused_projections: FusedProjections | None = None
-    outputs_stay_sharded = True
+    gate_proj: nn.Linear
+    down_proj: nn.Linear
+    act_fn: Callable[[Tensor], Tensor]
 
     def forward(self, x: Tensor) -> Tensor:
-        fused = fused_products(self, x)
+        fused = self.project(x)
         if not fused:
             return super().forward(x)
         return self.down_proj(self.act_fn(fused["gate_proj"]) * fused["up_proj"])
@@ -111,7 +106,7 @@ class FoxDecoderLayer(GradientCheckpointingLayer):
         """Largest lengths of a query and of its keys, ``[H]``, where nothing normalizes them."""
         attention = self.self_attn
         projections = (attention.q_proj, attention.k_proj)
-        if attention.rope_stretches or not self.norms_first or not all(_is_plain(x) for x in projections):
+        if attention.rope_stretches or not self.norms_first or not all(is_plain_linear(x) for x in projections):
             return None
         query, key = (self._largest_output(x, dtype) for x in projections)
         return query, key.repeat_interleave(attention.num_key_value_groups)

@@ -5,12 +5,14 @@ projections into as many rows as it likes; half a head would then show as a shap
 first forward pass.
 """
 
+import contextlib
 import math
 import os
+from collections.abc import Iterator
 from typing import Any, cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..configuration_fox import SHARED_BY_HEADS, SUMMED_OVER_RANKS, FoxConfig
 
@@ -34,7 +36,7 @@ if torch.distributed.is_available():
             return module
 
     class _SummedOverRanks(RowwiseParallel):
-        """transformers' "rowwise"; within `decoding_weights` small outputs are summed by `small_sums.sum_small`."""
+        """transformers' "rowwise"; within `local_weights` small outputs are summed by `small_sums.sum_small`."""
 
         def install_forward(self, module, mesh):
             # Name of the group that shares memory, while it is to be used.
@@ -104,6 +106,46 @@ def sum_gradients(weight: Tensor, ranks: Any) -> Tensor:
     if ranks is None or not (torch.is_grad_enabled() and weight.requires_grad):
         return weight
     return _SumGradients.apply(weight, ranks)
+
+
+@contextlib.contextmanager
+def local_weights(model: nn.Module) -> Iterator[None]:
+    """Within it, the sharded weights of ``model`` are this rank's plain tensors, for calls without gradients.
+
+    Each access to a sharded weight (`DTensor`) costs the host as much time as a small kernel takes. Small sums over
+    ranks go through memory that the GPUs of one host share (`sum_small`). Models without sharded weights, and FSDP's,
+    are left as they are. All ranks must enter together.
+    """
+    modules = list(model.modules())
+    with contextlib.ExitStack() as undo:
+        # FSDP's weights are whole only while their layer runs.
+        if not any(hasattr(type(module), "unshard") for module in modules):
+            for module in modules:
+                # transformers' mark of its tensor parallelism. The embedding sums the rows that ranks look up.
+                if getattr(module, "_is_hooked", False) and not isinstance(module, nn.Embedding):
+                    with torch.inference_mode(False), torch.no_grad():
+                        _use_local_weights(module, undo)
+        yield
+
+
+def _use_local_weights(module: Any, undo: contextlib.ExitStack) -> None:
+    for name, weight in list(module._parameters.items()):
+        if not is_sharded(weight):
+            continue
+        if hasattr(module, "sums_through") and name == "weight":
+            from .small_sums import share_memory
+
+            module.sums_through = share_memory(weight)
+            undo.callback(setattr, module, "sums_through", None)
+        part = nn.Parameter(held_tensor(weight), requires_grad=False)
+        module._parameters[name] = part
+        undo.callback(_restore, module, name, part, weight)
+
+
+def _restore(module: nn.Module, name: str, part: nn.Parameter, weight: nn.Parameter) -> None:
+    # Unless another weight was put there.
+    if module._parameters.get(name) is part:
+        module._parameters[name] = weight
 
 
 def check_processes(distributed_config: Any) -> None:

@@ -15,7 +15,8 @@ from torch.distributed.tensor import DTensor
 from transformers import StaticCache, Trainer, TrainingArguments
 from transformers.distributed import DistributedConfig
 
-from foxlm import FoxConfig, FoxForCausalLM, FoxPagedCache, decoding_weights
+from foxlm import FoxConfig, FoxForCausalLM, FoxPagedCache
+from foxlm.modeling.generation import decoding_mode
 from foxlm.modeling.layers.block import FoxDecoderLayer
 from foxlm.modeling.parallel import small_sums as sums
 from foxlm.modeling.versions import cache_of
@@ -119,7 +120,7 @@ def compiled(sharded: FoxForCausalLM, single: FoxForCausalLM) -> Measured:
     for model, forward, context in (
         (single, single, nullcontext),
         (sharded, step, nullcontext),
-        (sharded, step, partial(decoding_weights, sharded)),
+        (sharded, step, partial(decoding_mode, sharded)),
     ):
         with context():
             cache = StaticCache(config=model.config, max_cache_len=16)
@@ -127,7 +128,7 @@ def compiled(sharded: FoxForCausalLM, single: FoxForCausalLM) -> Measured:
             logits.append(forward(ids[:, :1].clone(), cache=cache).logits)
     return {
         "compiled step": difference(logits[1], logits[0]),
-        "compiled step of decoding weights": difference(logits[2], logits[0]),
+        "compiled step as generate runs it": difference(logits[2], logits[0]),
     }
 
 
@@ -207,12 +208,12 @@ def trained_after_generation(sharded: FoxForCausalLM, single: FoxForCausalLM) ->
 
 
 def within(sharded: FoxForCausalLM, single: FoxForCausalLM) -> Measured:
-    """What `decoding_weights` does to sharded weights, and that it undoes it."""
+    """What generation does to sharded weights, and that it undoes it."""
     weights = dict(sharded.named_parameters())
     values = {name: whole(x).detach().clone() for name, x in weights.items()}
     measured = {}
     for entry in range(2):
-        with decoding_weights(sharded), decoding_weights(sharded):
+        with decoding_mode(sharded), decoding_mode(sharded):
             inside = {name: x for name, x in sharded.named_parameters() if isinstance(x, DTensor)}
             # The embedding alone, which may be the head's weight too.
             measured[f"sharded within {entry}"] = float(set(inside) - {"model.embed_tokens.weight"} != set())
@@ -223,6 +224,11 @@ def within(sharded: FoxForCausalLM, single: FoxForCausalLM) -> Measured:
             assert fused[1] is not None
             part = layer.mlp.gate_proj.weight
             measured[f"one memory {entry}"] = float(part.data_ptr() != fused[1].weight.data_ptr())
+            # A loop of one's own looks at each call whether they still are.
+            layer.mlp.uses_fused = "checked"
+            with torch.no_grad():
+                found = layer.mlp.project(torch.ones(1, 1, single.config.hidden_size, dtype=single.dtype))
+            measured[f"checked {entry}"] = float(not found)
         after = dict(sharded.named_parameters())
         measured[f"restored {entry}"] = float(any(after[name] is not x for name, x in weights.items()))
     for name, x in after.items():

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 from transformers import DynamicCache
 
-from foxlm import FoxForCausalLM, decoding_weights
+from foxlm import FoxForCausalLM
 from foxlm.kernels.tiles import PRUNED_KEYS
 from foxlm.modeling.cache.paged import FoxPagedCache, PagedForgettingLayer
 from foxlm.modeling.layers.block import FoxDecoderLayer
@@ -387,7 +387,7 @@ def test_other_weights_before_anything_is_freed_are_taken() -> None:
 
 
 def test_bounds_are_not_computed_again_for_the_same_weights(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Nor where `decoding_weights` moves them, or a cache is used again."""
+    """Nor where `fuse_projections` moves them, or a cache is used again."""
     model = forgetful_model("llama")
     calls: list[FoxDecoderLayer] = []
     bounds = FoxDecoderLayer.logit_bounds
@@ -399,7 +399,8 @@ def test_bounds_are_not_computed_again_for_the_same_weights(monkeypatch: pytest.
     monkeypatch.setattr(FoxDecoderLayer, "logit_bounds", counted)
     cache = FoxPagedCache(model.config, 600)
     feed(model, cache, tokens(1, 100), [90, 1, 9])
-    with torch.no_grad(), decoding_weights(model):
+    model.fuse_projections()
+    with torch.no_grad():
         model(tokens(1, 1), past_key_values=cache)
     feed(model, cache, tokens(1, 2), [1, 1])
     cache.reset()

@@ -1,4 +1,4 @@
-"""Generation with projections fused computes what it does without, and leaves the model as it was."""
+"""Fused projections compute what those called one by one do, and leave everything but addresses as it was."""
 
 import copy
 import functools
@@ -17,20 +17,18 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrizations
 from transformers import CompileConfig, DynamicCache, GenerationMixin
 
-import foxlm.modeling.fused_projections as decoding_fox
 from foxlm import FoxForCausalLM, decoding_weights
-from foxlm.modeling.fused_projections import FEW_TOKENS, fused_products
-from foxlm.modeling.layers.attention import FoxAttention
-from foxlm.modeling.layers.block import FoxMLP
+from foxlm.modeling.layers import fused_projections
+from foxlm.modeling.layers.fused_projections import MAX_FUSED_TOKENS, FusableProjections
 from models import VARIANTS, assert_close, tiny_model, tokens
 
 NEW = 6
-OWNERS = (FoxAttention, FoxMLP)
 
 
 def fused_layers(model: nn.Module) -> list[bool]:
     """Whether each attention and each MLP has its projections fused."""
-    return [x.fused_projections is not None for x in model.modules() if isinstance(x, OWNERS)]
+    owners = [x for x in model.modules() if isinstance(x, FusableProjections)]
+    return [x.fused_projections is not None and x.uses_fused != "never" for x in owners]
 
 
 def generate(model: Any, **how: Any) -> Any:
@@ -46,23 +44,27 @@ def plain_logits(model: Any, **how: Any) -> Tensor:
     """Those of transformers' own `generate`, with nothing fused."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(FoxForCausalLM, "generate", GenerationMixin.generate)
-        assert not any(fused_layers(model))
+        model.unfuse_projections()
         return logits(model, **how)
 
 
 @pytest.fixture
 def calls(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """Tokens of each call in which projections were one product."""
+    """Tokens of each call in which projections were one matmul."""
     counted: list[int] = []
+    project = FusableProjections.project
 
-    def counting(owner: Any, x: Tensor) -> dict[str, Tensor]:
-        products = fused_products(owner, x)
-        counted.extend([x.shape[:-1].numel()] if products else [])
-        return products
+    def counting(owner: FusableProjections, x: Tensor) -> dict[str, Tensor]:
+        outputs = project(owner, x)
+        counted.extend([x.shape[:-1].numel()] if outputs else [])
+        return outputs
 
-    for module in ("attention", "block"):
-        monkeypatch.setattr(f"foxlm.modeling.layers.{module}.fused_products", counting)
+    monkeypatch.setattr(FusableProjections, "project", counting)
     return counted
+
+
+def addresses(model: nn.Module) -> list[int]:
+    return [parameter.data_ptr() for parameter in model.parameters()]
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
@@ -103,14 +105,14 @@ def test_compiled_once_over_several_entries() -> None:
 
 
 def test_long_calls_and_calls_with_gradients_are_not_fused(calls: list[int]) -> None:
-    model = tiny_model()
-    with decoding_weights(model):
-        model(tokens(1, 7)).logits.sum().backward()
-        with torch.no_grad():
-            model(tokens(1, FEW_TOKENS + 1))
-            assert not calls
-            model(tokens(2, FEW_TOKENS // 2))
-    assert calls == [FEW_TOKENS] * 4
+    model = tiny_model().eval()
+    model.fuse_projections()
+    model(tokens(1, 7)).logits.sum().backward()
+    with torch.no_grad():
+        model(tokens(1, MAX_FUSED_TOKENS + 1))
+        assert not calls
+        model(tokens(2, MAX_FUSED_TOKENS // 2))
+    assert calls == [MAX_FUSED_TOKENS] * 4
 
 
 def test_memory_is_not_held_twice() -> None:
@@ -124,26 +126,57 @@ def test_memory_is_not_held_twice() -> None:
     assert len({storage.data_ptr() for storage in storages}) == len(storages)
     moved = sum(old.data_ptr() != new.data_ptr() for old, new in zip(kept, storages, strict=True))
     assert moved == 2 * (6 + 3 + 2 + 2)
-    with decoding_weights(model):
-        fused = model.model.layers[0].self_attn.fused_projections
-        q = model.model.layers[0].self_attn.q_proj.weight
-        assert fused.weight.data_ptr() == q.data_ptr()
-        with torch.no_grad():
-            q[0, 0] = 7.0
-        assert fused.weight[0, 0] == 7.0
-    assert all(
-        new.data_ptr() == again.untyped_storage().data_ptr()
-        for new, again in zip(storages, model.parameters(), strict=True)
-    )
+    model.fuse_projections()
+    fused = model.model.layers[0].self_attn.fused_projections
+    q = model.model.layers[0].self_attn.q_proj.weight
+    assert fused is not None and fused.weight.data_ptr() == q.data_ptr()
+    with torch.no_grad():
+        q[0, 0] = 7.0
+    assert fused.weight[0, 0] == 7.0
+    model.unfuse_projections()
+    assert not any(fused_layers(model))
+    assert sum(parameter.untyped_storage().nbytes() for parameter in model.parameters()) == size
+    assert q[0, 0] == 7.0 and fused.weight.data_ptr() != q.data_ptr()
 
 
-def test_memory_is_given_back_where_a_model_is_moved() -> None:
-    model = tiny_model()
+def buffers(model: nn.Module) -> list[int]:
+    """Address of each buffer that the model holds."""
+    fused = [x.fused_projections for x in model.modules() if isinstance(x, FusableProjections)]
+    return [x.weight.data_ptr() for x in fused if x is not None]
+
+
+def test_addresses_stay_while_the_model_stays() -> None:
+    model = tiny_model("biases")
     generate(model)
-    (kept,) = decoding_fox._JOINED[model.model.layers[0].mlp].values()
-    assert not kept.expired()
-    model.float()
-    assert kept.expired()
+    first = addresses(model), buffers(model)
+    assert len(first[1]) == 4
+    for change in (
+        generate,
+        lambda model: model.to(model.dtype),
+        lambda model: model.eval(),
+        double_in_place,
+        generate,
+    ):
+        change(model)
+        assert (addresses(model), buffers(model)) == first
+
+
+@pytest.mark.parametrize("moved", ["float", "cpu", "train", "unfuse_projections", "copy"])
+def test_a_model_that_is_moved_or_trained_holds_no_buffer(moved: str) -> None:
+    model = tiny_model().eval()
+    model.fuse_projections()
+    expected = {name: x.clone().float() for name, x in model.state_dict().items()}
+    other = copy.deepcopy(model) if moved == "copy" else model
+    if moved == "cpu":
+        other.to("meta")
+        assert not buffers(other)
+        return
+    if moved != "copy":
+        getattr(other, moved)()
+    assert not buffers(other) and not any(fused_layers(other))
+    assert all(torch.equal(x.float(), expected[name]) for name, x in other.state_dict().items())
+    storages = [x.untyped_storage() for x in other.parameters()]
+    assert sum(x.nbytes() for x in storages) == sum(x.nbytes for x in other.parameters())
 
 
 def test_saved_and_loaded(tmp_path: Path) -> None:
@@ -230,12 +263,15 @@ def test_changes_between_two_generations_are_seen(change: str, calls: list[int])
     assert change == "type" or (expected - before).abs().max() > 0.1, "nobody would notice"
 
 
-def test_not_fused_copies_of_a_model_within() -> None:
-    model = tiny_model()
-    with decoding_weights(model):
-        assert all(fused_layers(model))
-        assert not any(fused_layers(copy.deepcopy(model)))
-    assert not any(fused_layers(model))
+def test_copies_are_not_fused() -> None:
+    model = tiny_model().eval()
+    model.fuse_projections()
+    for again in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert all(fused_layers(model)) and not any(fused_layers(again))
+        with torch.no_grad():
+            assert_close(again(tokens(1, 5)).logits, model(tokens(1, 5)).logits)
+        again.fuse_projections()
+        assert all(fused_layers(again)) and not set(addresses(again)) & set(addresses(model))
 
 
 def wrap_forward(linear: nn.Linear) -> None:
@@ -275,40 +311,44 @@ def test_what_is_not_fused(reason: str) -> None:
     attention = model.model.layers[0].self_attn
     REFUSED[reason](attention.k_proj)
     address = attention.q_proj.weight.data_ptr()
-    with decoding_weights(model):
-        assert fused_layers(model) == [False, True, True, True]
+    model.fuse_projections()
+    assert fused_layers(model) == [False, True, True, True]
     assert attention.q_proj.weight.data_ptr() == address
     if reason not in ("type", "device", "subclass"):
         assert_close(logits(model), plain_logits(model))
 
 
-def test_memory_that_others_see_stays_theirs() -> None:
-    model, other = tiny_model(), tiny_model(seed=1)
-    other.load_state_dict(model.state_dict(), assign=True)
-    generate(model)
-    with torch.no_grad():
-        for mine, its in zip(model.parameters(), other.parameters(), strict=True):
-            mine.mul_(2.0)
-            assert torch.equal(mine, its)
-    del its, other
-    with decoding_weights(model):
-        assert all(fused_layers(model))
-    # What is joined already is not moved again.
+def test_a_kept_state_dict_has_the_values_of_before() -> None:
+    """As with ``model.to()``: what was taken before keeps its memory and no longer sees changes."""
+    model = tiny_model("biases")
     kept = model.state_dict()
-    with decoding_weights(model):
-        assert all(fused_layers(model))
-    assert all(x.data_ptr() == kept[name].data_ptr() for name, x in model.named_parameters())
+    values = {name: x.clone() for name, x in kept.items()}
+    expected = logits(model)
+    assert all(torch.equal(x, values[name]) for name, x in model.state_dict().items())
+    double_in_place(model)
+    moved = [name for name, x in model.state_dict().items() if x.data_ptr() != kept[name].data_ptr()]
+    assert len(moved) == 2 * (6 + 3 + 2 + 2)
+    assert all(torch.equal(kept[name], values[name]) for name in moved)
+    model.load_state_dict(values)
+    assert_close(logits(model), expected)
+    # Of a fused model it is the memory of the parameters, as of any other.
+    kept = model.state_dict()
+    generate(model)
+    double_in_place(model)
+    assert all(torch.equal(x, kept[name]) for name, x in model.state_dict().items())
 
 
 def test_a_model_that_is_moved_when_it_is_called() -> None:
     """As `accelerate.cpu_offload_with_hook` does."""
-    model = tiny_model()
+    model = tiny_model().eval()
     model.model.register_forward_pre_hook(lambda model, _: model.to("meta") and None)
     layer = model.model.layers[0].self_attn
-    with torch.no_grad(), decoding_weights(model):
-        assert fused_products(layer, torch.ones(1, 1, 32, dtype=model.dtype))
+    model.fuse_projections()
+    with torch.no_grad():
+        assert layer.project(torch.ones(1, 1, 32, dtype=model.dtype))
         model.model(tokens(1, 3).to("meta"))
-        assert not fused_products(layer, torch.ones(1, 1, 32, dtype=model.dtype, device="meta"))
+        assert not layer.project(torch.ones(1, 1, 32, dtype=model.dtype, device="meta"))
+        assert not buffers(model)
 
 
 def test_hooks_see_every_call() -> None:
@@ -319,8 +359,8 @@ def test_hooks_see_every_call() -> None:
     generate(model)
     assert len(seen) == 4 * NEW
     handle = nn.modules.module.register_module_forward_hook(lambda *_: None)
-    with decoding_weights(model):
-        assert not any(fused_layers(model))
+    model.fuse_projections()
+    assert not any(fused_layers(model))
     handle.remove()
 
 
@@ -329,48 +369,83 @@ def test_weights_that_two_layers_share_are_fused_once() -> None:
     first, second = (layer.self_attn for layer in model.model.layers)
     second.v_proj.weight = first.v_proj.weight
     for _ in range(2):
-        with decoding_weights(model):
-            assert fused_layers(model) == [True, True, False, True]
+        model.fuse_projections()
+        assert fused_layers(model) == [True, True, False, True]
         assert second.v_proj.weight is first.v_proj.weight
     assert_close(logits(model), plain_logits(model))
 
 
-def test_autocast_and_fsdp_are_left_alone() -> None:
-    model = tiny_model(dtype=torch.float32)
-    with torch.autocast("cpu", torch.bfloat16), decoding_weights(model):
-        assert not any(fused_layers(model))
+def test_autocast_and_fsdp_are_left_alone(calls: list[int]) -> None:
+    model = tiny_model(dtype=torch.float32).eval()
+    model.fuse_projections()
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        model(tokens(1, 3))
+        assert not calls
+    model.unfuse_projections()
     layer = model.model.layers[0]
     layer.__class__ = type("Sharded", (type(layer),), {"unshard": lambda self: None, "reshard": lambda self: None})
-    with decoding_weights(model):
-        assert not any(fused_layers(model))
+    model.fuse_projections()
+    assert not any(fused_layers(model))
 
 
-def test_exceptions_and_nested_entries() -> None:
+def test_generate_leaves_the_switch_as_it_was() -> None:
     model = tiny_model()
     with pytest.raises(ValueError, match="max_new_tokens"):
         model.generate(tokens(1, 3), max_new_tokens=-1)
     assert not any(fused_layers(model))
-    with decoding_weights(model):
+    with pytest.warns(FutureWarning, match=r"model\.fuse_projections\(\)"), decoding_weights(model):
         with pytest.raises(KeyError), decoding_weights(model.model):
             raise KeyError
-        assert all(fused_layers(model))
         generate(model)
         assert all(fused_layers(model))
     assert not any(fused_layers(model))
+    model.fuse_projections()
+    generate(model)
+    assert all(fused_layers(model))
+    model.unfuse_projections()
+    assert not any(fused_layers(model))
+
+
+CHANGES_OF_MODULES: dict[str, Callable[[Any], Any]] = {
+    "hook": lambda attention: attention.v_proj.register_forward_hook(lambda linear, x, out: -out),
+    "forward": lambda attention: setattr(attention.k_proj, "forward", lambda x: torch.zeros(*x.shape[:-1], 16).to(x)),
+    "module": lambda attention: setattr(attention, "k_proj", nn.Linear(32, 16, bias=False, dtype=torch.float64)),
+    "weight": lambda attention: setattr(attention.k_proj, "weight", nn.Parameter(-attention.k_proj.weight.detach())),
+    "data": lambda attention: setattr(attention.k_proj.weight, "data", -attention.k_proj.weight.detach()),
+    "bias": lambda attention: setattr(attention.k_proj, "bias", None),
+    "parametrized": lambda attention: parametrizations.orthogonal(attention.k_proj),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES_OF_MODULES)
+def test_calls_see_projections_that_are_no_longer_what_was_fused(change: str, calls: list[int]) -> None:
+    model = tiny_model("biases").eval()
+    model.fuse_projections()
+    ids = tokens(2, 5)
+    with torch.no_grad():
+        before = model(ids).logits
+        CHANGES_OF_MODULES[change](model.model.layers[0].self_attn)
+        calls.clear()
+        after = model(ids).logits
+        assert len(calls) == 3
+        assert (after - before).abs().max() > 1e-3, "nobody would notice"
+        model.unfuse_projections()
+        assert_close(after, model(ids).logits)
 
 
 def test_a_layer_that_does_not_fit(monkeypatch: pytest.MonkeyPatch) -> None:
     model = tiny_model()
-    expected, join = plain_logits(model), decoding_fox._join
+    expected, move = plain_logits(model), fused_projections._move_to_buffer
 
-    def full(weights: Any, *arguments: Any) -> Tensor | None:
-        if weights[0] is model.model.layers[1].mlp.gate_proj.weight:
+    def full(names: Any, linears: Any) -> Any:
+        if linears[0] is model.model.layers[1].mlp.gate_proj:
             raise torch.OutOfMemoryError
-        return join(weights, *arguments)
+        return move(names, linears)
 
-    monkeypatch.setattr(decoding_fox, "_join", full)
-    with decoding_weights(model):
-        assert fused_layers(model) == [True, True, True, False]
+    monkeypatch.setattr(fused_projections, "_move_to_buffer", full)
+    model.fuse_projections()
+    assert fused_layers(model) == [True, True, True, False]
+    model.unfuse_projections()
     assert_close(logits(model), expected)
 
 
@@ -385,9 +460,18 @@ def test_within_inference_mode() -> None:
 
 
 def test_other_models_are_left_alone() -> None:
-    linear = nn.Linear(4, 4)
-    with decoding_weights(linear):
+    with pytest.warns(FutureWarning), decoding_weights(nn.Linear(4, 4)):
         pass
+
+
+def test_a_layer_without_its_model(calls: list[int]) -> None:
+    attention = tiny_model().model.layers[0].self_attn.eval()
+    x = torch.randn(1, 5, 32, dtype=torch.float64)
+    with torch.no_grad():
+        expected = attention(x)[0]
+        attention.fuse_projections()
+        assert_close(attention(x)[0], expected)
+    assert calls == [5]
 
 
 def test_adapters_on_a_model_that_has_generated(calls: list[int]) -> None:
@@ -407,12 +491,15 @@ def test_adapters_on_a_model_that_has_generated(calls: list[int]) -> None:
     assert len(calls) == 4 * NEW
 
 
-def test_a_loop_of_ones_own() -> None:
+def test_a_loop_of_ones_own(calls: list[int]) -> None:
     model = tiny_model()
     ids, out = tokens(2, 7), []
-    with torch.no_grad(), decoding_weights(model):
+    model.fuse_projections()
+    with torch.no_grad(), model.local_weights():
         cache = DynamicCache(config=model.config)
         for _ in range(NEW):
             out.append(model(ids, cache=cache).logits[:, -1].float())
             ids = out[-1].argmax(-1, keepdim=True)
+    assert len(calls) == 4 * NEW
+    model.unfuse_projections()
     assert_close(torch.stack(out), plain_logits(model))

@@ -1,0 +1,260 @@
+"""Fused projections: linear layers with the same input, computed as one matmul in decoding.
+
+A step of decoding multiplies a few rows by every weight, so its time is launches and how well each launch reads its
+weight: the six projections of an attention layer's input are six small matmuls, some with a dozen rows of output.
+
+`FusableProjections.fuse_projections` copies their weights into one contiguous buffer and makes each parameter's memory
+rows of it, as ``torch.nn.RNNBase.flatten_parameters`` does for cuDNN. Parameters remain the same objects with the same
+names and values, so checkpoints, optimizers and adapters see no difference, and no weight is held twice.
+"""
+
+import contextlib
+import itertools
+import threading
+from typing import Any, ClassVar, Literal, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules import module as _module
+
+from ..parallel.tensor_parallel import held_tensor, hold, is_sharded
+
+# Tokens of a call that is fused at most: its outputs are strided views, which longer calls would have to copy.
+MAX_FUSED_TOKENS = 64
+# Bytes that the address of each weight is a multiple of: kernels read weights in vectors of this size.
+_ALIGNMENT = 16
+# Two threads that generate with one model must not move its weights at the same time.
+_LOCK = threading.Lock()
+
+
+class FusedProjections(NamedTuple):
+    """The buffer of a module's projections, whose weights are its rows.
+
+    Attributes:
+        names: of the projections, as submodules of their owner.
+        sizes: output features of each.
+        addresses: of each one's weight and bias, None without a bias.
+        weight: ``[sum of sizes, in]``.
+        bias: ``[sum of sizes]``, zero for a projection without a bias; None if none has one.
+    """
+
+    names: tuple[str, ...]
+    sizes: tuple[int, ...]
+    addresses: tuple[tuple[int | None, ...], ...]
+    # Parameters, whose addresses torch.compile takes for fixed.
+    weight: nn.Parameter
+    bias: nn.Parameter | None
+
+    def __reduce__(self) -> tuple:
+        # A copy of the model has weights of its own: None in its place.
+        return type(None), ()
+
+
+class FusableProjections(nn.Module):
+    """A module that calls several linear layers on one input.
+
+    Attributes:
+        projections: names of those layers, as submodules; those that a configuration leaves out may be missing.
+        outputs_stay_sharded: whether under tensor parallelism each rank goes on with its own part of their outputs.
+        fused_projections: their buffer, or None.
+        uses_fused: when calls read the buffer; ``checked`` is where the projections still are what was fused, and
+            ``always`` for a caller that has made sure of it.
+    """
+
+    projections: ClassVar[tuple[str, ...]]
+    outputs_stay_sharded: Any = True
+    fused_projections: FusedProjections | None = None
+    uses_fused: Literal["never", "checked", "always"] = "never"
+
+    def fuse_projections(self) -> None:
+        """`FoxForCausalLM.fuse_projections` for this module alone."""
+        fuse_projections(self)
+
+    def unfuse_projections(self) -> None:
+        """Undo `fuse_projections`: give each weight memory of its own again, at a new address."""
+        fused, self.fused_projections, self.uses_fused = self.fused_projections, None, "never"
+        if fused is None:
+            return
+        with torch.inference_mode(False), torch.no_grad():
+            for name, addresses in zip(fused.names, fused.addresses, strict=True):
+                for parameter, address in zip(_parameters(_submodule(self, name)), addresses, strict=True):
+                    if parameter is not None and _address(parameter) == address:
+                        hold(parameter, held_tensor(parameter).clone())
+
+    def project(self, x: Tensor) -> dict[str, Tensor]:
+        """Outputs of the projections, computed as one matmul.
+
+        Args:
+            x: ``[..., in]``.
+
+        Returns:
+            ``[..., size]`` by name, views of one tensor; empty where the projections are to be called one by one.
+        """
+        fused = self.fused_projections
+        if fused is None or self.uses_fused == "never" or torch.is_grad_enabled():
+            return {}
+        # accelerate moves an offloaded model when it is called; autocast would cast the whole buffer at each call.
+        if x.shape[:-1].numel() > MAX_FUSED_TOKENS or fused.weight.device != x.device or _autocasts(x):
+            return {}
+        if self.uses_fused == "checked" and not torch.compiler.is_compiling() and not self._is_fused():
+            return {}
+        outputs = nn.functional.linear(x, fused.weight, fused.bias).split(fused.sizes, dim=-1)
+        return dict(zip(fused.names, outputs, strict=True))
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Any:
+        super()._apply(fn, recurse)
+        # The weights have moved, unless `to` was asked for what they are already.
+        if not self._is_fused():
+            self.unfuse_projections()
+        return self
+
+    def train(self, mode: bool = True) -> Any:
+        if mode:
+            # An engine that shards or offloads what it trains could not free weights that the buffer holds too.
+            self.unfuse_projections()
+        return super().train(mode)
+
+    def _is_fused(self) -> bool:
+        """Whether each projection still is a plain linear layer whose weights are rows of the buffer."""
+        fused = self.fused_projections
+        if fused is None:
+            return False
+        for name, addresses in zip(fused.names, fused.addresses, strict=True):
+            linear = _submodule(self, name)
+            if not _is_matmul(linear) or tuple(map(_address, _parameters(linear))) != addresses:
+                return False
+        return True
+
+    def _fuse(self, taken: set[int | None]) -> bool:
+        """Make the projections rows of one buffer, where they are not yet and can be.
+
+        Args:
+            taken: addresses of weights that other modules have fused; those of this one are added.
+
+        Returns:
+            Whether they are.
+        """
+        names = tuple(name for name in self.projections if _submodule(self, name) is not None)
+        linears = [_submodule(self, name) for name in names]
+        fits = all(_is_matmul(x) for x in linears) and _fit_one_buffer(linears)
+        parallel = {_is_tensor_parallel(x) for x in linears}
+        gathers = True in parallel and not self.outputs_stay_sharded
+        weights = [x for linear in linears for x in _parameters(linear) if x is not None] if fits else []
+        if not fits or len(parallel) > 1 or gathers or taken & set(map(_address, weights)):
+            self.unfuse_projections()
+            return False
+        if not self._is_fused():
+            self.unfuse_projections()
+            # Parts of a larger memory may be trained or sent as one by an engine; shards are parts of what was loaded.
+            if not all(is_sharded(x) or x.untyped_storage().nbytes() == x.nbytes for x in weights):
+                return False
+            with torch.inference_mode(False), torch.no_grad():
+                self.fused_projections = _move_to_buffer(names, linears)
+        taken.update(map(_address, weights))
+        return True
+
+
+def fuse_projections(
+    model: nn.Module, uses: Literal["checked", "always"] = "checked"
+) -> list[tuple[FusableProjections, Literal["never", "checked", "always"]]]:
+    """Fuse the projections of each module of ``model`` that has some, where they can be.
+
+    Returns:
+        The modules whose `uses_fused` became ``uses``, with what it was.
+    """
+    changed = []
+    # FSDP's sharded weights are whole only while their layer runs.
+    if any(hasattr(type(module), "unshard") for module in model.modules()):
+        return []
+    with _LOCK:
+        taken: set[int | None] = set()
+        for module in model.modules():
+            if not isinstance(module, FusableProjections):
+                continue
+            before = "never" if module.fused_projections is None else module.uses_fused
+            # Where there is no memory for one more buffer, the module stays as it is.
+            with contextlib.suppress(torch.OutOfMemoryError):
+                if module._fuse(taken) and before != uses:
+                    module.uses_fused = uses
+                    changed.append((module, before))
+    return changed
+
+
+def _submodule(owner: Any, name: str) -> Any:
+    for part in name.split("."):
+        owner = getattr(owner, part, None)
+    return owner
+
+
+def _parameters(linear: nn.Linear) -> tuple[Tensor, Tensor | None]:
+    return linear.weight, linear.bias
+
+
+def _address(parameter: Tensor | None) -> int | None:
+    return None if parameter is None else held_tensor(parameter).data_ptr()
+
+
+def _autocasts(x: Tensor) -> bool:
+    return torch.is_autocast_enabled(x.device.type)
+
+
+def is_plain_linear(module: Any) -> bool:
+    """Whether ``module`` is a linear layer of plain or sharded parameters: no adapter, quantizer, parametrization."""
+    if type(module) is not nn.Linear:
+        return False
+    return all(x is None or is_sharded(x) or type(x) is nn.Parameter for x in _parameters(module))
+
+
+def _is_matmul(module: Any) -> bool:
+    """Whether calling ``module`` does nothing but multiply by its weight, add its bias, and tell nobody."""
+    if not is_plain_linear(module) or "_hf_hook" in module.__dict__:
+        return False
+    if "forward" in module.__dict__ and not _is_tensor_parallel(module):
+        return False
+    hooks = (module._forward_hooks, module._forward_pre_hooks)
+    return not any((*hooks, _module._global_forward_hooks, _module._global_forward_pre_hooks))
+
+
+def _is_tensor_parallel(module: Any) -> bool:
+    """Whether transformers' tensor parallelism set ``forward``; without gradients it multiplies by this rank's part."""
+    return "forward" in module.__dict__ and getattr(module, "_is_hooked", False)
+
+
+def _fit_one_buffer(linears: list[nn.Linear]) -> bool:
+    weights = [held_tensor(x.weight) for x in linears]
+    tensors = weights + [held_tensor(x.bias) for x in linears if x.bias is not None]
+    first = weights[0]
+    if not first.is_floating_point() or first.device.type not in ("cpu", "cuda") or len(weights) == 1:
+        return False
+    if any(x.dtype != first.dtype or x.device != first.device or not x.is_contiguous() for x in tensors):
+        return False
+    if any(x.ndim != 2 or x.shape[1] != first.shape[1] for x in weights):
+        return False
+    # On a GPU `is_shared` is true of all memory.
+    if first.device.type == "cpu" and any(x.is_shared() for x in tensors):
+        return False
+    starts = itertools.accumulate((len(x) for x in weights[:-1]), initial=0)
+    parts = [
+        (start, held_tensor(x)) for start, linear in zip(starts, linears, strict=True) for x in linear.parameters()
+    ]
+    return all(start * part[0].nbytes % _ALIGNMENT == 0 for start, part in parts)
+
+
+def _move_to_buffer(names: tuple[str, ...], linears: list[nn.Linear]) -> FusedProjections:
+    """Copy weights and biases into new buffers, whose rows become their memory."""
+    first = held_tensor(linears[0].weight)
+    sizes = tuple(len(held_tensor(x.weight)) for x in linears)
+    weight = first.new_empty(sum(sizes), first.shape[1])
+    bias = None if all(x.bias is None for x in linears) else first.new_zeros(sum(sizes))
+    for name, buffer in (("weight", weight), ("bias", bias)):
+        if buffer is None:
+            continue
+        for linear, rows in zip(linears, buffer.split(sizes), strict=True):
+            parameter = getattr(linear, name)
+            if parameter is not None:
+                rows.copy_(held_tensor(parameter))
+                # The same memory as a storage of its own: savers drop all but one of the weights that share a storage.
+                hold(parameter, torch.from_dlpack(rows))
+    addresses = tuple(tuple(map(_address, _parameters(x))) for x in linears)
+    fixed = nn.Parameter(weight, requires_grad=False), None if bias is None else nn.Parameter(bias, requires_grad=False)
+    return FusedProjections(names, sizes, addresses, *fixed)
