@@ -21,7 +21,7 @@ SECTIONS = {
             "FoxAttention",
             "FoxDecoderLayer",
             "FoxPagedCache",
-            "decoding_weights",
+            "FoxPreTrainedModel",
         ],
     },
     "Attention and pruning": {

@@ -174,11 +174,7 @@ class FoxPreTrainedModel(PreTrainedModel):
 
     @classmethod
     def prepare_distribute_model(cls, distributed_config, **kwargs):
-        """Called by `from_pretrained` before it joins the other processes.
-
-        Raises:
-            ValueError: there are more or fewer of them than ``distributed_config`` is for.
-        """
+        # Called by `from_pretrained` before it joins the other processes.
         if isinstance(distributed_config, dict):
             distributed_config = DistributedConfig.from_dict(distributed_config)
         if distributed_config is not None:
@@ -187,11 +183,7 @@ class FoxPreTrainedModel(PreTrainedModel):
 
     @classmethod
     def maybe_distribute_model(cls, model, distributed_config, *args, **kwargs):
-        """Called by `from_pretrained` before it loads weights.
-
-        Raises:
-            ValueError: ``tp_size`` does not divide the model's heads or its MLP.
-        """
+        # Called by `from_pretrained` before it loads weights.
         if distributed_config is not None and distributed_config.tp_size > 1 and distributed_config.tp_plan != {}:
             check_tensor_parallel(model.config, distributed_config.tp_size)
         return super().maybe_distribute_model(model, distributed_config, *args, **kwargs)
