@@ -140,7 +140,7 @@ def test_decoding_fits(dtype, head_dim, capability, tmp_path):
     cases = [((2, 2, 2), False, {}), ((8, 2, 8), True, {"rule": "paper", "logit_bound": 8.0})]
     for heads, paged, options in cases:
         kernels = compile_decoding_for(capability, head_dim, dtype, heads, paged, **options)
-        assert [kernel.metadata.name for kernel in kernels] == ["_ranges_kernel", "_attend_kernel"]
+        assert [kernel.metadata.name for kernel in kernels] == ["_decode_search_kernel", "_decode_attend_kernel"]
         for kernel in kernels:
             assert kernel.metadata.target.arch == capability
             assert kernel.metadata.shared <= SHARED_MEMORY[capability] * 1024

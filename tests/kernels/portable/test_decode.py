@@ -19,8 +19,9 @@ from kernel_device import DEVICE, DTYPES, INTERPRETED, ON_KERNELS, SOME_DTYPES
 if not HAS_TRITON:
     pytest.skip("needs Triton", allow_module_level=True)
 
-from foxlm.kernels.portable import decode
-from foxlm.kernels.portable.decode import DecodeTile, choose_decode_tile, decode_attention, decodes
+from foxlm.kernels.portable import decode, decode_attend, decode_search
+from foxlm.kernels.portable.decode import decode_attention, decodes
+from foxlm.kernels.portable.decode_attend import DecodeTile, choose_decode_tile
 
 pytestmark = ON_KERNELS
 
@@ -215,11 +216,11 @@ def test_large_sums_stay_exact():
 @pytest.mark.parametrize("programs", [1, 2, 3, 7, 40])
 def test_shares_of_any_size(programs, heads, monkeypatch):
     """One program for many heads, and many for one; more heads than are counted at a time."""
-    monkeypatch.setattr(decode, "_INTERPRETED_PROGRAMS", programs)
-    monkeypatch.setattr(decode, "_multiprocessors", lambda device: 1)
+    monkeypatch.setattr(decode_attend, "_INTERPRETED_PROGRAMS", programs)
+    monkeypatch.setattr(decode_attend, "_multiprocessors", lambda device: 1)
     tile = choose_decode_tile(heads[0] // heads[1], 16)
     monkeypatch.setattr(decode, "choose_decode_tile", lambda *_: tile._replace(programs=programs))
-    monkeypatch.setattr(decode, "_SCAN", 2)
+    monkeypatch.setattr(decode_attend, "_SCAN", 2)
     assert_exact(fast(draw(heads, batch=3), 0.01))
 
 
@@ -265,8 +266,8 @@ def kept_blocks(cache: Cache, eps: float, rule: str, bound: float) -> Tensor:
 @pytest.mark.parametrize(("rule", "bound"), [("tight", 0.0), ("paper", 1.5)])
 def test_expected_blocks_are_read(rule, bound, queries, heads, monkeypatch):
     # So that the search takes several steps.
-    monkeypatch.setattr(decode, "_CANDIDATES", 1)
-    monkeypatch.setattr(decode, "_search_steps", lambda *_: 3)
+    monkeypatch.setattr(decode_search, "_CANDIDATES", 1)
+    monkeypatch.setattr(decode_search, "_search_steps", lambda *_: 3)
     eps, tokens = 1e-3, 10 * BLOCK + 5
     inputs = fast(draw(heads, queries, keys=tokens), 0.03)
     inputs[0] /= 4.0

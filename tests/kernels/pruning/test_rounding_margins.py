@@ -22,7 +22,7 @@ from one_rank import Alone
 from thresholds import BLOCK, SCALE, Threshold, on_threshold
 
 if HAS_TRITON:
-    from foxlm.kernels.portable import decode
+    from foxlm.kernels.portable import decode, decode_attend
 
 EPS, HEAD_DIM = 1e-15, 16
 RULES: list[Rule] = ["paper", "tight"]
@@ -72,17 +72,17 @@ def by_ranks(case: Threshold, rule: Rule, device: str) -> Tensor:
 
 
 def by_decoding(case: Threshold, rule: Rule, device: str) -> Tensor:
-    """What `_ranges_kernel` finds, which `_attend_kernel` would read."""
+    """What `decode_search` finds, which `decode_attend` would read."""
     q, k, decay = moved(case, device)
     options: dict[str, Any] = bound_of(case, rule, device) or {"logit_bound": case.bounds.max().item()}
     found = []
 
     class Seen:
         def __getitem__(self, grid: Any) -> Callable[..., None]:
-            return lambda *args, **_: found.append(args[9])
+            return lambda **given: found.append(given["RANGES"])
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(decode, "_attend_kernel", Seen())
+        patch.setattr(decode_attend, "_decode_attend_kernel", Seen())
         summary = summary_of(k, decay.key)
         decode.decode_attention(q, k, k, decay, scale=SCALE, summary=summary, eps=EPS, rule=rule, **options)
     first = (BLOCK * found[0][0].cpu()).long().repeat_interleave(q.shape[2] // k.shape[2])
@@ -206,13 +206,13 @@ def test_without_margins_rows_lose_more(device: str, name: str, monkeypatch: pyt
     if name == "decoding" and device == "cpu" and not INTERPRETED:
         pytest.skip("is done by kernels")
     modules = ["pruning.rules", "context_parallel.pruning"] + (
-        ["pruning.search", "portable.decode"] if HAS_TRITON else []
+        ["pruning.search", "portable.decode", "portable.decode_search"] if HAS_TRITON else []
     )
     for module in modules:
         for margin in ("logit_margin", "decay_margin"):
             monkeypatch.setattr(f"foxlm.kernels.{module}.{margin}", lambda *_: 0.0, raising=False)
         without = lambda eps, dtype, keys=1: math.log(eps) - math.log(keys)  # noqa: E731
-        monkeypatch.setattr(f"foxlm.kernels.{module}.log_allowed", without)
+        monkeypatch.setattr(f"foxlm.kernels.{module}.log_allowed", without, raising=module != "portable.decode_search")
 
     def lost(seed: int) -> float:
         case = on_the_rules_own(name, "tight", 2.5e3 + 100.0 * seed, seed)

@@ -1,0 +1,278 @@
+"""Decoding, first launch, in Triton: which blocks of keys each key/value head must read (names: `triton_common`).
+
+A program handles one key/value head. Its *rows* are the ``R = KV_GROUP * TQ`` queries of its query heads, padded to
+``BLOCK_R``. Each row searches for the last block boundary before which the pruning rule (`pruning.rules`) lets it drop
+all keys, ``BLOCK_BOUNDARIES`` candidates at a time, by what the `KeySummary` holds; the head reads what any of its rows
+must. Its blocks are those of pruning, 64 keys, as are the pages of a paged cache.
+"""
+
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ..pruning.key_stats import KeySummary
+from ..pruning.predicates import lengths, may_drop_paper, may_drop_tight, raised
+from ..pruning.rounding import decay_margin, logit_margin
+from ..tiles import PRUNED_KEYS, padded_head_dim
+from ..triton_common import INF, INT32_MAX
+
+KEY_BLOCK = tl.constexpr(PRUNED_KEYS)
+# Boundaries that one step of the search looks at, for all rows together.
+_CANDIDATES = 256
+
+
+class DecodeInputs(NamedTuple):
+    """What both launches read; as the arguments of `decode_attention` of the same names.
+
+    Attributes:
+        q: ``[B, Tq, H, D]``.
+        k, v: ``[B, Tk, G, D]``, or pools ``[P, 64, D]`` of pages.
+        c_q: ``[B, Hf, Tq]`` float64.
+        c_k: ``[B, Hf, Tk]`` float64, or ``[P, max(1, Hf / G), 64]``.
+        kv_start: ``[B, H or Hf or 1, Tq]`` int64.
+        last: ``[Tq]`` int64.
+        real: ``[B, Tk]`` bool or None.
+        pages: contiguous ``[B, G, N]`` int32 or None.
+        start: ``[B, G]`` int32 or None.
+    """
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    c_q: Tensor
+    c_k: Tensor
+    kv_start: Tensor
+    last: Tensor
+    real: Tensor | None
+    pages: Tensor | None
+    start: Tensor | None
+
+    @property
+    def kv_heads(self) -> int:
+        return self.k.shape[2] if self.pages is None else self.pages.shape[1]
+
+    @property
+    def blocks(self) -> int:
+        """Blocks of 64 keys of a head."""
+        return triton.cdiv(self.k.shape[1], PRUNED_KEYS) if self.pages is None else self.pages.shape[2]
+
+    @property
+    def rows(self) -> int:
+        """Queries times query heads of a key/value head."""
+        return self.q.shape[2] // self.kv_heads * self.q.shape[1]
+
+    def kv_strides(self, x: Tensor) -> tuple[int, int, int]:
+        """Strides of ``k`` or ``v``: of a sequence or page, a token, a head."""
+        return (x.stride(0), x.stride(1), x.stride(2) if self.pages is None else 0)
+
+
+class DecodePruning(NamedTuple):
+    """The pruning rule of `search_blocks`.
+
+    Attributes:
+        rule: 0 for none, 1 for ``tight``, 2 for ``paper``.
+        log_eps: of `pruning.rounding.log_allowed`.
+        bound: ``U`` of ``paper``, unless there are ``bounds``.
+        bounds: ``[B, H]``, ``U`` of each head.
+        summary: of the keys; None without a rule.
+    """
+
+    rule: int
+    log_eps: float
+    bound: float
+    bounds: Tensor | None
+    summary: KeySummary | None
+
+
+@triton.jit
+def _decode_search_kernel(
+    Q,
+    K,
+    C_Q,
+    KV_START,
+    LAST,
+    PAGES,
+    HELD_FROM,
+    C,
+    LOG_DECAYS,
+    LARGEST,
+    BOUND,
+    RANGES,
+    q_b,
+    q_t,
+    q_h,
+    k_b,
+    k_t,
+    k_h,
+    cq_b,
+    cq_h,
+    s_b,
+    s_h,
+    c_b,
+    c_h,
+    decays_b,
+    decays_h,
+    largest_b,
+    largest_h,
+    bound_b,
+    bound_h,
+    scale,
+    bound,
+    log_eps,
+    margin,
+    c_margin,
+    bound_margin,
+    TQ,
+    H,
+    HF,
+    G,
+    START_HEADS,
+    NB,
+    STEPS,
+    D: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    BLOCK_BOUNDARIES: tl.constexpr,
+    RULE: tl.constexpr,
+):
+    """What `search_blocks` returns, of one key/value head. ``C``, ``LOG_DECAYS``, ``LARGEST`` are a `KeySummary`."""
+    i_bg, heads = tl.program_id(0), tl.num_programs(0)
+    i_b, i_g = (i_bg // G).to(tl.int64), i_bg % G
+    o_r = tl.arange(0, BLOCK_R)
+    m_r = o_r < H // G * TQ
+    i_h, o_q = i_g * (H // G) + o_r // TQ, o_r % TQ
+    p_start = KV_START + i_b * s_b + (i_h // (H // START_HEADS)).to(tl.int64) * s_h + o_q
+    kv_start = tl.load(p_start, mask=m_r, other=1).to(tl.int32)
+    last = tl.load(LAST + o_q, mask=m_r, other=0).to(tl.int32)
+    # Whether a row is not fully masked.
+    attends = m_r & (kv_start <= last)
+    first_block = kv_start // KEY_BLOCK
+
+    if RULE != 0:
+        i_gate = i_h // (H // HF)
+        c = raised(tl.load(C_Q + i_b * cq_b + i_gate.to(tl.int64) * cq_h + o_q, mask=m_r, other=0.0), c_margin)
+        p_c = C + i_b * c_b + i_gate.to(tl.int64) * c_h
+        if RULE == 1:
+            o_d = tl.arange(0, BLOCK_D)
+            m_d = o_d[None, :] < D
+            p_q = Q + i_b * q_b + o_q.to(tl.int64) * q_t + i_h.to(tl.int64) * q_h
+            b_q = tl.load(p_q[:, None] + o_d[None, :], mask=m_r[:, None] & m_d, other=0.0).to(tl.float64)
+            if PAGES is None:
+                p_k = K + i_b * k_b + i_g.to(tl.int64) * k_h + last.to(tl.int64) * k_t
+                is_held = attends
+            else:
+                page = tl.load(PAGES + i_bg.to(tl.int64) * NB + last // KEY_BLOCK, mask=attends, other=-1)
+                p_k = K + page.to(tl.int64) * k_b + (last % KEY_BLOCK).to(tl.int64) * k_t
+                is_held = page >= 0
+            b_k = tl.load(p_k[:, None] + o_d[None, :], mask=is_held[:, None] & m_d, other=0.0).to(tl.float64)
+            # As `query_bounds`, but these sums are float64, off by less than 1e-4 up to logits of 1e10: what counts is
+            # how `scale` is rounded. The length of the key would cost as much as all the rest here.
+            diagonal_logit = tl.sum(b_q * b_k, 1) * scale
+            diagonal_logit -= margin * tl.abs(diagonal_logit)
+            norm = lengths(b_q) * (1.0 + margin) * tl.abs(scale)
+            p_decays = LOG_DECAYS + i_b * decays_b + i_gate.to(tl.int64) * decays_h
+            p_largest = LARGEST + i_b * largest_b + i_g.to(tl.int64) * largest_h
+        else:
+            if BOUND is not None:
+                bound = tl.load(BOUND + i_b * bound_b + i_h.to(tl.int64) * bound_h, mask=m_r, other=0.0)
+            keys = (last + 1).to(tl.float32).to(tl.float64)
+            allowed = log_eps - tl.log(keys)
+            bound += tl.zeros([BLOCK_R], tl.float64)
+
+        # Keys before block `low` may be dropped; those before any block after `high` may not.
+        low = tl.zeros([BLOCK_R], tl.int32)
+        high = tl.where(attends, last // KEY_BLOCK, 0)
+        for _ in range(0, STEPS):
+            step = tl.maximum((high - low + BLOCK_BOUNDARIES - 1) // BLOCK_BOUNDARIES, 1)
+            boundary = low[:, None] + (1 + tl.arange(0, BLOCK_BOUNDARIES))[None, :] * step[:, None]
+            m_boundary = boundary <= high[:, None]
+            before = tl.where(m_boundary, boundary - 1, 0)
+            end = tl.load(p_c[:, None] + before, mask=m_boundary, other=INF)
+            decay = tl.where(end == INF, -INF, c[:, None] - tl.where(end == INF, 0.0, end))
+            if RULE == 1:
+                decays = tl.load(p_decays[:, None] + before, mask=m_boundary, other=-INF)
+                largest = tl.load(p_largest + before, mask=m_boundary, other=0.0).to(tl.float64)
+                may_drop = may_drop_tight(norm[:, None], diagonal_logit[:, None], c[:, None] + decays, largest, log_eps)
+            else:
+                may_drop = may_drop_paper(decay, bound[:, None], bound_margin, allowed[:, None])
+            low = tl.maximum(low, tl.max(tl.where(m_boundary & may_drop, boundary, 0), 1))
+            high = tl.minimum(high, low + step - 1)
+        first_block = tl.maximum(first_block, low)
+
+    end_block = tl.max(tl.where(attends, last // KEY_BLOCK + 1, 1), 0)
+    first_block = tl.min(tl.where(attends, first_block, INT32_MAX), 0)
+    if HELD_FROM is not None:
+        first_block = tl.maximum(first_block, tl.load(HELD_FROM + i_bg))
+    # At least one block, so that every head has a program that writes its output.
+    first_block = tl.minimum(first_block, end_block - 1)
+    p_range = RANGES + i_bg
+    tl.store(p_range, first_block)
+    tl.store(p_range + heads, end_block - first_block)
+    tl.store(p_range + 2 * heads, 0)
+    tl.store(p_range + 3 * heads, tl.min(tl.where(attends, kv_start, INT32_MAX), 0))
+    tl.store(p_range + 4 * heads, tl.max(tl.where(attends, last, -1), 0))
+
+
+def _search_steps(blocks: int, candidates: int) -> int:
+    """Steps until a search among ``blocks`` boundaries has nothing left between its ends."""
+    steps = 0
+    while blocks > 0:
+        blocks = triton.cdiv(blocks, candidates) - 1
+        steps += 1
+    return steps
+
+
+def search_blocks(inputs: DecodeInputs, pruning: DecodePruning, scale: float) -> Tensor:
+    """Blocks of keys that each key/value head reads.
+
+    Returns:
+        ``[5, B * G]`` int32: first block, number of blocks, a counter at 0 for `attend_blocks`, and the first and the
+        last key that any row may attend to.
+    """
+    q, k, start, bounds = inputs.q, inputs.k, inputs.start, pruning.bounds
+    heads, head_dim, blocks = q.shape[2], q.shape[3], inputs.blocks
+    kv_total = q.shape[0] * inputs.kv_heads
+    k_b, k_t, k_h = inputs.kv_strides(k)
+    c, log_decays, largest = (None, None, None) if pruning.summary is None else pruning.summary
+    c_b, c_h, decays_b, decays_h, largest_b, largest_h, bound_b, bound_h = (
+        0 if x is None else x.stride(i) for x in (c, log_decays, largest, bounds) for i in (0, 1)
+    )
+    ranges = torch.empty(5, kv_total, dtype=torch.int32, device=q.device)
+    padded_rows = triton.next_power_of_2(inputs.rows)
+    candidates = max(16, _CANDIDATES // padded_rows)
+    _decode_search_kernel[(kv_total,)](
+        Q=q, q_b=q.stride(0), q_t=q.stride(1), q_h=q.stride(2),
+        K=k, k_b=k_b, k_t=k_t, k_h=k_h,
+        C_Q=inputs.c_q, cq_b=inputs.c_q.stride(0), cq_h=inputs.c_q.stride(1),
+        KV_START=inputs.kv_start, s_b=inputs.kv_start.stride(0), s_h=inputs.kv_start.stride(1),
+        LAST=inputs.last,
+        PAGES=inputs.pages,
+        HELD_FROM=None if start is None else start.contiguous(),
+        C=c, c_b=c_b, c_h=c_h,
+        LOG_DECAYS=log_decays, decays_b=decays_b, decays_h=decays_h,
+        LARGEST=largest, largest_b=largest_b, largest_h=largest_h,
+        BOUND=bounds, bound_b=bound_b, bound_h=bound_h,
+        RANGES=ranges,
+        scale=scale,
+        bound=pruning.bound,
+        log_eps=pruning.log_eps,
+        margin=logit_margin(head_dim, torch.float32),
+        c_margin=decay_margin(blocks * PRUNED_KEYS),
+        bound_margin=logit_margin(0, torch.float32),
+        TQ=q.shape[1],
+        H=heads,
+        HF=inputs.c_q.shape[1],
+        G=inputs.kv_heads,
+        START_HEADS=inputs.kv_start.shape[1],
+        NB=blocks,
+        STEPS=_search_steps(blocks, candidates),
+        D=head_dim,
+        BLOCK_D=padded_head_dim(head_dim),
+        BLOCK_R=padded_rows,
+        BLOCK_BOUNDARIES=candidates,
+        RULE=pruning.rule,
+    )  # fmt: skip
+    return ranges
