@@ -13,7 +13,7 @@ from ..triton_common import INT32_MAX
 # Up to so many heads, one program finds their order.
 _ORDERED_HEADS = 128
 # Blocks of keys of a program of `_query_range_kernel`, and blocks of queries that it looks at at a time.
-_CHUNK = 64
+_RANGE_CHUNK = 64
 
 
 @triton.jit
@@ -110,7 +110,7 @@ def query_ranges(least: Tensor, greatest: Tensor, last: Tensor, keys: int, tile:
     batch, heads, blocks = least.shape
     key_blocks = triton.cdiv(keys, tile.keys)
     m_end, full_end = torch.empty(2, batch, heads, key_blocks, dtype=torch.int32, device=least.device).unbind()
-    _query_range_kernel[(batch * heads, triton.cdiv(key_blocks, _CHUNK))](
+    _query_range_kernel[(batch * heads, triton.cdiv(key_blocks, _RANGE_CHUNK))](
         LEAST=least,
         GREATEST=greatest,
         LAST=last,
@@ -121,7 +121,7 @@ def query_ranges(least: Tensor, greatest: Tensor, last: Tensor, keys: int, tile:
         TK=keys,
         BLOCK_M=tile.queries,
         BLOCK_N=tile.keys,
-        CHUNK=_CHUNK,
+        CHUNK=_RANGE_CHUNK,
     )
     return m_end, full_end
 

@@ -1,8 +1,13 @@
-"""Triton kernels of the running sums of log gates: float64, parallel along the sequence, the same bits every time.
+"""Running sums of log forget gates in Triton: float64, parallel along the sequence, bitwise deterministic.
 
-Each sequence and gate is cut in chunks. One kernel sums every chunk; the other adds up the chunks before its own and
-scans within it.
+    c_t = sum_{s <= t, s no reset} log f_s,   kv_start_t = the last reset at or before t
+    dlog f_t = sum_{s >= t} dc_s, zero at resets
+
+(names: `triton_common`). Each sequence and gate is cut in ``NC`` chunks of ``BLOCK_T`` tokens. One kernel sums every
+chunk; the other adds up the chunks before its own and scans within it. ``i_row`` is ``i_b * HF + i_gate``.
 """
+
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -15,6 +20,47 @@ from ..triton_common import larger
 _CHUNK = 1024
 
 
+class _Gates(NamedTuple):
+    """Log gates ``[B, T, HF]``, and which tokens start a packed sequence, ``[B, T]``, or None."""
+
+    LOG_F: Any
+    f_b: Any
+    f_t: Any
+    f_h: Any
+    STARTS: Any
+    starts_b: Any
+    starts_t: Any
+    T: Any
+    HF: Any
+    LOG_ZERO: Any
+
+
+@triton.jit
+def _load_gates(gates: _Gates, i_chunk, i_row, HAS_STARTS: tl.constexpr, BLOCK_T: tl.constexpr):
+    """Of a chunk: log gates in float64, zero at resets; the index of a token that is a reset, else -1; the tokens."""
+    o_t = i_chunk * BLOCK_T + tl.arange(0, BLOCK_T)
+    i_b, i_gate = (i_row // gates.HF).to(tl.int64), (i_row % gates.HF).to(tl.int64)
+    m_t = o_t < gates.T
+    p_f = gates.LOG_F + i_b * gates.f_b + i_gate * gates.f_h + o_t.to(tl.int64) * gates.f_t
+    log_f = tl.load(p_f, mask=m_t, other=0.0).to(tl.float64)
+    is_zero = log_f < gates.LOG_ZERO
+    is_reset = is_zero
+    if HAS_STARTS:
+        p_starts = gates.STARTS + i_b * gates.starts_b + o_t * gates.starts_t
+        is_reset = is_reset | (tl.load(p_starts, mask=m_t, other=0) != 0)
+    return tl.where(is_zero, 0.0, log_f), tl.where(is_reset, o_t, -1), o_t
+
+
+@triton.jit
+def _sum_before(TOTALS, i_chunk, BLOCK: tl.constexpr):
+    """Sum of a row's chunks before ``i_chunk``."""
+    total = tl.zeros([BLOCK], tl.float64)
+    for begin in range(0, i_chunk, BLOCK):
+        o_chunk = begin + tl.arange(0, BLOCK)
+        total += tl.load(TOTALS + o_chunk, mask=o_chunk < i_chunk, other=0.0)
+    return tl.sum(total, 0)
+
+
 @triton.jit
 def _gate_totals_kernel(
     LOG_F,
@@ -24,19 +70,21 @@ def _gate_totals_kernel(
     f_b,
     f_t,
     f_h,
-    s_b,
-    s_t,
+    starts_b,
+    starts_t,
     T,
     HF,
     NC,
     LOG_ZERO,
-    PACKED: tl.constexpr,
-    CHUNK: tl.constexpr,
+    HAS_STARTS: tl.constexpr,
+    BLOCK_T: tl.constexpr,
 ):
-    row, chunk = tl.program_id(0), tl.program_id(1)
-    log_f, resets, _ = _gates(LOG_F, STARTS, chunk, row, f_b, f_t, f_h, s_b, s_t, T, HF, LOG_ZERO, PACKED, CHUNK)
-    tl.store(TOTALS + row * NC + chunk, tl.sum(log_f, 0))
-    tl.store(RESETS + row * NC + chunk, tl.max(resets, 0))
+    """Sum and last reset (-1 for none) of a chunk, ``[B * Hf, NC]`` float64 and int32."""
+    i_row, i_chunk = tl.program_id(0), tl.program_id(1)
+    gates = _Gates(LOG_F, f_b, f_t, f_h, STARTS, starts_b, starts_t, T, HF, LOG_ZERO)
+    log_f, resets, _ = _load_gates(gates, i_chunk, i_row, HAS_STARTS, BLOCK_T)
+    tl.store(TOTALS + i_row * NC + i_chunk, tl.sum(log_f, 0))
+    tl.store(RESETS + i_row * NC + i_chunk, tl.max(resets, 0))
 
 
 @triton.jit
@@ -46,83 +94,64 @@ def _gate_scan_kernel(
     TOTALS,
     RESETS,
     C,
-    FIRST,
+    KV_START,
     f_b,
     f_t,
     f_h,
-    s_b,
-    s_t,
+    starts_b,
+    starts_t,
     T,
     HF,
     NC,
     LOG_ZERO,
     NO_RESET,
-    PACKED: tl.constexpr,
-    CHUNK: tl.constexpr,
+    HAS_STARTS: tl.constexpr,
+    BLOCK_T: tl.constexpr,
 ):
-    row, chunk = tl.program_id(0), tl.program_id(1)
-    log_f, resets, tokens = _gates(LOG_F, STARTS, chunk, row, f_b, f_t, f_h, s_b, s_t, T, HF, LOG_ZERO, PACKED, CHUNK)
-    before, reset = _sum_before(TOTALS + row * NC, chunk, CHUNK), -1
-    for start in range(0, chunk, CHUNK):
-        chunks = start + tl.arange(0, CHUNK)
-        reset = tl.maximum(reset, tl.max(tl.load(RESETS + row * NC + chunks, mask=chunks < chunk, other=-1), 0))
-    p = row.to(tl.int64) * T + tokens
-    tl.store(C + p, tl.cumsum(log_f, 0) + before, mask=tokens < T)
-    first = tl.maximum(tl.associative_scan(resets, 0, larger), reset)
-    tl.store(FIRST + p, tl.where(first < 0, NO_RESET, first).to(tl.int64), mask=tokens < T)
+    """Running sums and last resets of a chunk, from `_gate_totals_kernel`: the results of `sum_gates`."""
+    i_row, i_chunk = tl.program_id(0), tl.program_id(1)
+    gates = _Gates(LOG_F, f_b, f_t, f_h, STARTS, starts_b, starts_t, T, HF, LOG_ZERO)
+    log_f, resets, o_t = _load_gates(gates, i_chunk, i_row, HAS_STARTS, BLOCK_T)
+    before, reset = _sum_before(TOTALS + i_row * NC, i_chunk, BLOCK_T), -1
+    for begin in range(0, i_chunk, BLOCK_T):
+        o_chunk = begin + tl.arange(0, BLOCK_T)
+        m_chunk = o_chunk < i_chunk
+        reset = tl.maximum(reset, tl.max(tl.load(RESETS + i_row * NC + o_chunk, mask=m_chunk, other=-1), 0))
+    o_row = i_row.to(tl.int64) * T + o_t
+    tl.store(C + o_row, tl.cumsum(log_f, 0) + before, mask=o_t < T)
+    kv_start = tl.maximum(tl.associative_scan(resets, 0, larger), reset)
+    tl.store(KV_START + o_row, tl.where(kv_start < 0, NO_RESET, kv_start).to(tl.int64), mask=o_t < T)
 
 
 @triton.jit
-def _gates(
-    LOG_F, STARTS, chunk, row, f_b, f_t, f_h, s_b, s_t, T, HF, LOG_ZERO, PACKED: tl.constexpr, CHUNK: tl.constexpr
-):
-    """Log gates of a chunk in float64, zero at resets, and the index of each token that is a reset, -1 elsewhere."""
-    tokens = chunk * CHUNK + tl.arange(0, CHUNK)
-    b, h = (row // HF).to(tl.int64), (row % HF).to(tl.int64)
-    log_f = tl.load(LOG_F + b * f_b + h * f_h + tokens.to(tl.int64) * f_t, mask=tokens < T, other=0.0).to(tl.float64)
-    is_zero = log_f < LOG_ZERO
-    is_reset = is_zero
-    if PACKED:
-        is_reset = is_reset | (tl.load(STARTS + b * s_b + tokens * s_t, mask=tokens < T, other=0) != 0)
-    return tl.where(is_zero, 0.0, log_f), tl.where(is_reset, tokens, -1), tokens
+def _load_reversed(DC, i_chunk, i_row, c_b, c_h, c_t, T, HF, BLOCK_T: tl.constexpr):
+    """Gradients of running sums of a chunk counted from the end, and the tokens they belong to."""
+    o_t = T - 1 - i_chunk * BLOCK_T - tl.arange(0, BLOCK_T)
+    i_b, i_gate = (i_row // HF).to(tl.int64), (i_row % HF).to(tl.int64)
+    return tl.load(DC + i_b * c_b + i_gate * c_h + o_t.to(tl.int64) * c_t, mask=o_t >= 0, other=0.0), o_t
 
 
 @triton.jit
-def _sum_before(TOTALS, chunk, CHUNK: tl.constexpr):
-    total = tl.zeros([CHUNK], tl.float64)
-    for start in range(0, chunk, CHUNK):
-        chunks = start + tl.arange(0, CHUNK)
-        total += tl.load(TOTALS + chunks, mask=chunks < chunk, other=0.0)
-    return tl.sum(total, 0)
-
-
-@triton.jit
-def _gradient_totals_kernel(DC, TOTALS, c_b, c_h, c_t, T, HF, NC, CHUNK: tl.constexpr):
-    row, chunk = tl.program_id(0), tl.program_id(1)
-    dc, _ = _reversed_gradients(DC, chunk, row, c_b, c_h, c_t, T, HF, CHUNK)
-    tl.store(TOTALS + row * NC + chunk, tl.sum(dc, 0))
+def _gradient_totals_kernel(DC, TOTALS, c_b, c_h, c_t, T, HF, NC, BLOCK_T: tl.constexpr):
+    """Sum of ``dc`` over a chunk counted from the end, ``[B * Hf, NC]`` float64."""
+    i_row, i_chunk = tl.program_id(0), tl.program_id(1)
+    dc, _ = _load_reversed(DC, i_chunk, i_row, c_b, c_h, c_t, T, HF, BLOCK_T)
+    tl.store(TOTALS + i_row * NC + i_chunk, tl.sum(dc, 0))
 
 
 @triton.jit
 def _gradient_scan_kernel(
-    DC, LOG_F, TOTALS, D_LOG_F, c_b, c_h, c_t, f_b, f_t, f_h, T, HF, NC, LOG_ZERO, CHUNK: tl.constexpr
+    DC, LOG_F, TOTALS, D_LOG_F, c_b, c_h, c_t, f_b, f_t, f_h, T, HF, NC, LOG_ZERO, BLOCK_T: tl.constexpr
 ):
-    row, chunk = tl.program_id(0), tl.program_id(1)
-    dc, tokens = _reversed_gradients(DC, chunk, row, c_b, c_h, c_t, T, HF, CHUNK)
-    sums = tl.cumsum(dc, 0) + _sum_before(TOTALS + row * NC, chunk, CHUNK)
-    b, h = (row // HF).to(tl.int64), (row % HF).to(tl.int64)
-    log_f = tl.load(LOG_F + b * f_b + h * f_h + tokens.to(tl.int64) * f_t, mask=tokens >= 0, other=0.0)
+    """Gradients of the log gates of a chunk counted from the end, ``[B, T, Hf]``."""
+    i_row, i_chunk = tl.program_id(0), tl.program_id(1)
+    dc, o_t = _load_reversed(DC, i_chunk, i_row, c_b, c_h, c_t, T, HF, BLOCK_T)
+    sums = tl.cumsum(dc, 0) + _sum_before(TOTALS + i_row * NC, i_chunk, BLOCK_T)
+    i_b, i_gate = (i_row // HF).to(tl.int64), (i_row % HF).to(tl.int64)
+    log_f = tl.load(LOG_F + i_b * f_b + i_gate * f_h + o_t.to(tl.int64) * f_t, mask=o_t >= 0, other=0.0)
     sums = tl.where(log_f < LOG_ZERO, 0.0, sums)
-    p = D_LOG_F + (b * T + tokens) * HF + h
-    tl.store(p, sums.to(D_LOG_F.dtype.element_ty), mask=tokens >= 0)
-
-
-@triton.jit
-def _reversed_gradients(DC, chunk, row, c_b, c_h, c_t, T, HF, CHUNK: tl.constexpr):
-    """Gradients of running sums of a chunk counted from the end, and the tokens they belong to."""
-    tokens = T - 1 - chunk * CHUNK - tl.arange(0, CHUNK)
-    b, h = (row // HF).to(tl.int64), (row % HF).to(tl.int64)
-    return tl.load(DC + b * c_b + h * c_h + tokens.to(tl.int64) * c_t, mask=tokens >= 0, other=0.0), tokens
+    p_df = D_LOG_F + (i_b * T + o_t) * HF + i_gate
+    tl.store(p_df, sums.to(D_LOG_F.dtype.element_ty), mask=o_t >= 0)
 
 
 def sum_gates(log_f: Tensor, starts: Tensor | None, log_zero: float, no_reset: int) -> tuple[Tensor, Tensor]:
@@ -143,19 +172,31 @@ def sum_gates(log_f: Tensor, starts: Tensor | None, log_zero: float, no_reset: i
 @torch.library.custom_op(f"{NAMESPACE}::sum_gates", mutates_args=())
 def _sum_gates(log_f: Tensor, starts: Tensor | None, log_zero: float, no_reset: int) -> tuple[Tensor, Tensor]:
     batch, length, gates = log_f.shape
-    c, first = _sum_gates_fake(log_f, starts, log_zero, no_reset)
+    c, kv_start = _sum_gates_fake(log_f, starts, log_zero, no_reset)
     if log_f.numel() == 0:
-        return c, first
+        return c, kv_start
     chunks = triton.cdiv(length, _CHUNK)
     totals = torch.empty(batch, gates, chunks, dtype=torch.float64, device=log_f.device)
     resets = torch.empty(batch, gates, chunks, dtype=torch.int32, device=log_f.device)
     marks = None if starts is None else starts.view(torch.uint8)
-    strides = (*log_f.stride(), *((0, 0) if marks is None else marks.stride()), length, gates, chunks, log_zero)
-    grid, options = (batch * gates, chunks), {"PACKED": marks is not None, "CHUNK": _CHUNK}
+    starts_b, starts_t = (0, 0) if marks is None else marks.stride()
+    grid = (batch * gates, chunks)
+    arguments = dict(
+        LOG_F=log_f, f_b=log_f.stride(0), f_t=log_f.stride(1), f_h=log_f.stride(2),
+        STARTS=marks, starts_b=starts_b, starts_t=starts_t,
+        TOTALS=totals,
+        RESETS=resets,
+        T=length,
+        HF=gates,
+        NC=chunks,
+        LOG_ZERO=log_zero,
+        HAS_STARTS=marks is not None,
+        BLOCK_T=_CHUNK,
+    )  # fmt: skip
     with torch.cuda.device_of(log_f):
-        _gate_totals_kernel[grid](log_f, marks, totals, resets, *strides, **options)
-        _gate_scan_kernel[grid](log_f, marks, totals, resets, c, first, *strides, no_reset, **options)
-    return c, first
+        _gate_totals_kernel[grid](**arguments)
+        _gate_scan_kernel[grid](**arguments, C=c, KV_START=kv_start, NO_RESET=no_reset)
+    return c, kv_start
 
 
 @_sum_gates.register_fake
@@ -173,12 +214,23 @@ def _sum_gates_backward(dc: Tensor, log_f: Tensor, log_zero: float) -> Tensor:
         return d_log_f
     chunks = triton.cdiv(length, _CHUNK)
     totals = torch.empty(batch, gates, chunks, dtype=torch.float64, device=log_f.device)
-    grid, shape = (batch * gates, chunks), (length, gates, chunks)
+    grid = (batch * gates, chunks)
+    arguments = dict(
+        DC=dc, c_b=dc.stride(0), c_h=dc.stride(1), c_t=dc.stride(2),
+        TOTALS=totals,
+        T=length,
+        HF=gates,
+        NC=chunks,
+        BLOCK_T=_CHUNK,
+    )  # fmt: skip
     with torch.cuda.device_of(log_f):
-        _gradient_totals_kernel[grid](dc, totals, *dc.stride(), *shape, CHUNK=_CHUNK)
+        _gradient_totals_kernel[grid](**arguments)
         _gradient_scan_kernel[grid](
-            dc, log_f, totals, d_log_f, *dc.stride(), *log_f.stride(), *shape, log_zero, CHUNK=_CHUNK
-        )
+            **arguments,
+            LOG_F=log_f, f_b=log_f.stride(0), f_t=log_f.stride(1), f_h=log_f.stride(2),
+            D_LOG_F=d_log_f,
+            LOG_ZERO=log_zero,
+        )  # fmt: skip
     return d_log_f
 
 
@@ -187,28 +239,28 @@ def _sum_gates_backward_fake(dc, log_f, log_zero):
     return torch.empty_like(log_f, memory_format=torch.contiguous_format)
 
 
-def _save_for_backward(ctx, inputs, output) -> None:
+def _save_gates(ctx, inputs, output) -> None:
     log_f, _, ctx.log_zero, _ = inputs
     ctx.save_for_backward(log_f)
 
 
-def _autograd(ctx, dc: Tensor, _):
+def _sum_gates_autograd(ctx, dc: Tensor, _):
     return _sum_gates_backward(dc, *ctx.saved_tensors, ctx.log_zero), None, None, None
 
 
-_sum_gates.register_autograd(_autograd, setup_context=_save_for_backward)
+_sum_gates.register_autograd(_sum_gates_autograd, setup_context=_save_gates)
 
 
-def _save_for_second_derivative(ctx, inputs, output) -> None:
+def _save_gates_again(ctx, inputs, output) -> None:
     _, log_f, ctx.log_zero = inputs
     ctx.save_for_backward(log_f)
 
 
-def _second_derivative(ctx, d: Tensor):
-    # A gradient is linear in ``dc``; and no number below a gate of minus infinity is a reset.
+def _sum_gates_again(ctx, d: Tensor):
+    # A gradient is linear in ``dc``; and no value below a gate of minus infinity is a reset.
     (log_f,) = ctx.saved_tensors
     ddc, _ = _sum_gates(d.masked_fill(log_f < ctx.log_zero, 0.0), None, float("-inf"), 0)
     return ddc, None, None
 
 
-_sum_gates_backward.register_autograd(_second_derivative, setup_context=_save_for_second_derivative)
+_sum_gates_backward.register_autograd(_sum_gates_again, setup_context=_save_gates_again)
