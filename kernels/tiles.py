@@ -1,10 +1,10 @@
-"""Tile shapes of the GPU kernels: a pure function of head size, type and architecture."""
+"""Tile shapes of the GPU kernels: a pure function of head size, dtype and architecture."""
 
 from typing import NamedTuple
 
 import torch
 
-# Sizes of the blocks of queries and keys that pruning drops, whatever the tiles: forward and backward drop the same.
+# Blocks of queries and keys that pruning drops, whatever the tiles: forward and backward drop the same.
 PRUNED_QUERIES, PRUNED_KEYS = 128, 64
 
 
@@ -40,8 +40,8 @@ _SMALL = {
     128: Tiles(Tile(64, 64, 4, 2), Tile(32, 64, 4, 2)),
     256: Tiles(Tile(64, 32, 4, 1), Tile(32, 32, 4, 1)),
 }
-# float32 operands take twice the room, and their products run on the ordinary units.
-_WIDE = {
+# float32 operands take twice the room, and their matmuls run on the ordinary units.
+_FP32 = {
     64: Tiles(Tile(64, 32, 4, 2), Tile(32, 32, 4, 1)),
     128: Tiles(Tile(32, 32, 4, 1), Tile(32, 32, 4, 1)),
     256: Tiles(Tile(32, 16, 4, 1), Tile(16, 16, 4, 1)),
@@ -52,14 +52,15 @@ class HopperForward(NamedTuple):
     """Shape and resources of `hopper_forward`'s programs.
 
     Attributes:
-        consumers: warpgroups that multiply, 2 or 3, each with 64 queries.
+        consumers: consumer warp groups, 2 or 3, each with 64 queries.
         keys: columns of a tile of scores.
         stages: tiles of keys and values that shared memory holds.
         query_stages: blocks of queries that it holds.
-        together: heads that are worked on at once.
-        lazy, fence: see there.
+        head_swizzle: heads whose work tiles are computed at once, so that their keys share the L2 cache.
+        lazy: rescale the output only when the running maximum has risen by more than 2^8.
+        fence: keep ptxas from moving the wait for a matmul ahead of the softmax.
         registers: of a consumer's thread.
-        helper_registers: of a thread that loads, or writes the bias.
+        producer_registers: of a producer's thread.
         initial_registers: of every thread when a program starts; all of them together must be there.
     """
 
@@ -67,18 +68,40 @@ class HopperForward(NamedTuple):
     keys: int
     stages: int
     query_stages: int
-    together: int
+    head_swizzle: int
     lazy: bool
     fence: bool
     registers: int
-    helper_registers: int
+    producer_registers: int
     initial_registers: int
 
 
 # By head size. Measured on an H100.
 HOPPER_FORWARD = {
-    64: HopperForward(3, 128, 4, 2, 4, True, False, 160, 32, 128),
-    128: HopperForward(2, 128, 2, 2, 4, True, True, 240, 32, 168),
+    64: HopperForward(
+        consumers=3,
+        keys=128,
+        stages=4,
+        query_stages=2,
+        head_swizzle=4,
+        lazy=True,
+        fence=False,
+        registers=160,
+        producer_registers=32,
+        initial_registers=128,
+    ),
+    128: HopperForward(
+        consumers=2,
+        keys=128,
+        stages=2,
+        query_stages=2,
+        head_swizzle=4,
+        lazy=True,
+        fence=True,
+        registers=240,
+        producer_registers=32,
+        initial_registers=168,
+    ),
 }
 
 LARGEST_HEAD_DIM = max(_HOPPER)
@@ -100,5 +123,5 @@ def choose_tiles(head_dim: int, dtype: torch.dtype, capability: tuple[int, int])
     """
     size = max(64, padded_head_dim(head_dim))
     if dtype == torch.float32:
-        return _WIDE[size]
+        return _FP32[size]
     return _HOPPER[size] if capability[0] in (9, 10) else _SMALL[size]

@@ -20,7 +20,8 @@ import triton
 from ahead_of_time import compiling_only
 from foxlm.kernels.decay import Decay
 from foxlm.kernels.hopper import forward as module
-from foxlm.kernels.hopper.forward import _descriptor, _fits_tma, hopper_forward, hopper_forward_takes
+from foxlm.kernels.hopper.forward import hopper_forward, hopper_forward_takes
+from foxlm.kernels.hopper.tma import describe_by_head, fits_tma
 from foxlm.kernels.reference import reference_attention
 from foxlm.kernels.tiles import HOPPER_FORWARD
 
@@ -69,7 +70,7 @@ def compile_for_hopper(head_dim: int, dtype: torch.dtype, monkeypatch: pytest.Mo
     with compiling_only(90) as compiled:
         out, lse = hopper_forward(q, k, v, decay, 0.1)
     assert (out.shape, out.dtype, lse.shape) == (q.shape, dtype, (2, q.shape[2], q.shape[1]))
-    names = ["_key_decay_kernel", "_kv_start_range_kernel", "_head_order_kernel", "_hopper_forward_kernel"]
+    names = ["_key_decay_kernel", "_kv_start_range_kernel", "_head_order_kernel", "hopper_forward_kernel"]
     assert [kernel.metadata.name for kernel in compiled] == names
     return compiled[-1]
 
@@ -117,18 +118,18 @@ def test_other_devices_are_not_taken():
 
 def test_what_a_copy_engine_can_read():
     x = torch.zeros(2, 10, 3, 4, 64, dtype=torch.bfloat16)
-    assert _fits_tma(x[:, :, 0]) and _fits_tma(x[:, 1:, 2, 1:]) and _fits_tma(x[:, :, 0].transpose(1, 2))
+    assert fits_tma(x[:, :, 0]) and fits_tma(x[:, 1:, 2, 1:]) and fits_tma(x[:, :, 0].transpose(1, 2))
     # Too few bytes between rows; none; a start between its units; numbers apart.
-    assert not _fits_tma(torch.zeros(2, 10, 4, 68, dtype=torch.bfloat16)[..., :64])
-    assert not _fits_tma(x[:, :, 0, :1].expand(-1, -1, 4, -1))
-    assert not _fits_tma(torch.zeros(2 * 10 * 4 * 64 + 1, dtype=torch.bfloat16)[1:].view(2, 10, 4, 64))
-    assert not _fits_tma(torch.zeros(2, 10, 64, 4, dtype=torch.bfloat16).transpose(2, 3))
+    assert not fits_tma(torch.zeros(2, 10, 4, 68, dtype=torch.bfloat16)[..., :64])
+    assert not fits_tma(x[:, :, 0, :1].expand(-1, -1, 4, -1))
+    assert not fits_tma(torch.zeros(2 * 10 * 4 * 64 + 1, dtype=torch.bfloat16)[1:].view(2, 10, 4, 64))
+    assert not fits_tma(torch.zeros(2, 10, 64, 4, dtype=torch.bfloat16).transpose(2, 3))
 
 
 def test_the_stride_of_a_single_element_does_not_matter():
     x = torch.zeros(1000, dtype=torch.bfloat16).as_strided((1, 5, 1, 64), (3, 64, 0, 1))
-    assert _fits_tma(x)
-    descriptor = _descriptor(x, 64)
+    assert fits_tma(x)
+    descriptor = describe_by_head(x, 64)
     assert (descriptor.shape, descriptor.strides) == ([1, 1, 5, 64], [64, 64, 64, 1])
 
 
