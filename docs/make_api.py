@@ -34,8 +34,8 @@ SECTIONS = {
     },
     "Several GPUs": {
         "foxlm": ["ContextParallel", "context_parallel_attention"],
-        "foxlm.kernels.context_parallel.group": ["Traffic"],
-        "foxlm.kernels.context_parallel.partition": ["Segment", "balanced", "contiguous"],
+        "foxlm.kernels.context_parallel.shards": ["CommunicationVolume"],
+        "foxlm.kernels.context_parallel.partition": ["Segment", "zigzag", "contiguous"],
         "foxlm.modeling.parallel.fsdp": [
             "prepare_fsdp2",
             "shard_forget_gates",

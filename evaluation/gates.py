@@ -6,6 +6,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from foxlm.kernels.backends import backend_of
 from foxlm.kernels.decay import Decay, accumulate
 from foxlm.kernels.pruning.rules import Rule, centered, first_kept, prune, share_skipped
 from foxlm.kernels.tiles import PRUNED_KEYS, PRUNED_QUERIES
@@ -92,7 +93,8 @@ def first_read(layer: AttentionInputs, log_eps: float, rule: Rule) -> Tensor:
     Returns:
         ``[B, H, T]`` int64.
     """
-    c, first = accumulate(layer.log_f)
+    backend = backend_of(layer.q)
+    c, first = accumulate(layer.log_f, sum_gates=backend.sum_gates)
     decay = Decay(c, c, first, torch.arange(layer.q.shape[1], device=c.device))
     first = prune(
         decay,
@@ -102,6 +104,7 @@ def first_read(layer: AttentionInputs, log_eps: float, rule: Rule) -> Tensor:
         rule=rule,
         scale=layer.scale,
         logit_bound=layer.logit_bound if rule == "paper" else None,
+        search=backend.search_kv_start,
     ).kv_start
     return first.repeat_interleave(layer.q.shape[2] // first.shape[1], dim=1)
 

@@ -8,8 +8,7 @@ import torch
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from foxlm.conversion.pretrained import read_config, read_model, reason
-from foxlm.kernels.attention import best_attention
-from foxlm.kernels.reference import reference_attention
+from foxlm.kernels.backends import PYTORCH, backend_of
 from foxlm.modeling.configuration_fox import DEFAULT_IMPLEMENTATION, FoxConfig
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
@@ -116,7 +115,7 @@ def pruning_used(model: PreTrainedModel) -> dict[str, Any]:
     if getattr(config, "acp_eps", None) is None or config.forget_gate == "none":
         return {"eps": None, "rule": None, "attention": False, "generation": False}
     q = torch.empty(1, 1, config.num_attention_heads, config.head_dim, dtype=model.dtype, device=model.device)
-    attention = config._attn_implementation == DEFAULT_IMPLEMENTATION and best_attention(q) is not reference_attention
+    attention = config._attn_implementation == DEFAULT_IMPLEMENTATION and backend_of(q) is not PYTORCH
     return {
         "eps": config.acp_eps,
         "rule": config.acp_rule,

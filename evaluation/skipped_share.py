@@ -52,13 +52,14 @@ def skipped_share(model: nn.Module, batch: Mapping[str, Any]) -> Tensor | None:
     before: list[Tensor] = []
     after: list[Tensor] = []
 
-    def counting(module, query, key, value, attention_mask, *, decay, scaling, real, **kwargs):
+    def counting(module, query, key, value, attention_mask, *, decay, scaling, real, backend, **kwargs):
         if prunes(module.config):
             q, k, v = (x.transpose(1, 2) for x in (query, key, value))
             q, k, _ = without_padding(q, k, v, decay, real)
             before.append(_tiles_read(decay, q.shape[2]))
-            after.append(_tiles_read(pruned(module, q, k, decay, scaling), q.shape[2]))
-        return attend(module, query, key, value, attention_mask, decay=decay, scaling=scaling, real=real, **kwargs)
+            after.append(_tiles_read(pruned(module, q, k, decay, scaling, backend), q.shape[2]))
+        kwargs |= {"decay": decay, "scaling": scaling, "real": real, "backend": backend}
+        return attend(module, query, key, value, attention_mask, **kwargs)
 
     # A compiled layer would be compiled again for the other attention function.
     with _evaluating(model), replaced_attention(name, counting), torch.compiler.set_stance("force_eager"):

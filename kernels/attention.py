@@ -1,24 +1,15 @@
 """The public function: forgetting attention over whole sequences, on whatever device the inputs are."""
 
-from collections.abc import Callable
-from typing import Literal, NamedTuple, overload
+from typing import Literal, overload
 
 import torch
 from torch import Tensor
 
-from .backends import HAS_TRITON
+from .backends import backend_of
 from .decay import Decay, accumulate, sequence_starts
 from .padding import hide_padding, without_padding
 from .pruning.rules import Rule, prune
-from .reference import backward_pass as reference_backward
-from .reference import forward_pass as reference_forward
-from .reference import reference_attention
 from .validation import check_gates, check_inputs, check_options, check_packing, real_tokens
-
-if HAS_TRITON:
-    from .portable.operators import backward_pass as triton_backward
-    from .portable.operators import forward_pass as triton_forward
-    from .portable.operators import supports, triton_attention
 
 
 @overload
@@ -131,46 +122,22 @@ def forgetting_attention(
         real = real_tokens(attention_mask, "[B, Tk]", (len(q), k.shape[1]), log_f.device)
         log_f = log_f.masked_fill(~real[..., None], 0.0)
     check_gates(log_f)
-    decay = _last_queries(q.shape[1], log_f, starts)
+    backend = backend_of(q)
+    queries, keys = q.shape[1], k.shape[1]
+    c, kv_start = accumulate(log_f, starts=starts, sum_gates=backend.sum_gates)
+    last = torch.arange(keys - queries, keys, device=log_f.device)
+    decay = Decay(c[..., keys - queries :], c, kv_start[..., keys - queries :], last)
     if real is not None:
         decay = hide_padding(decay, real)
         q, k, v = without_padding(q, k, v, decay, real)
     scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
     if eps is not None:
-        decay = prune(decay, q, k, eps=eps, rule=rule, scale=scale, logit_bound=logit_bound)
-    out, lse = best_attention(q)(q, k, v, decay, scale=scale, dropout=dropout)
+        search = backend.search_kv_start
+        decay = prune(decay, q, k, eps=eps, rule=rule, scale=scale, logit_bound=logit_bound, search=search)
+    out, lse = backend.attention(q, k, v, decay, scale=scale, dropout=dropout)
     results = [out]
     if return_lse:
         results.append(lse)
     if return_first:
-        first = decay.kv_start
-        results.append(first.repeat_interleave(q.shape[2] // first.shape[1], dim=1))
+        results.append(decay.kv_start.repeat_interleave(q.shape[2] // decay.kv_start.shape[1], dim=1))
     return tuple(results) if len(results) > 1 else out
-
-
-def best_attention(q: Tensor) -> Callable[..., tuple[Tensor, Tensor]]:
-    """The fastest function over a `Decay` for queries of this device, type and head size."""
-    return triton_attention if HAS_TRITON and supports(q) else reference_attention
-
-
-class Passes(NamedTuple):
-    """Attention over a `Decay` as two functions, for who takes care of gradients: see `reference`."""
-
-    forward: Callable[..., tuple[Tensor, Tensor]]
-    backward: Callable[..., tuple[Tensor, Tensor, Tensor, Tensor, Tensor]]
-
-
-REFERENCE = Passes(reference_forward, reference_backward)
-
-
-def best_passes(q: Tensor) -> Passes:
-    """As `best_attention`."""
-    return Passes(triton_forward, triton_backward) if HAS_TRITON and supports(q) else REFERENCE
-
-
-def _last_queries(queries: int, log_f: Tensor, starts: Tensor | None) -> Decay:
-    """The decay of the last ``queries`` tokens over all tokens."""
-    keys = log_f.shape[1]
-    c, first = accumulate(log_f, starts=starts)
-    last = torch.arange(keys - queries, keys, device=log_f.device)
-    return Decay(c[..., keys - queries :], c, first[..., keys - queries :], last)

@@ -1,60 +1,95 @@
-"""Where computations run: on Triton kernels or in plain PyTorch; and what all operators of this library share."""
+"""Where attention runs: in PyTorch, which is the definition, or on Triton kernels. `backend_of` chooses, once per call.
 
-import re
+Everything that depends on the device is a function of a `Backend`. The modules that implement them do not ask where
+they run, and those in PyTorch import no Triton, which has no build for macOS and Windows.
+"""
+
+from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from .decay import sum_gates
+from .pruning.rules import search_kv_start
+from .reference import backward_pass, forward_pass, reference_attention
+from .tiles import LARGEST_HEAD_DIM
+
 try:
     import triton
-except ImportError:  # no build of it for macOS and Windows
+except ImportError:
     triton = None
 
 HAS_TRITON = triton is not None
-# Triton reads the variable when a kernel is defined; and torch.compile cannot trace the reading of it.
-_INTERPRETED = HAS_TRITON and triton.knobs.runtime.interpret
-# Gluon, Triton's language below tiles, may change with any release: only those that our kernels were tried with.
-HAS_GLUON = HAS_TRITON and not _INTERPRETED and triton.__version__.startswith(("3.6.", "3.7."))
 
-# Two copies of this code can live in one process under different package names: each names its operators after its
-# own, because registering a name twice replaces the first silently. Such a name may hold ASCII only.
-NAMESPACE = re.sub(r"\W", "_", __package__ or "foxlm_kernels", flags=re.ASCII)
+if HAS_TRITON:
+    from .portable.decode import decode_attention, decodes
+    from .portable.scan import sum_gates as triton_sum_gates
+    from .pruning.search import search_kv_start as triton_search_kv_start
+    from .triton_attention import backward_pass as triton_backward_pass
+    from .triton_attention import forward_pass as triton_forward_pass
+    from .triton_attention import triton_attention
+    from .triton_common import INTERPRETED
 
-ONLY_REVERSE_MODE = (
-    "forgetting attention is differentiable once, in reverse mode by torch.autograd, and takes no part in torch.func's "
-    "transforms (fold what vmap would map over into the batch); "
-    "a model has all of them with attn_implementation='eager'"
+_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+
+
+class Backend(NamedTuple):
+    """One way to compute forgetting attention, of which functions with the same name take and return the same.
+
+    Attributes:
+        sum_gates: running sums of log gates, and the resets among them: `decay.sum_gates`.
+        search_kv_start: the first key that pruning leaves to each query: `pruning.rules.search_kv_start`.
+        attention: attention over a `Decay`, with autograd: `reference.reference_attention`.
+        forward, backward: its two passes, for a caller that takes care of gradients: `reference.forward_pass` and
+            `reference.backward_pass`.
+        decodes: whether `decode` takes ``[B, Tq, H, D]`` queries and keys of ``G`` heads, by their shapes.
+        decode: attention of few queries over a cache, without gradients: `portable.decode.decode_attention`; None where
+            `attention` is what there is for any number of queries.
+    """
+
+    sum_gates: Callable[..., tuple[Tensor, Tensor]]
+    search_kv_start: Callable[..., Tensor]
+    attention: Callable[..., tuple[Tensor, Tensor]]
+    forward: Callable[..., tuple[Tensor, Tensor]]
+    backward: Callable[..., tuple[Tensor, Tensor, Tensor, Tensor, Tensor]]
+    decodes: Callable[[Tensor, int], bool]
+    decode: Callable[..., tuple[Tensor, Tensor]] | None
+
+
+PYTORCH = Backend(
+    sum_gates=sum_gates,
+    search_kv_start=search_kv_start,
+    attention=reference_attention,
+    forward=forward_pass,
+    backward=backward_pass,
+    decodes=lambda q, kv_heads: False,
+    decode=None,
 )
+TRITON = PYTORCH
+if HAS_TRITON:
+    TRITON = Backend(
+        sum_gates=triton_sum_gates,
+        search_kv_start=triton_search_kv_start,
+        attention=triton_attention,
+        forward=triton_forward_pass,
+        backward=triton_backward_pass,
+        decodes=decodes,
+        decode=decode_attention,
+    )
 
 
-def runs_kernels(x: Tensor) -> bool:
-    """Whether Triton kernels run where ``x`` is: on an NVIDIA GPU of compute capability 8.0 or more, or interpreted."""
-    if _INTERPRETED:
+def backend_of(q: Tensor) -> Backend:
+    """The backend for queries ``q``, ``[..., D]``, or keys like them.
+
+    `TRITON` for heads of up to 256 in float16, bfloat16 or float32, on an NVIDIA GPU of compute capability 8.0 or more
+    or anywhere in Triton's interpreter, where Triton is installed; else `PYTORCH`.
+    """
+    takes = HAS_TRITON and q.dtype in _DTYPES and q.shape[-1] <= LARGEST_HEAD_DIM
+    return TRITON if takes and _runs_triton(q) else PYTORCH
+
+
+def _runs_triton(x: Tensor) -> bool:
+    if INTERPRETED:
         return True
-    if not HAS_TRITON:
-        return False
     return x.is_cuda and torch.version.cuda is not None and torch.cuda.get_device_capability(x.device) >= (8, 0)
-
-
-def rows_together(x: Tensor) -> Tensor:
-    """``x`` with consecutive elements along the last dimension, as kernels want it; copied only if need be."""
-    return x if x.stride(-1) == 1 else x.contiguous()
-
-
-def is_transformed(x: Tensor) -> bool:
-    """Whether ``x`` carries a tangent of forward mode, which operators without a rule drop without a word, or is what a
-    transform of torch.func makes of a tensor."""
-    if torch.compiler.is_compiling():
-        return False
-    return torch.func.debug_unwrap(x) is not x or torch.autograd.forward_ad.unpack_dual(x).tangent is not None
-
-
-def refuse_transforms(*inputs: Tensor | None) -> None:
-    """Raise `NotImplementedError` if an input `is_transformed`."""
-    if any(x is not None and is_transformed(x) for x in inputs):
-        raise NotImplementedError(ONLY_REVERSE_MODE)
-
-
-def refuse_second_derivative(ctx, *grads: Tensor):
-    """Autograd rule of an operator that is itself a gradient."""
-    raise NotImplementedError(ONLY_REVERSE_MODE)

@@ -9,19 +9,15 @@ A gate of exactly zero (``log f = -inf``) hides everything before its token. It 
 but a boundary, as the start of a packed sequence is, so both become the first key that a query may see.
 """
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from .backends import is_transformed, runs_kernels
-
 # Gates below exp of this count as zero, that is as hard resets. They are far below any floating-point number, and one
 # huge finite sum would cost all later differences their digits.
 LOG_ZERO_GATE = -1e4
-
-# Up to so many tokens PyTorch is as fast as kernels, and torch.compile fuses it with what is around.
-_FEW = 16
 
 
 class Decay(NamedTuple):
@@ -57,42 +53,17 @@ class Decay(NamedTuple):
         return bias.masked_fill(~visible, float("-inf"))
 
 
-def accumulate(
-    log_f: Tensor,
-    offset: int | Tensor = 0,
-    carry: tuple[Tensor, Tensor] | None = None,
-    starts: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:
-    """Sum log gates along the sequence and find the first key each token may see.
+def sum_gates(log_f: Tensor, starts: Tensor | None, no_reset: int) -> tuple[Tensor, Tensor]:
+    """Running sums of log gates, and the last reset up to each token: the definition, in PyTorch.
 
     Args:
-        log_f: ``[B, T, Hf]`` log forget gates, ``<= 0``, below -1e4 for a hard reset; summed in float64.
-        offset: index of the first of these tokens in its sequence (tokens seen before this block).
-        carry: ``(c, first)`` of the token before the block, ``[B, Hf]`` float64 and integer.
-        starts: ``[B, T]`` bool, True where a new packed sequence begins.
+        log_f: ``[B, T, Hf]`` float32 or float64.
+        starts: ``[B, T]`` bool, resets beside those of gates below -1e4; None for none.
+        no_reset: what a token without a reset gets, at most 0; 32 bits.
 
     Returns:
-        ``c`` as ``[B, Hf, T]`` float64 (differentiable in ``log_f``) and ``first`` as ``[B, Hf, T]`` int64.
+        ``[B, Hf, T]`` float64, differentiable in ``log_f``, and int64.
     """
-    unbroken = carry is None and isinstance(offset, int) and offset == 0
-    # Far enough below zero that no offset makes it an index.
-    no_reset = 0 if unbroken else -(1 << 31)
-    if runs_kernels(log_f) and log_f.shape[1] > _FEW and not is_transformed(log_f):
-        # Not before it is used: defining kernels and operators takes time.
-        from .portable.scan import sum_gates
-
-        c, first = sum_gates(log_f, starts, LOG_ZERO_GATE, no_reset)
-    else:
-        c, first = _sum_gates_in_pytorch(log_f, starts, no_reset)
-    if unbroken:
-        return c, first
-    if carry is None:
-        return c, (first + offset).clamp(min=0)
-    return c + carry[0][..., None], torch.maximum(first + offset, carry[1][..., None])
-
-
-def _sum_gates_in_pytorch(log_f: Tensor, starts: Tensor | None, no_reset: int) -> tuple[Tensor, Tensor]:
-    """As `scan.sum_gates`."""
     # Contiguous along the sequence: on an H100 a float64 cumsum across strides took 3.1 ms, along it 0.06 ms.
     log_f = log_f.transpose(1, 2).contiguous()
     resets = log_f < LOG_ZERO_GATE
@@ -101,9 +72,38 @@ def _sum_gates_in_pytorch(log_f: Tensor, starts: Tensor | None, no_reset: int) -
         c = c.cumsum(-1)
     if starts is not None:
         resets = resets | starts[:, None, :]
-    first = torch.where(resets, torch.arange(log_f.shape[-1], device=log_f.device), no_reset)
+    last_reset = torch.where(resets, torch.arange(log_f.shape[-1], device=log_f.device), no_reset)
     # cummax of an empty tensor raises
-    return c, running_max(first) if first.shape[-1] > 1 else first
+    return c, running_max(last_reset) if last_reset.shape[-1] > 1 else last_reset
+
+
+def accumulate(
+    log_f: Tensor,
+    offset: int | Tensor = 0,
+    carry: tuple[Tensor, Tensor] | None = None,
+    starts: Tensor | None = None,
+    sum_gates: Callable[..., tuple[Tensor, Tensor]] = sum_gates,
+) -> tuple[Tensor, Tensor]:
+    """Sum log gates along the sequence and find the first key each token may see.
+
+    Args:
+        log_f: ``[B, T, Hf]`` log forget gates, ``<= 0``, below -1e4 for a hard reset; summed in float64.
+        offset: index of the first of these tokens in its sequence (tokens seen before this block).
+        carry: ``(c, kv_start)`` of the token before the block, ``[B, Hf]`` float64 and integer.
+        starts: ``[B, T]`` bool, True where a new packed sequence begins.
+        sum_gates: that of the `Backend`.
+
+    Returns:
+        ``c`` as ``[B, Hf, T]`` float64 (differentiable in ``log_f``) and ``kv_start`` as ``[B, Hf, T]`` int64.
+    """
+    unbroken = carry is None and isinstance(offset, int) and offset == 0
+    # Far enough below zero that no offset makes it an index.
+    c, last_reset = sum_gates(log_f, starts, 0 if unbroken else -(1 << 31))
+    if unbroken:
+        return c, last_reset
+    if carry is None:
+        return c, (last_reset + offset).clamp(min=0)
+    return c + carry[0][..., None], torch.maximum(last_reset + offset, carry[1][..., None])
 
 
 def running_max(x: Tensor) -> Tensor:

@@ -54,6 +54,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+# Triton reads the variable when a kernel is defined; and torch.compile cannot trace the reading of it.
+INTERPRETED = triton.knobs.runtime.interpret
+# Gluon, Triton's language below tiles, may change with any release: only those that our kernels were tried with.
+HAS_GLUON = not INTERPRETED and triton.__version__.startswith(("3.6.", "3.7."))
+
 # Keys (and, backward, queries) that share one float64 base.
 BASE_BLOCK = tl.constexpr(64)
 LOG2_E = tl.constexpr(1.4426950408889634)

@@ -9,7 +9,7 @@ from numbers import Real
 import torch
 from torch import Tensor
 
-from .backends import refuse_transforms
+from .operators import refuse_transforms
 
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 

@@ -19,25 +19,17 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.modeling_utils import AttentionInterface
 from transformers.utils.generic import maybe_autocast
 
-from ..kernels.attention import REFERENCE, best_attention
-from ..kernels.backends import HAS_TRITON
-from ..kernels.context_parallel.attention import sharded_attention
-from ..kernels.context_parallel.pruning import prune_shards
+from ..kernels.backends import PYTORCH, Backend
 from ..kernels.decay import Decay
 from ..kernels.padding import without_padding
 from ..kernels.pruning.rounding import logit_margin
 from ..kernels.pruning.rules import Rule, centered, prune
-from ..kernels.reference import reference_attention
 from ..kernels.tiles import PRUNED_KEYS
 from .cache.view import CacheView
 from .configuration_fox import DEFAULT_IMPLEMENTATION
 
-if HAS_TRITON:
-    from ..kernels.portable.decode import decode_attention
-    from ..kernels.portable.decode import decodes as decode_takes
-
 if TYPE_CHECKING:
-    from ..kernels.context_parallel.group import Shards
+    from ..kernels.context_parallel.sequence import ShardedSequence
 
 
 def fox_attention_forward(
@@ -51,7 +43,8 @@ def fox_attention_forward(
     dropout: float = 0.0,
     real: Tensor | None = None,
     view: CacheView | None = None,
-    shards: "Shards | None" = None,
+    shards: "ShardedSequence | None" = None,
+    backend: Backend = PYTORCH,
 ) -> tuple[Tensor, None]:
     """The best attention for the device, with pruning. Arguments as for `reference_attention_forward`."""
     config = module.config
@@ -59,18 +52,17 @@ def fox_attention_forward(
         options = {}
         if prunes(config):
             options = {"eps": config.acp_eps, "rule": config.acp_rule, "logit_bound": _bound(module, query.dtype)}
-        return _decode(query, key, value, decay, real, view, scaling, **options), None
+        return _decode(query, key, value, decay, real, view, scaling, backend, **options), None
     q, k, v = (x.transpose(1, 2) for x in (query, key, value))
     q, k, v = without_padding(q, k, v, decay, real)
     if shards is not None:
         if prunes(config):
-            decay = pruned(module, q, k, decay, scaling, shards)
-        return sharded_attention(q, k, v, decay, shards, scale=scaling, dropout=dropout), None
-    attend = best_attention(q)
+            decay = pruned(module, q, k, decay, scaling, backend, shards)
+        return shards.attention(q, k, v, decay, scale=scaling, dropout=dropout, backend=backend), None
     # In PyTorch the search for what may be left out takes longer than leaving it out saves.
-    if attend is not reference_attention and prunes(config):
-        decay = pruned(module, q, k, decay, scaling)
-    out, _ = attend(q, k, v, decay, scale=scaling, dropout=dropout)
+    if backend is not PYTORCH and prunes(config):
+        decay = pruned(module, q, k, decay, scaling, backend)
+    out, _ = backend.attention(q, k, v, decay, scale=scaling, dropout=dropout)
     return out, None
 
 
@@ -79,8 +71,16 @@ def prunes(config: Any) -> bool:
     return config.acp_eps is not None and config.forget_gate != "none"
 
 
-def pruned(module: Any, q: Tensor, k: Tensor, decay: Decay, scaling: float, shards: "Shards | None" = None) -> Decay:
-    """`prune` by the layer's configuration, which `prunes`; with context parallelism `prune_shards`.
+def pruned(
+    module: Any,
+    q: Tensor,
+    k: Tensor,
+    decay: Decay,
+    scaling: float,
+    backend: Backend,
+    shards: "ShardedSequence | None" = None,
+) -> Decay:
+    """`prune` by the layer's configuration, which `prunes`.
 
     Args:
         module: the attention layer.
@@ -88,14 +88,16 @@ def pruned(module: Any, q: Tensor, k: Tensor, decay: Decay, scaling: float, shar
         k: ``[B, Tk, G, D]`` keys, likewise.
         decay: not of a cache.
         scaling: multiplies the logits.
+        backend: whose search it is.
         shards: with context parallelism, who has which tokens.
     """
     config = module.config
     options = {"eps": config.acp_eps, "rule": config.acp_rule, "logit_bound": _bound(module, q.dtype)}
     if shards is not None:
         keys = shards.centered(k) if _centers(config) else k
-        return prune_shards(decay, q, keys, shards, scale=scaling, **options)
-    return prune(decay, q, centered(k) if _centers(config) else k, scale=scaling, **options)
+        return shards.prune(decay, q, keys, scale=scaling, **options, backend=backend)
+    keys = centered(k) if _centers(config) else k
+    return prune(decay, q, keys, scale=scaling, **options, search=backend.search_kv_start)
 
 
 def _bound(module: Any, dtype: torch.dtype) -> Tensor | None:
@@ -107,11 +109,6 @@ def _centers(config: Any) -> bool:
     return config.qk_norm == "none" and config.acp_rule == "tight"
 
 
-def decodes(query: Tensor, key: Tensor) -> bool:
-    """Whether the kernels of decoding take ``[B, H, Tq, D]`` queries and ``[B, G, T, D]`` new keys."""
-    return HAS_TRITON and decode_takes(query.transpose(1, 2), key.transpose(1, 2))
-
-
 def _decode(
     query: Tensor,
     key: Tensor,
@@ -120,6 +117,7 @@ def _decode(
     real: Tensor | None,
     view: CacheView,
     scale: float,
+    backend: Backend,
     eps: float | None = None,
     rule: Rule = "tight",
     logit_bound: Tensor | None = None,
@@ -133,7 +131,8 @@ def _decode(
         norms = torch.linalg.vector_norm(q, dim=-1, dtype=torch.float64).amax(1)
         norms = norms * (abs(scale) * (1.0 + logit_margin(q.shape[-1], torch.float32)))
         logit_bound = norms * largest[..., 0].repeat_interleave(q.shape[2] // largest.shape[1], dim=1)
-    out, _ = decode_attention(
+    assert backend.decode is not None, "there is a view only where there is a decode"
+    out, _ = backend.decode(
         q,
         key,
         value,
@@ -161,7 +160,8 @@ def reference_attention_forward(
     dropout: float = 0.0,
     real: Tensor | None = None,
     view: CacheView | None = None,
-    shards: "Shards | None" = None,
+    shards: "ShardedSequence | None" = None,
+    backend: Backend = PYTORCH,
 ) -> tuple[Tensor, None]:
     """`reference_attention` behind transformers' signature.
 
@@ -177,14 +177,15 @@ def reference_attention_forward(
             None without padding.
         view: the cache, for few queries: ``key`` and ``value`` are then as it holds them. Only ``fox`` reads it.
         shards: with context parallelism, who has which tokens: all of the above is then of this rank's.
+        backend: where ``fox`` runs; the others run in PyTorch.
 
     Returns:
         ``[B, Tq, H, D]`` and None: the weights are never held.
     """
     q, k, v = (x.transpose(1, 2) for x in (query, key, value))
     if shards is not None:
-        return sharded_attention(q, k, v, decay, shards, scale=scaling, dropout=dropout, passes=REFERENCE), None
-    out, _ = reference_attention(q, k, v, decay, scale=scaling, dropout=dropout)
+        return shards.attention(q, k, v, decay, scale=scaling, dropout=dropout, backend=PYTORCH), None
+    out, _ = PYTORCH.attention(q, k, v, decay, scale=scaling, dropout=dropout)
     return out, None
 
 
@@ -199,7 +200,8 @@ def eager_attention_forward(
     dropout: float = 0.0,
     real: Tensor | None = None,
     view: CacheView | None = None,
-    shards: "Shards | None" = None,
+    shards: "ShardedSequence | None" = None,
+    backend: Backend = PYTORCH,
 ) -> tuple[Tensor, Tensor]:
     """Attention written out, as `reference_attention_forward`; returns the weights ``[B, H, Tq, Tk]`` too."""
     query, key, value = _without_padding(query, key, value, decay, real)
@@ -225,7 +227,8 @@ def sdpa_forward(
     dropout: float = 0.0,
     real: Tensor | None = None,
     view: CacheView | None = None,
-    shards: "Shards | None" = None,
+    shards: "ShardedSequence | None" = None,
+    backend: Backend = PYTORCH,
 ) -> tuple[Tensor, None]:
     """transformers' own SDPA function with the decay as its mask. Arguments as for `reference_attention_forward`."""
     output_dtype = query.dtype

@@ -7,7 +7,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 if TYPE_CHECKING:
-    from ..kernels.context_parallel.group import Shards
+    from ..kernels.context_parallel.sequence import ShardedSequence
+
 
 _IGNORED = -100
 
@@ -86,7 +87,7 @@ def loss_in_chunks(
 
 
 def targets_of_shard(
-    shards: "Shards",
+    shards: "ShardedSequence",
     labels: Tensor,
     shift_labels: Tensor | None = None,
     num_items_in_batch: Tensor | int | None = None,

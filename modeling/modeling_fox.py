@@ -49,7 +49,8 @@ from .parallel.tensor_parallel import check_processes, check_tensor_parallel, lo
 from .token_layout import token_layout
 
 if TYPE_CHECKING:
-    from ..kernels.context_parallel.group import ContextParallel, Shards
+    from ..kernels.context_parallel.group import ContextParallel
+    from ..kernels.context_parallel.sequence import ShardedSequence
 
 
 class FoxPreTrainedModel(PreTrainedModel):
@@ -335,13 +336,14 @@ class FoxModel(FoxPreTrainedModel):
 
     def _steps_in_graph(self, cache: FoxPagedCache, tokens: tuple[int, int]) -> bool:
         """Whether the kernels of decoding take these tokens: the rest of what pages need waits for the device."""
-        from .attention_backends import decodes
+        from ..kernels.backends import backend_of
 
         heads, kv_heads, head_dim = self.config.heads
-        q, k = (self.norm.weight[:1].expand(tokens[0], x, tokens[1], head_dim) for x in (heads, kv_heads))
-        return cache.is_initialized and self.config._attn_implementation == "fox" and decodes(q, k)
+        q = self.norm.weight[:1].expand(*tokens, heads, head_dim)
+        runs_fox = cache.is_initialized and self.config._attn_implementation == DEFAULT_IMPLEMENTATION
+        return runs_fox and backend_of(q).decodes(q, kv_heads)
 
-    def _shards(self, context: "ContextParallel", length: int, cache: Cache | None) -> "Shards":
+    def _shards(self, context: "ContextParallel", length: int, cache: Cache | None) -> "ShardedSequence":
         if cache is not None:
             raise ValueError(
                 f"{CACHE} must be None with context parallelism, which is for whole sequences; "

@@ -14,7 +14,7 @@ from .configuration_fox import LAYER_TYPE
 from .versions import CACHE
 
 if TYPE_CHECKING:
-    from ..kernels.context_parallel.group import Shards
+    from ..kernels.context_parallel.sequence import ShardedSequence
 
 
 class TokenLayout(NamedTuple):
@@ -35,10 +35,10 @@ class TokenLayout(NamedTuple):
     real_keys: Tensor | None
     starts: Tensor | None
     slots: Tensor
-    shards: "Shards | None" = None
+    shards: "ShardedSequence | None" = None
     real_everywhere: Tensor | None = None
 
-    def shard(self, shards: "Shards") -> "TokenLayout":
+    def shard(self, shards: "ShardedSequence") -> "TokenLayout":
         """What of it is this rank's."""
         real, starts = (None if x is None else shards.take(x) for x in (self.real, self.starts))
         positions = shards.take(self.positions, dim=0)

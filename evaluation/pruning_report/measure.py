@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from foxlm.kernels.backends import runs_kernels
+from foxlm.kernels.backends import PYTORCH, backend_of
 from foxlm.kernels.pruning.rules import Rule, share_skipped
 from foxlm.modeling.cache.paged import LogitBounds
 
@@ -167,7 +167,7 @@ def first_kept_by_model(layer: AttentionInputs, log_eps: float, rule: Rule) -> T
 
 def _first_in_tiles(layer: AttentionInputs, kept: Tensor, log_eps: float, rule: Rule, proven: ProvenBounds) -> Tensor:
     """First key that attention reads for each query, ``[H, T]``."""
-    if runs_kernels(layer.q) or proven.first.any():
+    if backend_of(layer.q) is not PYTORCH or proven.first.any():
         return first_read(layer, log_eps, rule)[0]
     return in_tiles(kept)
 

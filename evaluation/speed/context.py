@@ -22,7 +22,8 @@ import typer
 from torch import Tensor
 
 from foxlm.kernels.context_parallel.api import context_parallel_attention
-from foxlm.kernels.context_parallel.group import ContextParallel, Shards
+from foxlm.kernels.context_parallel.group import ContextParallel
+from foxlm.kernels.context_parallel.shards import Shards
 from foxlm.kernels.pruning.rules import Rule
 
 from ..results import write_whole

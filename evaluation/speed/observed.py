@@ -59,15 +59,18 @@ def _observed(model: PreTrainedModel, share: Callable[[Decay], float]) -> Iterat
     name = model.config._attn_implementation
     attend = ALL_ATTENTION_FUNCTIONS[name]
 
-    def observing(module, query, key, value, attention_mask, *, decay, scaling, **kwargs):
+    def observing(module, query, key, value, attention_mask, *, decay, scaling, backend, **kwargs):
         q, k = query.transpose(1, 2), key.transpose(1, 2)
         for rule in RULES:
             bound = module.logit_bound(query.dtype) if rule == "paper" else None
             # As in `fox_attention_forward`; a decoding step does not center what is in its cache.
             centers = rule == "tight" and module.config.qk_norm == "none" and q.shape[1] == k.shape[1]
             keys = centered(k) if centers else k
-            shares[rule].append(share(prune(decay, q, keys, eps=EPS, rule=rule, scale=scaling, logit_bound=bound)))
-        return attend(module, query, key, value, attention_mask, decay=decay, scaling=scaling, **kwargs)
+            options = {"eps": EPS, "rule": rule, "scale": scaling, "logit_bound": bound}
+            shares[rule].append(share(prune(decay, q, keys, **options, search=backend.search_kv_start)))
+        return attend(
+            module, query, key, value, attention_mask, decay=decay, scaling=scaling, backend=backend, **kwargs
+        )
 
     ALL_ATTENTION_FUNCTIONS[name] = observing
     try:

@@ -5,7 +5,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from foxlm.kernels.attention import best_attention, forgetting_attention
+from foxlm.kernels.attention import forgetting_attention
+from foxlm.kernels.backends import backend_of
 from foxlm.kernels.decay import Decay, accumulate
 from foxlm.kernels.pruning.rules import Rule, prune
 
@@ -52,8 +53,8 @@ def own(rule: Rule | None) -> Implementation:
 
 def _attend_as_model(q: Tensor, k: Tensor, v: Tensor, log_f: Tensor, inputs: Inputs, rule: Rule) -> Tensor:
     """As a model without QK-norm does it, whose centered keys the public function does not know."""
-    decay = _search(_decay(log_f), inputs._replace(q=q, k=k), rule)
-    return best_attention(q)(q, k, v, decay, scale=inputs.scale, dropout=0.0)[0]
+    decay = _search(_decay(q, log_f), inputs._replace(q=q, k=k), rule)
+    return backend_of(q).attention(q, k, v, decay, scale=inputs.scale, dropout=0.0)[0]
 
 
 @torch.no_grad()
@@ -66,18 +67,19 @@ def _first_kept(inputs: Inputs, rule: Rule) -> Tensor:
 
 
 def _boundary_search(inputs: Inputs, rule: Rule) -> Callable[[], Decay]:
-    decay = _decay(inputs.log_f)
+    decay = _decay(inputs.q, inputs.log_f)
     return lambda: _search(decay, inputs, rule)
 
 
 def _search(decay: Decay, inputs: Inputs, rule: Rule) -> Decay:
     options = {"logit_bound": None, **pruning_options(inputs, rule)}
-    return prune(decay, inputs.q, inputs.searched_keys(rule), scale=inputs.scale, **options)
+    search = backend_of(inputs.q).search_kv_start
+    return prune(decay, inputs.q, inputs.searched_keys(rule), scale=inputs.scale, **options, search=search)
 
 
-def _decay(log_f: Tensor) -> Decay:
-    c, first = accumulate(log_f)
-    return Decay(c, c, first, torch.arange(c.shape[-1], device=c.device))
+def _decay(q: Tensor, log_f: Tensor) -> Decay:
+    c, kv_start = accumulate(log_f, sum_gates=backend_of(q).sum_gates)
+    return Decay(c, c, kv_start, torch.arange(c.shape[-1], device=c.device))
 
 
 OWN = tuple(own(rule) for rule in (None, *RULES))

@@ -2,13 +2,12 @@
 
 from torch import Tensor
 
+from ..backends import backend_of
 from ..decay import Decay, sequence_starts
-from ..padding import hide_keys, mask_rows, without_padding
+from ..padding import without_padding
 from ..pruning.rules import Rule
 from ..validation import check_gates, check_inputs, check_options, check_packing, real_tokens
-from .attention import sharded_attention
 from .group import ContextParallel
-from .pruning import prune_shards
 
 
 def context_parallel_attention(
@@ -66,13 +65,13 @@ def context_parallel_attention(
         real = shards.take(real_tokens(attention_mask, "[B, length]", (len(q), length), q.device))
         log_f = log_f.masked_fill(~real[..., None], 0.0)
     check_gates(log_f)
-    c, first = shards.accumulate(log_f, starts)
-    decay = Decay(c, c, first, shards.tables(q.device).positions)
+    backend = backend_of(q)
+    c, kv_start = shards.accumulate(log_f, starts, backend)
+    decay = Decay(c, c, kv_start, shards.tables(q.device).positions)
     if real is not None:
-        # What padding stands further left, other ranks know: no row starts later for it.
-        decay = mask_rows(hide_keys(decay, real), real)
+        decay = shards.hide_padding(decay, real)
         q, k, v = without_padding(q, k, v, decay, real)
     scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
     if eps is not None:
-        decay = prune_shards(decay, q, k, shards, eps=eps, rule=rule, scale=scale, logit_bound=logit_bound)
-    return sharded_attention(q, k, v, decay, shards, scale=scale, dropout=dropout)
+        decay = shards.prune(decay, q, k, eps=eps, rule=rule, scale=scale, logit_bound=logit_bound, backend=backend)
+    return shards.attention(q, k, v, decay, scale=scale, dropout=dropout, backend=backend)

@@ -1,27 +1,26 @@
 """Forgetting attention of a sequence that lies on several ranks: each has the queries of its tokens.
 
-Its work is cut into tasks (`sharded_tasks`) that ordinary kernels compute. Each query of a head is computed by one
-task over all keys that it keeps, so nothing is combined or rescaled, and results are those of one device but for the
-order of sums within tiles. Forward begins with the tasks that need no other rank; backward ends with them, while the
-gradients of fetched keys are on their way home.
+Its work is cut into tasks (`schedule`) that ordinary kernels compute. Each query of a head is computed by one task over
+all keys that it keeps, so nothing is combined or rescaled, and results are those of one device but for the order of
+sums within tiles. Forward begins with the local tasks, which need no other rank; backward ends with them, while the
+gradients of fetched keys travel back to their ranks.
 """
 
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
 
-from ..attention import Passes, best_passes
-from ..backends import HAS_TRITON, ONLY_REVERSE_MODE, rows_together, runs_kernels
+from ..backends import Backend
 from ..decay import Decay
+from ..operators import ONLY_REVERSE_MODE, maybe_contiguous
 from .exchange import Exchange, Fetch, Packed
-from .group import Shards
-from .row_copy import Rows, copy_rows
+from .row_copy import Rows
 from .schedule import Placed, Plan
+from .shards import Shards
 
-if HAS_TRITON:
-    from .kernels import window_first_on_device
-
+if TYPE_CHECKING:
+    from .backends import ContextBackend
 
 # Bytes of a rank's keys and values. Of fewer, what is fetched is there before the host has the next task ready.
 _WORTH_HIDING = 1 << 29
@@ -35,7 +34,7 @@ class _Tensors(NamedTuple):
     v: Tensor
     c_q: Tensor
     c_k: Tensor
-    first: Tensor
+    kv_start: Tensor
 
     def gates(self) -> int:
         """Of a key/value head."""
@@ -61,54 +60,62 @@ class _Inputs(NamedTuple):
     decay: Decay
 
 
-def _inputs(x: _Tensors, placed: Placed, packed: Packed | None, shards: Shards) -> _Inputs:
+def _inputs(x: _Tensors, placed: Placed, packed: Packed | None, shards: Shards, ops: "ContextBackend") -> _Inputs:
     task = placed.task
     q, c_q = x.q[:, task.rows], x.c_q[..., task.rows]
     width, queries = task.stop - task.start, task.rows.stop - task.rows.start
     if placed.of_query is not None and placed.of_gate is not None:
         q, c_q = q.index_select(2, placed.of_query), c_q.index_select(1, placed.of_gate)
-    first = x.first[..., task.rows]
+    kv_start = x.kv_start[..., task.rows]
     if task.start or placed.of_query is not None or placed.crossing is not None:
-        find = window_first_on_device if runs_kernels(q) else _window_first_in_pytorch
-        first = find(first, task.start, width, placed.of_query, placed.crossing, placed.edge)
-    if task.inside:
+        kv_start = ops.window_kv_start(kv_start, task.start, width, placed.of_query, placed.crossing, placed.halo)
+    if task.local:
         keys = slice(placed.rows.start, task.rows.stop)
         k, v, c_k = x.k[:, keys], x.v[:, keys], x.c_k[..., keys]
     else:
-        k, v, c_k = _window(x, placed, packed)
-    return _Inputs(q, k, v, Decay(c_q, c_k, first, shards.tables(q.device).tokens[width - queries : width]))
+        k, v, c_k = _window(x, placed, packed, ops)
+    return _Inputs(q, k, v, Decay(c_q, c_k, kv_start, shards.tables(q.device).tokens[width - queries : width]))
 
 
-def _window_first_in_pytorch(
-    first: Tensor, start: int, width: int, heads: Tensor | None, crossing: Tensor | None, edge: int
+def window_kv_start(
+    kv_start: Tensor, start: int, width: int, heads: Tensor | None, crossing: Tensor | None, halo: int
 ) -> Tensor:
-    """As `window_first_on_device`."""
+    """First key of each query among those of a window, ``[B, heads, L]`` int64.
+
+    Args:
+        kv_start: ``[B, H, L]`` int64 in tokens of the sequence.
+        start, width: of the window, in tokens of the sequence.
+        heads: which of them; None for all.
+        crossing: ``[B, G]``, how many leading queries look beyond the segment. Rows of query heads of which more than
+            ``halo`` do are fully masked. None if no row is.
+        halo: how many may.
+    """
     if heads is not None:
-        first = first.index_select(1, heads)
-    first = (first - start).clamp_(min=0)
+        kv_start = kv_start.index_select(1, heads)
+    kv_start = (kv_start - start).clamp_(min=0)
     if crossing is not None:
-        left_out = (crossing.amax(0) > edge).repeat_interleave(first.shape[1] // crossing.shape[1])
-        first.masked_fill_(left_out[:, None], width)
-    return first
+        left_out = (crossing.amax(0) > halo).repeat_interleave(kv_start.shape[1] // crossing.shape[1])
+        kv_start.masked_fill_(left_out[:, None], width)
+    return kv_start
 
 
-def _window(x: _Tensors, placed: Placed, packed: Packed | None) -> tuple[Tensor, Tensor, Tensor]:
+def _window(x: _Tensors, placed: Placed, packed: Packed | None, ops: "ContextBackend") -> tuple[Tensor, Tensor, Tensor]:
     """Keys, values ``[B, W, heads, D]`` and sums ``[B, gates, W]`` of a task; what nobody needs is zero and hidden."""
     batch, _, _, size = x.k.shape
     width = placed.task.stop - placed.task.start
     k, v = x.k.new_zeros(2, batch, width, placed.heads, size).unbind()
     c = x.c_k.new_full((batch, placed.heads * x.gates(), width), float("inf"))
     window = _as_rows(k, v, c)
-    copy_rows(_as_rows(x.k, x.v, x.c_k), window, placed.own)
+    ops.copy_rows(_as_rows(x.k, x.v, x.c_k), window, placed.own)
     if packed is not None:
-        copy_rows(packed.rows(), window, placed.received)
+        ops.copy_rows(packed.rows(), window, placed.received)
     return k, v, c
 
 
 class _ShardedAttention(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, q, k, v, c_q, c_k, first, shards, passes, scale, dropout):
-        x = _Tensors(q, k, v, c_q, c_k, first)
+    def forward(ctx, q, k, v, c_q, c_k, kv_start, shards, backend, ops, scale, dropout):
+        x = _Tensors(q, k, v, c_q, c_k, kv_start)
         out = torch.empty_like(q, memory_format=torch.contiguous_format)
         lse: Tensor | None = None
         seeds = []
@@ -117,33 +124,34 @@ class _ShardedAttention(torch.autograd.Function):
             nonlocal lse
             seed = torch.randint(2**62, (), dtype=torch.int64, device=q.device) if dropout > 0.0 else None
             seeds.append(seed)
-            result, sums = passes.forward(*_inputs(x, placed, packed, shards), scale, dropout, seed)
+            result, sums = backend.forward(*_inputs(x, placed, packed, shards, ops), scale, dropout, seed)
             if lse is None:
                 lse = sums.new_empty(q.shape[0], q.shape[2], q.shape[1])
             _put(out, result, placed, token_dim=1)
             _put(lse, sums, placed, token_dim=2)
 
-        plan = Plan(first, k.shape[2], x.gates(), shards)
-        # All of them are under way while the host learns what is needed. Where there is more to fetch some are kept for
-        # when rows are on their way, so they are at least two; but what is dropped depends on how the work is cut, and
-        # backward must drop the same.
+        plan = Plan(kv_start, k.shape[2], x.gates(), shards, ops.find_needs)
+        # All of them run while metadata come to the host. Where there is much to fetch some are left for when rows are
+        # on their way, so they are at least two; but dropout depends on how the work is cut, and backward must drop the
+        # same weights.
         hides = x.k.nbytes + x.v.nbytes > _WORTH_HIDING
-        inside = plan.inside(parts=2 if hides and len(shards.segments) == 1 and dropout == 0.0 else 1)
-        at_once = (len(inside) + 1) // 2 if hides else len(inside)
-        for placed in inside[:at_once]:
+        local = plan.local(parts=2 if hides and len(shards.segments) == 1 and dropout == 0.0 else 1)
+        at_once = (len(local) + 1) // 2 if hides else len(local)
+        for placed in local[:at_once]:
             run(placed, None)
-        plan.learn()
+        plan.complete()
         exchange = None
         if not plan.fetch.idle:
-            exchange = Exchange(_pack(x, plan.fetch), plan.fetch.sent, plan.fetch.received, shards)
-        for placed in inside[at_once:]:
+            exchange = Exchange(_pack(x, plan.fetch, ops), plan.fetch.sent, plan.fetch.received, shards)
+        for placed in local[at_once:]:
             run(placed, None)
         packed = None if exchange is None else exchange.wait()
         for placed in plan.others:
             run(placed, packed)
         _count(plan, x, shards)
         ctx.save_for_backward(*x, out, lse, *seeds, *(packed or ()))
-        ctx.plan, ctx.passes, ctx.scale, ctx.dropout, ctx.calls = plan, passes, scale, dropout, len(seeds)
+        ctx.plan, ctx.backend, ctx.ops, ctx.scale, ctx.dropout = plan, backend, ops, scale, dropout
+        ctx.calls = len(seeds)
         return out
 
     @staticmethod
@@ -156,42 +164,42 @@ class _ShardedAttention(torch.autograd.Function):
         saved = ctx.saved_tensors
         x, (out, lse), seeds = _Tensors(*saved[:6]), saved[6:8], saved[8 : 8 + ctx.calls]
         packed = None if plan.fetch.idle else Packed(*saved[8 + ctx.calls :])
-        inside = plan.inside()
-        gradients = _Gradients(x, packed, plan, inside)
+        local = plan.local()
+        gradients = _Gradients(x, packed, plan, local, ctx.ops)
 
         def run(placed: Placed, seed: Tensor | None) -> None:
-            inputs = _inputs(x, placed, packed, plan.shards)
+            inputs = _inputs(x, placed, packed, plan.shards, ctx.ops)
             d, o = (_get(y, placed, token_dim=1) for y in (d_out, out))
             sums = _get(lse, placed, token_dim=2).contiguous()
-            gradients.add(placed, *ctx.passes.backward(d, *inputs, o, sums, ctx.scale, ctx.dropout, seed))
+            gradients.add(placed, *ctx.backend.backward(d, *inputs, o, sums, ctx.scale, ctx.dropout, seed))
 
         for placed, seed in zip(plan.others, seeds[ctx.calls - len(plan.others) :], strict=True):
             run(placed, seed)
         exchange = None
         if gradients.packed is not None:
-            # Home, to the ranks that they came from.
+            # Back to the ranks that the keys came from.
             exchange = Exchange(gradients.packed, plan.fetch.received, plan.fetch.sent, plan.shards)
-        for placed, seed in zip(inside, seeds, strict=False):
+        for placed, seed in zip(local, seeds, strict=False):
             run(placed, seed)
         gradients.finish(exchange)
-        return gradients.q, gradients.k, gradients.v, gradients.c_q, gradients.c_k, None, None, None, None, None
+        return gradients.q, gradients.k, gradients.v, gradients.c_q, gradients.c_k, *[None] * 6
 
 
-def _pack(x: _Tensors, fetch: Fetch) -> Packed:
+def _pack(x: _Tensors, fetch: Fetch, ops: "ContextBackend") -> Packed:
     """The rows that others need."""
     count, size = sum(fetch.sent), x.k.shape[-1]
     packed = Packed(x.k.new_empty(count, 2, size), x.c_k.new_empty(count, x.gates()))
-    copy_rows(_as_rows(x.k, x.v, x.c_k), packed.rows(), fetch.runs)
+    ops.copy_rows(_as_rows(x.k, x.v, x.c_k), packed.rows(), fetch.runs)
     return packed
 
 
 def _count(plan: Plan, x: _Tensors, shards: Shards) -> None:
-    """Add what was fetched to the group's `Traffic`."""
+    """Add what was fetched to the `CommunicationVolume`."""
     batch, tokens, kv_heads, size = x.k.shape
     row_bytes = 2 * size * x.k.element_size()
-    traffic = shards.context.traffic
-    traffic.moved += sum(plan.fetch.received) * (row_bytes + x.gates() * x.c_k.element_size())
-    traffic.ring += (shards.split.length - tokens) * batch * kv_heads * row_bytes
+    volume = shards.volume
+    volume.moved += sum(plan.fetch.received) * (row_bytes + x.gates() * x.c_k.element_size())
+    volume.ring += (shards.split.length - tokens) * batch * kv_heads * row_bytes
 
 
 def _get(x: Tensor, placed: Placed, token_dim: int) -> Tensor:
@@ -211,11 +219,13 @@ def _put(whole: Tensor, x: Tensor, placed: Placed, token_dim: int) -> None:
 
 
 class _Gradients:
-    """Sums of what tasks find. Inside ones write whole segments, so they come first: what others found waits."""
+    """Sums of what tasks find. Local ones write whole segments, so they come first: what others found waits."""
 
-    def __init__(self, x: _Tensors, packed: Packed | None, plan: Plan, inside: list[Placed]) -> None:
-        self._plan = plan
-        covered = len(inside) == len(plan.shards.segments)
+    def __init__(
+        self, x: _Tensors, packed: Packed | None, plan: Plan, local: list[Placed], ops: "ContextBackend"
+    ) -> None:
+        self._plan, self._copy_rows = plan, ops.copy_rows
+        covered = len(local) == len(plan.shards.segments)
         make = torch.empty_like if covered else torch.zeros_like
         self.k, self.v = (make(y, memory_format=torch.contiguous_format) for y in (x.k, x.v))
         self.q = torch.empty_like(x.q, memory_format=torch.contiguous_format)
@@ -231,14 +241,14 @@ class _Gradients:
             self.c_q[..., task.rows] += dc_q
         else:
             self.c_q[..., task.rows].index_add_(1, placed.of_gate, dc_q)
-        if task.inside:
+        if task.local:
             self.q[:, task.rows] = dq
             self.k[:, placed.rows], self.v[:, placed.rows] = dk, dv
             self.c_k[..., placed.rows] += dc_k
             return
         found = _as_rows(dk, dv, dc_k)
         if self.packed is not None:
-            copy_rows(found, self.packed.rows(), placed.received, add=True, back=True)
+            self._copy_rows(found, self.packed.rows(), placed.received, add=True, back=True)
         self._waiting.append((placed, dq, found))
 
     def finish(self, exchange: Exchange | None) -> None:
@@ -246,12 +256,12 @@ class _Gradients:
         whole = _as_rows(self.k, self.v, self.c_k)
         for placed, dq, found in self._waiting:
             _put(self.q, dq, placed, token_dim=1)
-            copy_rows(found, whole, placed.own, add=True, back=True)
+            self._copy_rows(found, whole, placed.own, add=True, back=True)
         if exchange is not None:
             rows, runs = exchange.wait().rows(), self._plan.fetch.runs
             # One rank after the other: of one, no row comes twice, so the order of additions is always the same.
             for part in self._plan.fetch.of_rank:
-                copy_rows(rows, whole, runs.part(part), add=True, back=True)
+                self._copy_rows(rows, whole, runs.part(part), add=True, back=True)
 
 
 @torch.compiler.disable
@@ -261,33 +271,35 @@ def sharded_attention(
     v: Tensor,
     decay: Decay,
     shards: Shards,
+    backend: Backend,
+    ops: "ContextBackend",
     *,
     scale: float,
     dropout: float = 0.0,
-    passes: Passes | None = None,
 ) -> Tensor:
     """Forgetting attention of this rank's queries over the keys of all ranks; differentiable as `reference_attention`.
 
-    All ranks of the group call it together. Waits for the device once, to learn what is needed.
+    All ranks of the group call it together. Synchronises with the device once, for the metadata exchange.
 
     Args:
         q: ``[B, T, H, D]`` queries of this rank's tokens.
         k, v: ``[B, T, G, D]`` its keys and values.
-        decay: of its tokens, with running sums, ``first`` and ``last`` of the whole sequence, and what may be left out
-            left out (`sharded_pruning`): it is what need not be fetched.
+        decay: of its tokens, with running sums, ``kv_start`` and ``last`` of the whole sequence, and pruned where keys
+            may be left out (`prune_shards`): they need not be fetched then.
         shards: who has which tokens.
+        backend: what computes each task.
+        ops: what moves rows between tasks and ranks.
         scale: multiplies ``q . k``.
         dropout: probability of dropping an attention weight.
-        passes: what computes each task; `best_passes` by default.
 
     Returns:
         ``[B, T, H, D]`` in the type of ``q``.
     """
     kv_heads, heads = k.shape[2], q.shape[2]
-    c_q, c_k, first = decay.query, decay.key, decay.kv_start
+    c_q, c_k, kv_start = decay.query, decay.key, decay.kv_start
     if c_k.shape[1] == 1:
         c_q, c_k = c_q.expand(-1, kv_heads, -1), c_k.expand(-1, kv_heads, -1)
-    if first.shape[1] != heads:
-        first = first.repeat_interleave(heads // first.shape[1], dim=1)
-    k, v = rows_together(k), rows_together(v)
-    return _ShardedAttention.apply(q, k, v, c_q, c_k, first, shards, passes or best_passes(q), scale, dropout)
+    if kv_start.shape[1] != heads:
+        kv_start = kv_start.repeat_interleave(heads // kv_start.shape[1], dim=1)
+    k, v = maybe_contiguous(k), maybe_contiguous(v)
+    return _ShardedAttention.apply(q, k, v, c_q, c_k, kv_start, shards, backend, ops, scale, dropout)

@@ -1,11 +1,12 @@
 """What attention on one rank must have of the keys and values of others, and how it gets there.
 
-A query keeps the keys from some first one to its own. So of a segment before its own, a head needs the tokens from the
-first key that any of its later queries on that rank keeps to the end: a few next to the border for a head that forgets,
-nothing of segments further back, all of them for a head that remembers. Every rank knows what everybody needs from a
-small table; so each sends, for each head and segment, exactly those rows, and nobody asks.
+A query keeps the keys from its ``kv_start`` to its own. So of an earlier segment a head needs the tokens from the least
+``kv_start`` of its later queries on that rank to the end: a few next to the border for a head that forgets, nothing of
+segments further back, all of them for a head that remembers. A small exchange of metadata tells every rank what every
+other needs; so each sends, for each head and segment, exactly those rows, without a request.
 """
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import numpy as np
@@ -13,51 +14,49 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ..backends import HAS_TRITON, runs_kernels
-from .group import Shards
 from .row_copy import Place, Rows, Runs
-
-if HAS_TRITON:
-    from .kernels import needs_on_device
+from .shards import Shards
 
 
 class Needs(NamedTuple):
-    """Known on the host.
+    """What the queries of each segment need, known on the host.
 
     Attributes:
-        first: ``[segments, B, G]`` int64, first token that a query of each segment keeps for a key/value head.
+        kv_start: ``[segments, B, G]`` int64, first token that a query of each segment keeps for a key/value head.
         crossing: ``[segments of this rank, B, G]`` int64, how many leading queries keep a key before the segment.
     """
 
-    first: np.ndarray
+    kv_start: np.ndarray
     crossing: np.ndarray
 
 
-class Question:
+class MetadataExchange:
     """What every segment needs, on its way to the host: the device goes on with other work meanwhile."""
 
-    def __init__(self, first: Tensor, kv_heads: int, shards: Shards) -> None:
+    def __init__(
+        self, kv_start: Tensor, kv_heads: int, shards: Shards, find_needs: Callable[..., tuple[Tensor, Tensor]]
+    ) -> None:
         """
         Args:
-            first: ``[B, H, T]`` int64 in tokens of the sequence, beyond its own for a query that sees nothing.
+            kv_start: ``[B, H, T]`` int64 in tokens of the sequence, beyond its own for a fully masked row.
             kv_heads: number of key/value heads.
             shards: who has which tokens.
+            find_needs: that of the `ContextBackend`.
         """
-        find = needs_on_device if runs_kernels(first) else _needs_in_pytorch
-        least, crossing = find(first, kv_heads, shards)
+        least, crossing = find_needs(kv_start, kv_heads, shards)
         #: Of each segment of this rank, how many leading queries keep a key before it, ``[segments, B, G]``.
         self.crossing = crossing
         self._split = shards.split
         found = shards.gather(least)
         self._host, self._copied = [found, crossing], None
-        if first.is_cuda:
+        if kv_start.is_cuda:
             self._host = [torch.empty(x.shape, dtype=x.dtype, pin_memory=True) for x in (found, crossing)]
             for host, x in zip(self._host, (found, crossing), strict=True):
                 host.copy_(x, non_blocking=True)
-            self._copied = torch.cuda.current_stream(first.device).record_event()
+            self._copied = torch.cuda.current_stream(kv_start.device).record_event()
 
-    def answer(self) -> Needs:
-        """Wait until it is here."""
+    def wait(self) -> Needs:
+        """What every segment needs, when it has come: synchronises with the device."""
         if self._copied is not None:
             self._copied.synchronize()
         found, crossing = (x.numpy() for x in self._host)
@@ -65,15 +64,20 @@ class Question:
         return Needs(found[ranks, self._split.slots], crossing)
 
 
-def _needs_in_pytorch(first: Tensor, kv_heads: int, shards: Shards) -> tuple[Tensor, Tensor]:
-    """As `needs_on_device`."""
-    first = first.unflatten(1, (kv_heads, -1)).amin(2)
-    least = first.new_zeros(shards.split.most_segments, *first.shape[:2])
+def find_needs(kv_start: Tensor, kv_heads: int, shards: Shards) -> tuple[Tensor, Tensor]:
+    """What the queries of each segment of this rank need, from their first keys ``[B, H, T]`` int64.
+
+    Returns:
+        ``[segments, B, G]`` int64 each: first token that one of them keeps, with room for as many segments as any rank
+        has; and how many leading ones keep a key before the segment.
+    """
+    kv_start = kv_start.unflatten(1, (kv_heads, -1)).amin(2)
+    least = kv_start.new_zeros(shards.split.most_segments, *kv_start.shape[:2])
     crossing = []
     for slot, ((_, start, stop), rows) in enumerate(zip(shards.segments, shards.rows, strict=True)):
-        part = first[..., rows]
+        part = kv_start[..., rows]
         least[slot] = part.amin(-1).clamp(max=start)
-        count = torch.arange(1, stop - start + 1, device=first.device)
+        count = torch.arange(1, stop - start + 1, device=kv_start.device)
         crossing.append(torch.where(part < start, count, 0).amax(-1))
     return least, torch.stack(crossing)
 
@@ -114,7 +118,7 @@ class Fetch(NamedTuple):
 def plan_fetch(needs: Needs, shards: Shards) -> Fetch:
     """Who sends what to whom."""
     split, me = shards.split, shards.rank
-    _, batch, kv_heads = needs.first.shape
+    _, batch, kv_heads = needs.kv_start.shape
     batches, heads = np.arange(batch)[:, None], np.arange(kv_heads)
     runs: list[Runs] = []
     of_rank: list[slice] = []
@@ -124,7 +128,7 @@ def plan_fetch(needs: Needs, shards: Shards) -> Fetch:
         for i, segment, own in zip(shards.own, shards.segments, shards.rows, strict=True):
             if rank == me:
                 break
-            kept = _kept_of(needs.first, i, rank, shards)
+            kept = _kept_of(needs.kv_start, i, rank, shards)
             count = segment.stop - kept
             source = Place(batches, own.start + kept - segment.start, heads)
             runs.append(Runs.between(source, Place(0, _rows_after(end, count), 0), count))
@@ -136,13 +140,13 @@ def plan_fetch(needs: Needs, shards: Shards) -> Fetch:
     for source_rank in range(split.ranks):
         for i, segment in enumerate(split.segments):
             if segment.rank == source_rank != me:
-                kept = _kept_of(needs.first, i, me, shards)
+                kept = _kept_of(needs.kv_start, i, me, shards)
                 count = segment.stop - kept
                 segments.append(Received(segment.stop, kept, _rows_after(end, count)))
                 received[source_rank] += int(count.sum())
                 end += int(count.sum())
     # What stands before a segment is on another rank.
-    before_segment = needs.first.min((1, 2)) < [segment.start for segment in split.segments]
+    before_segment = needs.kv_start.min((1, 2)) < [segment.start for segment in split.segments]
     return Fetch(Runs.joined(runs), of_rank, sent, received, segments, not before_segment.any())
 
 
@@ -151,13 +155,13 @@ def _rows_after(row: int, count: np.ndarray) -> np.ndarray:
     return row + (np.cumsum(count) - count.ravel()).reshape(count.shape)
 
 
-def _kept_of(first: np.ndarray, i: int, rank: int, shards: Shards) -> np.ndarray:
+def _kept_of(kv_start: np.ndarray, i: int, rank: int, shards: Shards) -> np.ndarray:
     """First token of segment ``i`` that ``rank`` needs, ``[B, G]``; one past the last if it needs none."""
     owner, start, stop = shards.split.segments[i]
     later = [j for j, segment in enumerate(shards.split.segments) if segment.rank == rank and j > i]
     if rank == owner or not later:
-        return np.full(first.shape[1:], stop)
-    return first[later].min(0).clip(start, stop)
+        return np.full(kv_start.shape[1:], stop)
+    return kv_start[later].min(0).clip(start, stop)
 
 
 class Packed(NamedTuple):
@@ -186,7 +190,7 @@ class Exchange:
         self._sent: Packed | None = rows
         self.rows = Packed(*(x.new_empty(sum(received), *x.shape[1:]) for x in rows))
         self._work = [
-            dist.all_to_all_single(into, out, received, sent, group=shards.context.group, async_op=True)
+            dist.all_to_all_single(into, out, received, sent, group=shards.group, async_op=True)
             for into, out in zip(self.rows, rows, strict=True)
         ]
 

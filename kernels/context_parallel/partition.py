@@ -1,8 +1,9 @@
 """How context parallelism deals out the tokens of a sequence to ranks: in segments, of any number and length."""
 
+import warnings
 from collections.abc import Callable, Sequence
 from functools import cached_property
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
@@ -28,8 +29,8 @@ def contiguous(length: int, ranks: int) -> list[Segment]:
     return [Segment(rank, *bounds[rank : rank + 2]) for rank in range(ranks)]
 
 
-def balanced(length: int, ranks: int) -> list[Segment]:
-    """Two segments for each rank, the i-th from the start and the i-th from the end.
+def zigzag(length: int, ranks: int) -> list[Segment]:
+    """Two segments for each rank, the i-th from the start and the i-th from the end (head-tail partition).
 
     A query has as many keys as tokens before it, and those of two such segments together are as many for every rank.
     Heads that forget have the same work everywhere, so this is balanced for both.
@@ -47,7 +48,8 @@ def _bounds(length: int, parts: int) -> list[int]:
     return [length * i // parts // unit * unit for i in range(parts)] + [length]
 
 
-NAMED_SPLITS: dict[str, Split] = {"balanced": balanced, "contiguous": contiguous}
+# "balanced" is the older name.
+NAMED_SPLITS: dict[str, Split] = {"zigzag": zigzag, "contiguous": contiguous, "balanced": zigzag}
 
 
 class TokenSplit:
@@ -132,3 +134,12 @@ class TokenSplit:
         if x.shape[dim] != self.length:
             raise ValueError(f"x must have all {self.length} tokens along dimension {dim}, got shape {list(x.shape)}")
         return torch.cat([x.narrow(dim, start, stop - start) for _, start, stop in self.of(rank)], dim)
+
+
+if not TYPE_CHECKING:
+
+    def __getattr__(name: str) -> Split:
+        if name == "balanced":
+            warnings.warn("balanced is now called zigzag", FutureWarning, stacklevel=2)
+            return zigzag
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

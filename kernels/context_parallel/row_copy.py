@@ -10,11 +10,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..backends import HAS_TRITON, runs_kernels
-
-if HAS_TRITON:
-    from .kernels import copy_on_device
-
 
 class Rows(NamedTuple):
     """Keys and values ``[B, T, G, D]`` with their running sums ``[B, T, G, gates of each]`` float64; views.
@@ -88,15 +83,10 @@ def copy_rows(source: Rows, target: Rows, runs: Runs, *, add: bool = False, back
 
     Args:
         source, target: alike in head size and gates.
-        runs: what is copied, no row of the target twice; on the device, by `to_device`.
+        runs: what is copied, no row of the target twice; for the kernel on the device too, by `to_device`.
         add: add, in float32 or wider.
         back: what ``runs`` calls target is the source, and the other way around.
     """
-    if not len(runs.table):
-        return
-    if HAS_TRITON and runs_kernels(source.k) and source.k.dtype != torch.float64:
-        copy_on_device(source, target, runs, add, back)
-        return
     for *places, count in runs.table.tolist():
         ends = [(batch, slice(token, token + count), head) for batch, token, head in (places[:3], places[3:])]
         at, to = reversed(ends) if back else ends

@@ -56,7 +56,6 @@ import torch
 import triton
 from torch import Tensor
 
-from ..backends import HAS_GLUON
 from ..decay import Decay
 from ..portable.block_ranges import heaviest_first, kv_start_ranges
 from ..portable.forward import key_decay
@@ -69,8 +68,7 @@ from .tma import describe_by_head, fits_tma
 def hopper_forward_takes(q: Tensor, k: Tensor, v: Tensor, dropout: float) -> bool:
     """Whether `hopper_forward` computes this: on sm_90, 16-bit, heads of 64 or 128, without dropout."""
     return (
-        HAS_GLUON
-        and dropout == 0.0
+        dropout == 0.0
         and q.is_cuda
         and torch.version.cuda is not None
         and torch.cuda.get_device_capability(q.device) == (9, 0)

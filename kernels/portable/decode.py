@@ -9,27 +9,24 @@ Their grids depend on shapes alone, so that a CUDA graph can replay them while t
 import torch
 from torch import Tensor
 
-from ..backends import NAMESPACE, rows_together, runs_kernels
 from ..decay import Decay
+from ..operators import NAMESPACE, maybe_contiguous
 from ..pruning.key_stats import KeySummary
 from ..pruning.rounding import log_allowed
 from ..pruning.rules import Rule
-from ..tiles import LARGEST_HEAD_DIM
 from ..validation import check_logit_bound, check_rule
 from .decode_attend import attend_blocks, choose_decode_tile
 from .decode_search import DecodeInputs, DecodePruning, search_blocks
 
 LARGEST_ROWS, LARGEST_QUERIES = 64, 16
 
-_DECODE_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 _NOT_PRUNED, _TIGHT, _PAPER = 0, 1, 2
 
 
-def decodes(q: Tensor, k: Tensor) -> bool:
-    """Whether `decode_attention` takes queries ``q`` ``[B, Tq, H, D]`` where keys are like ``k`` ``[B, any, G, D]``."""
-    _, queries, heads, head_dim = q.shape
-    few = queries <= LARGEST_QUERIES and queries * (heads // k.shape[2]) <= LARGEST_ROWS
-    return few and q.dtype in _DECODE_DTYPES and head_dim <= LARGEST_HEAD_DIM and runs_kernels(q)
+def decodes(q: Tensor, kv_heads: int) -> bool:
+    """Whether `decode_attention` takes queries ``q`` ``[B, Tq, H, D]`` over keys of ``kv_heads``: few enough."""
+    queries, heads = q.shape[1:3]
+    return queries <= LARGEST_QUERIES and queries * (heads // kv_heads) <= LARGEST_ROWS
 
 
 def decode_attention(
@@ -135,7 +132,7 @@ def _decode(
     out, lse = _decode_fake(q)
     if q.numel() == 0:
         return out, lse
-    q, k, v, c_q, c_k, kv_start = (rows_together(x) for x in (q, k, v, c_q, c_k, kv_start))
+    q, k, v, c_q, c_k, kv_start = (maybe_contiguous(x) for x in (q, k, v, c_q, c_k, kv_start))
     pages = None if pages is None else pages.contiguous()
     inputs = DecodeInputs(q, k, v, c_q, c_k, kv_start, last, real, pages, start)
     summary = None

@@ -14,10 +14,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..backends import NAMESPACE
+from ..decay import LOG_ZERO_GATE
+from ..decay import sum_gates as sum_gates_in_pytorch
+from ..operators import NAMESPACE, is_transformed
 from ..triton_common import larger
 
 _CHUNK = 1024
+# Up to so many tokens PyTorch is as fast as kernels, and torch.compile fuses it with what is around.
+_FEW = 16
 
 
 class _Gates(NamedTuple):
@@ -154,19 +158,12 @@ def _gradient_scan_kernel(
     tl.store(p_df, sums.to(D_LOG_F.dtype.element_ty), mask=o_t >= 0)
 
 
-def sum_gates(log_f: Tensor, starts: Tensor | None, log_zero: float, no_reset: int) -> tuple[Tensor, Tensor]:
-    """Running sums of log gates, and the last reset up to each token. Differentiable in ``log_f``, twice too.
-
-    Args:
-        log_f: ``[B, T, Hf]`` float32 or float64.
-        starts: ``[B, T]`` bool, more resets; None for none.
-        log_zero: gates below are resets, and not summed.
-        no_reset: what a token without a reset gets, at most 0; 32 bits.
-
-    Returns:
-        ``[B, Hf, T]`` float64 and int64.
-    """
-    return _sum_gates(log_f, starts, log_zero, no_reset)
+def sum_gates(log_f: Tensor, starts: Tensor | None, no_reset: int) -> tuple[Tensor, Tensor]:
+    """As `decay.sum_gates`, differentiable in ``log_f`` twice too. For few tokens, and for what torch.func's transforms
+    and forward mode make of gates, that itself."""
+    if log_f.shape[1] <= _FEW or is_transformed(log_f):
+        return sum_gates_in_pytorch(log_f, starts, no_reset)
+    return _sum_gates(log_f, starts, LOG_ZERO_GATE, no_reset)
 
 
 @torch.library.custom_op(f"{NAMESPACE}::sum_gates", mutates_args=())

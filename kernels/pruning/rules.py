@@ -39,12 +39,12 @@ An overflow, or any NaN, makes a comparison false, which keeps keys. So does a `
 """
 
 import math
+from collections.abc import Callable
 from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
-from ..backends import runs_kernels
 from ..decay import Decay, accumulate
 from ..tiles import PRUNED_KEYS, PRUNED_QUERIES
 from ..validation import check_logit_bound, check_rule, check_scale
@@ -101,6 +101,29 @@ def first_kept(
     return _blocks_minimum(kept, block_q) // block_k * block_k
 
 
+def search_kv_start(
+    decay: Decay,
+    q: Tensor,
+    k: Tensor,
+    *,
+    eps: float,
+    rule: Rule,
+    scale: float,
+    logit_bound: float | Tensor | None,
+) -> Tensor:
+    """First key that each query keeps, ``[B, H, Tq]`` int64, in blocks of 128 queries and 64 keys: the definition.
+
+    Arguments as for `prune`, which checks them. At least ``decay.kv_start``.
+    """
+    kept = _kept(decay, q, k, eps, rule, scale, logit_bound)
+    kv_start = _per_query_head(decay.kv_start, q.shape[2])
+    fully_masked = kv_start > decay.last
+    kept = kept.masked_fill(fully_masked, torch.iinfo(torch.int64).max)
+    kept = _blocks_minimum(kept, PRUNED_QUERIES) // PRUNED_KEYS * PRUNED_KEYS
+    kept = kept.repeat_interleave(PRUNED_QUERIES, dim=-1)[..., : q.shape[1]]
+    return torch.where(fully_masked, kv_start, torch.maximum(kv_start, kept))
+
+
 def prune(
     decay: Decay,
     q: Tensor,
@@ -110,6 +133,7 @@ def prune(
     rule: Rule = "tight",
     scale: float,
     logit_bound: float | Tensor | None = None,
+    search: Callable[..., Tensor] = search_kv_start,
 ) -> Decay:
     """Hide from every query the keys that it may drop, in blocks of 128 queries and 64 keys.
 
@@ -117,6 +141,7 @@ def prune(
         decay: of ``Tq`` queries over ``Tk`` keys; with resets, packing and padding.
         q, k, eps, rule, logit_bound: as for `first_kept`; q and k finite, also where they are padding; k may be wider.
         scale: multiplies the logits.
+        search: that of the `Backend`.
 
     Returns:
         ``decay`` with ``kv_start`` raised, ``[B, H, Tq]``. No row loses more than ``eps`` of its attention weight.
@@ -125,28 +150,10 @@ def prune(
         ValueError: an argument is not as above.
     """
     check_rule(eps, rule)
-    batch, queries, heads, _ = q.shape
-    check_logit_bound(logit_bound, batch, heads)
+    check_logit_bound(logit_bound, q.shape[0], q.shape[2])
     if k.shape[1] <= PRUNED_KEYS or q.numel() == 0:
         return decay
-    if runs_kernels(q) and q.dtype != torch.float64:
-        # Not before it is used: defining kernels and operators takes time.
-        from .search import raise_first
-
-        if logit_bound is not None:
-            if not isinstance(logit_bound, Tensor):
-                # Filled on the device: a copy of a number from the host would wait for all that is queued.
-                logit_bound = torch.full((1,), logit_bound, dtype=torch.float32, device=q.device)
-            logit_bound = logit_bound.to(device=q.device, dtype=torch.float32).expand(batch, heads)
-        first = raise_first(decay, q, k, eps=eps, tight=rule == "tight", scale=scale, logit_bound=logit_bound)
-        return decay._replace(kv_start=first)
-    kept = _kept(decay, q, k, eps, rule, scale, logit_bound)
-    first = _per_query_head(decay.kv_start, heads)
-    sees_nothing = first > decay.last
-    kept = kept.masked_fill(sees_nothing, torch.iinfo(torch.int64).max)
-    kept = _blocks_minimum(kept, PRUNED_QUERIES) // PRUNED_KEYS * PRUNED_KEYS
-    kept = kept.repeat_interleave(PRUNED_QUERIES, dim=-1)[..., :queries]
-    return decay._replace(kv_start=torch.where(sees_nothing, first, torch.maximum(first, kept)))
+    return decay._replace(kv_start=search(decay, q, k, eps=eps, rule=rule, scale=scale, logit_bound=logit_bound))
 
 
 @torch.no_grad()

@@ -12,12 +12,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..backends import NAMESPACE, rows_together
 from ..decay import Decay
+from ..operators import NAMESPACE, maybe_contiguous
 from ..tiles import PRUNED_KEYS, PRUNED_QUERIES, padded_head_dim
 from ..triton_common import INF, larger, load_rows
 from .predicates import lengths, may_drop_paper, may_drop_tight, query_bounds, raised
 from .rounding import decay_margin, log_allowed, logit_margin
+from .rules import Rule
 
 _QUERY_BLOCK = tl.constexpr(PRUNED_QUERIES)
 _KEY_BLOCK = tl.constexpr(PRUNED_KEYS)
@@ -203,40 +204,47 @@ def _search_kernel(
     tl.store(OUT + p_row, tl.maximum(first, kept.to(tl.int64)), mask=is_row)
 
 
-def raise_first(
-    decay: Decay, q: Tensor, k: Tensor, *, eps: float, tight: bool, scale: float, logit_bound: Tensor | None
+def search_kv_start(
+    decay: Decay,
+    q: Tensor,
+    k: Tensor,
+    *,
+    eps: float,
+    rule: Rule,
+    scale: float,
+    logit_bound: float | Tensor | None,
 ) -> Tensor:
-    """First key that each query keeps, ``[B, H, Tq]`` int64. Arguments as for `pruning.prune`; finite keys and queries.
-
-    Args:
-        tight: the rule: ``tight`` or ``paper``.
-        logit_bound: ``U`` of ``paper``, ``[B, H]`` float32 with any strides; None is from the largest norms.
-    """
+    """As `rules.search_kv_start`, for q up to float32. Where ``logit_bound`` is no bound nothing is dropped."""
+    if logit_bound is not None:
+        if not isinstance(logit_bound, Tensor):
+            # Filled on the device: a copy of a number from the host would wait for all that is queued.
+            logit_bound = torch.full((1,), logit_bound, dtype=torch.float32, device=q.device)
+        logit_bound = logit_bound.to(device=q.device, dtype=torch.float32).expand(q.shape[0], q.shape[2])
     q, k, c_q, c_k = (x.detach() for x in (q, k, decay.query, decay.key))
-    return _raise_first(q, k, c_q, c_k, decay.kv_start, decay.last, eps, tight, scale, logit_bound)
+    return _search_kv_start(q, k, c_q, c_k, decay.kv_start, decay.last, eps, rule == "tight", scale, logit_bound)
 
 
-@torch.library.custom_op(f"{NAMESPACE}::raise_first", mutates_args=())
-def _raise_first(
+@torch.library.custom_op(f"{NAMESPACE}::search_kv_start", mutates_args=())
+def _search_kv_start(
     q: Tensor,
     k: Tensor,
     c_q: Tensor,
     c_k: Tensor,
-    first: Tensor,
+    kv_start: Tensor,
     last: Tensor,
     eps: float,
     tight: bool,
     scale: float,
     logit_bound: Tensor | None,
 ) -> Tensor:
-    q, k, c_q, c_k, first = (rows_together(x) for x in (q, k, c_q, c_k, first))
+    q, k, c_q, c_k, kv_start = (maybe_contiguous(x) for x in (q, k, c_q, c_k, kv_start))
     with torch.cuda.device_of(q):
-        return _launch(Decay(c_q, c_k, first, last), q, k, eps, tight, scale, logit_bound)
+        return _launch(Decay(c_q, c_k, kv_start, last), q, k, eps, tight, scale, logit_bound)
 
 
-@_raise_first.register_fake
-def _raise_first_fake(q, k, c_q, c_k, first, last, eps, tight, scale, logit_bound):
-    return first.new_empty(q.shape[0], q.shape[2], q.shape[1])
+@_search_kv_start.register_fake
+def _search_kv_start_fake(q, k, c_q, c_k, kv_start, last, eps, tight, scale, logit_bound):
+    return kv_start.new_empty(q.shape[0], q.shape[2], q.shape[1])
 
 
 def _launch(

@@ -15,7 +15,7 @@ What is derived from it, or lives for one forward pass, is in slots.
 
 import copy
 import functools
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -37,6 +37,9 @@ from ..versions import CACHE
 from .paged import FoxPagedCache, PagedForgettingLayer
 from .static import StaticForgettingLayer, check_gates, state_sizes
 from .view import CacheView
+
+if TYPE_CHECKING:
+    from ...kernels.backends import Backend
 
 _ACCEPTED = (
     "DynamicCache(config=model.config), StaticCache(config=model.config, max_cache_len=...) "
@@ -111,18 +114,19 @@ class DynamicForgettingLayer(DynamicLayer):
         """How many sequences it holds; None before any token."""
         return self.keys.shape[0] if self.get_seq_length() else None
 
-    def append_gates(self, log_f: Tensor, layout: TokenLayout) -> None:
+    def append_gates(self, log_f: Tensor, layout: TokenLayout, backend: "Backend") -> None:
         """Take in the gates of new tokens, before their keys and values.
 
         Args:
             log_f: ``[B, T, Hf]`` log gates of the new tokens.
             layout: where they stand.
+            backend: that of the layer's queries.
         """
         past, carry = 0, None
         if self.gates is not None:
             old_c, old_first = self.gates
             past, carry = old_c.shape[-1], (old_c[..., -1], old_first[..., -1])
-        c, first = accumulate(log_f, past, carry, layout.starts)
+        c, first = accumulate(log_f, past, carry, layout.starts, backend.sum_gates)
         if self.gates is None:
             self.gates = c, first.int()
         else:

@@ -13,7 +13,7 @@ only reads the table of pages, so a CUDA graph can replay it.
 import math
 import weakref
 from collections.abc import Callable, Sequence
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -30,6 +30,9 @@ from ..token_layout import TokenLayout, refuse_overflow
 from ..versions import CACHE
 from .static import StateSizes, state_sizes
 from .view import CacheView
+
+if TYPE_CHECKING:
+    from ...kernels.backends import Backend
 
 # How many of each head are handed out in advance: looking for dead ones takes as long as several steps.
 _PAGES_AHEAD = 4
@@ -109,7 +112,7 @@ class PagedForgettingLayer(CacheLayerMixin):
 
     # ---- What a forward pass does
 
-    def append_gates(self, log_f: Tensor, layout: TokenLayout) -> None:
+    def append_gates(self, log_f: Tensor, layout: TokenLayout, backend: "Backend") -> None:
         """As `StaticForgettingLayer.append_gates`."""
         batch, _, gates = log_f.shape
         if "c" not in self.recent:
@@ -117,7 +120,8 @@ class PagedForgettingLayer(CacheLayerMixin):
             self.recent["c"] = _fixed(torch.zeros(batch, gates, PAGE, dtype=torch.float64, device=log_f.device))
             self.recent["first"] = _fixed(torch.zeros(batch, gates, PAGE, dtype=torch.int64, device=log_f.device))
         last_c, last_first = (self.recent[name].index_select(-1, layout.slots[:1])[..., 0] for name in ("c", "first"))
-        c, first = accumulate(log_f, self.cumulative_length, (last_c, last_first), layout.starts)
+        carry = last_c, last_first
+        c, first = accumulate(log_f, self.cumulative_length, carry, layout.starts, backend.sum_gates)
         self._write_recent("c", c, -1, layout)
         self._write_recent("first", first, -1, layout)
         self._new = Decay(c, c, first, layout.positions)

@@ -1,20 +1,22 @@
 """What a FoX layer remembers, in buffers of a fixed length: for compiled decoding and exported programs."""
 
 from collections.abc import Iterable
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor
 from transformers.cache_utils import StaticLayer
 from transformers.utils.import_utils import is_torchdynamo_compiling, is_torchdynamo_exporting
 
-from ...kernels.backends import runs_kernels
 from ...kernels.decay import Decay, accumulate
 from ...kernels.pruning.key_stats import KeySummary, Running, empty_summary, extend_summary
 from ..configuration_fox import FoxConfig
 from ..token_layout import TokenLayout
 from ..versions import CACHE
 from .view import CacheView
+
+if TYPE_CHECKING:
+    from ...kernels.backends import Backend
 
 # See `cache_fox`.
 _NOT_EXPORTED = ("_new", "summary")
@@ -105,20 +107,23 @@ class StaticForgettingLayer(StaticLayer):
         self.gates = GateSums((c, last_c, last_first))
         states = {"key": key_states, "value": value_states}
         self.unshifted = {name: states[name].new_zeros(batch, 1, heads, states[name].shape[-1]) for name in shifted}
-        if runs_kernels(key_states):
+        from ...kernels.backends import backend_of
+
+        if backend_of(key_states).decode is not None:
             self.summary = empty_summary(c, key_states, self.max_cache_len)
         # So that CUDA graphs take in-place writes; not possible while tracing.
         if not is_torchdynamo_compiling():
             for buffer in self._buffers():
                 torch._dynamo.mark_static_address(buffer)
 
-    def append_gates(self, log_f: Tensor, layout: TokenLayout) -> None:
+    def append_gates(self, log_f: Tensor, layout: TokenLayout, backend: "Backend") -> None:
         """As `DynamicForgettingLayer.append_gates`: before `update`, which moves the length that is read here."""
         assert self.gates is not None, "called after lazy_initialization"
         all_c, last_c, last_first = self.gates
         if is_torchdynamo_exporting():
             last_c, last_first = self._unless_restarted(last_c), self._unless_restarted(last_first)
-        c, first = accumulate(log_f, self.cumulative_length, (last_c, last_first), layout.starts)
+        carry = last_c, last_first
+        c, first = accumulate(log_f, self.cumulative_length, carry, layout.starts, backend.sum_gates)
         all_c.index_copy_(2, layout.positions, c)
         for held, new in zip(self.gates[1:], (c, first), strict=True):
             held.copy_(new[..., -1])

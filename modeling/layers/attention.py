@@ -9,6 +9,8 @@ The attention of one FoX (Pro) block (arXiv 2503.02130); every part but q, k, v 
                +-> output gate -----------------------------------------------------+
 """
 
+from typing import TYPE_CHECKING
+
 import torch
 from torch import Tensor, nn
 from transformers.activations import ACT2FN
@@ -17,7 +19,7 @@ from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs
 
 from ...kernels.decay import Decay, accumulate
-from ...kernels.padding import hide_keys, hide_padding, mask_rows, skip_padding
+from ...kernels.padding import hide_padding, skip_padding
 from ...kernels.pruning.rounding import logit_margin, stored_margin
 from ..arguments import DECODER_ARGUMENTS, refuse_unknown
 from ..cache.dynamic import check_cache, layer_of
@@ -32,6 +34,9 @@ from .fused_projections import FusableProjections
 from .norm import FoxRMSNorm
 from .rotary import FoxRotaryEmbedding, apply_rotary
 from .token_shift import FoxTokenShift
+
+if TYPE_CHECKING:
+    from ...kernels.backends import Backend
 
 # How often RoPE rounds a pair of numbers: cosine and sine, which scales the pair; its products, which may lean together
 # and count as the square root of 2; and their sum.
@@ -178,30 +183,32 @@ class FoxAttention(FusableProjections):
         log_f = self.log_forget_gates(hidden_states)
         if layout.real is not None:
             log_f = log_f.masked_fill(~layout.real[..., None], 0.0)
+        # Not before they are used: importing the kernels takes time.
+        from ...kernels.backends import backend_of
+        from ..attention_backends import ALL_ATTENTION_FUNCTIONS, eager_attention_forward
+
+        backend, view = backend_of(q), None
+        few = searches and self._few_queries(q, k, backend)
         q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-        view = None
-        if cache is None or cache_layer is None:
-            sum_gates = accumulate if layout.shards is None else layout.shards.accumulate
-            c, first = sum_gates(log_f, starts=layout.starts)
-            decay = Decay(c, c, first, layout.positions)
+        if layout.shards is not None:
+            c, kv_start = layout.shards.accumulate(log_f, layout.starts, backend)
+            decay = Decay(c, c, kv_start, layout.positions)
+        elif cache is None or cache_layer is None:
+            c, kv_start = accumulate(log_f, starts=layout.starts, sum_gates=backend.sum_gates)
+            decay = Decay(c, c, kv_start, layout.positions)
         else:
-            few = searches and self._few_queries(q, k)
-            cache_layer.append_gates(log_f, layout)
+            cache_layer.append_gates(log_f, layout, backend)
             k, v = cache.update(k, v, self.layer_idx, few=few)
             decay, view = cache_layer.decay(few, own_block=self._bound_needs_keys())
         if (real := layout.real_keys) is not None:
             if view is not None:
                 decay = skip_padding(decay, real)
             elif layout.shards is not None:
-                # What padding stands further left, other ranks know: no row starts later for it.
-                decay = mask_rows(hide_keys(decay, real), real)
+                decay = layout.shards.hide_padding(decay, real)
             else:
                 # A mask may be as long as a cache of fixed size, where the keys are those so far.
                 real = real[:, : decay.key.shape[-1]]
                 decay = hide_padding(decay, real)
-
-        # Not before they are used: importing the kernels takes time.
-        from ..attention_backends import ALL_ATTENTION_FUNCTIONS, eager_attention_forward
 
         attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.implementation, eager_attention_forward)
         dropout = self.attention_dropout if self.training else 0.0
@@ -217,6 +224,7 @@ class FoxAttention(FusableProjections):
             real=real,
             view=view,
             shards=layout.shards,
+            backend=backend,
         )
 
         if self.config.use_output_norm:
@@ -318,12 +326,10 @@ class FoxAttention(FusableProjections):
         rope_type = (self.config.rope_parameters or {}).get("rope_type")
         return self.use_rope and rope_type in ("yarn", "longrope")
 
-    def _few_queries(self, q: Tensor, k: Tensor) -> bool:
-        """Whether the kernels of decoding take these, ``[B, H, Tq, D]`` and ``[B, G, T, D]``."""
+    def _few_queries(self, q: Tensor, k: Tensor, backend: "Backend") -> bool:
+        """Whether the kernels of decoding take these, ``[B, Tq, H, D]`` and ``[B, T, G, D]``."""
         differentiable = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad)
         dropout = self.training and self.attention_dropout > 0.0
         if self.implementation != DEFAULT_IMPLEMENTATION or differentiable or dropout:
             return False
-        from ..attention_backends import decodes
-
-        return decodes(q, k)
+        return backend.decodes(q, k.shape[2])

@@ -11,7 +11,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from ...kernels.backends import NAMESPACE
+from ...kernels.operators import NAMESPACE
 from .tensor_parallel import held_tensor
 
 # Bytes. Above, a sum is bound by what it moves, and NCCL moves less.

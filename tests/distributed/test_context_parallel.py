@@ -4,8 +4,9 @@ import pytest
 import torch
 
 from foxlm import FoxForSequenceClassification
-from foxlm.kernels.context_parallel.group import ContextParallel, Traffic
+from foxlm.kernels.context_parallel.group import ContextParallel
 from foxlm.kernels.context_parallel.partition import NAMED_SPLITS, Segment, TokenSplit
+from foxlm.kernels.context_parallel.shards import CommunicationVolume
 from foxlm.modeling.versions import CACHE
 from kernel_device import INTERPRETED
 from models import tiny_model
@@ -99,7 +100,7 @@ def test_traffic_dropout_and_refusals() -> None:
         "short": "split must give every rank a token, got none of 1 for",
         "sdpa": "attn_implementation must be one of ['fox', 'fox_reference'], got 'sdpa'",
         "tokens": "must have this rank's 10 of 20 tokens, got 5 and 5",
-        "split": "split must be one of ['balanced', 'contiguous'] or a function, got 'fair'",
+        "split": "split must be one of ['zigzag', 'contiguous', 'balanced'] or a function, got 'fair'",
         "split leaves out": "split must deal out all 20 tokens, got 19",
         "split twice": "each token once, got tokens 5 to 20 for rank 1 after the first 20",
         "split idle": "got none of 20 for [1] of 2 ranks",
@@ -164,7 +165,7 @@ def test_neighbours_on_one_rank_are_joined() -> None:
 
 
 def test_share_of_traffic() -> None:
-    traffic = Traffic(moved=30, ring=120)
+    traffic = CommunicationVolume(moved=30, ring=120)
     assert traffic.share == 0.25
     traffic.clear()
     assert traffic.share == 0.0

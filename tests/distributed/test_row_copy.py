@@ -1,25 +1,17 @@
 """Copying runs of rows, on kernels and without."""
 
-from collections.abc import Iterator
-
 import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
-from foxlm.kernels.context_parallel import row_copy as module
+from foxlm.kernels.backends import PYTORCH, TRITON
+from foxlm.kernels.context_parallel.backends import context_backend_of
 from foxlm.kernels.context_parallel.row_copy import NO_RUNS, Place, Rows, Runs, copy_rows, to_device
 from foxlm.kernels.portable.block_ranges import heaviest_first
 from kernel_device import DEVICE, ON_KERNELS
 
-DEVICES = ["cpu", pytest.param(DEVICE, marks=ON_KERNELS)]
-
-
-@pytest.fixture(autouse=True)
-def _in_pytorch(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    if "device" in request.fixturenames and request.node.get_closest_marker("gpu") is None:
-        monkeypatch.setattr(module, "runs_kernels", lambda x: False)
-    yield
+BACKENDS = ["pytorch", pytest.param("triton", marks=ON_KERNELS)]
 
 
 def _rows(shape: tuple[int, int, int], size: int, gates: int, dtype: torch.dtype, device: str) -> Rows:
@@ -43,12 +35,14 @@ def _expected(source: Tensor, target: Tensor, table: np.ndarray, add: bool, back
     return target
 
 
-@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 @pytest.mark.parametrize("size, gates", [(8, 1), (12, 2)])
 @pytest.mark.parametrize("add, back", [(False, False), (True, False), (True, True)])
-def test_copies_runs(device: str, dtype: torch.dtype, size: int, gates: int, add: bool, back: bool) -> None:
+def test_copies_runs(backend: str, dtype: torch.dtype, size: int, gates: int, add: bool, back: bool) -> None:
     torch.manual_seed(0)
+    device = DEVICE if backend == "triton" else "cpu"
+    copy_rows = context_backend_of(TRITON if backend == "triton" else PYTORCH).copy_rows
     source, target = (_rows(shape, size, gates, dtype, device) for shape in ((2, 150, 3), (2, 130, 2)))
     # Of one more than a program has, of one row, and of none.
     count = np.array([[100, 1], [65, 0]])
@@ -76,7 +70,7 @@ def test_runs_of_nothing_copy_nothing() -> None:
     assert len(Runs.joined([]).table) == len(none.table) == 0
 
 
-@pytest.mark.parametrize("device", DEVICES[1:])
+@pytest.mark.parametrize("device", [pytest.param(DEVICE, marks=ON_KERNELS)])
 @pytest.mark.parametrize("heads, blocks", [(1, 1), (3, 200), (24, 129), (128, 3), (130, 5)])
 def test_heaviest_first_is_a_stable_order(heads: int, blocks: int, device: str) -> None:
     low = torch.randint(0, 3, (heads, blocks), dtype=torch.int32, device=device)

@@ -8,6 +8,7 @@ import torch
 
 from foxlm.evaluation.harness.model import as_lm_eval
 from foxlm.evaluation.loading import load_model, load_tokenizer
+from foxlm.kernels import backends
 from foxlm.kernels.decay import Decay
 from foxlm.kernels.reference import reference_attention
 from foxlm.modeling import attention_backends as attention_fox
@@ -53,7 +54,7 @@ def skipped(monkeypatch: pytest.MonkeyPatch) -> list[int]:
         return reference_attention(*args, **kwargs)
 
     monkeypatch.setattr(attention_fox, "prune", counting)
-    monkeypatch.setattr(attention_fox, "best_attention", lambda q: attend)
+    monkeypatch.setattr(backends, "backend_of", lambda q: backends.PYTORCH._replace(attention=attend))
     return seen
 
 

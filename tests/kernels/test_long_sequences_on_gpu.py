@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from attention_inputs import attention, draw_inputs, forgetting_attention, output_and_gradients, padding_mask
-from foxlm.kernels.decay import LOG_ZERO_GATE, _sum_gates_in_pytorch
+from foxlm.kernels.decay import sum_gates
 from foxlm.kernels.portable import scan
 from foxlm.kernels.pruning.rules import Rule, first_kept
 
@@ -86,8 +86,8 @@ def test_sums_of_more_than_a_million_gates():
     log_f[:, 1000] = log_f[:, 2**20 + 3] = -torch.inf
     moved = log_f.cuda().requires_grad_()
     log_f.requires_grad_()
-    expected, resets = _sum_gates_in_pytorch(log_f, None, 0)
-    c, first = scan.sum_gates(moved, None, LOG_ZERO_GATE, 0)
+    expected, resets = sum_gates(log_f, None, 0)
+    c, first = scan.sum_gates(moved, None, 0)
     assert torch.equal(first.cpu(), resets)
     torch.testing.assert_close(c.cpu(), expected, rtol=1e-13, atol=0.0)
     dc = torch.randn_like(expected)

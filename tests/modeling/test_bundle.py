@@ -225,7 +225,7 @@ def test_two_copies_in_one_process_leave_each_other_alone(saved: Path) -> None:
     code = """
 from transformers.dynamic_module_utils import get_class_from_dynamic_module
 import foxlm
-from foxlm.kernels.backends import NAMESPACE
+from foxlm.kernels.operators import NAMESPACE
 from foxlm.modeling.versions import cache_of
 installed = AutoModelForCausalLM.from_pretrained("model", trust_remote_code=True)
 assert type(installed) is foxlm.FoxForCausalLM
@@ -236,10 +236,10 @@ assert type(copy).__module__.startswith("transformers_modules.")
 save_file(outputs(installed), "installed.safetensors")
 save_file(outputs(copy), "copy.safetensors")
 save_file(outputs(installed), "after.safetensors")
-backend = sys.modules[type(copy).__module__.replace("modeling_fox", "kernels_backend")]
-for namespace in (NAMESPACE, backend.NAMESPACE):
+operators = sys.modules[type(copy).__module__.replace("modeling_fox", "kernels_operators")]
+for namespace in (NAMESPACE, operators.NAMESPACE):
     assert len(dir(getattr(torch.ops, namespace))) > 1, namespace
-assert NAMESPACE != backend.NAMESPACE
+assert NAMESPACE != operators.NAMESPACE
 assert type(AutoModelForCausalLM.from_pretrained("model")) is foxlm.FoxForCausalLM
 try:
     installed(ids, cache=copy(ids, use_cache=True)[1])
@@ -444,7 +444,13 @@ print(json.dumps(sorted({event.key for event in record.key_averages() if "::" in
         prefix = "foxlm_kernels" if own == "True" else "transformers_modules"
         operators[name] = {x.partition("::")[2] for x in found if x.startswith(prefix)}
     assert operators["bundle"] == operators["package"]
-    assert operators["bundle"] >= {"triton_forward", "triton_backward", "raise_first", "sum_gates", "decode_attention"}
+    assert operators["bundle"] >= {
+        "triton_forward",
+        "triton_backward",
+        "search_kv_start",
+        "sum_gates",
+        "decode_attention",
+    }
     package, bundled = load_file(tmp_path / "package.safetensors"), load_file(tmp_path / "bundle.safetensors")
     assert package.keys() == bundled.keys()
     for key, tensor in package.items():

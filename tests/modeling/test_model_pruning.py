@@ -5,9 +5,9 @@ import math
 import pytest
 import torch
 
+from foxlm.kernels import backends
 from foxlm.kernels.pruning.rules import first_kept
 from foxlm.kernels.reference import reference_attention
-from foxlm.modeling import attention_backends as attention_fox
 from foxlm.modeling.layers.rotary import apply_rotary
 from models import tiny_model, tokens
 
@@ -21,7 +21,7 @@ def calls(monkeypatch):
         seen.append((q, k, decay, scale))
         return reference_attention(q, k, v, decay, scale=scale, dropout=dropout)
 
-    monkeypatch.setattr(attention_fox, "best_attention", lambda q: attend)
+    monkeypatch.setattr(backends, "backend_of", lambda q: backends.PYTORCH._replace(attention=attend))
     return seen
 
 

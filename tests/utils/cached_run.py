@@ -82,10 +82,10 @@ class CachedRun:
 APPEND_GATES = DynamicForgettingLayer.append_gates
 
 
-def restart_sum(layer: DynamicForgettingLayer, log_f: Tensor, layout: TokenLayout) -> Any:
+def restart_sum(layer: DynamicForgettingLayer, log_f: Tensor, layout: TokenLayout, backend: Any) -> Any:
     """`append_gates` whose running sum begins anew at every step."""
     before = layer.gates
-    APPEND_GATES(layer, log_f, layout)
+    APPEND_GATES(layer, log_f, layout, backend)
     decay = layer._new
     assert decay is not None
     if before is None:

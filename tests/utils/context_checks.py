@@ -16,10 +16,11 @@ from torch import Tensor
 
 from foxlm.kernels.attention import forgetting_attention
 from foxlm.kernels.context_parallel import attention as sharded_attention
-from foxlm.kernels.context_parallel import group as context_parallel
 from foxlm.kernels.context_parallel.api import context_parallel_attention
 from foxlm.kernels.context_parallel.group import ContextParallel
 from foxlm.kernels.context_parallel.partition import Segment
+from foxlm.kernels.context_parallel.sequence import ShardedSequence
+from foxlm.kernels.decay import accumulate
 from foxlm.modeling.versions import cache_of
 from models import tiny_model
 
@@ -127,10 +128,10 @@ def attention_errors_on_gpus(cases: Sequence[tuple[int, int]]) -> list[dict[str,
 def attention_errors_without_carry(seeds: Sequence[int]) -> list[dict[str, Any]]:
     """As `attention_errors`, with gates that are summed for each rank alone: what the tests must notice."""
 
-    def alone(self: Any, log_f: Tensor, starts: Tensor | None) -> tuple[Tensor, Tensor]:
-        return context_parallel.accumulate(log_f, starts=starts)
+    def alone(self: Any, log_f: Tensor, starts: Tensor | None, backend: Any) -> tuple[Tensor, Tensor]:
+        return accumulate(log_f, starts=starts)
 
-    with mock.patch.object(context_parallel.Shards, "accumulate", alone):
+    with mock.patch.object(ShardedSequence, "accumulate", alone):
         return attention_errors(seeds)
 
 

@@ -14,8 +14,8 @@ from typing import Any
 import torch
 
 from attention_inputs import draw_inputs, forgetting_attention, padding_mask
+from foxlm.kernels import triton_attention
 from foxlm.kernels.decay import Decay, accumulate
-from foxlm.kernels.portable import operators as triton_attention
 from foxlm.kernels.portable.decode import decode_attention
 from foxlm.kernels.pruning.key_stats import KeySummary
 

@@ -8,9 +8,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from foxlm.kernels.backends import HAS_TRITON, runs_kernels
+from foxlm.kernels.backends import PYTORCH, backend_of
 
-INTERPRETED = HAS_TRITON and runs_kernels(torch.empty(0))
+INTERPRETED = backend_of(torch.empty(0)) is not PYTORCH
 DEVICE = "cpu" if INTERPRETED else "cuda"
 # Triton's interpreter multiplies bfloat16 as if it were integers; the kernels treat float16 no differently.
 DTYPES = [torch.float32, torch.float16] + ([] if INTERPRETED else [torch.bfloat16])

@@ -10,7 +10,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from foxlm.kernels.backends import HAS_GLUON
+from foxlm.kernels.backends import HAS_TRITON
+
+if not HAS_TRITON:
+    pytest.skip("needs Triton", allow_module_level=True)
+
+from foxlm.kernels.triton_common import HAS_GLUON
 
 if not HAS_GLUON:
     pytest.skip("needs Gluon's compiler", allow_module_level=True)

@@ -8,9 +8,9 @@ from torch import Tensor
 
 from attention_inputs import attention, draw_cotangents, draw_inputs, output_and_gradients, padding_mask
 from eager import eager_attention
-from foxlm.kernels.attention import best_attention
-from foxlm.kernels.decay import LOG_ZERO_GATE, _sum_gates_in_pytorch
-from foxlm.kernels.portable import operators as triton_attention
+from foxlm.kernels import triton_attention
+from foxlm.kernels.backends import TRITON, backend_of
+from foxlm.kernels.decay import sum_gates
 from foxlm.kernels.portable import scan
 from foxlm.kernels.tiles import choose_tiles
 from kernel_device import DEVICE, DTYPES, INTERPRETED, ON_KERNELS, SOME_DTYPES, on_device
@@ -59,7 +59,7 @@ def draw(
 @pytest.mark.smoke
 def test_kernels_are_what_runs():
     inputs, _ = draw()
-    assert best_attention(inputs[0]) is triton_attention.triton_attention
+    assert backend_of(inputs[0]) is TRITON and TRITON.attention is triton_attention.triton_attention
     out = attention(*inputs)[0]
     assert out.grad_fn is not None and "triton_forward" in str(out.grad_fn)
 
@@ -244,8 +244,8 @@ def test_sums_of_more_chunks_than_a_chunk_holds(monkeypatch):
 def check_sums(log_f: Tensor, starts: Tensor | None, no_reset: int) -> None:
     (moved,) = on_device([log_f])
     marks = None if starts is None else starts.to(DEVICE)
-    expected, resets = _sum_gates_in_pytorch(log_f, starts, no_reset)
-    c, first = scan.sum_gates(moved, marks, LOG_ZERO_GATE, no_reset)
+    expected, resets = sum_gates(log_f, starts, no_reset)
+    c, first = scan.sum_gates(moved, marks, no_reset)
     assert torch.equal(first.cpu(), resets)
     torch.testing.assert_close(c.cpu(), expected, rtol=1e-13, atol=0.0)
     dc = torch.randn_like(expected)

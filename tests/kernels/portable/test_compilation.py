@@ -12,11 +12,9 @@ import torch
 from torch import Tensor
 
 from attention_inputs import attention, draw_inputs, output_and_gradients
-from foxlm.kernels import decay
+from foxlm.kernels import backends
 from foxlm.kernels.backends import HAS_TRITON
 from foxlm.kernels.decay import Decay
-from foxlm.kernels.portable import operators as triton_attention
-from foxlm.kernels.pruning import rules as pruning
 from foxlm.kernels.pruning.key_stats import KeySummary
 from foxlm.kernels.tiles import Tiles, choose_tiles
 from kernel_device import INTERPRETED
@@ -27,11 +25,12 @@ if not HAS_TRITON or INTERPRETED:
 import triton
 
 from ahead_of_time import compiling_only
+from foxlm.kernels import triton_attention
 from foxlm.kernels.context_parallel.kernels import (
-    carry_on_device,
-    copy_on_device,
-    needs_on_device,
-    window_first_on_device,
+    carry_gates,
+    copy_rows,
+    find_needs,
+    window_kv_start,
 )
 from foxlm.kernels.context_parallel.partition import NAMED_SPLITS, TokenSplit
 from foxlm.kernels.context_parallel.partition_tables import split_tables
@@ -77,8 +76,7 @@ def compile_for(
     capability: int, tiles: Tiles, inputs: list[Tensor], monkeypatch: pytest.MonkeyPatch, **options: Any
 ) -> dict[str, Any]:
     """The kernels that forward and backward launch, by name."""
-    for module in (decay, pruning, triton_attention):
-        monkeypatch.setattr(module, "runs_kernels", lambda x: True)
+    monkeypatch.setattr(backends, "_runs_triton", lambda x: True)
     monkeypatch.setattr(triton_attention, "_tiles", lambda q: tiles)
     with compiling_only(capability) as compiled:
         output_and_gradients(attention, inputs, **options)
@@ -152,7 +150,7 @@ def test_decoding_fits(dtype, head_dim, capability, tmp_path):
 @pytest.mark.parametrize("capability", [80, 90])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
 def test_kernels_between_ranks_fit(dtype, capability, tmp_path):
-    split = TokenSplit(1024, 2, NAMED_SPLITS["balanced"](1024, 2))
+    split = TokenSplit(1024, 2, NAMED_SPLITS["zigzag"](1024, 2))
     tables = split_tables(split, 0, torch.device("cpu"))
     shards: Any = SimpleNamespace(
         split=split, segments=split.of(0), tables=lambda _: tables, gather=lambda x: x.new_empty(2, *x.shape)
@@ -162,13 +160,13 @@ def test_kernels_between_ranks_fit(dtype, capability, tmp_path):
     rows = Rows(keys, keys.clone(), torch.zeros(1, 512, 2, 1, dtype=torch.float64))
     runs = Runs.between(Place(0, np.arange(2), 0), Place(0, 0, 1), 5)
     with compiling_only(capability) as kernels:
-        _, crossing = needs_on_device(first, 2, shards)
-        carry_on_device(first.double(), first, shards)
-        window_first_on_device(first, 64, 512, torch.arange(2), None, 0)
-        window_first_on_device(first, 0, 512, None, crossing[0], 128)
+        _, crossing = find_needs(first, 2, shards)
+        carry_gates(first.double(), first, shards)
+        window_kv_start(first, 64, 512, torch.arange(2), None, 0)
+        window_kv_start(first, 0, 512, None, crossing[0], 128)
         for add in (False, True):
-            copy_on_device(rows, rows, runs._replace(device=torch.from_numpy(runs.table)), add, back=False)
-    names = ["needs", "ends", "carry", "window_first", "window_first", "copy", "copy"]
+            copy_rows(rows, rows, runs._replace(device=torch.from_numpy(runs.table)), add=add)
+    names = ["needs", "ends", "carry", "window", "window", "copy", "copy"]
     assert [kernel.metadata.name for kernel in kernels] == [f"_{name}_kernel" for name in names]
     for kernel in kernels:
         assert kernel.metadata.target.arch == capability

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from attention_inputs import draw_gates, draw_inputs, padding_mask
 from eager import eager_attention
-from foxlm.kernels.backends import HAS_TRITON
+from foxlm.kernels.backends import HAS_TRITON, backend_of
 from foxlm.kernels.decay import Decay, accumulate
 from foxlm.kernels.padding import hide_padding
 from foxlm.kernels.pruning.key_stats import KeySummary
@@ -20,7 +20,7 @@ if not HAS_TRITON:
     pytest.skip("needs Triton", allow_module_level=True)
 
 from foxlm.kernels.portable import decode, decode_attend, decode_search
-from foxlm.kernels.portable.decode import decode_attention, decodes
+from foxlm.kernels.portable.decode import decode_attention
 from foxlm.kernels.portable.decode_attend import DecodeTile, choose_decode_tile
 
 pytestmark = ON_KERNELS
@@ -354,10 +354,12 @@ def test_what_it_takes():
     def q(queries: int, heads: int, head_dim: int, dtype: torch.dtype = torch.float16) -> Tensor:
         return torch.empty(1, queries, heads, head_dim, dtype=dtype, device=DEVICE)
 
-    k = q(9, 2, 64)
-    assert decodes(q(1, 2, 64), k) and decodes(q(16, 8, 256, torch.float32), k)
+    def decodes(q: Tensor) -> bool:
+        return backend_of(q).decodes(q, 2)
+
+    assert decodes(q(1, 2, 64)) and decodes(q(16, 8, 256, torch.float32))
     for taken in (q(17, 2, 64), q(16, 10, 64), q(1, 2, 257), q(1, 2, 64, torch.float64)):
-        assert not decodes(taken, k)
+        assert not decodes(taken)
 
 
 def test_errors():

@@ -18,8 +18,9 @@ from attention_inputs import (
     poisoned,
 )
 from eager import eager_attention
-from foxlm.kernels.decay import LOG_ZERO_GATE, _sum_gates_in_pytorch, accumulate
-from foxlm.kernels.portable import operators as triton_attention
+from foxlm.kernels import triton_attention
+from foxlm.kernels.decay import LOG_ZERO_GATE, accumulate, sum_gates
+from foxlm.kernels.portable import scan
 from kernel_device import DEVICE, INTERPRETED, ON_KERNELS, SOME_DTYPES, on_device
 
 pytestmark = ON_KERNELS
@@ -297,7 +298,7 @@ def test_sums_of_gates_have_every_derivative(derivatives):
 
     actual, expected = (
         derivatives(functools.partial(squares, f))(log_f)
-        for f in (accumulate, lambda x: _sum_gates_in_pytorch(x, None, 0))
+        for f in (lambda x: scan.sum_gates(x, None, 0), lambda x: sum_gates(x, None, 0))
     )
     torch.testing.assert_close(actual, expected)
     assert expected.count_nonzero() > 0

@@ -13,8 +13,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from attention_inputs import attention, draw_inputs, forgetting_attention, output_and_gradients, padding_mask
-from foxlm.kernels.backends import HAS_TRITON
-from foxlm.kernels.context_parallel.pruning import prune_shards
+from foxlm.kernels.backends import HAS_TRITON, backend_of
 from foxlm.kernels.decay import Decay, accumulate, sequence_starts
 from foxlm.kernels.padding import hide_padding
 from foxlm.kernels.pruning.rules import Rule, centered, first_kept, prune
@@ -83,7 +82,8 @@ def exact_weights(q: Tensor, k: Tensor, decay: Decay, scale: float) -> Tensor:
 def pruned_first(q: Tensor, k: Tensor, decay: Decay, device: str, **options: Any) -> Tensor:
     """First keys ``[B, H, Tq]`` by what runs on ``device``, on the CPU."""
     moved = Decay(*(x.to(device) for x in decay))
-    return prune(moved, q.to(device), k.to(device), **options).kv_start.cpu()
+    q, k = q.to(device), k.to(device)
+    return prune(moved, q, k, **options, search=backend_of(q).search_kv_start).kv_start.cpu()
 
 
 @settings(max_examples=8 if INTERPRETED else 60)
@@ -185,10 +185,12 @@ def test_a_shard_is_pruned_as_a_whole_with_any_strides(device, rule):
     c, first = accumulate(log_f)
     decay = Decay(c, c, first, torch.arange(384, device=device))
     options: Any = {"eps": 1e-4, "rule": rule, "scale": 0.25}
-    expected = prune(decay, q, k, **options).kv_start
+    backend = backend_of(q)
+    expected = prune(decay, q, k, **options, search=backend.search_kv_start).kv_start
     assert expected.any()
     for x, y in ((q, k), (q.mT.contiguous().mT, k.mT.contiguous().mT)):
-        assert torch.equal(prune_shards(decay, x, y, Alone(384), **options).kv_start, expected)
+        found = Alone(384).prune(decay, x, y, **options, logit_bound=None, backend=backend)
+        assert torch.equal(found.kv_start, expected)
 
 
 @pytest.mark.parametrize("rule", RULES)

@@ -11,8 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from foxlm.kernels.backends import HAS_TRITON
-from foxlm.kernels.context_parallel.pruning import prune_shards
+from foxlm.kernels.backends import HAS_TRITON, backend_of
 from foxlm.kernels.decay import Decay
 from foxlm.kernels.pruning.key_stats import KeySummary, empty_summary, extend_summary
 from foxlm.kernels.pruning.rounding import logit_margin
@@ -57,7 +56,8 @@ def by_definition(case: Threshold, rule: Rule, device: str) -> Tensor:
 
 def by_attention(case: Threshold, rule: Rule, device: str) -> Tensor:
     q, k, decay = moved(case, device)
-    return prune(decay, q, k, eps=EPS, rule=rule, scale=SCALE, **bound_of(case, rule, device)).kv_start[0, :, 0].cpu()
+    options: Any = {"eps": EPS, "rule": rule, "scale": SCALE, **bound_of(case, rule, device)}
+    return prune(decay, q, k, **options, search=backend_of(q).search_kv_start).kv_start[0, :, 0].cpu()
 
 
 def by_ranks(case: Threshold, rule: Rule, device: str) -> Tensor:
@@ -68,7 +68,8 @@ def by_ranks(case: Threshold, rule: Rule, device: str) -> Tensor:
     first = torch.nn.functional.pad(decay.kv_start.expand(-1, heads, -1), (tokens - 1, 0))
     decay = Decay(decay.key, decay.key, first, torch.arange(tokens, device=device))
     options: Any = {"eps": EPS, "rule": rule, "scale": SCALE, **bound_of(case, rule, device)}
-    return prune_shards(decay, q, k, Alone(tokens), **options).kv_start[0, :, -1].cpu()
+    options.setdefault("logit_bound", None)
+    return Alone(tokens).prune(decay, q, k, **options, backend=backend_of(q)).kv_start[0, :, -1].cpu()
 
 
 def by_decoding(case: Threshold, rule: Rule, device: str) -> Tensor:

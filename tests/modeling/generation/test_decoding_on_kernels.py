@@ -9,7 +9,8 @@ from torch import Tensor
 from transformers import Cache, DynamicCache, StaticCache
 
 from foxlm import FoxForCausalLM, FoxPagedCache
-from foxlm.modeling import attention_backends as attention_fox
+from foxlm.kernels import backends
+from foxlm.kernels.backends import backend_of
 from foxlm.modeling.cache import dynamic as cache_fox
 from kernel_device import DEVICE, INTERPRETED, ON_KERNELS, ONLY_COMPILED
 from models import tiny_model, tokens
@@ -44,13 +45,16 @@ def forgetful_model(variant: str, dtype: torch.dtype = torch.float32, rule: str 
 def decoded(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
     """Shapes of the queries that reached the kernels of decoding."""
     seen: list[tuple[int, ...]] = []
-    decode_attention = attention_fox.decode_attention
 
     def recording(q: Tensor, *args: Any, **options: Any) -> tuple[Tensor, Tensor]:
         seen.append(tuple(q.shape))
-        return decode_attention(q, *args, **options)
+        assert backends.TRITON.decode is not None
+        return backends.TRITON.decode(q, *args, **options)
 
-    monkeypatch.setattr(attention_fox, "decode_attention", recording)
+    recorded = backends.TRITON._replace(decode=recording)
+    monkeypatch.setattr(
+        backends, "backend_of", lambda q: recorded if backend_of(q) is backends.TRITON else backend_of(q)
+    )
     return seen
 
 

@@ -13,8 +13,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import Cache, DynamicCache, StaticCache
 
 from foxlm import FoxForCausalLM, FoxPagedCache
+from foxlm.kernels import backends
 from foxlm.kernels.pruning.key_stats import empty_summary
-from foxlm.modeling import attention_backends as attention_fox
+from foxlm.modeling import attention_backends
 from foxlm.modeling.cache import dynamic as cache_fox
 from foxlm.modeling.cache.dynamic import DynamicForgettingLayer
 from foxlm.modeling.token_layout import TokenLayout
@@ -48,8 +49,10 @@ class Counter(TorchDispatchMode):
 
 @pytest.fixture(autouse=True)
 def only_what_is_around_attention(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(attention_fox, "best_attention", lambda q: attention_fox.reference_attention)
-    monkeypatch.setattr(attention_fox, "reference_attention", lambda q, k, v, decay, **_: (torch.empty_like(q), None))
+    nothing = backends.PYTORCH._replace(attention=lambda q, k, v, decay, **_: (torch.empty_like(q), torch.empty(0)))
+    monkeypatch.setattr(backends, "backend_of", lambda q: nothing)
+    # What tells it from one that prunes.
+    monkeypatch.setattr(attention_backends, "PYTORCH", nothing)
     # torch has a kernel for it on GPUs only.
     monkeypatch.setattr(nn.functional, "rms_norm", lambda x, *_: x.clone())
 
@@ -119,7 +122,7 @@ def test_what_parts_copy_does_not_grow_with_their_number() -> None:
     layer = DynamicForgettingLayer()
     part = torch.randn(1, 1, 512, 8)
     positions = torch.arange(512)
-    layer.append_gates(torch.zeros(1, 512, 1), TokenLayout(positions, None, None, None, positions))
+    layer.append_gates(torch.zeros(1, 512, 1), TokenLayout(positions, None, None, None, positions), backends.PYTORCH)
     with torch.no_grad(), Counter() as counter:
         for _ in range(200):
             layer.update(part, part)
@@ -144,7 +147,9 @@ class Summaries:
         past = self.layer.get_seq_length()
         positions = torch.arange(past, past + count)
         keys = torch.randn(2, 1, count, 8)
-        self.layer.append_gates(-torch.rand(2, count, 3), TokenLayout(positions, None, None, None, positions))
+        self.layer.append_gates(
+            -torch.rand(2, count, 3), TokenLayout(positions, None, None, None, positions), backends.PYTORCH
+        )
         self.layer.update(keys, keys)
         decay, view = self.layer.decay(few, own_block)
         assert (view is None) != few

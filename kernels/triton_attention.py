@@ -1,29 +1,24 @@
-"""The GPU kernels as `torch.library` operators, for autograd, torch.compile and CUDA graphs; the host never waits.
+"""Attention on GPU kernels as `torch.library` operators, for autograd, torch.compile and CUDA graphs; the host never
+waits.
 
-The kernels are in `forward` and `backward`, for H100 and H200 in `hopper_forward` and `hopper_backward`; here is what
-the dispatcher must know of them. Float32 products run in TF32 if torch is told so
+The kernels are in `portable`, those for H100 and H200 in `hopper`, which are taken where their shapes allow; here is
+what the dispatcher must know of them. Float32 products run in TF32 if torch is told so
 (``torch.backends.cuda.matmul.allow_tf32``).
 """
 
 import torch
 from torch import Tensor
 
-from ..backends import HAS_GLUON, NAMESPACE, refuse_second_derivative, refuse_transforms, rows_together, runs_kernels
-from ..decay import Decay
-from ..tiles import LARGEST_HEAD_DIM, choose_tiles
-from .backward import backward
-from .forward import forward
+from .decay import Decay
+from .operators import NAMESPACE, maybe_contiguous, refuse_second_derivative, refuse_transforms
+from .portable.backward import backward
+from .portable.forward import forward
+from .tiles import choose_tiles
+from .triton_common import HAS_GLUON
 
 if HAS_GLUON:
-    from ..hopper.backward import hopper_backward, hopper_backward_takes
-    from ..hopper.forward import hopper_forward, hopper_forward_takes
-
-_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
-
-
-def supports(q: Tensor) -> bool:
-    """Whether `triton_attention` takes queries of this device, type and head size."""
-    return q.dtype in _DTYPES and q.shape[-1] <= LARGEST_HEAD_DIM and runs_kernels(q)
+    from .hopper.backward import hopper_backward, hopper_backward_takes
+    from .hopper.forward import hopper_forward, hopper_forward_takes
 
 
 def triton_attention(
@@ -98,16 +93,16 @@ def _launch_forward(
 ) -> tuple[Tensor, Tensor]:
     if q.numel() == 0:
         return torch.empty_like(q, memory_format=torch.contiguous_format), _empty_lse(q)
-    q, k, v = (rows_together(x) for x in (q, k, v))
-    decay = _rows_together(decay)
+    q, k, v = (maybe_contiguous(x) for x in (q, k, v))
+    decay = _contiguous_rows(decay)
     with torch.cuda.device_of(q):
         if HAS_GLUON and hopper_forward_takes(q, k, v, dropout):
             return hopper_forward(q, k, v, decay, scale)
         return forward(q, k, v, decay, scale, dropout, seed, _tiles(q).forward)
 
 
-def _rows_together(decay: Decay) -> Decay:
-    c_q, c_k, first = (rows_together(x) for x in (decay.query, decay.key, decay.kv_start))
+def _contiguous_rows(decay: Decay) -> Decay:
+    c_q, c_k, first = (maybe_contiguous(x) for x in (decay.query, decay.key, decay.kv_start))
     return Decay(c_q, c_k, first, decay.last)
 
 
@@ -163,8 +158,8 @@ def _launch_backward(
         )
         return dq, dk, dv, dc_q, dc_k
     gates = decay.query.shape[1]
-    d_out, d_lse, q, k, v = (rows_together(x) for x in (d_out, d_lse, q, k, v))
-    decay = _rows_together(decay)
+    d_out, d_lse, q, k, v = (maybe_contiguous(x) for x in (d_out, d_lse, q, k, v))
+    decay = _contiguous_rows(decay)
     with torch.cuda.device_of(q):
         if HAS_GLUON and hopper_forward_takes(q, k, v, dropout) and hopper_backward_takes(q, k):
             dq, dk, dv, dc_q, dc_k = hopper_backward(d_out, d_lse, q, k, v, decay, out, lse, scale)
