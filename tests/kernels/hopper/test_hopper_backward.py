@@ -32,9 +32,9 @@ BEFORE = [
     "_kv_start_range_kernel",
     "_head_order_kernel",
     "_query_range_kernel",
-    "_hopper_keys_kernel",
+    "_finite_keys_kernel",
     "_maxima_kernel",
-    "_hopper_rows_kernel",
+    "_tile_rows_kernel",
 ]
 
 
@@ -78,9 +78,9 @@ def serialized(kernel: Any, folder: Path) -> list[str]:
 @pytest.mark.parametrize("head_dim", [64, 128])
 def test_kernels_fit(head_dim, dtype, heads, tmp_path):
     compiled, gradients, expected = launch(head_dim, dtype, heads=heads)
-    main = f"hopper_backward_{head_dim}_kernel"
+    main = f"hopper_backward_d{head_dim}_kernel"
     kernels = {kernel.metadata.name: kernel for kernel in compiled}
-    assert list(kernels) == [*BEFORE, main, "_hopper_finish_kernel"]
+    assert list(kernels) == [*BEFORE, main, "_hopper_backward_finish_kernel"]
     for kernel in compiled:
         assert kernel.metadata.target.arch == 90
         assert kernel.metadata.shared <= SHARED_MEMORY, kernel.metadata.name

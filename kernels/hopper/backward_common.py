@@ -1,17 +1,17 @@
-"""Device functions that the backward kernels for Hopper share (`hopper_backward` explains the whole).
+"""Device functions that the backward kernels for Hopper share (see `backward`).
 
-What a kernel must know of the 64 queries of a tile is eight arrays of 64 float32 numbers, 2 KiB, copied as one with the
-tile. `hopper_backward` writes them, `row_field` and `tile_field` read them:
+What a kernel must know of the 64 queries of a tile is eight fields of 64 float32 values, 2 KiB, copied as one with the
+tile. `backward_rows` writes them, `row_field` and `tile_field` read them:
 
 =====  ============================================================================================================
 field  holds
 =====  ============================================================================================================
 0      ``c_i - c_0 - lse_i``, the row's part of the exponent; ``c_0`` is the sum of the tile's first row
-1      delta
-2      what ``dQ`` is multiplied by before it is rounded to integers, a power of two
-3      of the tile: ``c_0`` in two parts, the greatest first key of a row; then zeros
+1      ``delta_i``
+2      fixed-point scale: what ``dQ`` is multiplied by before it is rounded to integers, a power of two
+3      of the tile: ``c_0`` in two parts, the greatest ``kv_start`` of a row; then zeros
 4, 5   ``c_i - c_0`` rounded to float32, and what that lacks less ``lse_i``: field 0 in two parts
-6      first key that the row may see
+6      ``kv_start`` of the row
 7      unused
 =====  ============================================================================================================
 
@@ -21,16 +21,15 @@ Exponents are in units of log 2.
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
-LOG2_E = gl.constexpr(1.4426950408889634)
-# Sums of rows of dS are kept in finer units than those of dQ.
-UNITS_PER_QUANTUM = 2.0**18
-_UNITS_PER_QUANTUM = gl.constexpr(UNITS_PER_QUANTUM)
+# The fixed-point scale of row sums of dS is finer than that of dQ by so much.
+ROW_SUM_SCALE = gl.constexpr(2.0**18)
 # The barrier of the warps of one role; its name depends on the version of Triton.
 role_barrier = getattr(gl, "thread_barrier", None) or gl.barrier
 
 
 @gluon.jit
 def fast_exp2(x):
+    """``2^x`` in one instruction, subnormal results flushed to zero."""
     return gl.inline_asm_elementwise("ex2.approx.ftz.f32 $0, $1;", "=f,f", [x], dtype=gl.float32, is_pure=True, pack=1)
 
 
@@ -41,8 +40,8 @@ def to_nearest(x):
 
 
 @gluon.jit
-def split_in_two(x):
-    """A float64 number as the sum of two float32 ones; an infinite one has no second part."""
+def split_fp64(x):
+    """A float64 value as the sum of two float32 ones; an infinite one has no second part."""
     high = x.to(gl.float32)
     low = (x - high.to(gl.float64)).to(gl.float32)
     return high, gl.where(gl.abs(high) == float("inf"), 0.0, low)
@@ -55,22 +54,22 @@ def fold(x, N: gl.constexpr):
 
 
 @gluon.jit
-def add_row_sums(p, x, per_quantum):
-    """Add the sums of the rows of ``dS``, which every column of ``x``, ``[64, 8 or 16]``, holds, to 64 int64."""
+def add_row_sums(p, x, dq_scale):
+    """Add row sums of ``dS``, which every column of ``x``, ``[64, 8 or 16]``, holds, to 64 int64 at ``p``."""
     N: gl.constexpr = x.shape[1] // 2
     x, _ = gl.split(gl.reshape(x, [64, N, 2]))
     L: gl.constexpr = x.type.layout
     rows = gl.arange(0, 64, gl.SliceLayout(1, L))[:, None]
     column = gl.arange(0, N, gl.SliceLayout(0, L))[None, :]
-    per_unit = gl.convert_layout(per_quantum, gl.SliceLayout(1, L))[:, None] * _UNITS_PER_QUANTUM
-    gl.atomic_add(p + rows + column, (x * per_unit).to(gl.int64), mask=(rows >= 0) & (column == 0), sem="relaxed")
+    row_scale = gl.convert_layout(dq_scale, gl.SliceLayout(1, L))[:, None] * ROW_SUM_SCALE
+    gl.atomic_add(p + rows + column, (x * row_scale).to(gl.int64), mask=(rows >= 0) & (column == 0), sem="relaxed")
 
 
 @gluon.jit
-def count_tiles(STOP, TQ, head, n, NN, start):
-    """How many tiles of queries, from ``start`` on, see block ``n`` of the keys."""
-    stop = gl.minimum(gl.load(STOP + head * NN + n), TQ)
-    return gl.maximum((stop + 63) // 64 - start, 0)
+def count_tiles(M_END, TQ, i_bh, i_n, NN, m_begin):
+    """How many tiles of queries, from ``m_begin`` on, attend to block ``i_n`` of the keys; ``M_END`` counts rows."""
+    m_end = gl.minimum(gl.load(M_END + i_bh * NN + i_n), TQ)
+    return gl.maximum((m_end + 63) // 64 - m_begin, 0)
 
 
 @gluon.jit
@@ -81,6 +80,6 @@ def row_field(rows, stage, i: gl.constexpr):
 
 @gluon.jit
 def tile_field(rows, stage, i: gl.constexpr):
-    """Number ``i`` of field 3."""
+    """Value ``i`` of field 3."""
     L: gl.constexpr = gl.BlockedLayout([1, 1], [1, 32], [1, gl.num_warps()], [1, 0])
     return gl.max(gl.max(rows.index(stage * 2).slice(192 + i, 1, 1).load(L), 1), 0)
