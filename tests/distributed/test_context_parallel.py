@@ -15,7 +15,6 @@ from ranks import run_ranks
 pytestmark = pytest.mark.skipif(INTERPRETED, reason="ranks choose for themselves")
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(("ranks", "seeds"), [(2, range(0, 30)), (3, range(30, 50)), (4, range(50, 70))])
 def test_attention_of_one_device(ranks: int, seeds: range) -> None:
     """Ragged, packed, padded, with resets, pruned and not, split evenly and anyhow."""
@@ -60,13 +59,11 @@ def test_attention_of_one_gpu() -> None:
             assert max(case["errors"].values()) < 2e-2, case
 
 
-@pytest.mark.slow
 def test_notices_gates_that_are_not_carried_over() -> None:
     found = run_ranks("context_checks:attention_errors_without_carry", 2, range(6))
     assert max(max(case["errors"].values()) for case in found[1]) > 1e-2
 
 
-@pytest.mark.slow
 def test_models_of_one_device() -> None:
     variants = ["pro", "llama-rope", "key-value-gates", "multi-query", "bias-only", "fixed", "olmo", "tied"]
     for of_rank in run_ranks("context_checks:model_errors", 2, variants):
@@ -75,14 +72,12 @@ def test_models_of_one_device() -> None:
             assert max(errors.values()) < 3e-6, (case, errors)
 
 
-@pytest.mark.slow
 def test_models_on_four_ranks() -> None:
     for of_rank in run_ranks("context_checks:model_errors", 4, ["pro"]):
         for case, errors in of_rank.items():
             assert max(errors.values()) < 3e-6, (case, errors)
 
 
-@pytest.mark.slow
 def test_traffic_dropout_and_refusals() -> None:
     (shares, *_), (error, *_) = (
         run_ranks("context_checks:traffic_shares", 2, 4096),
@@ -108,7 +103,6 @@ def test_traffic_dropout_and_refusals() -> None:
         assert part in said[name], (name, said.get(name))
 
 
-@pytest.mark.slow
 def test_copies_and_derivatives() -> None:
     for found in run_ranks("context_checks:copies_and_derivatives", 2):
         assert found["copied"]
@@ -117,7 +111,6 @@ def test_copies_and_derivatives() -> None:
         assert "differentiable once, in reverse mode" in found["twice"]
 
 
-@pytest.mark.slow
 def test_different_inputs_are_refused_on_all_ranks() -> None:
     for said in run_ranks("context_checks:different_inputs", 2):
         assert said.pop("same") == "accepted"
