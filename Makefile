@@ -71,8 +71,8 @@ fuzz: $(stamp)  ## Give each test marked fuzz new random cases for a while (SECO
 
 # Without torch's own cache of memory, so that each tensor has its bounds.
 sanitize: $(stamp)  ## Run every GPU kernel under compute-sanitizer, which comes with the CUDA toolkit
-	PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool memcheck --error-exitcode 1 $(bin)/python tests/utils/every_kernel.py
-	compute-sanitizer --tool racecheck --error-exitcode 1 $(bin)/python tests/utils/every_kernel.py --without-gluon
+	PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool memcheck --error-exitcode 1 $(bin)/python tests/utils/attention/every_kernel.py
+	compute-sanitizer --tool racecheck --error-exitcode 1 $(bin)/python tests/utils/attention/every_kernel.py --without-gluon
 
 lint: $(stamp)  ## Check style, formatting, types and spelling
 	$(bin)/ruff check

@@ -193,7 +193,7 @@ def launch(config: str, processes: int, arguments: list[str], **environment: str
     command += ["--config_file", str(ROOT / "examples" / "accelerate" / f"{config}.yaml")]
     command += ["--num_processes", str(processes), "--main_process_port", str(free_port()), "--mixed_precision", "no"]
     command += [
-        str(ROOT / "tests" / "utils" / "launched_on_cpu.py"),
+        str(ROOT / "tests" / "utils" / "ranks" / "launched_on_cpu.py"),
         str(ROOT / "examples" / "pretrain.py"),
         *arguments,
     ]

@@ -1,6 +1,6 @@
 """Functions run by several processes of one gloo group on the CPU, as torchrun would start them.
 
-    def total(rank_argument):           # in a helper module of this folder, say `sums.py`
+    def total(rank_argument):           # in a helper module, say `sums.py`
         ...                             # torch.distributed is initialized: gloo, `env://`
         return result                   # of each rank, anything that pickles
 
@@ -31,6 +31,10 @@ from unittest import mock
 _GRACE = 3.0
 _POLL = 0.05
 
+# Where functions of helper modules are found, as pytest finds them.
+_UTILS = Path(__file__).parents[1]
+_HELPERS = os.pathsep.join(str(folder) for folder in (_UTILS, *_UTILS.iterdir()) if folder.is_dir())
+
 # Not from the process of the tests, whose threads and state no rank is to have.
 _FORKS = multiprocessing.get_context("forkserver")
 _FORKS.set_forkserver_preload(["context_checks", "sharding_checks", "tensor_parallel_checks"])
@@ -42,7 +46,7 @@ class _Forked:
     def __init__(self, folder: Path, environment: dict[str, str], output: Path) -> None:
         self._process = _FORKS.Process(target=_forked, args=(folder, environment, output))
         # What the process that forks is started with, at the first start: it must not have threads.
-        with mock.patch.dict(os.environ, {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parent)}):
+        with mock.patch.dict(os.environ, {"OMP_NUM_THREADS": "1", "PYTHONPATH": _HELPERS}):
             self._process.start()
         assert self._process.pid is not None
         self.pid: int = self._process.pid
@@ -89,6 +93,7 @@ def rank_environment(rank: int, world_size: int, port: int) -> dict[str, str]:
         "ACCELERATE_USE_CPU": "true",
         "HF_HUB_OFFLINE": "1",
         "TOKENIZERS_PARALLELISM": "false",
+        "PYTHONPATH": _HELPERS,
     }
 
 
@@ -114,7 +119,7 @@ def run_ranks(
     """Call ``function(*arguments)`` on each of ``world_size`` ranks.
 
     Args:
-        function: ``module:name``, the module in `tests/` or installed.
+        function: ``module:name``, the module in `tests/utils/` or installed.
         world_size: number of processes.
         arguments: the same for each rank; must pickle.
         timeout: seconds after which all are killed; also the time-out of the group's collectives.
