@@ -1,4 +1,4 @@
-"""A few tests of the kernels in Triton's interpreter, which `make test-slow` runs them all in.
+"""A few kernel tests in Triton's interpreter; `make test-slow` runs all of them there.
 
 In a process of their own: the interpreter takes the place of the compiler when kernels are defined.
 """
