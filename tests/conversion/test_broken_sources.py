@@ -1,4 +1,4 @@
-"""Sources that are broken or edited by hand: conversion and grafting end in one line that names file or field."""
+"""Sources damaged or edited by hand: converting and grafting end in one line that names file or field."""
 
 import json
 import random

@@ -1,4 +1,4 @@
-"""Files of conversions: read a shard at a time, refused in one line where broken, written whole or not at all."""
+"""Files of converted checkpoints: read by shards, refused in one line where broken, written whole or not at all."""
 
 import json
 import os

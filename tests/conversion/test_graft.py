@@ -1,4 +1,4 @@
-"""Grafting: what never forgets computes what the base model does; what cannot be represented is refused by name."""
+"""Grafting: open gates give the base model's outputs; what cannot be represented is refused by name."""
 
 import copy
 import json

@@ -1,4 +1,4 @@
-"""Heads are dealt to ranks by how long they remember, and the model computes what it did."""
+"""Balancing heads over ranks by decay time leaves the model's outputs as they were."""
 
 import pytest
 import torch

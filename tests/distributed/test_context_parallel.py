@@ -1,4 +1,4 @@
-"""Context parallelism: several ranks, each with a part of every sequence, compute what one device computes."""
+"""Context parallelism on two to four ranks equals one device: attention, models, gradients, and what is refused."""
 
 import pytest
 import torch

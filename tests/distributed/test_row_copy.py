@@ -1,4 +1,4 @@
-"""Copying runs of rows, on kernels and without."""
+"""Copies of rows between tensors, in PyTorch and by kernels."""
 
 import numpy as np
 import pytest

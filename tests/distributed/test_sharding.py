@@ -1,4 +1,4 @@
-"""Data parallelism by the engines of the ecosystem: the same seed and data give the same loss curve on any of them."""
+"""Data parallelism by DDP, FSDP and DeepSpeed: the loss curve of one process, checkpoints, and what is refused."""
 
 import importlib.util
 import json

@@ -1,4 +1,4 @@
-"""Tensor parallelism: two ranks compute what one process does, for every variant; the rest is refused."""
+"""Tensor parallelism on two ranks equals one process for every variant of the model; the rest is refused."""
 
 from pathlib import Path
 from typing import Any

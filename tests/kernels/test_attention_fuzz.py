@@ -1,4 +1,4 @@
-"""Forgetting attention of hostile random inputs is its definition, in PyTorch and by kernels, interpreted or not."""
+"""Forgetting attention equals its definition for random hostile inputs, in PyTorch and by kernels."""
 
 import math
 import random

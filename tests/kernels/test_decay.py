@@ -1,4 +1,4 @@
-"""Running sums, hard resets and sequence starts: what attention reads of the gates."""
+"""`Decay`: cumulative log gates, hard resets and packed sequences."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""What of the kernels only a GPU shows: long sequences, large tensors, CUDA graphs, and a host that never waits."""
+"""Kernels where only a GPU can show it: long sequences, large tensors, CUDA graphs, no host synchronisation."""
 
 from typing import Any
 

@@ -1,4 +1,4 @@
-"""What a configuration accepts, derives, refuses and keeps over a round trip."""
+"""The configuration: what it accepts, derives, refuses, and keeps when saved and loaded."""
 
 import math
 import random

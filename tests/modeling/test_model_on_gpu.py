@@ -1,4 +1,4 @@
-"""What only a GPU shows: device placement, CUDA graphs, offloaded caches, half precision on its matrix units."""
+"""Models where only a GPU can show it: device placement, CUDA graphs, offloaded caches, half precision."""
 
 from typing import Any
 

@@ -1,4 +1,4 @@
-"""Pruning in a model: what the configuration says reaches attention, and the bounds that it takes from weights hold."""
+"""Pruning in a model: the configuration's options reach attention, and logit bounds from weights hold."""
 
 import math
 

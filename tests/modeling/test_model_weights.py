@@ -1,4 +1,4 @@
-"""Saving, loading and types of weights, and the heads of other tasks."""
+"""Saving, loading and dtypes of weights, and the heads of other tasks."""
 
 import copy
 import json

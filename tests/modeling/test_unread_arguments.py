@@ -1,4 +1,4 @@
-"""Arguments that nobody reads: each is an error that names it, in models, heads, layers, caches and attention."""
+"""Unknown arguments of models, heads, layers, caches and attention are errors that name them."""
 
 from typing import Any
 

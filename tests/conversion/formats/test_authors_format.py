@@ -1,4 +1,4 @@
-"""Checkpoints in the authors' layout: every key accounted for, the same model out."""
+"""Checkpoints of the paper's authors: every key is mapped, and the converted model is the same."""
 
 import json
 

@@ -1,4 +1,4 @@
-"""Checkpoints of flash-linear-attention: every key accounted for, and what comes out computes what theirs does."""
+"""Checkpoints of flash-linear-attention: every key is mapped, and the logits are those of the source."""
 
 import json
 import shutil

@@ -1,4 +1,4 @@
-"""Folders made to do harm, or holding what was not meant to leave: each is refused by name, and ordinary ones pass."""
+"""Malicious and careless folders: each is refused by name before publishing, and ordinary ones pass."""
 
 import gzip
 import io

@@ -1,4 +1,4 @@
-"""The kernels compute forgetting attention as exactly as torch does in the same type, whatever the shapes and gates."""
+"""Kernels are as accurate as torch in the same dtype, for every shape, layout, head size and gate."""
 
 from typing import Any
 

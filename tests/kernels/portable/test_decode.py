@@ -1,4 +1,4 @@
-"""Attention of few queries over a cache, dense or paged, is what the reference says, and pruning reads less of it."""
+"""Decode attention over dense and paged caches equals the reference, and pruning reads fewer blocks."""
 
 import math
 from typing import Any, NamedTuple

@@ -1,4 +1,4 @@
-"""The kernels as operators: what they leave alone, NaN, dropout, repeatability, compilation."""
+"""Kernels as torch operators: inputs left alone, NaN, dropout, bitwise determinism, torch.compile."""
 
 import functools
 from typing import Any

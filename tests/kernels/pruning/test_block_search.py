@@ -1,4 +1,4 @@
-"""What attention leaves out with ``eps``: never more than that of a row's weight, and all that the rule says.
+"""Pruning with ``eps``: no row loses more than that share of its weight, and every block the rule allows is skipped.
 
 In PyTorch on the CPU, by kernels on a GPU, and by kernels on the CPU in Triton's interpreter (`make test-slow`).
 """

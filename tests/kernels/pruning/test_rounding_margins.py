@@ -1,4 +1,4 @@
-"""No row loses more than ``eps`` on the threshold of pruning, wherever it is decided, and what is below it is dropped.
+"""Pruning at its threshold, a rounding more or less: no row loses more than ``eps``, and what is below is skipped.
 
 In PyTorch on the CPU, by kernels on a GPU, and by kernels on the CPU in Triton's interpreter (`make test-slow`).
 """

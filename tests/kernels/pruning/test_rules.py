@@ -1,4 +1,4 @@
-"""The ACP rules: what a row loses never passes eps, and what can be dropped is dropped."""
+"""The pruning rules by their definition in PyTorch: weight lost, keys skipped, arguments refused."""
 
 import math
 

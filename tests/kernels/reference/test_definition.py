@@ -1,4 +1,4 @@
-"""The reference is forgetting attention: it agrees with a second one, in float64, in output and every gradient."""
+"""The reference equals a second implementation of the paper's equations in float64: output and every gradient."""
 
 import pytest
 import torch

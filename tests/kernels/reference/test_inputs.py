@@ -1,4 +1,4 @@
-"""What forgetting attention makes of bad input, of empty input, and of NaN where nothing may look."""
+"""Attention's arguments: what is refused, empty inputs, and NaN in padding."""
 
 import re
 from typing import Any

@@ -1,4 +1,4 @@
-"""The error of the reference does not grow with length, and is that of torch in the same type.
+"""The reference's error does not grow with length, and is at most twice torch's own in the same dtype.
 
 ``python tests/kernels/reference/test_precision.py`` prints the tables.
 """

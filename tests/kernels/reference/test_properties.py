@@ -1,4 +1,4 @@
-"""What follows from the definition of forgetting attention, whatever the inputs."""
+"""Properties that follow from the definition of forgetting attention, for random inputs."""
 
 import itertools
 

@@ -1,4 +1,4 @@
-"""The reference as an operator: compilation, registration, dropout, memory, second derivatives."""
+"""The reference as a torch operator: registration, torch.compile, dropout, memory, second derivatives."""
 
 import functools
 import json

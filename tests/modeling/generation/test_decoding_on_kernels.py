@@ -1,4 +1,4 @@
-"""A model that decodes through the kernels, step by step, gives what one pass over all tokens gives; in every cache."""
+"""Step-by-step decoding by kernels equals one pass over all tokens, with every cache."""
 
 from collections.abc import Callable
 from typing import Any

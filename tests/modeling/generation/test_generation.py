@@ -1,4 +1,4 @@
-"""Every way to generate gives the tokens of a run without a cache, in models where one lost gate changes them."""
+"""Every method of `generate` gives the tokens of a run without a cache, in models that a lost gate changes."""
 
 import warnings
 from typing import Any

@@ -1,4 +1,4 @@
-"""Forget gates in the model: where they start, what they do to the attention weights, what is never trained."""
+"""Forget gates: their initial values, their effect on attention weights, and which are trained."""
 
 import math
 from typing import Any

@@ -1,4 +1,4 @@
-"""`FoxAttention` and `FoxDecoderLayer` taken out of their model compute what they compute in it, to the bit."""
+"""`FoxAttention` and `FoxDecoderLayer` outside of their model compute the same bits as inside."""
 
 from typing import Any
 

@@ -1,4 +1,4 @@
-"""The loss term that pays heads for forgetting: what it is, that it is off by default, that training gets it right."""
+"""The auxiliary loss on forget gates: its definition, off by default, right under every kind of training."""
 
 import math
 from collections.abc import Callable

@@ -1,4 +1,4 @@
-"""A loss taken over part of the tokens at a time is the loss, and holds no more logits than it is told."""
+"""The loss computed over chunks of tokens equals the loss, and holds only a chunk's logits."""
 
 from typing import Any
 

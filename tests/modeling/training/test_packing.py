@@ -1,4 +1,4 @@
-"""Sequences packed in one row give what each gives alone: logits, loss and every gradient."""
+"""Packed sequences give what each gives alone: logits, loss and every gradient."""
 
 from pathlib import Path
 from typing import Any
