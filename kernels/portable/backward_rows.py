@@ -4,12 +4,15 @@ Per query: ``delta_i = dO_i . O_i - dlse_i``, the shift of its scores, and the f
 `backward` explains; for that scale, the largest keys and values up to it.
 """
 
+from typing import Any, NamedTuple
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..tiles import padded_head_dim
+from ..decay import Decay
+from ..tiles import Tile, padded_head_dim
 from ..triton_common import INF, LN_2, LOG2_E, load_rows, split_fp64
 
 # Keys are reduced to their largest in groups of so many, by programs of so many rows.
@@ -86,6 +89,17 @@ def running_maxima(k: Tensor, v: Tensor) -> Tensor:
     return maxima.cummax(-1).values
 
 
+class RowStatistics(NamedTuple):
+    """Statistics of all rows, as `_backward_rows_kernel` writes them: pointers in a kernel, tensors outside."""
+
+    DELTA: Any
+    SHIFT: Any
+    ROW_TERM: Any
+    BASE: Any
+    DQ_SCALE: Any
+    ROW_BOUND: Any
+
+
 @triton.jit
 def _at_least_bound(bound):
     """``bound``, raised if it is too small; a NaN stays one."""
@@ -93,7 +107,7 @@ def _at_least_bound(bound):
 
 
 @triton.jit
-def backward_rows_kernel(
+def _backward_rows_kernel(
     OUT,
     D_OUT,
     LSE,
@@ -176,3 +190,46 @@ def backward_rows_kernel(
     row_bound = 2.0 / (1.0 - dropout) * row_norms(b_do) * largest_v + tl.abs(d_lse) + delta * 0.0
     tl.store(DQ_SCALE + o_row, LARGEST_SUM / _at_least_bound(row_bound * largest_k), mask=m_q)
     tl.store(ROW_BOUND + o_row, _at_least_bound(row_bound), mask=m_q)
+
+
+def row_statistics(
+    d_out: Tensor, d_lse: Tensor, out: Tensor, lse: Tensor, decay: Decay, maxima: Tensor, dropout: float, tile: Tile
+) -> RowStatistics:
+    """Launch `_backward_rows_kernel`; ``maxima`` is that of `running_maxima`."""
+    batch, queries, heads, head_dim = out.shape
+    gates, kv_heads = decay.key.shape[1], maxima.shape[2]
+    blocks = triton.cdiv(queries, tile.queries)
+    is_fp32 = out.dtype == torch.float32
+    delta, shift, row_term, dq_scale, row_bound = torch.empty(
+        5, batch, heads, queries, dtype=torch.float32, device=out.device
+    ).unbind()
+    base = torch.empty(batch, heads, blocks, dtype=torch.float64, device=out.device)
+    _backward_rows_kernel[(batch * heads, blocks)](
+        OUT=out, o_b=out.stride(0), o_t=out.stride(1), o_h=out.stride(2),
+        D_OUT=d_out, do_b=d_out.stride(0), do_t=d_out.stride(1), do_h=d_out.stride(2),
+        LSE=lse,
+        D_LSE=d_lse, dl_b=d_lse.stride(0), dl_h=d_lse.stride(1),
+        C_Q=decay.query, cq_b=decay.query.stride(0), cq_h=decay.query.stride(1),
+        MAXIMA=maxima,
+        DELTA=delta,
+        SHIFT=shift,
+        ROW_TERM=row_term,
+        BASE=base,
+        DQ_SCALE=dq_scale,
+        ROW_BOUND=row_bound,
+        LAST=decay.last,
+        TQ=queries,
+        H=heads,
+        HF=gates,
+        KV_GROUP=heads // kv_heads,
+        NM=blocks,
+        NG=maxima.shape[-1],
+        dropout=dropout,
+        D=head_dim,
+        BLOCK_D=padded_head_dim(head_dim),
+        BLOCK_M=tile.queries,
+        KEYS=MAXIMA_KEYS,
+        LARGEST_SUM=2.0 ** (62 if is_fp32 else 30),
+        IS_FP32=is_fp32,
+    )  # fmt: skip
+    return RowStatistics(delta, shift, row_term, base, dq_scale, row_bound)

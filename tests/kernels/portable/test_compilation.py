@@ -64,9 +64,9 @@ KERNELS = {
     "_forward_kernel",
     "_query_range_kernel",
     "_maxima_kernel",
-    "backward_rows_kernel",
-    "_backward_kernel",
-    "_backward_finish_kernel",
+    "_backward_rows_kernel",
+    "backward_kernel",
+    "backward_finish_kernel",
     "_gradient_totals_kernel",
     "_gradient_scan_kernel",
 }
