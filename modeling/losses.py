@@ -1,8 +1,9 @@
-"""The loss of a language model over part of the tokens at a time, for sequences whose logits would not fit."""
+"""Losses of a language model: cross-entropy in chunks of tokens, shards of a sequence, forget-gate regularisation."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -11,15 +12,17 @@ if TYPE_CHECKING:
 
 
 _IGNORED = -100
+# Nats of decay at which pruning drops a key: -log(eps) = 10, and the range of a head's logits.
+_NATS_OF_PRUNED_KEY = 30.0
 
 
 class FoxLMHead(nn.Linear):
-    """Hidden states to logits, or by ``reduce`` to what is wanted of them."""
+    """The language-model head: ``[..., hidden] -> [..., vocab]`` logits, or what ``reduce`` makes of them."""
 
     def forward(self, hidden_states: Tensor, reduce: Callable[[Tensor, "FoxLMHead"], Tensor] | None = None) -> Tensor:
         """Logits ``[..., vocab]`` of ``[..., hidden]``; or ``reduce(hidden_states, self)``, which calls `logits`.
 
-        FSDP gathers a weight around a call of its module: all that needs it has to happen inside of one.
+        FSDP gathers a weight around a call of its module, so all that needs the weight has to run inside that call.
         """
         return self.logits(hidden_states) if reduce is None else reduce(hidden_states, self)
 
@@ -28,10 +31,10 @@ class FoxLMHead(nn.Linear):
 
 
 def number_of_targets(labels: Tensor, shift_labels: Tensor | None, given: Tensor | int | None = None) -> Tensor | int:
-    """What a sum of losses is divided by: the number that is given, or that of targets; 1 where there are none.
+    """The divisor of a sum of losses: ``given``, or the number of targets; at least 1.
 
-    So the loss of a row without targets is 0. Other models of transformers return that too where they are given the
-    number of a whole batch, but else NaN, the mean of nothing, which a training does not survive.
+    So the loss of a row without targets is 0. Other models of transformers return 0 too if they are given the number of
+    a whole batch, but otherwise NaN, from which training does not recover.
     """
     if given is None:
         targets = labels[..., 1:] if shift_labels is None else shift_labels
@@ -50,10 +53,10 @@ def loss_in_chunks(
     shift_labels: Tensor | None = None,
     vocab_size: int,
 ) -> Tensor:
-    """``loss_function`` of the logits of all tokens, of which no more than a chunk's are ever held.
+    """``loss_function`` of the logits of all tokens, holding the logits of one chunk at a time.
 
-    At 131,072 tokens and 50,304 words logits are 26 GB in float32, and a loss needs them three or four times over. Here
-    backward computes each chunk's once more: one product beside the three that training does with the head.
+    At 131,072 tokens and a vocabulary of 50,304, logits are 26 GB in float32, and a loss needs them three or four times
+    over. Here backward recomputes each chunk's logits: one matmul beside the three that training does with the head.
 
     Args:
         hidden_states: ``[B, T, hidden]``, what the head takes.
@@ -86,18 +89,44 @@ def loss_in_chunks(
     return summed(hidden_states, lm_head)
 
 
+def forget_aux_loss(
+    gate_logits: Sequence[Tensor], real: Tensor | None, total: Callable[[Tensor], Tensor] | None = None
+) -> Tensor:
+    """Forget-gate regularisation: a smooth stand-in for the computed-tile fraction that the gates leave.
+
+    A head whose gates decay by ``n`` nats over a sequence computes about ``min(1, 30 / n)`` of its tiles. The loss is
+    ``30 / (30 + n)``, whose gradient also reaches a head that computes all tiles. A packed row counts as one sequence.
+
+    Args:
+        gate_logits: of each layer, ``[B, T, Hf]``.
+        real: ``[B, T]`` bool, False for padding; None without.
+        total: sums over the ranks that have parts of each row; None if this rank has all.
+
+    Returns:
+        Mean over rows, layers and gates, a scalar in ``(0, 1]``.
+    """
+    shares = []
+    for logits in gate_logits:
+        log_f = nn.functional.logsigmoid(logits)
+        if real is not None:
+            log_f = log_f.masked_fill(~real[..., None], 0.0)
+        nats = log_f.sum(1) if total is None else total(log_f.sum(1))
+        shares.append((_NATS_OF_PRUNED_KEY / (_NATS_OF_PRUNED_KEY - nats)).mean().to(gate_logits[0].device))
+    return torch.stack(shares).mean()
+
+
 def targets_of_shard(
     shards: "ShardedSequence",
     labels: Tensor,
     shift_labels: Tensor | None = None,
     num_items_in_batch: Tensor | int | None = None,
 ) -> dict[str, Any]:
-    """Arguments of a loss by this rank's tokens, from those of the whole sequence: the sum over ranks is its loss.
+    """Arguments of this rank's loss, from those of the whole sequence, whose loss is the sum over ranks.
 
     Args:
-        shards: who has which tokens.
-        labels, shift_labels, num_items_in_batch: as for `loss_in_chunks`. With a number of items, the sum over ranks is
-            an equal share for each of them: who gives it (Trainer) multiplies losses by all processes.
+        shards: which rank has which tokens.
+        labels, shift_labels, num_items_in_batch: as for `loss_in_chunks`. If ``num_items_in_batch`` is given, the
+            sum is divided by the number of ranks: Trainer, which gives it, multiplies losses by that of processes.
     """
     count = number_of_targets(labels, shift_labels, num_items_in_batch)
     num_items_in_batch = count if num_items_in_batch is None else count * shards.split.ranks
@@ -108,12 +137,12 @@ def targets_of_shard(
 
 
 def _takes_reduce(lm_head: nn.Module) -> bool:
-    """Whether one call of the module may return a loss: not with LoRA or tensor parallelism around its product."""
+    """Whether one call of the module may return a loss; not with LoRA or tensor parallelism around its matmul."""
     if not isinstance(lm_head, FoxLMHead):
         return False
     if not hasattr(lm_head.weight, "to_local"):
         return True
-    # Not above: it takes a while to import, and only a sharded weight needs it.
+    # Imported here, since it takes a while and only a sharded weight needs it.
     from torch.distributed.fsdp import FSDPModule
 
     return isinstance(lm_head, FSDPModule)

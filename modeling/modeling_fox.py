@@ -1,18 +1,15 @@
 """The Forgetting Transformer (FoX): decoder, language model and task heads."""
 
 # First, so that a transformers too old is named before an import of its parts fails.
-from .versions import CACHE, CACHE_NAMES, cache_of, one_cache
+from .versions import CACHE, cache_of, one_cache
 
 # isort: split
 
-from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, nn
-from transformers import initialization as init
 from transformers.cache_utils import Cache, DynamicCache
-from transformers.distributed import DistributedConfig
 from transformers.modeling_layers import (
     GenericForQuestionAnswering,
     GenericForSequenceClassification,
@@ -24,7 +21,7 @@ from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs, can_return_tuple
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.import_utils import is_torchdynamo_compiling
-from transformers.utils.output_capturing import OutputRecorder, capture_outputs
+from transformers.utils.output_capturing import capture_outputs
 
 from .arguments import DECODER_ARGUMENTS, LOSS_ARGUMENTS, refuse_unknown
 from .cache.dynamic import check_cache, register_layer_type
@@ -32,183 +29,21 @@ from .cache.paged import FoxPagedCache
 from .configuration_fox import (
     CONTEXT_PARALLEL_IMPLEMENTATIONS,
     DEFAULT_IMPLEMENTATION,
-    IMPLEMENTATIONS,
     LAYER_TYPE,
     FoxConfig,
 )
 from .generation import FoxGenerationMixin
 from .inputs import check_labels, check_logits_to_keep, check_tokens, embed, warn_of_missing_attentions
-from .layers.attention import FoxAttention
 from .layers.block import FoxDecoderLayer
-from .layers.forget_gate import FoxConstantGate, FoxForgetGate, decay_time_bias, share_remembered
-from .layers.fused_projections import FusableProjections, fuse_projections
 from .layers.norm import FoxRMSNorm
 from .layers.rotary import FoxRotaryEmbedding
-from .losses import FoxLMHead, loss_in_chunks, number_of_targets, targets_of_shard
-from .parallel.tensor_parallel import check_processes, check_tensor_parallel, local_weights
+from .losses import FoxLMHead, forget_aux_loss, loss_in_chunks, number_of_targets, targets_of_shard
+from .pretrained import FoxPreTrainedModel
 from .token_layout import token_layout
 
 if TYPE_CHECKING:
     from ..kernels.context_parallel.group import ContextParallel
     from ..kernels.context_parallel.sequence import ShardedSequence
-
-
-class FoxPreTrainedModel(PreTrainedModel):
-    """Weights, initialization and transformers' switches common to all FoX models."""
-
-    config: FoxConfig
-    config_class = FoxConfig
-    base_model_prefix = "model"
-    supports_gradient_checkpointing = True
-    _no_split_modules = ["FoxDecoderLayer"]
-    _skip_keys_device_placement = list(CACHE_NAMES)
-    _supports_sdpa = True
-    _supports_flash_attn = False
-    _supports_flex_attn = False
-    _supports_attention_backend = True
-    _can_compile_fullgraph = True
-    _can_record_outputs = {
-        "hidden_states": FoxDecoderLayer,
-        "attentions": FoxAttention,
-        "forget_gate_logits": [OutputRecorder(FoxForgetGate), OutputRecorder(FoxConstantGate)],
-    }
-    # Whether a head needs more than one token's hidden state.
-    _sees_whole_sequences = False
-    # A gate's bias sets its decay time, which bfloat16 would move by percents.
-    _keep_in_fp32_modules_strict = ["forget_gate"]
-    # What quantizers leave out, which match suffixes of the names of modules, or in torchao of parameters. Token-shift
-    # projections have one row per head: they hold next to no memory, and 4-bit matmuls want multiples of 16 or 32.
-    _not_quantized = [
-        name
-        for module in ("forget_gate", "key_shift.proj", "value_shift.proj")
-        for name in (module, f"{module}.weight")
-    ]
-
-    def post_init(self) -> None:
-        super().post_init()
-        if getattr(self.config, "quantization_config", None) is not None:
-            # Where quantizers look. Other models leave it empty: it means float32 in float16 models.
-            self._keep_in_fp32_modules.update(self._not_quantized)
-
-    def _get_dtype_plan(self, dtype: torch.dtype) -> dict[str, torch.dtype]:
-        # transformers would keep all that quantizers leave out in float32 in a float16 model.
-        plan = super()._get_dtype_plan(dtype)
-        return {name: kept for name, kept in plan.items() if name in self._keep_in_fp32_modules_strict}
-
-    def _init_weights(self, module: nn.Module) -> None:
-        super()._init_weights(module)
-        if isinstance(module, FoxForgetGate | FoxConstantGate):
-            init.copy_(module.bias, decay_time_bias(self.config))
-
-    @classmethod
-    def from_pretrained(cls, *args, **kwargs):
-        """As in [`~transformers.PreTrainedModel.from_pretrained`], with `fixed` gates frozen as in a new model."""
-        loaded = super().from_pretrained(*args, **kwargs)
-        # With `output_loading_info` the model comes in a pair. Loading makes every weight trainable.
-        model = loaded[0] if isinstance(loaded, tuple) else loaded
-        for module in model.modules():
-            if isinstance(module, FoxConstantGate):
-                module.bias.requires_grad_(module.learned)
-        return loaded
-
-    def set_context_parallel(self, context: "ContextParallel | None") -> None:
-        """Share each sequence with the other ranks of a group, which all call the model with the same sequences.
-
-        The model takes its own tokens of what it is given whole: tokens, labels, mask, positions. Logits and hidden
-        states are those of its tokens (`ContextParallel.shards` says which). The loss is that of the whole sequence,
-        and its gradients are to be averaged over the group, as DDP and FSDP do.
-
-        Args:
-            context: the group; None for none.
-
-        Raises:
-            ValueError: the model has a head that needs the whole sequence.
-        """
-        if context is not None and type(self)._sees_whole_sequences:
-            raise ValueError(
-                f"context parallelism is for FoxModel and FoxForCausalLM: the head of {type(self).__name__} needs the "
-                "whole sequence"
-            )
-        self.base_model.context_parallel = context
-
-    def fuse_projections(self) -> None:
-        """Have calls without gradients of up to 64 tokens compute the projections of one input as one matmul.
-
-        For decoding loops of your own; `generate` does it by itself. Per attention layer and MLP, weights are copied
-        into one buffer and become its rows: parameters remain the same objects with the same names and values, no
-        weight is held twice, and saving, training and changes of weights in place work as before.
-
-        The contract is that of ``model.to()``: tensors taken from the model before, as by ``state_dict()``, keep their
-        values but no longer share memory with it, and CUDA graphs captured before are to be captured again.
-        ``model.to()`` and its kin and ``model.train()`` undo it. Where a projection is replaced, adapted or hooked
-        afterwards, its layer calls projections one by one; a compiled model does not look, and needs another call of
-        this or of `unfuse_projections`. Before weights are moved one by one (accelerate's ``dispatch_model``), call
-        `unfuse_projections`, since the buffer would hold their memory.
-
-        A layer is left as it is where a projection is more than a matmul (LoRA, quantized), has hooks, is on another
-        device, is a part of a larger memory or shares its weight; under FSDP; and where its buffer does not fit.
-
-        Example:
-            >>> model = FoxForCausalLM(FoxConfig.preset("pro-125m", num_hidden_layers=2)).eval()
-            >>> model.fuse_projections()
-            >>> cache = FoxPagedCache(model.config, max_cache_len=4096)
-            >>> with torch.no_grad():
-            ...     for ids in torch.tensor([[1, 2, 3]]), torch.tensor([[4]]):
-            ...         logits = model(ids, cache=cache).logits
-        """
-        fuse_projections(self)
-
-    def unfuse_projections(self) -> None:
-        """Undo `fuse_projections`, and what `generate` left fused: each weight gets memory of its own again."""
-        for module in self.modules():
-            if isinstance(module, FusableProjections):
-                module.unfuse_projections()
-
-    def local_weights(self) -> AbstractContextManager[None]:
-        """A context in which a tensor-parallel model decodes faster, for loops of your own; `generate` enters it.
-
-        Within it, sharded weights (`DTensor`) are this rank's plain tensors, and small sums over ranks go through
-        memory that the GPUs of one host share. All ranks must enter together. Do not train, save, move or replace
-        weights within it. Other models are left as they are.
-        """
-        return local_weights(self)
-
-    @classmethod
-    def prepare_distribute_model(cls, distributed_config, **kwargs):
-        # Called by `from_pretrained` before it joins the other processes.
-        if isinstance(distributed_config, dict):
-            distributed_config = DistributedConfig.from_dict(distributed_config)
-        if distributed_config is not None:
-            check_processes(distributed_config)
-        return super().prepare_distribute_model(distributed_config, **kwargs)
-
-    @classmethod
-    def maybe_distribute_model(cls, model, distributed_config, *args, **kwargs):
-        # Called by `from_pretrained` before it loads weights.
-        if distributed_config is not None and distributed_config.tp_size > 1 and distributed_config.tp_plan != {}:
-            check_tensor_parallel(model.config, distributed_config.tp_size)
-        return super().maybe_distribute_model(model, distributed_config, *args, **kwargs)
-
-    def _check_and_adjust_attn_implementation(self, attn_implementation: str | None, *args, **kwargs) -> str:
-        # transformers may take the prefix off, and with it what was asked for.
-        if attn_implementation is not None and attn_implementation.startswith("paged|"):
-            raise _unsupported_attention(attn_implementation)
-        return super()._check_and_adjust_attn_implementation(attn_implementation, *args, **kwargs)
-
-    def get_correct_attn_implementation(self, requested_attention: str | None, is_init_check: bool = False) -> str:
-        # Called by transformers; its own default is sdpa, and it would let through functions that drop the decay.
-        if requested_attention is None:
-            return DEFAULT_IMPLEMENTATION
-        if requested_attention not in IMPLEMENTATIONS:
-            raise _unsupported_attention(requested_attention)
-        return requested_attention
-
-
-def _unsupported_attention(name: str) -> ValueError:
-    return ValueError(
-        f'Specified `attn_implementation="{name}"` is not supported by FoX: it must be one of '
-        f"{list(IMPLEMENTATIONS)} or None"
-    )
 
 
 def _activation_dtype(hidden_states: Tensor) -> torch.dtype:
@@ -295,21 +130,10 @@ class FoxModel(FoxPreTrainedModel):
             return _outside_of_graphs(self.forward, **arguments, **kwargs)
         inputs_embeds = given if input_ids is None else embed(self.embed_tokens, given, self.config.vocab_size)
         if cache is not None:
-            check_cache(cache, self.config, tokens[0])
-            if self.gradient_checkpointing and self.training and cache.get_seq_length() > 0:
-                # transformers takes the cache from checkpointed layers: tokens would stand after keys that are gone.
-                raise ValueError(f"{CACHE} must be empty in training with gradient checkpointing")
+            self._prepare_cache(cache, inputs_embeds, reserved=isinstance(attention_mask, dict))
         elif use_cache:
             cache = DynamicCache(config=self.config)
-
         cu_seqlens = (kwargs.get("cu_seq_lens_q"), kwargs.get("cu_seq_lens_k"))
-        if isinstance(cache, FoxPagedCache) and not is_torchdynamo_compiling():
-            layers, dtype = [cast(FoxDecoderLayer, x) for x in self.layers], _activation_dtype(inputs_embeds)
-            weights = [x.weights_of_bounds() for x in layers]
-            cache.take_bounds(weights, dtype, lambda: [x.logit_bounds(dtype) for x in layers])
-            if not isinstance(attention_mask, dict):
-                # Else `create_masks_for_generate` has done it.
-                cache.reserve(inputs_embeds.shape[1])
         layout = token_layout(tokens, inputs_embeds.device, attention_mask, position_ids, cu_seqlens, cache)
         if shards is not None:
             layout = layout.shard(shards)
@@ -334,8 +158,21 @@ class FoxModel(FoxPreTrainedModel):
             **{CACHE: cache if use_cache else None},
         )
 
+    def _prepare_cache(self, cache: Cache, inputs_embeds: Tensor, reserved: bool) -> None:
+        """Check the cache; a paged one learns the bounds of queries and makes room, unless it has (``reserved``)."""
+        check_cache(cache, self.config, len(inputs_embeds))
+        if self.gradient_checkpointing and self.training and cache.get_seq_length() > 0:
+            # transformers takes the cache away from checkpointed layers: tokens would lose the keys before them.
+            raise ValueError(f"{CACHE} must be empty in training with gradient checkpointing")
+        if isinstance(cache, FoxPagedCache) and not is_torchdynamo_compiling():
+            layers, dtype = [cast(FoxDecoderLayer, x) for x in self.layers], _activation_dtype(inputs_embeds)
+            weights = [x.weights_of_bounds() for x in layers]
+            cache.take_bounds(weights, dtype, lambda: [x.logit_bounds(dtype) for x in layers])
+            if not reserved:
+                cache.reserve(inputs_embeds.shape[1])
+
     def _steps_in_graph(self, cache: FoxPagedCache, tokens: tuple[int, int]) -> bool:
-        """Whether the kernels of decoding take these tokens: the rest of what pages need waits for the device."""
+        """Whether the decode kernels take these tokens; everything else that a paged cache does synchronises."""
         from ..kernels.backends import backend_of
 
         heads, kv_heads, head_dim = self.config.heads
@@ -422,27 +259,9 @@ class FoxForCausalLM(FoxPreTrainedModel, FoxGenerationMixin):
                 raise ValueError(f"logits_to_keep must be 0 with context parallelism, got {logits_to_keep}")
             logits = self.lm_head(outputs.last_hidden_state[:, kept])
         if labels is not None:
-            options = targets | {"labels": labels}
-            shards = None
-            if context is None:
-                check_labels(labels, outputs.last_hidden_state.shape[:2] if logits is None else logits.shape[:2])
-                given = options.get("num_items_in_batch"), options.get("shift_labels")
-                options["num_items_in_batch"] = number_of_targets(labels, given[1], given[0])
-            else:
-                shards = context.shards(labels.shape[1])
-                options = targets_of_shard(shards, **options)
-            options["vocab_size"] = self.config.vocab_size
-            if chunk_size is None:
-                loss = self.loss_function(logits=logits, **options)
-            else:
-                states = outputs.last_hidden_state
-                loss = loss_in_chunks(states, self.lm_head, self.loss_function, chunk_size, **options)
-            if shards is not None:
-                loss = shards.sum(loss)
+            loss = self._loss(outputs.last_hidden_state, logits, labels, **targets)
             if coefficient:
-                if not self.config.gates_learn:
-                    raise ValueError(f"forget_aux_loss_coef must be 0 with forget_gate {self.config.forget_gate!r}")
-                loss = loss + coefficient * self._share_remembered(outputs, attention_mask, labels, **targets)
+                loss = loss + coefficient * self._forget_aux_loss(outputs, attention_mask, labels, **targets)
         return CausalLMOutputWithPast(
             loss=loss,
             logits=logits,
@@ -451,7 +270,28 @@ class FoxForCausalLM(FoxPreTrainedModel, FoxGenerationMixin):
             **{CACHE: cache_of(outputs)},
         )
 
-    def _share_remembered(
+    def _loss(self, hidden_states: Tensor, logits: Tensor | None, labels: Tensor, **targets: Any) -> Tensor:
+        """The language-model loss; from ``logits``, or in chunks from ``hidden_states`` if they are None."""
+        options = targets | {"labels": labels}
+        shards = None
+        if (context := self.model.context_parallel) is None:
+            check_labels(labels, hidden_states.shape[:2] if logits is None else logits.shape[:2])
+            options["num_items_in_batch"] = number_of_targets(
+                labels, targets.get("shift_labels"), targets.get("num_items_in_batch")
+            )
+        else:
+            shards = context.shards(labels.shape[1])
+            options = targets_of_shard(shards, **options)
+        options["vocab_size"] = self.config.vocab_size
+        if logits is None:
+            chunk_size = self.config.loss_chunk_size
+            assert chunk_size is not None, "else there are logits"
+            loss = loss_in_chunks(hidden_states, self.lm_head, self.loss_function, chunk_size, **options)
+        else:
+            loss = self.loss_function(logits=logits, **options)
+        return loss if shards is None else shards.sum(loss)
+
+    def _forget_aux_loss(
         self,
         outputs: BaseModelOutputWithPast,
         attention_mask: Tensor | dict[str, Tensor | None] | None,
@@ -459,6 +299,8 @@ class FoxForCausalLM(FoxPreTrainedModel, FoxGenerationMixin):
         num_items_in_batch: Tensor | int | None = None,
         shift_labels: Tensor | None = None,
     ) -> Tensor:
+        if not self.config.gates_learn:
+            raise ValueError(f"forget_aux_loss_coef must be 0 with forget_gate {self.config.forget_gate!r}")
         gate_logits = outputs["forget_gate_logits"]
         lost = torch.is_grad_enabled() and not any(x.requires_grad for x in gate_logits)
         if lost and self.model.gradient_checkpointing:
@@ -468,21 +310,21 @@ class FoxForCausalLM(FoxPreTrainedModel, FoxGenerationMixin):
             )
         mask = attention_mask[LAYER_TYPE] if isinstance(attention_mask, dict) else attention_mask
         real = None if mask is None else mask[:, -labels.shape[1] :].bool()
-        # With gradient accumulation the losses of the parts are added up: each counts by its tokens.
+        # With gradient accumulation the losses of micro-batches are added up, each weighted by its number of targets.
         targets = labels[:, 1:] if shift_labels is None else shift_labels
-        part: Tensor | float = 1.0
+        weight: Tensor | float = 1.0
         if num_items_in_batch is not None:
-            part = (targets != -100).sum() / number_of_targets(labels, shift_labels, num_items_in_batch)
+            weight = (targets != -100).sum() / number_of_targets(labels, shift_labels, num_items_in_batch)
         if (context := self.model.context_parallel) is None:
-            return part * share_remembered(gate_logits, real)
+            return weight * forget_aux_loss(gate_logits, real)
         shards = context.shards(labels.shape[1])
         if num_items_in_batch is not None:
-            part = part / context.ranks
-        return part * share_remembered(gate_logits, None if real is None else shards.take(real), shards.sum)
+            weight = weight / context.ranks
+        return weight * forget_aux_loss(gate_logits, None if real is None else shards.take(real), shards.sum)
 
 
-# The task heads of transformers make their decoder by `AutoModel.from_config`, which refuses code of a model's own
-# whatever the user trusts: here each makes its modules itself, under the same names.
+# transformers' task heads make their decoder by `AutoModel.from_config`, which refuses remote code even if the user
+# trusts it. So each head makes its modules itself, under the same names.
 
 
 class FoxForSequenceClassification(GenericForSequenceClassification, FoxPreTrainedModel):

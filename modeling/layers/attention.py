@@ -20,17 +20,17 @@ from transformers.utils import TransformersKwargs
 
 from ...kernels.decay import Decay, accumulate
 from ...kernels.padding import hide_padding, skip_padding
-from ...kernels.pruning.rounding import logit_margin, stored_margin
 from ..arguments import DECODER_ARGUMENTS, refuse_unknown
-from ..cache.dynamic import check_cache, layer_of
+from ..cache.dynamic import ForgettingLayer, check_cache, layer_of
 from ..cache.paged import FoxPagedCache
 from ..cache.static import StaticForgettingLayer
+from ..cache.view import CacheView
 from ..configuration_fox import DEFAULT_IMPLEMENTATION, FoxConfig
-from ..parallel.tensor_parallel import local_part
 from ..token_layout import TokenLayout, token_layout
 from ..versions import CACHE, one_cache
 from .forget_gate import make_forget_gate
 from .fused_projections import FusableProjections
+from .logit_bounds import qk_norm_bounds
 from .norm import FoxRMSNorm
 from .rotary import FoxRotaryEmbedding, apply_rotary
 from .token_shift import FoxTokenShift
@@ -38,17 +38,13 @@ from .token_shift import FoxTokenShift
 if TYPE_CHECKING:
     from ...kernels.backends import Backend
 
-# How often RoPE rounds a pair of numbers: cosine and sine, which scales the pair; its products, which may lean together
-# and count as the square root of 2; and their sum.
-_ROPE_ROUNDINGS = 2.0 + 2.0**0.5
-
 
 class FoxAttention(FusableProjections):
     """Forgetting attention with its projections, gates, norms and token shift; in a FoX model or in one of your own.
 
     Args:
-        config: sizes and parts; beside them ``attn_implementation`` (by default ``fox``) and what pruning may drop.
-        layer_idx: which layer of a cache is this one's, from 0; and with ``nope_layers`` whether it has RoPE.
+        config: sizes, switches, ``attn_implementation`` (by default ``fox``) and pruning.
+        layer_idx: index from 0 of this layer in a cache, and in ``nope_layers``.
 
     Example:
         >>> attention = FoxAttention(FoxConfig(hidden_size=64, num_attention_heads=4, num_hidden_layers=1), layer_idx=0)
@@ -128,7 +124,7 @@ class FoxAttention(FusableProjections):
                 ``position_ids``.
             cu_seq_lens_q, cu_seq_lens_k: ``[N + 1]`` offsets of the sequences packed in a batch of one.
             past_key_values: the older name of ``cache``.
-            layout: what the arguments before say, found once for all layers of a model.
+            layout: the above as a `TokenLayout`, computed once for all layers of a model.
 
         Returns:
             ``[B, T, hidden]`` and the attention weights ``[B, H, T, Tk]`` (None unless `eager`).
@@ -156,39 +152,20 @@ class FoxAttention(FusableProjections):
                 hidden_states, layout.positions[None] if position_ids is None else position_ids
             )
         cache_layer = None if cache is None else layer_of(cache, self.layer_idx)
-        # In decoding all at once, else each where it is needed.
+        # The first tokens have no keys to search, and no pages yet.
+        has_past = cache_layer is not None and cache_layer.is_initialized
         fused = self.project(hidden_states)
-        q, k, v = (
-            fused[name] if fused else getattr(self, name)(hidden_states) for name in ("q_proj", "k_proj", "v_proj")
-        )
-        # The number of heads is read from the projections: under tensor parallelism it is a share.
-        q, k, v = (x.unflatten(-1, (-1, self.head_dim)) for x in (q, k, v))
-        # The first tokens have nothing to search, and no pages yet.
-        searches = cache_layer is not None and cache_layer.is_initialized
-        if isinstance(cache_layer, StaticForgettingLayer) and not searches:
-            cache_layer.lazy_initialization(k.transpose(1, 2), v.transpose(1, 2))
-        if self.config.use_key_shift:
-            k = self.key_shift(hidden_states, k, layout, cache_layer, "key", fused.get("key_shift.proj"))
-        if self.config.use_value_shift:
-            v = self.value_shift(hidden_states, v, layout, cache_layer, "value", fused.get("value_shift.proj"))
-        if self.config.qk_norm == "all_heads":
-            q, k = (norm(x.flatten(-2)).view_as(x) for norm, x in ((self.q_norm, q), (self.k_norm, k)))
-        elif self.config.qk_norm != "none":
-            q, k = self.q_norm(q), self.k_norm(k)
-        if self.use_rope:
-            assert position_embeddings is not None, "given, or made above"
-            # Back to the type of v: under autocast the angles are float32, and keys are cached beside values.
-            q, k = (x.to(v.dtype) for x in apply_rotary(q, k, *position_embeddings))
-
+        q, k, v = self._queries_keys_values(hidden_states, fused, layout, cache_layer, position_embeddings)
         log_f = self.log_forget_gates(hidden_states)
         if layout.real is not None:
             log_f = log_f.masked_fill(~layout.real[..., None], 0.0)
-        # Not before they are used: importing the kernels takes time.
+
+        # Imported when they are used, since importing the kernels takes time.
         from ...kernels.backends import backend_of
         from ..attention_backends import ALL_ATTENTION_FUNCTIONS, eager_attention_forward
 
         backend, view = backend_of(q), None
-        few = searches and self._few_queries(q, k, backend)
+        few = has_past and self._few_queries(q, k, backend)
         q, k, v = (x.transpose(1, 2) for x in (q, k, v))
         if layout.shards is not None:
             c, kv_start = layout.shards.accumulate(log_f, layout.starts, backend)
@@ -200,32 +177,12 @@ class FoxAttention(FusableProjections):
             cache_layer.append_gates(log_f, layout, backend)
             k, v = cache.update(k, v, self.layer_idx, few=few)
             decay, view = cache_layer.decay(few, own_block=self._bound_needs_keys())
-        if (real := layout.real_keys) is not None:
-            if view is not None:
-                decay = skip_padding(decay, real)
-            elif layout.shards is not None:
-                decay = layout.shards.hide_padding(decay, real)
-            else:
-                # A mask may be as long as a cache of fixed size, where the keys are those so far.
-                real = real[:, : decay.key.shape[-1]]
-                decay = hide_padding(decay, real)
+        decay, real = _without_padding(decay, view, layout)
 
         attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.implementation, eager_attention_forward)
         dropout = self.attention_dropout if self.training else 0.0
-        out, weights = attend(
-            self,
-            q,
-            k,
-            v,
-            None,
-            decay=decay,
-            scaling=self.scaling,
-            dropout=dropout,
-            real=real,
-            view=view,
-            shards=layout.shards,
-            backend=backend,
-        )
+        options = {"real": real, "view": view, "shards": layout.shards, "backend": backend}
+        out, weights = attend(self, q, k, v, None, decay=decay, scaling=self.scaling, dropout=dropout, **options)
 
         if self.config.use_output_norm:
             out = self.output_norm(out)
@@ -234,6 +191,44 @@ class FoxAttention(FusableProjections):
             gate = fused["output_gate"] if fused else self.output_gate(hidden_states)
             out = out * self.output_gate_act(gate)
         return self.o_proj(out), weights
+
+    def _queries_keys_values(
+        self,
+        hidden_states: Tensor,
+        fused: dict[str, Tensor],
+        layout: TokenLayout,
+        cache_layer: ForgettingLayer | None,
+        position_embeddings: tuple[Tensor, Tensor] | None,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries, keys and values, ``[B, T, heads, D]``: projected, shifted, normalized, rotated.
+
+        Args:
+            hidden_states: ``[B, T, hidden]``.
+            fused: outputs of the projections by name, if they were computed as one matmul; else empty.
+            layout: of the tokens.
+            cache_layer: this layer's cache, or None.
+            position_embeddings: with RoPE.
+        """
+        q, k, v = (
+            fused[name] if fused else getattr(self, name)(hidden_states) for name in ("q_proj", "k_proj", "v_proj")
+        )
+        # The number of heads is that of the projections: under tensor parallelism, of this rank.
+        q, k, v = (x.unflatten(-1, (-1, self.head_dim)) for x in (q, k, v))
+        if isinstance(cache_layer, StaticForgettingLayer) and not cache_layer.is_initialized:
+            cache_layer.lazy_initialization(k.transpose(1, 2), v.transpose(1, 2))
+        if self.config.use_key_shift:
+            k = self.key_shift(hidden_states, k, layout, cache_layer, "key", fused.get("key_shift.proj"))
+        if self.config.use_value_shift:
+            v = self.value_shift(hidden_states, v, layout, cache_layer, "value", fused.get("value_shift.proj"))
+        if self.config.qk_norm == "all_heads":
+            q, k = (norm(x.flatten(-2)).view_as(x) for norm, x in ((self.q_norm, q), (self.k_norm, k)))
+        elif self.config.qk_norm != "none":
+            q, k = self.q_norm(q), self.k_norm(k)
+        if self.use_rope:
+            assert position_embeddings is not None, "given to forward, or computed there"
+            # To the dtype of v: under autocast the angles are float32, and keys are cached beside values.
+            q, k = (x.to(v.dtype) for x in apply_rotary(q, k, *position_embeddings))
+        return q, k, v
 
     def check_hidden_states(self, hidden_states: Tensor) -> None:
         """Raise a `ValueError` unless they are ``[B, T, hidden]`` with at least one token."""
@@ -271,14 +266,14 @@ class FoxAttention(FusableProjections):
         return nn.functional.logsigmoid(self.forget_gate(hidden_states))
 
     def _bound_needs_keys(self) -> bool:
-        """Whether the rule of pruning needs a bound of the logits that the weights do not give."""
+        """Whether pruning needs a bound of the logits that the weights do not give."""
         return self.config.acp_rule == "paper" and (self.config.qk_norm == "none" or self.rope_stretches)
 
     def logit_bound(self, dtype: torch.dtype) -> Tensor | None:
-        """Bound of ``|scale * q . k|`` by the weights of QK-norm: ``[H]``, or ``[1]``; None as `norm_bounds`.
+        """Bound of ``|scale * q . k|`` by the weights of QK-norm, ``[H]`` or ``[1]``; None as for `norm_bounds`.
 
         Args:
-            dtype: of queries and keys; of their exact product, however it is computed, this is a bound.
+            dtype: of queries and keys; the bound is of their exact product, however it is computed.
         """
         bounds = self.norm_bounds(dtype)
         return None if bounds is None else bounds[0] * bounds[1] * abs(self.scaling)
@@ -286,50 +281,34 @@ class FoxAttention(FusableProjections):
     def norm_bounds(self, dtype: torch.dtype) -> tuple[Tensor, Tensor] | None:
         """Largest lengths of a query and of its keys after QK-norm, both ``[H]``, ``[1]`` if heads share the weights.
 
-        What is normalized has length ``sqrt(size)`` at most, its weights stretch it, RoPE turns it, and each of them
-        rounds it to ``dtype``. If all heads are normalized together, one of them may have all the length. None without
-        QK-norm, and where RoPE stretches.
+        None without QK-norm, and where RoPE changes lengths.
         """
-        if self.config.qk_norm == "none" or self.rope_stretches:
-            return None
-        query, key = (self._norm_bound(norm, dtype) for norm in (self.q_norm, self.k_norm))
-        if len(key) < len(query):
-            key = key.repeat_interleave(len(query) // len(key))
-        return query, key
-
-    def _norm_bound(self, norm: FoxRMSNorm, dtype: torch.dtype) -> Tensor:
-        weight = local_part(norm.weight).detach()
-        size = len(weight) if self.config.qk_norm == "all_heads" else self.head_dim
-        weight = weight.view(-1, self.head_dim)
-        wide = torch.promote_types(weight.dtype, torch.float32)
-        largest = torch.linalg.vector_norm(weight, ord=float("inf"), dim=-1, dtype=wide)
-        return self.stored(largest, size, dtype, roundings=1)
-
-    def stored(self, largest: Tensor, size: int, dtype: torch.dtype, roundings: int) -> Tensor:
-        """Lengths of queries or keys as they are stored, at most.
-
-        Args:
-            largest: before any rounding, in units of ``sqrt(size)``.
-            size: how many elements were normalized together, in float32.
-            dtype: of queries and keys.
-            roundings: to ``dtype``, before RoPE.
-        """
-        count = roundings + (_ROPE_ROUNDINGS if self.use_rope else 0.0)
-        factor = size**0.5 * (1.0 + logit_margin(size, torch.float32)) * (1.0 + stored_margin(dtype, count))
-        # What is subnormal, in float16 up to 6e-5, is rounded by a fixed amount.
-        least = torch.finfo(dtype).smallest_normal * torch.finfo(dtype).eps
-        return largest * factor + count * least * self.head_dim**0.5
+        return qk_norm_bounds(self, dtype)
 
     @property
     def rope_stretches(self) -> bool:
-        """Whether rotary embeddings change the lengths of queries and keys here."""
+        """Whether RoPE changes the lengths of queries and keys in this layer."""
         rope_type = (self.config.rope_parameters or {}).get("rope_type")
         return self.use_rope and rope_type in ("yarn", "longrope")
 
     def _few_queries(self, q: Tensor, k: Tensor, backend: "Backend") -> bool:
-        """Whether the kernels of decoding take these, ``[B, Tq, H, D]`` and ``[B, T, G, D]``."""
+        """Whether the decode kernels take these queries and new keys, ``[B, Tq, H, D]`` and ``[B, T, G, D]``."""
         differentiable = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad)
         dropout = self.training and self.attention_dropout > 0.0
         if self.implementation != DEFAULT_IMPLEMENTATION or differentiable or dropout:
             return False
         return backend.decodes(q, k.shape[2])
+
+
+def _without_padding(decay: Decay, view: CacheView | None, layout: TokenLayout) -> tuple[Decay, Tensor | None]:
+    """``decay`` with the keys of padding hidden and its queries fully masked; and the mask of the keys, or None."""
+    real = layout.real_keys
+    if real is None:
+        return decay, None
+    if view is not None:
+        return skip_padding(decay, real), real
+    if layout.shards is not None:
+        return layout.shards.hide_padding(decay, real), real
+    # The mask may have the length of a static cache, where the keys are those so far.
+    real = real[:, : decay.key.shape[-1]]
+    return hide_padding(decay, real), real

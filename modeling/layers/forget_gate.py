@@ -1,7 +1,6 @@
-"""Forget gates: `full`, `bias_only` and `fixed` (Forgetting Transformer, arXiv 2503.02130); what remembering costs."""
+"""Forget gates: `full`, `bias_only` and `fixed` (Forgetting Transformer, arXiv 2503.02130)."""
 
 import math
-from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -11,10 +10,9 @@ from ..configuration_fox import FoxConfig
 from ..parallel.tensor_parallel import local_part
 
 _FEW_TOKENS = 16
-# A gate's bias for ever: its log sigmoid and the derivative of that are exactly 0 in float32, and every type holds it.
+# Bias of a gate that never forgets: its log sigmoid and the derivative of that are exactly 0 in float32, and every
+# dtype holds it.
 _NEVER_FORGETS = 128.0
-# Nats of decay at which pruning leaves a key out: -log(eps) = 10, and what the logits of a head differ by.
-_FORGOTTEN = 30.0
 
 
 def log_spaced_times(low: float, high: float, gates: int) -> Tensor:
@@ -39,10 +37,10 @@ def _gate_dtype() -> torch.dtype:
 
 
 class FoxForgetGate(nn.Linear):
-    """Data-dependent forget gate: ``[B, T, hidden] -> [B, T, Hf]`` logits in float32, whatever the model's type.
+    """Data-dependent forget gate: ``[B, T, hidden] -> [B, T, Hf]`` logits in float32, whatever the model's dtype.
 
-    In half precision a slow gate, ``log f = -1e-3``, could not be told from its neighbors; the weights stay in float32
-    too where the model is made or loaded in half precision, though not through `model.to(dtype)`.
+    Half precision could not tell a slow gate, ``log f = -1e-3``, from its neighbors. The weights stay in float32 too in
+    a model made or loaded in half precision, but not after `model.to(dtype)`.
     """
 
     def __init__(self, hidden_size: int, gates: int) -> None:
@@ -52,10 +50,10 @@ class FoxForgetGate(nn.Linear):
         with maybe_autocast(x.device.type, enabled=False):
             dtype = torch.promote_types(x.dtype, torch.float32)
             x, weight, bias = x.to(dtype), self.weight.to(dtype), self.bias.to(dtype)
-            # An exported program is for any number of tokens, and must not be traced for one side of the limit.
+            # An exported program takes any number of tokens, and must not be specialized on one side of the limit.
             traced = torch.compiler.is_compiling() and not torch.compiler.is_exporting()
             if traced and not torch.is_grad_enabled() and x.shape[:-1].numel() <= _FEW_TOKENS:
-                # In a step of decoding: fused with what is around, where a float32 product would be two more launches.
+                # A compiled decoding step: fused with its neighbors, where a float32 matmul would be two more launches.
                 return (x[..., None, :] * weight).sum(-1) + bias
             return nn.functional.linear(x, weight, bias)
 
@@ -66,46 +64,20 @@ class FoxConstantGate(nn.Module):
     def __init__(self, config: FoxConfig) -> None:
         super().__init__()
         self.learned = config.forget_gate == "bias_only"
-        # A parameter also where it is fixed: tensor parallelism shards parameters, not buffers.
+        # A parameter even if fixed: tensor parallelism shards parameters, not buffers.
         self.bias = nn.Parameter(decay_time_bias(config).to(_gate_dtype()), requires_grad=self.learned)
 
     def forward(self, x: Tensor) -> Tensor:
         bias = local_part(self.bias).to(torch.promote_types(x.dtype, torch.float32))
-        # Detached, since whoever thaws a whole model must not thaw what its configuration calls fixed.
+        # Detached, so that setting requires_grad on a whole model does not train what its configuration calls fixed.
         return (bias if self.learned else bias.detach()).expand(*x.shape[:-1], -1)
 
 
 def make_forget_gate(config: FoxConfig) -> FoxForgetGate | FoxConstantGate:
-    """The gate that ``config.forget_gate`` names; any but ``none``."""
+    """The gate that ``config.forget_gate`` names, which is not ``none``."""
     if config.forget_gate == "full":
         gate = FoxForgetGate(config.hidden_size, config.num_forget_gates)
         with torch.no_grad():
             gate.bias.copy_(decay_time_bias(config))
         return gate
     return FoxConstantGate(config)
-
-
-def share_remembered(
-    gate_logits: Sequence[Tensor], real: Tensor | None, total: Callable[[Tensor], Tensor] | None = None
-) -> Tensor:
-    """A smooth stand-in for the share of attention that the gates leave to be computed, to be paid for in a loss.
-
-    A head whose gates decay by ``n`` nats over a sequence keeps about ``30 / n`` of it, if that is less than all; here
-    ``30 / (30 + n)``, whose gradient also reaches a head that keeps all. A row of packed sequences counts as one.
-
-    Args:
-        gate_logits: of each layer, ``[B, T, Hf]``.
-        real: ``[B, T]`` bool, False for padding; None without.
-        total: sums over the ranks that have parts of each row; None if it is all here.
-
-    Returns:
-        Mean over rows, layers and gates, a scalar in ``(0, 1]``.
-    """
-    shares = []
-    for logits in gate_logits:
-        log_f = nn.functional.logsigmoid(logits)
-        if real is not None:
-            log_f = log_f.masked_fill(~real[..., None], 0.0)
-        nats = log_f.sum(1) if total is None else total(log_f.sum(1))
-        shares.append((_FORGOTTEN / (_FORGOTTEN - nats)).mean().to(gate_logits[0].device))
-    return torch.stack(shares).mean()

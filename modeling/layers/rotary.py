@@ -8,14 +8,14 @@ from ..configuration_fox import FoxConfig
 
 
 class FoxRotaryEmbedding(LlamaRotaryEmbedding):
-    """transformers' rotary embedding; also rotates part of a head (`partial_rotary_factor`) for the default type."""
+    """transformers' rotary embedding; its default type may rotate part of a head (`partial_rotary_factor`) too."""
 
     @staticmethod
     def compute_default_rope_parameters(config: FoxConfig, device=None, **kwargs) -> tuple[Tensor, float]:
         parameters = config.rope_parameters or {}
         size = int(config.heads[2] * parameters.get("partial_rotary_factor", 1.0))
         exponents = torch.arange(0, size, 2, dtype=torch.float, device=device) / size
-        # To the bit what other decoders compute: far along a sequence a rounding shows.
+        # Bitwise what other decoders compute: at large positions a rounding of the frequency shows.
         return 1.0 / parameters["rope_theta"] ** exponents, 1.0
 
 

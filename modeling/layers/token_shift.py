@@ -6,13 +6,13 @@ from torch import Tensor, nn
 from ...kernels.decay import running_max
 from ..cache.dynamic import ForgettingLayer
 from ..token_layout import TokenLayout
-from .norm import keeping_inputs_only
+from .norm import recompute_if_large
 
 
 class FoxTokenShift(nn.Module):
     """Data-dependent token shift: ``alpha_t x_{t-1} + (1 - alpha_t) x_t``, ``alpha_t = sigmoid(w . h_t)`` per head.
 
-    What comes before the first token, and before the first of each packed sequence, is zero; padding is skipped.
+    The state before the first token of each (packed) sequence is zero; padding is skipped.
     """
 
     def __init__(self, hidden_size: int, heads: int) -> None:
@@ -32,10 +32,13 @@ class FoxTokenShift(nn.Module):
         Args:
             hidden_states: ``[B, T, hidden]`` input of the layer.
             states: ``[B, T, G, D]`` keys or values.
-            layout: where the tokens stand.
+            layout: positions, padding and packing of the tokens.
             cache_layer: the layer's cache, or None.
-            name: what `cache_layer` keeps the unshifted states as.
-            logits: ``[B, T, G]``, those of alpha, where they are known.
+            name: by which `cache_layer` keeps the unshifted states.
+            logits: ``[B, T, G]`` logits of alpha, if they are computed already.
+
+        Returns:
+            ``[B, T, G, D]``.
         """
         if layout.shards is not None:
             before = layout.shards.states_before(states, layout.real_everywhere)
@@ -55,11 +58,11 @@ class FoxTokenShift(nn.Module):
         if layout.starts is not None:
             previous = previous.masked_fill(layout.starts[..., None, None], 0.0)
         logits = self.proj(hidden_states) if logits is None else logits
-        return keeping_inputs_only(_mix, states, previous, logits)
+        return recompute_if_large(_mix, states, previous, logits)
 
 
 def _after(past: Tensor, states: Tensor, real: Tensor | None) -> Tensor:
-    """``past`` and ``states`` one after the other; padding repeats the last real one, which the next is mixed with."""
+    """``past`` followed by ``states``; padding repeats the last real state, which the next real one is mixed with."""
     extended = torch.cat([past, states], dim=1)
     if real is None:
         return extended

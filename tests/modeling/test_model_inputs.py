@@ -252,6 +252,7 @@ def qkvf() -> list[torch.Tensor]:
         ("layer_idx.*'0'", lambda: FoxAttention(tiny_config(), bad("0"))),
         ("layer_idx.*-1", lambda: FoxDecoderLayer(tiny_config(), -1)),
         ("model.*str", lambda: decoding_weights(bad("x")).__enter__()),
+        ("context.*str", lambda: tiny_model().set_context_parallel(bad("x"))),
         ("context.*NoneType", lambda: context_parallel_attention(*qkvf(), context=bad(None), length=4)),
     ],
 )

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from transformers import Trainer, TrainingArguments
 
 from foxlm import FoxConfig
-from foxlm.modeling.layers.forget_gate import share_remembered
+from foxlm.modeling.losses import forget_aux_loss
 from models import tiny_model, tokens
 
 
@@ -30,12 +30,12 @@ def term(coefficient: float, variant: str = "pro", **inputs: Tensor) -> float:
 
 def test_share_is_all_without_decay_and_half_at_thirty_nats() -> None:
     never, half = torch.full((2, 10, 3), 200.0), torch.full((2, 10, 3), math.log(math.exp(-3.0) / -math.expm1(-3.0)))
-    assert share_remembered([never], None).item() == 1.0
-    assert share_remembered([half], None).item() == pytest.approx(0.5, rel=1e-5)
-    assert share_remembered([half, never], None).item() == pytest.approx(0.75, rel=1e-5)
+    assert forget_aux_loss([never], None).item() == 1.0
+    assert forget_aux_loss([half], None).item() == pytest.approx(0.5, rel=1e-5)
+    assert forget_aux_loss([half, never], None).item() == pytest.approx(0.75, rel=1e-5)
     real = torch.ones(2, 10, dtype=torch.bool)
     real[:, :5] = False
-    assert share_remembered([half], real).item() == pytest.approx(30 / 45, rel=1e-5)
+    assert forget_aux_loss([half], real).item() == pytest.approx(30 / 45, rel=1e-5)
 
 
 @pytest.mark.parametrize("variant", ["pro", "llama", "key-value-gates"])
@@ -45,7 +45,7 @@ def test_loss_in_training_is_more_by_the_share(variant: str) -> None:
     for layer in model.model.layers:
         layer.self_attn.forget_gate.register_forward_hook(lambda module, args, out: logits.append(out))
     model(tokens(2, 40))
-    assert term(0.7, variant) == pytest.approx(0.7 * share_remembered(logits, None).item(), rel=1e-9)
+    assert term(0.7, variant) == pytest.approx(0.7 * forget_aux_loss(logits, None).item(), rel=1e-9)
 
 
 def test_padding_is_not_paid_for() -> None:
