@@ -22,7 +22,7 @@ from .config_fields import (
     unknown_fields,
     warn_unknown,
 )
-from .remote_code import AUTO_MAP, write_bundle
+from .remote_code import AUTO_MAP, export_code
 
 # Caches of transformers know one class for each type of layer: a copy of this code under another package's name, loaded
 # from a model's folder, has a type of its own, so that neither gets the other's.
@@ -323,7 +323,7 @@ class FoxConfig(PreTrainedConfig):
         super().save_pretrained(save_directory, **kwargs)
         # A class derived from this one has code that we do not know.
         if type(self) is FoxConfig:
-            write_bundle(save_directory)
+            export_code(save_directory)
         if push_to_hub:
             self.push_to_hub(kwargs.pop("repo_id", Path(save_directory).name), **kwargs)
 

@@ -26,7 +26,7 @@ from foxlm.conversion.links import is_inside
 from foxlm.conversion.new_folder import TEXT_FILES
 from foxlm.conversion.weight_map import Plan, distinct_weights, few
 from foxlm.modeling import modeling_fox
-from foxlm.modeling.remote_code import AUTO_MAP, bundle, stale_files
+from foxlm.modeling.remote_code import AUTO_MAP, exported_files, stale_files
 
 _EXPECTED = (
     "config.json",
@@ -86,8 +86,8 @@ def check_tokenizer(folder: Path, allowed: Collection[str] = ()) -> str:
 
 def check_code(folder: Path, allowed: Collection[str] = ()) -> str:
     """The model's code as this version of foxlm writes it, and no other but what is allowed."""
-    renew = f"foxlm bundle {folder} writes them anew"
-    own, files = bundle(), uploaded_files(folder)
+    renew = f"foxlm export-code {folder} writes them anew"
+    own, files = exported_files(), uploaded_files(folder)
     # A directory or an unreadable name is as wrong as another text.
     wrong = [
         name for name in own if not (folder / name).is_file() or (folder / name).read_bytes() != own[name].encode()
@@ -120,7 +120,7 @@ def check_files(folder: Path, allowed: Collection[str] = ()) -> str:
         for name in files
         if "/" in name or not (any(Path(name).match(x) for x in _EXPECTED) or _LEGAL.fullmatch(name))
     ]
-    _none("files are none of a model's (move them elsewhere)", {*unexpected} - bundle().keys() - {*allowed})
+    _none("files are none of a model's (move them elsewhere)", {*unexpected} - exported_files().keys() - {*allowed})
     _none("the Hub cannot take", refused_by_the_hub(files))
     return f"{len(files)} files, {sum(path.stat().st_size for path in files.values()) / 1e6:,.1f} MB"
 
@@ -140,7 +140,9 @@ def check_contents(folder: Path, allowed: Collection[str] = ()) -> str:
 def check_secrets(folder: Path, allowed: Collection[str] = ()) -> str:
     """No passwords, tokens or keys, in any file."""
     rules = secret_rules()
-    files = {name: path for name, path in uploaded_files(folder).items() if path.is_file() and name not in bundle()}
+    files = {
+        name: path for name, path in uploaded_files(folder).items() if path.is_file() and name not in exported_files()
+    }
     _none(
         "files hold what looks like a password or key",
         [f"{name} ({kind})" for name, path in files.items() if (kind := secret_in(path, rules))],

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from foxlm.conversion.checkpoint_io import read_any_json
 from foxlm.modeling.configuration_fox import IMPLEMENTATIONS
-from foxlm.modeling.remote_code import AUTO_MAP, bundle
+from foxlm.modeling.remote_code import AUTO_MAP, exported_files
 
 _CODE = {".py", ".pyc", ".pyo", ".pyw", ".pyx", ".pyd", ".so", ".dll", ".dylib", ".exe", ".sh", ".bat", ".cmd", ".ps1"}
 _CODE |= {".js", ".mjs", ".wasm", ".ipynb", ".jar", ".whl", ".egg", ".cu"}
@@ -25,7 +25,11 @@ def foreign_code(files: dict[str, Path], allowed: Collection[str]) -> list[str]:
         files: of the folder, by name.
         allowed: names of code files, and references as they stand in a JSON file.
     """
-    found = [name for name, path in files.items() if path.suffix.lower() in _CODE and name not in {*bundle(), *allowed}]
+    found = [
+        name
+        for name, path in files.items()
+        if path.suffix.lower() in _CODE and name not in {*exported_files(), *allowed}
+    ]
     for name, path in files.items():
         if path.suffix.lower() == ".json" and path.is_file():
             own = AUTO_MAP.items() if name == "config.json" else ()

@@ -57,10 +57,10 @@ def export_code(folder: _ModelFolder) -> None:
     save_pretrained does so by itself; this is for folders saved by another version of foxlm.
     """
     from foxlm.conversion.links import check_links
-    from foxlm.modeling.remote_code import write_bundle
+    from foxlm.modeling.remote_code import export_code as write
 
     check_links(folder)
-    write_bundle(folder)
+    write(folder)
     typer.echo(f"wrote the code into {folder}")
 
 

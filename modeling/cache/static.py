@@ -18,8 +18,9 @@ from .view import CacheView
 if TYPE_CHECKING:
     from ...kernels.backends import Backend
 
-# See `cache_fox`.
-_NOT_EXPORTED = ("_new", "summary")
+
+# See `dynamic`: what exporters find in ``vars(layer)`` is the state of a cache.
+_STATIC_NOT_EXPORTED = ("_new", "summary")
 
 
 class GateSums(tuple):
@@ -69,7 +70,7 @@ class StaticForgettingLayer(StaticLayer):
         summary: of the keys, and over all of them; None before any token and where no kernels run.
     """
 
-    __slots__ = _NOT_EXPORTED
+    __slots__ = _STATIC_NOT_EXPORTED
 
     # transformers' static layers can be cropped from 5.24 on: their length is set back.
     is_croppable = False

@@ -17,7 +17,7 @@ from foxlm.conversion.hub import checks as folder_checks
 from foxlm.conversion.hub import publish
 from foxlm.conversion.hub.model_card import MISSING
 from foxlm.evaluation.demo.tokenizer import VOCAB_SIZE
-from foxlm.modeling.remote_code import bundle
+from foxlm.modeling.remote_code import exported_files
 from models import tiny_model
 
 
@@ -296,6 +296,6 @@ def test_bundle_command_renews_the_code(folder: Path) -> None:
     (folder / "configuration_fox.py").write_text("")
     result = CliRunner().invoke(app, ["bundle", str(folder)])
     assert (result.exit_code, result.output) == (0, f"wrote the code into {folder}\n")
-    assert {path.name: path.read_text() for path in folder.glob("*.py")} == bundle()
+    assert {path.name: path.read_text() for path in folder.glob("*.py")} == exported_files()
     result = CliRunner().invoke(app, ["bundle", str(folder.parent)])
     assert result.exit_code == 1 and result.stderr.startswith("error: folder must hold a config.json")

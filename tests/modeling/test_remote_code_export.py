@@ -20,7 +20,8 @@ from foxlm.conversion.convert import convert_to_folder
 from foxlm.conversion.graft import graft_to_folder
 from foxlm.conversion.hub.model_card import write_model_card
 from foxlm.evaluation.demo.tokenizer import VOCAB_SIZE, byte_tokenizer
-from foxlm.modeling.remote_code import AUTO_MAP, bundle, flatten, stale_files, write_bundle
+from foxlm.modeling.code_files import arrange, clashes, merge, read_modules
+from foxlm.modeling.remote_code import AUTO_MAP, export_code, exported_files, stale_files
 from models import ROPE, tiny_config, tiny_model, tokens
 from without_foxlm import run_without
 
@@ -50,7 +51,7 @@ def save_with_expectations(folder: Path) -> None:
 
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("bundle")
+    folder = tmp_path_factory.mktemp("exported")
     save_with_expectations(folder)
     return folder
 
@@ -119,7 +120,7 @@ print(*sorted(name for name, module in sys.modules.items() if module and name.pa
         assert_same(saved / f"found_{name}.safetensors", saved / "expected.safetensors")
     for name in ("model", "again", "third", "decoder", "fresh"):
         files = {path.name: path.read_text() for path in (saved / name).glob("*.py")}
-        assert files == bundle(), name
+        assert files == exported_files(), name
         assert json.loads((saved / name / "config.json").read_text())["auto_map"] == AUTO_MAP, name
     assert load_file(saved / "again/model.safetensors").keys() == load_file(saved / "model/model.safetensors").keys()
 
@@ -236,10 +237,12 @@ assert type(copy).__module__.startswith("transformers_modules.")
 save_file(outputs(installed), "installed.safetensors")
 save_file(outputs(copy), "copy.safetensors")
 save_file(outputs(installed), "after.safetensors")
-operators = sys.modules[type(copy).__module__.replace("modeling_fox", "kernels_operators")]
-for namespace in (NAMESPACE, operators.NAMESPACE):
+package = type(copy).__module__.rpartition(".")[0]
+kernels = [module for name, module in sys.modules.items() if name.startswith(f"{package}.kernels_")]
+other = next(module.NAMESPACE for module in kernels if hasattr(module, "NAMESPACE"))
+for namespace in (NAMESPACE, other):
     assert len(dir(getattr(torch.ops, namespace))) > 1, namespace
-assert NAMESPACE != operators.NAMESPACE
+assert NAMESPACE != other
 assert type(AutoModelForCausalLM.from_pretrained("model")) is foxlm.FoxForCausalLM
 try:
     installed(ids, cache=copy(ids, use_cache=True)[1])
@@ -254,11 +257,11 @@ except ValueError:
 def test_files_are_what_transformers_looks_for(saved: Path) -> None:
     files = {path.name for path in (saved / "model").glob("*.py")}
     found = {Path(path).name for path in get_relative_import_files(saved / "model/modeling_fox.py")}
-    assert found | {"modeling_fox.py"} == files == bundle().keys()
-    assert {"kernels_decode.py", "kernels_hopper_forward.py", "configuration_fox.py"} <= files
+    assert found | {"modeling_fox.py"} == files == exported_files().keys()
+    assert {"kernels_base.py", "kernels_hopper_triton.py", "modeling_base.py"} <= files
     packages = {name for file in files for name in get_imports(saved / "model" / file)}
     assert "triton" not in packages and "torch" in packages
-    for name, source in bundle().items():
+    for name, source in exported_files().items():
         compile(source, name, "exec")
         assert source.startswith(f"# Code of a FoX model, written by foxlm {foxlm.__version__} for transformers 5.")
 
@@ -279,9 +282,9 @@ def test_older_code_is_replaced_and_other_files_are_kept(tmp_path: Path) -> None
     (tmp_path / "tokens.py").write_text("# mine\n")
     (tmp_path / "modeling_fox.py").write_text("raise SystemExit\n")
     assert stale_files(tmp_path) == ["kernels_old.py"]
-    write_bundle(tmp_path)
-    assert {path.name for path in tmp_path.glob("*.py")} == {*bundle(), "tokens.py"}
-    assert (tmp_path / "modeling_fox.py").read_text() == bundle()["modeling_fox.py"]
+    export_code(tmp_path)
+    assert {path.name for path in tmp_path.glob("*.py")} == {*exported_files(), "tokens.py"}
+    assert (tmp_path / "modeling_fox.py").read_text() == exported_files()["modeling_fox.py"]
     fields = json.loads((tmp_path / "config.json").read_text())
     assert fields["auto_map"] == AUTO_MAP | {"AutoTokenizer": ["tokens.Tokens", None]}
     assert FoxConfig.from_pretrained(tmp_path).to_dict().keys() == config.to_dict().keys()
@@ -338,7 +341,7 @@ def test_saving_with_push_uploads_the_code(tmp_path: Path, monkeypatch: pytest.M
     model.config.save_pretrained(tmp_path / "b", push_to_hub=True)
     assert len(uploaded) == 3
     for names in uploaded:
-        assert names >= {*bundle(), "config.json"}
+        assert names >= {*exported_files(), "config.json"}
 
 
 @pytest.mark.parametrize("content", [None, "[]", '{"model_type": "llama"}'])
@@ -346,7 +349,7 @@ def test_folder_of_something_else_is_refused(tmp_path: Path, content: str | None
     if content is not None:
         (tmp_path / "config.json").write_text(content)
     with pytest.raises(ValueError, match=r"must hold a config\.json with model_type 'fox'"):
-        write_bundle(tmp_path)
+        export_code(tmp_path)
     assert not list(tmp_path.glob("*.py"))
 
 
@@ -368,49 +371,98 @@ def test_folder_of_something_else_is_refused(tmp_path: Path, content: str | None
         "def f():\n    import pandas",
     ],
 )
-def test_imports_that_cannot_be_bundled_are_refused(tmp_path: Path, line: str) -> None:
+def test_imports_that_cannot_be_exported_are_refused(tmp_path: Path, line: str) -> None:
     (tmp_path / "decay.py").write_text("")
     file = tmp_path / "attention.py"
     file.write_text(f"import torch\n{line}\n")
     with pytest.raises(ValueError, match=r"attention\.py, line [23]: .*got"):
-        flatten(file)
+        merge(file)
 
 
-def test_imports_are_rewritten_wherever_they_stand(tmp_path: Path) -> None:
-    for name in ("kernels/decay.py", "kernels/scan.py", "modeling/gates.py"):
-        (tmp_path / name).parent.mkdir(exist_ok=True)
-        (tmp_path / name).write_text("")
-    file = tmp_path / "kernels/attention.py"
-    file.write_text(
-        '"""Says from .decay import nothing."""\n'
-        "from typing import TYPE_CHECKING\n"
-        "import triton\n"
-        "from triton import (\n    language,\n)\n"
-        "from .decay import (\n    Decay,\n)\n"
-        "if TYPE_CHECKING:\n    from ..modeling.gates import Gate\n"
-        "def f():\n    from .scan import scan\n    return scan, '.decay'\n"
+def write_sources(folder: Path, sources: dict[str, str]) -> Path:
+    for name, source in sources.items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text(source)
+    return folder / "modeling/modeling_x.py"
+
+
+def test_modules_of_a_folder_become_one_file(tmp_path: Path) -> None:
+    entry = write_sources(
+        tmp_path,
+        {
+            "modeling/modeling_x.py": '"""Says from .decay import nothing."""\n'
+            "# First.\nfrom .versions import OLDEST\n# isort: split\n"
+            "from typing import TYPE_CHECKING\nimport torch\n"
+            "from ..kernels.decay import (\n    Decay,\n)\nfrom .layers.norm import norm as norm_of\n"
+            "if TYPE_CHECKING:\n    from ..kernels.group import Group\n"
+            "def f():\n    from ..kernels.scan import scan\n    return scan, '.decay'\n",
+            "modeling/versions.py": "import torch\nOLDEST = 1\n",
+            "modeling/layers/norm.py": "from typing import Any\nimport torch\ndef norm(): return 3\n",
+            "modeling/layers/gate.py": "raise SystemExit('not needed')\n",
+            "kernels/decay.py": "import torch\nfrom torch import Tensor\nHAS = True\n"
+            "if HAS:\n    from .tiles import SIZE\n"
+            "def late():\n    from .tiles import SIZE as size\n    return size\n"
+            "class Decay: size = SIZE\n",
+            "kernels/tiles.py": "import torch\nfrom torch import Tensor\nSIZE = 64\n",
+            "kernels/scan.py": "import triton\nfrom triton import (\n    language,\n)\nscan = 5\n",
+            "kernels/group.py": "raise SystemExit('for type checkers')\n",
+        },
     )
-    source, needed = flatten(file)
-    assert [path.relative_to(tmp_path).as_posix() for path in needed] == [
-        "kernels/decay.py",
-        "modeling/gates.py",
-        "kernels/scan.py",
-    ]
-    assert source == (
-        '"""Says from .decay import nothing."""\n'
-        "from typing import TYPE_CHECKING\n"
+    assert merge(entry) == {
+        "kernels_base.py": "# kernels/tiles.py\n\nimport torch\nfrom torch import Tensor\nSIZE = 64\n\n\n"
+        "# kernels/decay.py\n\nHAS = True\nif HAS:\n    pass\n"
+        "def late():\n    size = SIZE\n    return size\n"
+        "class Decay: size = SIZE\n",
+        "kernels_triton.py": "# kernels/scan.py\n\n"
         "try:\n    import triton\nexcept ImportError: raise\n"
-        "try:\n    from triton import (\n        language,\n    )\nexcept ImportError: raise\n"
-        "from .kernels_decay import (\n    Decay,\n)\n"
-        "if TYPE_CHECKING:\n    from .modeling_gates import Gate\n"
-        "def f():\n    from .kernels_scan import scan\n    return scan, '.decay'\n"
+        "try:\n    from triton import language\nexcept ImportError: raise\nscan = 5\n",
+        "modeling_layers.py": "# modeling/layers/norm.py\n\n"
+        "from typing import Any\nimport torch\ndef norm(): return 3\n",
+        "modeling_base.py": "# modeling/versions.py\n\nimport torch\nOLDEST = 1\n",
+        "modeling_x.py": "from .modeling_base import OLDEST\n\n"
+        '# modeling/modeling_x.py\n\n"""Says from .decay import nothing."""\n'
+        "# First.\nfrom typing import TYPE_CHECKING\nimport torch\n"
+        "from .kernels_base import Decay\nfrom .modeling_layers import norm as norm_of\n"
+        "def f():\n    from .kernels_triton import scan\n    return scan, '.decay'\n",
+    }
+
+
+def test_modules_that_define_the_same_name_stay_apart(tmp_path: Path) -> None:
+    entry = write_sources(
+        tmp_path,
+        {
+            "modeling/modeling_x.py": "from ..kernels.a import f\nfrom ..kernels.b import g\n"
+            "from ..kernels.c import h\n",
+            "kernels/a.py": "import triton.language as tl\n_INF = tl.constexpr(float('inf'))\n_SIZE = 64\n"
+            "def f(): return _SIZE\n",
+            "kernels/b.py": "from triton import language as tl\n_INF = tl.constexpr(float('inf'))\n"
+            "from .a import _SIZE\ndef g(): return _SIZE\n",
+            "kernels/c.py": "import triton\n_SIZE = []\ndef h(): return sum(_SIZE)\n",
+        },
+    )
+    modules = read_modules(entry)
+    assert clashes(modules.values()) == [
+        "kernels/a.py and kernels/c.py both define _SIZE",
+        "kernels/b.py and kernels/c.py both define _SIZE",
+    ]
+    files = {name: [x.path.stem for x in found] for name, found in arrange(modules, entry).items()}
+    assert files == {"kernels_triton": ["a", "b"], "kernels_c": ["c"], "modeling_x": ["modeling_x"]}
+
+
+def test_a_saved_model_has_few_files() -> None:
+    entry = Path(foxlm.__path__[-1]) / "modeling/modeling_fox.py"
+    modules = read_modules(entry)
+    sections = [module.section for module in modules.values()]
+    assert not [x for x in sections if "context_parallel" in x or "fsdp" in x or "code_files" in x]
+    assert len(exported_files()) <= 20, "modules of a folder do not share a file:\n" + "\n".join(
+        clashes(modules.values())
     )
 
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
 @pytest.mark.parametrize("head_dim", [16, 64, 128])
-def test_kernels_of_the_bundle_are_those_of_the_package(tmp_path: Path, head_dim: int) -> None:
+def test_exported_kernels_are_those_of_the_package(tmp_path: Path, head_dim: int) -> None:
     """Heads of 64 and 128 take the Hopper kernels on an H100."""
     model = tiny_model(head_dim=head_dim, max_position_embeddings=512, dtype=torch.bfloat16).cuda()
     model.save_pretrained(tmp_path / "model")
@@ -438,20 +490,20 @@ save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.
 print(json.dumps(sorted({event.key for event in record.key_averages() if "::" in event.key})))
 """
     operators = {}
-    for name, blocked, own in (("package", (), "True"), ("bundle", ("foxlm",), "False")):
+    for name, blocked, own in (("package", (), "True"), ("exported", ("foxlm",), "False")):
         out = run_without(blocked, code.replace("OWN", own).replace("OUT", f"{name}.safetensors"), tmp_path)
         found = json.loads(out.splitlines()[-1])
         prefix = "foxlm_kernels" if own == "True" else "transformers_modules"
         operators[name] = {x.partition("::")[2] for x in found if x.startswith(prefix)}
-    assert operators["bundle"] == operators["package"]
-    assert operators["bundle"] >= {
+    assert operators["exported"] == operators["package"]
+    assert operators["exported"] >= {
         "triton_forward",
         "triton_backward",
         "search_kv_start",
         "sum_gates",
         "decode_attention",
     }
-    package, bundled = load_file(tmp_path / "package.safetensors"), load_file(tmp_path / "bundle.safetensors")
-    assert package.keys() == bundled.keys()
+    package, exported = load_file(tmp_path / "package.safetensors"), load_file(tmp_path / "exported.safetensors")
+    assert package.keys() == exported.keys()
     for key, tensor in package.items():
-        assert torch.equal(bundled[key], tensor), key
+        assert torch.equal(exported[key], tensor), key
