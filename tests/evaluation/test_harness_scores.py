@@ -76,21 +76,21 @@ def test_pruning_too_much_shows(forgetful: Path, skipped: list[int]) -> None:
     assert differ(likelihoods(harness(forgetful, eps=0.9)), likelihoods(harness(forgetful, eps=0))) > TOLERANCE
 
 
-def test_generation_is_the_same_when_dead_keys_are_freed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    freed: list[int] = []
-    sweep = PagedForgettingLayer.sweep
+def test_generation_is_the_same_when_keys_are_evicted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    evicted: list[int] = []
+    evict = PagedForgettingLayer.evict
 
     def counting(layer: PagedForgettingLayer, length: int, c: torch.Tensor | None = None) -> None:
-        sweep(layer, length, c)
-        freed.append(int(layer.start.sum()))
+        evict(layer, length, c)
+        evicted.append(int(layer.start.sum()))
 
-    monkeypatch.setattr(PagedForgettingLayer, "sweep", counting)
+    monkeypatch.setattr(PagedForgettingLayer, "evict", counting)
     fields = {"decay_time_min": 0.3, "decay_time_max": 0.5, "acp_eps": 1e-6}
     prompts = ["import os\n" * 20, "a"]
     plain = generated(harness(save_fox(tmp_path / "plain", **fields)), prompts=prompts)
-    assert not freed
+    assert not evicted
     assert generated(harness(save_fox(tmp_path / "freeing", free_dead_cache=True, **fields)), prompts=prompts) == plain
-    assert any(freed), "nothing was freed"
+    assert any(evicted), "nothing was evicted"
 
 
 def test_scores_are_the_same_in_batches_and_one_by_one(folder: Path) -> None:

@@ -43,35 +43,35 @@ def layers_of(cache: FoxPagedCache) -> list[PagedForgettingLayer]:
 
 @pytest.mark.parametrize("rule", ["tight", "paper"])
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_freed_pages_weigh_nothing_for_any_later_query(
+def test_evicted_pages_weigh_nothing_for_any_later_query(
     variant: str, rule: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The exact weights, in float64: those of all freed keys together are at most eps in every later row."""
+    """The exact weights, in float64: those of all evicted keys together are at most eps in every later row."""
     model = forgetful_model(variant, rule, bias=-2.0)
     cache = FoxPagedCache(model.config, 600)
-    sweeps: list[tuple[int, int, Tensor]] = []
-    sweep = PagedForgettingLayer.sweep
+    evictions: list[tuple[int, int, Tensor]] = []
+    evict = PagedForgettingLayer.evict
 
     def recording(layer: PagedForgettingLayer, length: int, c: Tensor | None = None) -> None:
-        sweep(layer, length, c)
-        # Queries from here on must not miss what is freed, those after a crop of as much as is allowed included.
-        sweeps.append((cache.layers.index(layer), length - layer.rollback_window, layer.start.clone()))
+        evict(layer, length, c)
+        # Queries from here on must not miss what is evicted, those after a crop of as much as is allowed included.
+        evictions.append((cache.layers.index(layer), length - layer.rollback_window, layer.start.clone()))
 
-    monkeypatch.setattr(PagedForgettingLayer, "sweep", recording)
+    monkeypatch.setattr(PagedForgettingLayer, "evict", recording)
     ids = tokens(2, 420)
     feed(model, cache, ids, [200, 1, 99, *[1] * 20, 100])
     exact = copy.deepcopy(model)
     exact.set_attn_implementation("eager")
     with torch.no_grad():
         weights = exact(ids, output_attentions=True, use_cache=False).attentions
-    freed = 0
-    for layer, since, start in sweeps:
+    evicted = 0
+    for layer, since, start in evictions:
         group = weights[layer].shape[1] // start.shape[1]
         dead = (start * PRUNED_KEYS).repeat_interleave(group, dim=1)
         lost = weights[layer] * (torch.arange(420) < dead[..., None, None])
         assert lost[:, :, since:].sum(-1).max() <= EPS
-        freed += int((start > 0).sum())
-    assert freed > 0
+        evicted += int((start > 0).sum())
+    assert evicted > 0
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
@@ -88,7 +88,7 @@ def test_logits_stay_within_what_eps_allows(variant: str) -> None:
     assert held <= 0.5 * sum(layer.pages.numel() for layer in layers_of(cache))
 
 
-def test_without_eps_or_bounds_nothing_is_freed() -> None:
+def test_without_eps_or_bounds_nothing_is_evicted() -> None:
     ids = tokens(1, 300)
     unknown = forgetful_model("rope", rope_parameters={"rope_type": "yarn", "rope_theta": 100.0, "factor": 2.0})
     assert cast(FoxDecoderLayer, unknown.model.layers[0]).logit_bounds(torch.float64) is None
@@ -175,7 +175,7 @@ OPERATIONS = st.lists(
         st.tuples(st.just("reorder"), st.integers(0, 10**6)),
         st.tuples(st.just("select"), st.integers(0, 10**6)),
         st.tuples(st.just("repeat"), st.just(2)),
-        st.tuples(st.just("sweep"), st.just(0)),
+        st.tuples(st.just("evict"), st.just(0)),
     ),
     min_size=3,
     max_size=9,
@@ -197,8 +197,8 @@ def test_any_operations_leave_what_a_cache_that_never_frees_holds(operations: li
             try:
                 run.paged.crop(-number)
             except RuntimeError as error:
-                # After a crop the next one may reach below what is freed.
-                assert "can be taken back" in str(error)
+                # After a crop the next one may reach below what is evicted.
+                assert "can be cropped" in str(error)
                 assert int(run.paged.get_seq_length()) == before
                 continue
             run.full.crop(-number)
@@ -211,20 +211,20 @@ def test_any_operations_leave_what_a_cache_that_never_frees_holds(operations: li
         elif name == "repeat" and run.batch <= 2:
             run.both("batch_repeat_interleave", number)
             run.batch *= number
-        elif name == "sweep":
+        elif name == "evict":
             for layer in layers_of(run.paged):
-                layer.sweep(run.length)
+                layer.evict(run.length)
     run.extend(3)
     run.extend(1)
 
 
-def test_crop_below_what_is_freed_is_refused_and_changes_nothing() -> None:
+def test_crop_below_what_is_evicted_is_refused_and_changes_nothing() -> None:
     model = forgetful_model()
     cache = FoxPagedCache(model.config, 600)
     ids = tokens(1, 500)
     feed(model, cache, ids[:, :400], [400])
     for count in (33, 100, 399):
-        with pytest.raises(RuntimeError, match="32 tokens at most can be taken back"):
+        with pytest.raises(RuntimeError, match="32 tokens at most can be cropped"):
             cache.crop(-count)
     cache.crop(-32)
     with pytest.raises(RuntimeError, match="0 tokens at most"):
@@ -310,7 +310,7 @@ def test_prompt_lookup_with_the_configuration_switch(options: dict[str, Any]) ->
 @pytest.mark.parametrize("count", [1, 16, 31, 32])
 @pytest.mark.parametrize("length", [159, 320])
 def test_after_a_crop_nothing_is_left_of_what_was_cropped(length: int, count: int) -> None:
-    """The last token forgets everything, and is taken back: what it would have freed must stay."""
+    """The last token forgets everything, and is taken back: what it would have evicted must stay."""
     model = forgetful_model("bias-only", bias=9.0)
     biases = [parameter for name, parameter in model.named_parameters() if name.endswith("forget_gate.bias")]
     ids = tokens(1, length + 60)
@@ -331,21 +331,21 @@ def test_after_a_crop_nothing_is_left_of_what_was_cropped(length: int, count: in
     assert (found - expected).abs().max() <= 1e-9
 
 
-def test_pruning_counts_what_is_freed() -> None:
-    """In a later part of a prompt: freed keys and those that are left out may lose eps together, not each."""
+def test_pruning_counts_what_is_evicted() -> None:
+    """In a later part of a prompt: evicted keys and those that are left out may lose eps together, not each."""
     model = forgetful_model(num_hidden_layers=1)
     cache = FoxPagedCache(model.config, 600)
     feed(model, cache, tokens(1, 500), [500])
     (layer,) = layers_of(cache)
     assert int(layer.start.min()) >= 4
-    keys, values, c = layer._read(500)
+    keys, values, c = layer.read(500, layer.summary)
     log_decays = (-c.flatten(1, 2)).logcumsumexp(-1)[..., 63::64]
     torch.testing.assert_close(log_decays, layer.summary.log_decays[..., : log_decays.shape[-1]])
     assert (c.diff(dim=-1) <= 0).all()
     largest = keys.norm(dim=-1).cummax(-1).values[..., 63::64]
     assert (largest >= layer.summary.largest[..., : largest.shape[-1]]).all()
-    freed = int(layer.start.min()) * PRUNED_KEYS
-    assert not values[:, :, :freed].any()
+    evicted = int(layer.start.min()) * PRUNED_KEYS
+    assert not values[:, :, :evicted].any()
 
 
 def stretched(model: FoxForCausalLM, by: float) -> FoxForCausalLM:
@@ -358,7 +358,7 @@ def stretched(model: FoxForCausalLM, by: float) -> FoxForCausalLM:
 
 
 @pytest.mark.parametrize("variant", ["pro", "llama"])
-def test_weights_that_freed_pages_do_not_hold_for_are_refused(variant: str) -> None:
+def test_weights_that_evicted_pages_do_not_hold_for_are_refused(variant: str) -> None:
     """Another model, and the same one with other weights; shorter queries miss nothing, nor those of a new text."""
     model = forgetful_model(variant)
     cache = FoxPagedCache(model.config, 600)
@@ -374,7 +374,7 @@ def test_weights_that_freed_pages_do_not_hold_for_are_refused(variant: str) -> N
     assert (found - model(ids, use_cache=False).logits).abs().max() <= 10 * EPS
 
 
-def test_other_weights_before_anything_is_freed_are_taken() -> None:
+def test_other_weights_before_anything_is_evicted_are_taken() -> None:
     """The bounds are those of the weights in use, not of those that the first token met."""
     model = forgetful_model(num_hidden_layers=1)
     cache = FoxPagedCache(model.config, 600)
@@ -493,7 +493,7 @@ def test_bad_arguments() -> None:
 
 
 def test_a_bound_that_is_too_small_is_seen() -> None:
-    """Negative control: were queries shorter than they are, pages would be freed that count."""
+    """Negative control: were queries shorter than they are, pages would be evicted that count."""
     model = forgetful_model(bias=3.0)
     with torch.no_grad():
         for layer in model.model.layers:
