@@ -31,14 +31,13 @@ What is fragile, since ptxas decides it (look at its warnings, and at what cuobj
 """
 
 import torch
-import triton
 from torch import Tensor
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from ..decay import Decay
 from ..portable.block_ranges import heaviest_first, kv_start_ranges, query_ranges
-from ..tiles import Tile
+from ..tiles import Tile, cdiv
 from .backward_d64 import hopper_backward_d64_kernel
 from .backward_d128 import hopper_backward_d128_kernel
 from .backward_rows import finish_queries, finite_sums, prepare_rows
@@ -80,7 +79,7 @@ def hopper_backward(
     keys, kv_heads, gates = k.shape[1], k.shape[2], decay.key.shape[1]
     is_d128 = head_dim == 128
     d_out, q, k, v = (for_tma(x) for x in (d_out, q, k, v))
-    blocks, key_blocks = triton.cdiv(queries, _TILE_QUERIES), triton.cdiv(keys, _TILE_KEYS)
+    blocks, key_blocks = cdiv(queries, _TILE_QUERIES), cdiv(keys, _TILE_KEYS)
     least, greatest = kv_start_ranges(decay.kv_start, decay.last, heads, _TILE_QUERIES)
     order = heaviest_first(least.view(batch * kv_heads, -1)).int()
     # Of its attributes only the sizes are looked at.

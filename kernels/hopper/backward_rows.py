@@ -7,6 +7,7 @@ from torch import Tensor
 
 from ..decay import Decay
 from ..portable.backward_rows import MAXIMA_KEYS, row_norms, running_maxima
+from ..tiles import cdiv
 from ..triton_common import INF, LOG2_E
 from .backward_common import ROW_SUM_SCALE
 
@@ -175,7 +176,7 @@ def finite_sums(c_k: Tensor, block: int) -> Tensor:
     """Running sums at keys, ``[B, Hf, Tk]`` float64, with that of the last visible key of its block at hidden ones."""
     batch, gates, keys = c_k.shape
     finite = torch.empty(c_k.shape, dtype=c_k.dtype, device=c_k.device)
-    _finite_keys_kernel[(batch * gates, triton.cdiv(keys, block))](
+    _finite_keys_kernel[(batch * gates, cdiv(keys, block))](
         C_K=c_k, ck_b=c_k.stride(0), ck_h=c_k.stride(1),
         C_FINITE=finite,
         HF=gates,
@@ -197,7 +198,7 @@ def prepare_rows(
     """
     batch, queries, heads, head_dim = out.shape
     keys, kv_heads = k.shape[1], k.shape[2]
-    blocks = triton.cdiv(queries, block)
+    blocks = cdiv(queries, block)
     tiles = batch * heads * blocks
     rows = torch.empty(tiles * 2, 4 * block, dtype=torch.float32, device=k.device)
     sums = torch.empty(tiles * block * head_dim, dtype=torch.int32, device=k.device)
@@ -245,7 +246,7 @@ def finish_queries(
         ``[B, Tq, H, D]`` in the dtype of ``q`` and ``[B, H, Tq]`` float64.
     """
     batch, queries, heads, head_dim = q.shape
-    blocks = triton.cdiv(queries, block)
+    blocks = cdiv(queries, block)
     dq = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     dc_q = torch.empty(batch, heads, queries, dtype=torch.float64, device=q.device)
     _hopper_backward_finish_kernel[(batch * heads, blocks)](

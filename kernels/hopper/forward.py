@@ -53,13 +53,12 @@ must also fit the instruction cache (128 KiB); therefore full and masked tiles s
 """
 
 import torch
-import triton
 from torch import Tensor
 
 from ..decay import Decay
 from ..portable.block_ranges import heaviest_first, kv_start_ranges
 from ..portable.forward import key_decay
-from ..tiles import HOPPER_FORWARD
+from ..tiles import HOPPER_FORWARD, cdiv
 from .forward_kernel import hopper_forward_kernel
 from .forward_state import QUERIES
 from .tma import describe_by_head, fits_tma
@@ -93,7 +92,7 @@ def hopper_forward(q: Tensor, k: Tensor, v: Tensor, decay: Decay, scale: float) 
     lse = torch.empty(batch, heads, queries, dtype=torch.float32, device=q.device)
     relative, base = key_decay(decay.key)
     least, greatest = kv_start_ranges(decay.kv_start, decay.last, heads, QUERIES)
-    blocks = triton.cdiv(queries, QUERIES * shape.consumers)
+    blocks = cdiv(queries, QUERIES * shape.consumers)
     programs = min(blocks * batch * heads, torch.cuda.get_device_properties(q.device).multi_processor_count)
     hopper_forward_kernel[(programs,)](
         q_descriptor=describe_by_head(q, QUERIES),

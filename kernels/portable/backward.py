@@ -26,11 +26,10 @@ divides.
 from typing import NamedTuple
 
 import torch
-import triton
 from torch import Tensor
 
 from ..decay import Decay
-from ..tiles import Tile, padded_head_dim
+from ..tiles import Tile, cdiv, padded_head_dim
 from ..triton_common import dot_precision
 from .backward_kernel import backward_finish_kernel, backward_kernel
 from .backward_rows import row_statistics, running_maxima
@@ -51,7 +50,7 @@ class _Gradients(NamedTuple):
 
 def _empty_gradients(q: Tensor, k: Tensor, v: Tensor) -> _Gradients:
     batch, queries, heads, head_dim = q.shape
-    words = head_dim if q.dtype == torch.float32 else triton.cdiv(head_dim, 2)
+    words = head_dim if q.dtype == torch.float32 else cdiv(head_dim, 2)
     dq, dk, dv = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))
     return _Gradients(
         sums=torch.zeros(batch, heads, queries, words, dtype=torch.int64, device=q.device),
@@ -94,7 +93,7 @@ def backward(
     keys, kv_heads, gates = k.shape[1], k.shape[2], decay.key.shape[1]
     least, greatest = kv_start_ranges(decay.kv_start, decay.last, heads, tile.queries)
     order = heaviest_first(least.view(batch * kv_heads, -1))
-    blocks, key_blocks = least.shape[-1], triton.cdiv(keys, tile.keys)
+    blocks, key_blocks = least.shape[-1], cdiv(keys, tile.keys)
     m_end, full_end = query_ranges(least, greatest, decay.last, keys, tile)
     is_fp32 = q.dtype == torch.float32
     rows = row_statistics(d_out, d_lse, out, lse, decay, running_maxima(k, v), dropout, tile)

@@ -12,7 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..decay import Decay
-from ..tiles import Tile, padded_head_dim
+from ..tiles import Tile, cdiv, padded_head_dim
 from ..triton_common import INF, LN_2, LOG2_E, load_rows, split_fp64
 
 # Keys are reduced to their largest in groups of so many, by programs of so many rows.
@@ -72,9 +72,9 @@ def running_maxima(k: Tensor, v: Tensor) -> Tensor:
         ``max |k_jd|`` and ``max |v_j|``, ``[2, B, G, ceil(Tk / 16)]`` float32.
     """
     batch, keys, kv_heads, head_dim = k.shape
-    groups = triton.cdiv(keys, MAXIMA_KEYS)
+    groups = cdiv(keys, MAXIMA_KEYS)
     maxima = torch.empty(2, batch, kv_heads, groups, dtype=torch.float32, device=k.device)
-    _maxima_kernel[(batch * kv_heads, triton.cdiv(keys, _MAXIMA_ROWS))](
+    _maxima_kernel[(batch * kv_heads, cdiv(keys, _MAXIMA_ROWS))](
         K=k, k_b=k.stride(0), k_t=k.stride(1), k_h=k.stride(2),
         V=v, v_b=v.stride(0), v_t=v.stride(1), v_h=v.stride(2),
         MAXIMA=maxima,
@@ -198,7 +198,7 @@ def row_statistics(
     """Launch `_backward_rows_kernel`; ``maxima`` is that of `running_maxima`."""
     batch, queries, heads, head_dim = out.shape
     gates, kv_heads = decay.key.shape[1], maxima.shape[2]
-    blocks = triton.cdiv(queries, tile.queries)
+    blocks = cdiv(queries, tile.queries)
     is_fp32 = out.dtype == torch.float32
     delta, shift, row_term, dq_scale, row_bound = torch.empty(
         5, batch, heads, queries, dtype=torch.float32, device=out.device

@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..tiles import Tile
+from ..tiles import Tile, cdiv, next_power_of_2
 from ..triton_common import INT32_MAX
 
 # Up to so many heads, one program finds their order.
@@ -42,7 +42,7 @@ def kv_start_ranges(kv_start: Tensor, last: Tensor, heads: int, block: int) -> t
         ``[B, H, ceil(Tq / block)]`` int32 each.
     """
     batch, start_heads, queries = kv_start.shape
-    blocks = triton.cdiv(queries, block)
+    blocks = cdiv(queries, block)
     least, greatest = torch.empty(2, batch, heads, blocks, dtype=torch.int32, device=kv_start.device).unbind()
     _kv_start_range_kernel[(batch * heads, blocks)](
         KV_START=kv_start, s_b=kv_start.stride(0), s_h=kv_start.stride(1),
@@ -108,9 +108,9 @@ def query_ranges(least: Tensor, greatest: Tensor, last: Tensor, keys: int, tile:
         within it: ``[B, H, ceil(Tk / tile.keys)]`` int32 each.
     """
     batch, heads, blocks = least.shape
-    key_blocks = triton.cdiv(keys, tile.keys)
+    key_blocks = cdiv(keys, tile.keys)
     m_end, full_end = torch.empty(2, batch, heads, key_blocks, dtype=torch.int32, device=least.device).unbind()
-    _query_range_kernel[(batch * heads, triton.cdiv(key_blocks, _RANGE_CHUNK))](
+    _query_range_kernel[(batch * heads, cdiv(key_blocks, _RANGE_CHUNK))](
         LEAST=least,
         GREATEST=greatest,
         LAST=last,
@@ -159,7 +159,7 @@ def heaviest_first(least: Tensor) -> Tensor:
         HEAD_ORDER=order,
         HEADS=heads,
         NM=blocks,
-        BLOCK_HEADS=triton.next_power_of_2(heads),
+        BLOCK_HEADS=next_power_of_2(heads),
         BLOCK=128,
         num_warps=8,
     )

@@ -18,7 +18,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..tiles import padded_head_dim
+from ..tiles import next_power_of_2, padded_head_dim
 from ..triton_common import INF, LN_2, LOG2_E, dot_precision, load_rows
 from .decode_search import KEY_BLOCK, DecodeInputs
 
@@ -48,6 +48,7 @@ class DecodeTile(NamedTuple):
     registers: int | None
 
 
+@functools.cache
 def choose_decode_tile(rows: int, head_dim: int) -> DecodeTile:
     """What fits any GPU from compute capability 8.0: 4,096 elements of keys, and as many of values. Tuned on an H100.
 
@@ -317,13 +318,14 @@ def attend_blocks(
     q, k, v, real = inputs.q, inputs.k, inputs.v, inputs.real
     batch, queries, heads, head_dim = q.shape
     kv_heads, gates, start_heads = inputs.kv_heads, inputs.c_q.shape[1], inputs.kv_start.shape[1]
+    blocks, rows = inputs.blocks, heads // kv_heads * queries
     kv_total, padded_dim = batch * kv_heads, padded_head_dim(head_dim)
-    padded_rows = triton.next_power_of_2(inputs.rows)
+    padded_rows = next_power_of_2(rows)
     padded_rows = max(16, padded_rows) if tile.dot else padded_rows
     programs = _multiprocessors(q.device) * tile.programs if q.is_cuda else _INTERPRETED_PROGRAMS
-    programs = min(programs, kv_total * inputs.blocks)
+    programs = min(programs, kv_total * blocks)
     slots = programs + kv_total
-    partials = torch.empty(slots * inputs.rows * (padded_dim + 2), dtype=torch.float32, device=q.device)
+    partials = torch.empty(slots * rows * (padded_dim + 2), dtype=torch.float32, device=q.device)
     k_b, k_t, k_h = inputs.kv_strides(k)
     v_b, v_t, v_h = inputs.kv_strides(v)
     _decode_attend_kernel[(programs,)](
@@ -348,7 +350,7 @@ def attend_blocks(
         G=kv_heads,
         START_HEADS=start_heads,
         PAGE_GATES=max(1, gates // kv_heads),
-        NB=inputs.blocks,
+        NB=blocks,
         D=head_dim,
         BLOCK_D=padded_dim,
         BLOCK_R=padded_rows,
@@ -358,7 +360,7 @@ def attend_blocks(
         IS_ONE_GATE=gates <= kv_heads or heads == kv_heads,
         IS_MASKED=queries > 1 or (start_heads > kv_heads and heads > kv_heads),
         PRECISION=dot_precision(q),
-        SCAN=min(_SCAN, max(16, triton.next_power_of_2(kv_total))),
+        SCAN=min(_SCAN, max(16, next_power_of_2(kv_total))),
         MERGED=max(1, min(32, 1024 * tile.warps // (padded_rows * padded_dim))),
         num_warps=tile.warps,
         num_stages=tile.stages,

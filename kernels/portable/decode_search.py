@@ -6,6 +6,7 @@ all keys, ``BLOCK_BOUNDARIES`` candidates at a time, by what the `KeySummary` ho
 must. Its blocks are those of pruning, 64 keys, as are the pages of a paged cache.
 """
 
+import functools
 from typing import NamedTuple
 
 import torch
@@ -16,7 +17,7 @@ from torch import Tensor
 from ..pruning.key_stats import KeySummary
 from ..pruning.predicates import lengths, may_drop_paper, may_drop_tight, raised
 from ..pruning.rounding import decay_margin, logit_margin
-from ..tiles import PRUNED_KEYS, padded_head_dim
+from ..tiles import PRUNED_KEYS, cdiv, next_power_of_2, padded_head_dim
 from ..triton_common import INF, INT32_MAX
 
 KEY_BLOCK = tl.constexpr(PRUNED_KEYS)
@@ -57,7 +58,7 @@ class DecodeInputs(NamedTuple):
     @property
     def blocks(self) -> int:
         """Blocks of 64 keys of a head."""
-        return triton.cdiv(self.k.shape[1], PRUNED_KEYS) if self.pages is None else self.pages.shape[2]
+        return cdiv(self.k.shape[1], PRUNED_KEYS) if self.pages is None else self.pages.shape[2]
 
     @property
     def rows(self) -> int:
@@ -216,11 +217,12 @@ def _decode_search_kernel(
     tl.store(p_range + 4 * heads, tl.max(tl.where(attends, last, -1), 0))
 
 
+@functools.cache
 def _search_steps(blocks: int, candidates: int) -> int:
     """Steps until a search among ``blocks`` boundaries has nothing left between its ends."""
     steps = 0
     while blocks > 0:
-        blocks = triton.cdiv(blocks, candidates) - 1
+        blocks = cdiv(blocks, candidates) - 1
         steps += 1
     return steps
 
@@ -233,15 +235,16 @@ def search_blocks(inputs: DecodeInputs, pruning: DecodePruning, scale: float) ->
         last key that any row may attend to.
     """
     q, k, start, bounds = inputs.q, inputs.k, inputs.start, pruning.bounds
-    heads, head_dim, blocks = q.shape[2], q.shape[3], inputs.blocks
-    kv_total = q.shape[0] * inputs.kv_heads
+    batch, queries, heads, head_dim = q.shape
+    kv_heads, blocks = inputs.kv_heads, inputs.blocks
+    kv_total = batch * kv_heads
     k_b, k_t, k_h = inputs.kv_strides(k)
     c, log_decays, largest = (None, None, None) if pruning.summary is None else pruning.summary
     c_b, c_h, decays_b, decays_h, largest_b, largest_h, bound_b, bound_h = (
         0 if x is None else x.stride(i) for x in (c, log_decays, largest, bounds) for i in (0, 1)
     )
     ranges = torch.empty(5, kv_total, dtype=torch.int32, device=q.device)
-    padded_rows = triton.next_power_of_2(inputs.rows)
+    padded_rows = next_power_of_2(heads // kv_heads * queries)
     candidates = max(16, _CANDIDATES // padded_rows)
     _decode_search_kernel[(kv_total,)](
         Q=q, q_b=q.stride(0), q_t=q.stride(1), q_h=q.stride(2),
@@ -262,10 +265,10 @@ def search_blocks(inputs: DecodeInputs, pruning: DecodePruning, scale: float) ->
         margin=logit_margin(head_dim, torch.float32),
         c_margin=decay_margin(blocks * PRUNED_KEYS),
         bound_margin=logit_margin(0, torch.float32),
-        TQ=q.shape[1],
+        TQ=queries,
         H=heads,
         HF=inputs.c_q.shape[1],
-        G=inputs.kv_heads,
+        G=kv_heads,
         START_HEADS=inputs.kv_start.shape[1],
         NB=blocks,
         STEPS=_search_steps(blocks, candidates),

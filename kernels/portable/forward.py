@@ -21,7 +21,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..decay import Decay
-from ..tiles import Tile, padded_head_dim
+from ..tiles import Tile, cdiv, padded_head_dim
 from ..triton_common import BASE_BLOCK, INF, LN_2, LOG2_E, dot_precision, load_rows, split_fp64
 from .block_ranges import heaviest_first, kv_start_ranges
 
@@ -58,7 +58,7 @@ def key_decay(c_k: Tensor) -> tuple[Tensor, Tensor]:
         float64, the sums there.
     """
     batch, gates, keys = c_k.shape
-    blocks = triton.cdiv(keys, BASE_BLOCK.value)
+    blocks = cdiv(keys, BASE_BLOCK.value)
     relative = torch.empty(c_k.shape, dtype=torch.float32, device=c_k.device)
     base = torch.empty(batch, gates, blocks, dtype=torch.float64, device=c_k.device)
     _key_decay_kernel[(batch * gates, blocks)](

@@ -17,6 +17,7 @@ from torch import Tensor
 from ..decay import LOG_ZERO_GATE
 from ..decay import sum_gates as sum_gates_in_pytorch
 from ..operators import NAMESPACE, is_transformed
+from ..tiles import cdiv
 from ..triton_common import larger
 
 _CHUNK = 1024
@@ -172,7 +173,7 @@ def _sum_gates(log_f: Tensor, starts: Tensor | None, log_zero: float, no_reset: 
     c, kv_start = _sum_gates_fake(log_f, starts, log_zero, no_reset)
     if log_f.numel() == 0:
         return c, kv_start
-    chunks = triton.cdiv(length, _CHUNK)
+    chunks = cdiv(length, _CHUNK)
     totals = torch.empty(batch, gates, chunks, dtype=torch.float64, device=log_f.device)
     resets = torch.empty(batch, gates, chunks, dtype=torch.int32, device=log_f.device)
     marks = None if starts is None else starts.view(torch.uint8)
@@ -209,7 +210,7 @@ def _sum_gates_backward(dc: Tensor, log_f: Tensor, log_zero: float) -> Tensor:
     d_log_f = _sum_gates_backward_fake(dc, log_f, log_zero)
     if log_f.numel() == 0:
         return d_log_f
-    chunks = triton.cdiv(length, _CHUNK)
+    chunks = cdiv(length, _CHUNK)
     totals = torch.empty(batch, gates, chunks, dtype=torch.float64, device=log_f.device)
     grid = (batch * gates, chunks)
     arguments = dict(
