@@ -83,7 +83,7 @@ lint: $(stamp)  ## Check style, formatting, types and spelling
 # Links in the shape of the installed package, made anew each time; messages name the files themselves.
 typecheck: $(stamp)  ## Check types with mypy
 	@rm -rf build/types && mkdir -p build/types/foxlm
-	@cd build/types/foxlm && ln -s ../../../foxlm/{*.py,py.typed} ../../../{conversion,evaluation,kernels,modeling} .
+	@cd build/types/foxlm && ln -s ../../../foxlm/{*.py,cli,py.typed} ../../../{conversion,evaluation,kernels,modeling} .
 	$(bin)/mypy build/types/foxlm $(wildcard tests examples) | sed -E 's#^build/types/foxlm/(conversion|evaluation|kernels|modeling)/#\1/#; s#^build/types/##'
 
 format: $(stamp)  ## Rewrite the code in the house format

@@ -65,8 +65,8 @@ SECTIONS = {
         "foxlm.evaluation.loss_report": ["LossOptions", "measure_losses"],
         "foxlm.evaluation.needle": ["NeedleOptions", "measure_needle"],
         "foxlm.evaluation.pruning_report.run": ["Options", "run_report"],
-        "foxlm.evaluation.harness.options": ["Options"],
-        "foxlm.evaluation.harness.run": ["evaluate"],
+        "foxlm.evaluation.lm_eval.options": ["Options"],
+        "foxlm.evaluation.lm_eval.run": ["evaluate"],
     },
 }
 _INTRODUCTION = (

@@ -84,19 +84,20 @@ def bounded_keys(layer: AttentionInputs, rule: Rule) -> Tensor:
     return centered(layer.k) if layer.centers and rule == "tight" else layer.k
 
 
-def first_read(layer: AttentionInputs, log_eps: float, rule: Rule) -> Tensor:
-    """First key that attention reads for each query, in the kernels' blocks and by their own search where they run.
+def decay_of(layer: AttentionInputs) -> Decay:
+    """The decay of a recorded layer, each query at its own key."""
+    c, kv_start = accumulate(layer.log_f, sum_gates=backend_of(layer.q).sum_gates)
+    return Decay(c, c, kv_start, torch.arange(c.shape[-1], device=c.device))
+
+
+def search(layer: AttentionInputs, decay: Decay, log_eps: float, rule: Rule) -> Decay:
+    """``decay`` with the first key that attention reads, in the kernels' blocks and by their own search where they run.
 
     Args:
         layer, log_eps, rule: as of `skipped_shares`.
-
-    Returns:
-        ``[B, H, T]`` int64.
+        decay: `decay_of` the layer.
     """
-    backend = backend_of(layer.q)
-    c, first = accumulate(layer.log_f, sum_gates=backend.sum_gates)
-    decay = Decay(c, c, first, torch.arange(layer.q.shape[1], device=c.device))
-    first = prune(
+    return prune(
         decay,
         layer.q,
         bounded_keys(layer, rule),
@@ -104,8 +105,13 @@ def first_read(layer: AttentionInputs, log_eps: float, rule: Rule) -> Tensor:
         rule=rule,
         scale=layer.scale,
         logit_bound=layer.logit_bound if rule == "paper" else None,
-        search=backend.search_kv_start,
-    ).kv_start
+        search=backend_of(layer.q).search_kv_start,
+    )
+
+
+def first_read(layer: AttentionInputs, log_eps: float, rule: Rule) -> Tensor:
+    """First key that attention reads for each query by `search`, ``[B, H, T]`` int64."""
+    first = search(layer, decay_of(layer), log_eps, rule).kv_start
     return first.repeat_interleave(layer.q.shape[2] // first.shape[1], dim=1)
 
 

@@ -14,20 +14,10 @@ import numpy as np
 # Not program text a reader would write: tables that repeat each other across files (a held-out code page is
 # all but a copy of a training one), generated files, other people's packages, and tests, which some systems
 # leave out.
-EXCLUDED_FOLDERS = frozenset(
-    {
-        "__pycache__",
-        "dist-packages",
-        "encodings",
-        "idlelib",
-        "lib2to3",
-        "pydoc_data",
-        "site-packages",
-        "test",
-        "tests",
-        "turtledemo",
-    }
-)
+EXCLUDED_FOLDERS = {
+    "__pycache__", "dist-packages", "encodings", "idlelib", "lib2to3", "pydoc_data", "site-packages", "test", "tests",
+    "turtledemo",
+}  # fmt: skip
 EXCLUDED_PREFIXES = ("_sysconfigdata",)
 
 HELD_OUT_ONE_IN = 12
@@ -35,12 +25,7 @@ SEPARATOR = 256  # token before each file; the byte values are the tokens 0..255
 
 
 class SourceFile(NamedTuple):
-    """A file of the corpus.
-
-    Attributes:
-        name: path below the standard library, with forward slashes.
-        data: its bytes.
-    """
+    """A file of the corpus: its path below the standard library, with forward slashes, and its bytes."""
 
     name: str
     data: bytes

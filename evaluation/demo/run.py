@@ -1,5 +1,6 @@
-"""The whole demo, from text to report."""
+"""``foxlm demo``: a small model is trained, saved, and then measured by the commands that any model is measured by."""
 
+import json
 import shutil
 import sys
 import time
@@ -9,21 +10,21 @@ from typing import Any
 
 import torch
 from tqdm import tqdm
+from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging
 
-from ..provenance import provenance
+from ..lm_eval.options import Options as EvalOptions
+from ..lm_eval.run import evaluate
+from ..pruning_report.run import Options as ReportOptions
+from ..pruning_report.run import draw, run_report
 from ..requirements import require_lm_eval, require_matplotlib
 from ..results import write_json
-from .analyze import LOG_EPS, TILE, Analysis, analyze
 from .bigram import BigramModel
-from .corpus import load_corpus, to_tokens, windows
-from .lm_eval_tasks import BITS, CHOICES, NEXT_LINES, run_lm_eval, write_tasks
-from .page import render
-from .reload import reload_and_generate
+from .corpus import SourceFile, load_corpus, to_tokens, windows
 from .tokenizer import byte_tokenizer
-from .train import GPU_RECIPE, QUICK_RECIPE, Recipe, Training, bits_per_byte, train
+from .train import GPU_RECIPE, QUICK_RECIPE, Recipe, bits_per_byte, train
 
-REPORT = "report.json"
+RESULTS = "demo.json"
 PROMPTS = ("def read_", "import os\n\n\nclass ")
 
 
@@ -60,7 +61,7 @@ class Options:
             raise ValueError(f"--seed must be in [0, 2**32), got {self.seed}")
         if self.out.exists() and not self.out.is_dir():
             raise ValueError(f"--out must be a folder, got the file {self.out}")
-        if self.out.is_dir() and any(self.out.iterdir()) and not (self.out / REPORT).is_file():
+        if self.out.is_dir() and any(self.out.iterdir()) and not (self.out / RESULTS).is_file():
             raise ValueError(
                 f"--out must be a new or empty folder, or one of an earlier demo; {self.out} holds other files"
             )
@@ -68,33 +69,32 @@ class Options:
 
 @dataclass(frozen=True)
 class _Amounts:
-    """How much of the held-out text each part reads."""
+    """How much each part reads and writes: windows and bytes of held-out files, questions, tokens."""
 
     scored_windows: int = 300
-    rescored_windows: int = 40
-    analyzed_windows: int = 4
-    analyzed_length: int = 1024
-    snippet: int = 256
-    questions: int = 100
-    bits_bytes: int = 1024
+    bytes_of_a_file: int = 2048
+    report_length: int = 1024
+    report_rows: int = 4
+    questions: int = 50
     new_tokens: int = 240
 
 
-_QUICK_AMOUNTS = _Amounts(
-    scored_windows=8, analyzed_windows=1, analyzed_length=128, snippet=64, questions=4, bits_bytes=64, new_tokens=8
-)
+_QUICK = _Amounts(scored_windows=8, bytes_of_a_file=512, report_length=128, report_rows=1, questions=4, new_tokens=8)
 
 
 def run_demo(options: Options) -> dict[str, Any]:
-    """Run the demo and write ``model/``, ``lm_eval/``, ``report.html`` and ``report.json`` into ``options.out``.
+    """Run the demo and write into ``options.out``.
+
+    ``model/``, ``report.html`` and ``report.json`` of ``foxlm report``, ``eval/`` of ``foxlm eval``, ``held_out.jsonl``
+    that both read, and ``demo.json``.
 
     Returns:
-        What ``report.json`` holds.
+        What ``demo.json`` holds.
 
     Raises:
         ImportError: lm-eval or matplotlib is missing.
         ValueError: there is no text to train on.
-        RuntimeError: one of the processes that the demo starts failed.
+        RuntimeError: a part failed.
     """
     require_lm_eval()
     require_matplotlib()
@@ -105,14 +105,13 @@ def run_demo(options: Options) -> dict[str, Any]:
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     recipe = QUICK_RECIPE if options.quick else GPU_RECIPE if device == "cuda" else Recipe()
-    amounts = _QUICK_AMOUNTS if options.quick else _Amounts()
+    amounts = _QUICK if options.quick else _Amounts()
     steps = 12 if options.quick and options.steps is None else options.steps
-    options.out.mkdir(parents=True, exist_ok=True)
+    out, folder = options.out, options.out / "model"
+    out.mkdir(parents=True, exist_ok=True)
     # Marks the folder as the demo's own, also if this run is interrupted.
-    write_json(options.out / REPORT, {"complete": False})
+    write_json(out / RESULTS, {"complete": False})
 
-    # Now, not when the report is written: a checkout can move on meanwhile.
-    run = provenance(device, options.seed, ("lm_eval", "matplotlib", "safetensors"))
     corpus = load_corpus()
     counts = corpus.describe()
     _say(
@@ -122,118 +121,79 @@ def run_demo(options: Options) -> dict[str, Any]:
     held_out = windows(corpus.held_out, recipe.length, amounts.scored_windows)
     bigram = BigramModel(to_tokens(corpus.train)).bits_per_byte(held_out)
     _say(f"byte bigrams: {bigram:.3f} held-out bits per byte")
-
     training = train(corpus, recipe, device, options.seed, minutes=options.minutes, steps=steps)
-    model_folder = options.out / "model"
-    training.model.save_pretrained(model_folder)
-    byte_tokenizer().save_pretrained(model_folder)
-    fox = bits_per_byte(training.model, held_out, recipe.batch, _bar("scoring held-out files", "batch"))
-    _say(f"FoX: {fox:.3f} held-out bits per byte")
+    training.model.save_pretrained(folder)
+    byte_tokenizer().save_pretrained(folder)
 
-    with tqdm(total=4, desc="analyzing gates", unit="part") as bar:
-        long_windows = windows(corpus.held_out, amounts.analyzed_length, amounts.analyzed_windows)
-        analysis = analyze(training.model, long_windows, amounts.snippet)
-        bar.update()
-        bar.set_description("reloading and generating in a new process")
-        # Enough to show that what was saved is what was trained.
-        sample = windows(corpus.held_out, recipe.length, amounts.rescored_windows)
-        request = {
-            "prompts": PROMPTS,
-            "windows": sample.tolist(),
-            "device": device,
-            "seed": options.seed,
-            "new_tokens": amounts.new_tokens,
-            "batch": recipe.batch,
-        }
-        reloaded = reload_and_generate(model_folder, request)
-        bar.update()
-        bar.set_description("lm-eval on local tasks in a new process")
-        evaluated = options.out / "lm_eval"
-        shutil.rmtree(evaluated, ignore_errors=True)
-        write_tasks(evaluated, corpus.held_out, amounts.questions, amounts.bits_bytes, options.seed)
-        lm_eval = run_lm_eval(model_folder, evaluated, device, 4 * recipe.batch)
-        bar.update()
-        bar.set_description("writing the report")
-        report: dict[str, Any] = {
-            "complete": True,
-            "seconds": time.monotonic() - began,
-            "quick": options.quick,
-            "corpus": counts,
-            "model": {
-                "parameters": sum(parameter.numel() for parameter in training.model.parameters()),
-                **{name: getattr(recipe, name) for name in ("hidden_size", "intermediate_size", "layers", "heads")},
-            },
-            "training": _training(training, recipe),
-            "held_out_bits_per_byte": {
-                "fox": fox,
-                "bigram": bigram,
-                "bytes": int((held_out[:, 1:] < 256).sum()),
-                "window": recipe.length,
-            },
-            "pruning": _pruning(analysis),
-            "reload": {
-                **reloaded,
-                "bits_per_byte_before_saving": bits_per_byte(training.model, sample, recipe.batch),
-            },
-            "lm_eval": _lm_eval(lm_eval),
-            "run": run,
-        }
-        write_json(options.out / REPORT, report)
-        page = options.out / "report.html"
-        page.write_text(render(report, training, analysis), encoding="utf-8")
-        bar.update()
-    lines = report["lm_eval"]["next_lines"]
-    _say(
-        f"lm-eval: {100 * lines['acc_mutual_info']:.1f}% of {lines['samples']} questions (chance {100 / CHOICES:.0f}%)"
+    model = AutoModelForCausalLM.from_pretrained(folder).to(device).eval()
+    fox = bits_per_byte(model, held_out, recipe.batch, lambda parts: tqdm(parts, desc="scoring", unit="batch"))
+    _say(f"FoX, saved and loaded: {fox:.3f} held-out bits per byte")
+    samples = [_generate(model, folder, prompt, amounts.new_tokens, options.seed) for prompt in PROMPTS]
+    for prompt, sample in zip(PROMPTS, samples, strict=True):
+        _say(f"--- it goes on with {prompt!r}:\n{prompt}{sample}\n---")
+
+    text = _write_text(out / "held_out.jsonl", corpus.held_out, amounts.bytes_of_a_file)
+    report = run_report(
+        ReportOptions(
+            model=str(folder),
+            text=text,
+            out=out,
+            length=amounts.report_length,
+            count=amounts.report_rows,
+            join=True,
+            device=device,
+            seed=options.seed,
+            overwrite=True,
+        )
     )
-    _say(f"done in {report['seconds']:.0f} s: {page}, {model_folder}")
-    return report
-
-
-def _training(training: Training, recipe: Recipe) -> dict[str, Any]:
-    return {
-        "seconds": training.seconds,
-        "steps": training.steps,
-        "tokens": training.tokens,
-        "tokens_per_second": training.tokens / training.seconds,
-        "batch": recipe.batch,
-        "length": recipe.length,
-        "stopped_early": training.stopped_early,
-        "train_bits_per_byte": training.train_losses,
-        "held_out_bits_per_byte": training.held_out_losses,
+    page = draw(report, out)
+    scores = _evaluate(folder, text, out / "eval", amounts.questions, device, options.seed)
+    results = {
+        "complete": True,
+        "quick": options.quick,
+        "seconds": time.monotonic() - began,
+        "corpus": counts,
+        "parameters": model.num_parameters(),
+        "training": training.facts,
+        "held_out_bits_per_byte": {"fox": fox, "bigram": bigram},
+        "samples": samples,
+        "scores": scores,
+        "run": report["run"],
     }
+    write_json(out / RESULTS, results)
+    _say(f"lm-eval: {100 * scores['foxlm_next_lines']['acc_mutual_info']:.1f}% of the right lines (chance 25%)")
+    _say(f"done in {results['seconds']:.0f} s: {page}, {folder}")
+    return results
 
 
-def _pruning(analysis: Analysis) -> dict[str, Any]:
-    """Shares are means over layers and heads, one per `log_eps`."""
-    return {
-        "decay_times": analysis.decay_times.tolist(),
-        "length": analysis.length,
-        "tokens": analysis.tokens,
-        "log_eps": LOG_EPS,
-        "tile": TILE,
-        "skipped_pairs": {rule: shares.mean((1, 2)).tolist() for rule, shares in analysis.pairs.items()},
-        "skipped_tiles": {rule: shares.mean((1, 2)).tolist() for rule, shares in analysis.tiles.items()},
-    }
+def _generate(model: Any, folder: Path, prompt: str, new_tokens: int, seed: int) -> str:
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    torch.manual_seed(seed)
+    inputs = tokenizer(prompt, return_tensors="pt").to(model.device)
+    tokens = model.generate(**inputs, max_new_tokens=new_tokens, do_sample=True, temperature=0.6, top_p=0.95, top_k=0)
+    return tokenizer.decode(tokens[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
 
 
-def _lm_eval(results: dict[str, Any]) -> dict[str, Any]:
-    lines, bits = results[NEXT_LINES], results[BITS]
-    return {
-        "next_lines": {
-            "acc": lines["acc,none"],
-            "acc_stderr": lines["acc_stderr,none"],
-            "acc_mutual_info": lines["acc_mutual_info,none"],
-            "acc_mutual_info_stderr": lines["acc_mutual_info_stderr,none"],
-            "samples": lines["samples"],
-            "choices": CHOICES,
-        },
-        "bits": {"bits_per_byte": bits["bits_per_byte,none"], "samples": bits["samples"]},
-    }
+def _write_text(path: Path, files: list[SourceFile], count: int) -> Path:
+    """The first ``count`` bytes of each file."""
+    texts = [file.data[:count].decode("utf-8", errors="ignore") for file in files]
+    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts if text), encoding="utf-8")
+    return path
 
 
-def _bar(description: str, unit: str):
-    return lambda items: tqdm(items, desc=description, unit=unit)
+def _evaluate(folder: Path, text: Path, out: Path, questions: int, device: str, seed: int) -> dict[str, Any]:
+    """Scores by task and metric."""
+    shutil.rmtree(out, ignore_errors=True)
+    options = EvalOptions(model=str(folder), out=out, text=text, limit=questions, device=device, seed=seed)
+    outcome = evaluate(options, _say)
+    if outcome.interrupted:
+        raise KeyboardInterrupt
+    if outcome.failed:
+        raise RuntimeError(f"lm-eval's tasks failed; see {out}")
+    scores: dict[str, Any] = {}
+    for row in outcome.rows:
+        scores.setdefault(row.task, {})[row.metric] = row.value
+    return scores
 
 
 def _say(line: str) -> None:

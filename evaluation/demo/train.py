@@ -4,14 +4,13 @@ import math
 import tempfile
 import time
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset
-from tqdm import tqdm
-from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments, set_seed
+from transformers import Trainer, TrainerCallback, TrainingArguments, set_seed
 
 from foxlm.modeling.configuration_fox import FoxConfig
 from foxlm.modeling.modeling_fox import FoxForCausalLM
@@ -94,18 +93,10 @@ class RandomWindows(Dataset):
         return {"input_ids": window, "labels": window}
 
 
-class FixedWindows(Dataset):
-    """Held-out windows, ``[N, T]``; separators are not scored."""
-
-    def __init__(self, held_out: np.ndarray) -> None:
-        self.held_out = torch.from_numpy(held_out)
-
-    def __len__(self) -> int:
-        return len(self.held_out)
-
-    def __getitem__(self, index: int) -> dict[str, Tensor]:
-        window = self.held_out[index]
-        return {"input_ids": window, "labels": window.masked_fill(window >= SEPARATOR, IGNORED)}
+def held_out_rows(held_out: np.ndarray) -> list[dict[str, Tensor]]:
+    """Held-out windows, ``[N, T]``, as examples in which separators are not scored."""
+    rows = torch.from_numpy(held_out)
+    return [{"input_ids": row, "labels": row.masked_fill(row >= SEPARATOR, IGNORED)} for row in rows]
 
 
 class TimeLimit(TrainerCallback):
@@ -123,48 +114,12 @@ class TimeLimit(TrainerCallback):
             self.hit = control.should_training_stop = True
 
 
-class LossBar(TrainerCallback):
-    """One progress bar with the latest losses in bits per byte, instead of Trainer's bars and printed lines."""
-
-    def __init__(self) -> None:
-        self.shown: dict[str, str] = {}
-
-    def on_train_begin(self, args, state, control, **kwargs):
-        self.bar = tqdm(total=state.max_steps, desc="training", unit="step")
-
-    def on_step_end(self, args, state, control, **kwargs):
-        self.bar.update(state.global_step - self.bar.n)
-
-    def on_log(self, args, state, control, logs=None, **kwargs):
-        for key, name in (("loss", "train"), ("eval_loss", "held_out")):
-            if key in (logs or {}):
-                self.shown[name] = f"{logs[key] / math.log(2):.2f} bits/byte"
-                self.bar.set_postfix(self.shown)
-
-    def on_train_end(self, args, state, control, **kwargs):
-        self.bar.close()
-
-
 @dataclass(frozen=True)
 class Training:
-    """A trained model and the measurements taken on the way; losses in bits per byte.
-
-    Attributes:
-        model: the model, in evaluation mode.
-        train_losses, held_out_losses: pairs of step and loss.
-        steps: optimizer steps done.
-        tokens: tokens trained on.
-        seconds: wall time of `Trainer.train`, held-out evaluations included.
-        stopped_early: whether the time ran out before the planned steps were done.
-    """
+    """A trained model, in evaluation mode, and ``facts`` of its training for the report; losses in bits per byte."""
 
     model: FoxForCausalLM
-    train_losses: list[tuple[int, float]]
-    held_out_losses: list[tuple[int, float]]
-    steps: int
-    tokens: int
-    seconds: float
-    stopped_early: bool
+    facts: dict[str, Any]
 
 
 def build_model(recipe: Recipe) -> FoxForCausalLM:
@@ -203,7 +158,7 @@ def train(corpus: Corpus, recipe: Recipe, device: str, seed: int, *, minutes: fl
     if steps is None:
         steps = _steps_within(60.0 * minutes, model, recipe)
     dataset = RandomWindows(to_tokens(corpus.train), recipe.length, steps * recipe.batch, seed)
-    held_out = FixedWindows(windows(corpus.held_out, recipe.length, recipe.evaluation_windows))
+    held_out = held_out_rows(windows(corpus.held_out, recipe.length, recipe.evaluation_windows))
     every = max(1, steps // recipe.evaluations)
     arguments = TrainingArguments(
         # Nothing is saved by Trainer itself; it only insists on a folder.
@@ -221,7 +176,7 @@ def train(corpus: Corpus, recipe: Recipe, device: str, seed: int, *, minutes: fl
         logging_steps=max(1, steps // 60),
         save_strategy="no",
         report_to="none",
-        disable_tqdm=True,
+        disable_tqdm=False,
         seed=seed,
         dataloader_pin_memory=False,
     )
@@ -230,24 +185,20 @@ def train(corpus: Corpus, recipe: Recipe, device: str, seed: int, *, minutes: fl
         model,
         arguments,
         train_dataset=dataset,
-        eval_dataset=held_out,
+        eval_dataset=cast(Dataset, held_out),
         optimizers=(optimizer, None),
-        callbacks=[limit, LossBar()],
+        callbacks=[limit],
     )
-    trainer.remove_callback(PrinterCallback)
     began = time.monotonic()
     trainer.train()
     seconds = time.monotonic() - began
     done = trainer.state.global_step
-    return Training(
-        model=model.eval(),
-        train_losses=_bits(trainer.state.log_history, "loss"),
-        held_out_losses=_bits(trainer.state.log_history, "eval_loss"),
-        steps=done,
-        tokens=done * recipe.batch * recipe.length,
-        seconds=seconds,
-        stopped_early=limit.hit,
-    )
+    tokens = done * recipe.batch * recipe.length
+    facts = {"seconds": seconds, "steps": done, "tokens": tokens, "tokens_per_second": tokens / seconds}
+    facts |= {"batch": recipe.batch, "length": recipe.length, "stopped_early": limit.hit}
+    for name, key in (("train_bits_per_byte", "loss"), ("held_out_bits_per_byte", "eval_loss")):
+        facts[name] = [(x["step"], x[key] / math.log(2)) for x in trainer.state.log_history if key in x]
+    return Training(model.eval(), facts)
 
 
 def _steps_within(seconds: float, model: FoxForCausalLM, recipe: Recipe) -> int:
@@ -268,10 +219,6 @@ def _steps_within(seconds: float, model: FoxForCausalLM, recipe: Recipe) -> int:
     step = 1.2 * passes(5) / 5
     model.zero_grad(set_to_none=True)
     return min(max(int(seconds / step), recipe.smallest), recipe.largest)
-
-
-def _bits(history: list[dict[str, Any]], key: str) -> list[tuple[int, float]]:
-    return [(entry["step"], entry[key] / math.log(2)) for entry in history if key in entry]
 
 
 @torch.no_grad()

@@ -22,8 +22,8 @@ STYLE: dict[Any, Any] = {
     "svg.fonttype": "path",
     "svg.hashsalt": "foxlm",
 }
-# What color, marker and label offset (points) each rule of pruning has in every plot.
-RULE_STYLES = {"paper": ("#b5651d", "o", -14), "tight": ("#1f5fa8", "s", 7)}
+# Color and marker of each rule of pruning, in every plot.
+RULE_STYLES = {"paper": ("#b5651d", "o"), "tight": ("#1f5fa8", "s")}
 # Of lines that stand for models, in the order in which they are given.
 COLORS = ("#1f5fa8", "#b5651d", "#3a8f5c", "#8a4fa3", "#c23b4b", "#5f6b76")
 

@@ -1,7 +1,7 @@
-"""Decay times, what pruning skips, and attention maps."""
+"""Maps of layers and heads: decay times, and any other number."""
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable
 
 import matplotlib
 import numpy as np
@@ -9,7 +9,7 @@ from matplotlib.colors import LogNorm, Normalize
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from .figure import RULE_STYLES, STYLE, new_figure
+from .figure import STYLE, new_figure
 
 
 def plot_decay_times(times: np.ndarray, tokens: int, text: str = "tokens") -> Figure:
@@ -64,58 +64,6 @@ def plot_head_map(
         axes.set_ylabel("layer")
         axes.set_title(title)
         figure.colorbar(image, label=unit)
-    return figure
-
-
-def plot_skipped(log_eps: Sequence[float], shares: Mapping[str, np.ndarray], length: int) -> Figure:
-    """Share of the pairs of query and key that pruning skips, by ``eps``.
-
-    Args:
-        log_eps: natural logs of ``eps``.
-        shares: by rule, ``[len(log_eps), L, H]`` shares in ``[0, 1]``.
-        length: tokens per sequence.
-    """
-    with matplotlib.rc_context(STYLE):
-        figure, (axes,) = new_figure()
-        for rule, values in shares.items():
-            color, marker, below = RULE_STYLES[rule]
-            mean = 100 * values.mean((1, 2))
-            axes.plot(log_eps, mean, color=color, marker=marker, label=f"rule {rule}")
-            for x, y in zip(log_eps, mean, strict=True):
-                axes.annotate(f"{y:.0f}%", (x, y), (0, below), textcoords="offset points", ha="center", color=color)
-        axes.set_xticks(log_eps, [f"$e^{{{value:g}}}$" for value in log_eps])
-        axes.invert_xaxis()
-        axes.set_ylim(0, 100)
-        axes.set_xlabel("eps, attention weight that a row may lose (smaller to the right)")
-        axes.set_ylabel("skipped pairs (%)")
-        axes.set_title(f"Attention skipped at {length:,} tokens, mean over heads")
-        axes.legend()
-    return figure
-
-
-def plot_attention_maps(maps: Sequence[tuple[str, np.ndarray, np.ndarray]], rule: str, log_eps: float) -> Figure:
-    """Attention weights of some heads, with what pruning skips.
-
-    Args:
-        maps: for each head its title, weights ``[T, T]`` and first kept key per query ``[T]``.
-        rule: the rule that gave the first kept keys.
-        log_eps: natural log of its ``eps``.
-    """
-    with matplotlib.rc_context(STYLE | {"axes.grid": False}):
-        figure, all_axes = new_figure(rows=len(maps), height=4.2 * len(maps))
-        faintest = 1e-6
-        norm = LogNorm(faintest, 1.0)
-        for axes, (title, weights, first) in zip(all_axes, maps, strict=True):
-            shown = np.ma.masked_less(weights, faintest)
-            image = axes.imshow(shown, norm=norm, cmap="magma_r", interpolation="nearest")
-            rows = np.arange(len(first) + 1) - 0.5
-            edge = np.append(first, first[-1]) - 0.5
-            axes.fill_betweenx(rows, -0.5, edge, step="post", facecolor="#1f5fa822", edgecolor="#1f5fa8", linewidth=1.0)
-            axes.set_title(title)
-            axes.set_xlabel("key (byte of the snippet)")
-            axes.set_ylabel("query (byte)")
-            figure.colorbar(image, ax=axes, label="attention weight (white: below $10^{-6}$)", shrink=0.85)
-        figure.suptitle(f"Shaded: skipped by rule {rule} at eps = $e^{{{log_eps:g}}}$", fontsize=10.5)
     return figure
 
 

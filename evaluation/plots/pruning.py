@@ -59,7 +59,7 @@ def _lines(axes: Axes, x: Sequence[float], shares: Shares) -> None:
     for grain, of_rule in shares.items():
         style, name = _GRAIN_STYLES[grain]
         for rule, values in of_rule.items():
-            color, marker, _ = RULE_STYLES[rule]
+            color, marker = RULE_STYLES[rule]
             label = f"rule {rule}, {name}"
             axes.plot(x, 100 * np.asarray(values), style, color=color, marker=marker, markersize=5, label=label)
     axes.set_ylim(0, 100)
@@ -117,7 +117,7 @@ def plot_dropped(points: Mapping[str, tuple[np.ndarray, np.ndarray]], log_eps: f
         figure, (axes,) = new_figure(height=4.6)
         low = log_eps
         for rule, (proven, lost) in points.items():
-            color, marker, _ = RULE_STYLES[rule]
+            color, marker = RULE_STYLES[rule]
             x, y = np.asarray(proven) / _LOG10, np.asarray(lost) / _LOG10
             axes.plot(x, y, marker, color=color, markersize=3, alpha=0.4, markeredgewidth=0, label=f"rule {rule}")
             if len(x):

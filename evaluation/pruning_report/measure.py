@@ -1,7 +1,6 @@
 """What one layer's attention on one text shows of gates and pruning, in as little room as the report needs."""
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -15,7 +14,7 @@ from foxlm.modeling.cache.paged import LogitBounds
 from ..gates import RULES, first_read, in_tiles, kept_from, share_of_tiles_skipped
 from ..recording import AttentionInputs
 from .cache import held_pages
-from .dropped import ProvenBounds, choose_rows, distinct_rows, log_dropped, log_weights
+from .dropped import ProvenBounds, choose_rows, distinct_rows, log_dropped
 
 GRAINS = ("pairs", "tiles")
 # Tokens of a text whose gates are kept for the quantiles.
@@ -36,8 +35,6 @@ class Plan:
         spread, adversarial: rows of each head and text whose dropped weight is computed, as `choose_rows` takes them.
         seed: of those that are drawn.
         shown: ``[P]`` queries whose kept range is drawn.
-        queries: ``[V]`` queries of which the text they see is shown.
-        window: tokens before and at each of them that are shown.
     """
 
     log_eps: tuple[float, ...]
@@ -50,8 +47,6 @@ class Plan:
     adversarial: int = 16
     seed: int = 0
     shown: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int64))
-    queries: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int64))
-    window: int = 320
 
     @property
     def eps(self) -> float:
@@ -87,8 +82,6 @@ class Findings:
         rows: how many different rows the check looked at.
         pages: ``[C, G]`` pages that a cache holds, by length; page_bytes: of one of them.
         kept: by grain, ``[H, P]`` first kept key of the queries to be drawn.
-        seen: ``[H, V, window]`` natural logs of the weights of the tokens before each query, itself last.
-        seen_from: by grain, ``[H, V]`` first kept key of these queries.
     """
 
     log_f_mean: np.ndarray
@@ -100,8 +93,6 @@ class Findings:
     pages: np.ndarray
     page_bytes: int
     kept: dict[str, np.ndarray]
-    seen: np.ndarray
-    seen_from: dict[str, np.ndarray]
 
 
 Firsts = dict[tuple[str, Rule], list[Tensor]]
@@ -116,7 +107,7 @@ def measure(layer: AttentionInputs, bounds: LogitBounds | None, plan: Plan, deta
         layer: recorded attention of one sequence.
         bounds: of its queries, by the weights.
         plan: what to measure.
-        details: whether the text is one whose kept ranges and seen tokens are wanted.
+        details: whether the text is one whose kept ranges are wanted.
 
     Raises:
         ValueError: queries, keys or gates are not finite.
@@ -144,7 +135,6 @@ def measure(layer: AttentionInputs, bounds: LogitBounds | None, plan: Plan, deta
     sampled = torch.linspace(0, length - 1, min(length, _GATE_SAMPLES), device=log_f.device).long()
     own = {grain: firsts[grain, plan.rule][plan.own].cpu() for grain in GRAINS}
     shown = plan.shown if details else plan.shown[:0]
-    queries = plan.queries if details else plan.queries[:0]
     return Findings(
         log_f_mean=log_f.double().mean(0).cpu().numpy(),
         log_f=log_f[sampled].float().cpu().numpy(),
@@ -155,8 +145,6 @@ def measure(layer: AttentionInputs, bounds: LogitBounds | None, plan: Plan, deta
         pages=cache.pages.numpy(),
         page_bytes=cache.page_bytes,
         kept={grain: first[:, shown].numpy() for grain, first in own.items()},
-        seen=_seen(layer, proven, queries, plan.window),
-        seen_from={grain: first[:, queries].numpy() for grain, first in own.items()},
     )
 
 
@@ -216,17 +204,3 @@ def _check(
             proven=bounds[key].cpu().gather(1, rows).numpy(),
         )
     return found, distinct_rows(rows, length)
-
-
-def _seen(layer: AttentionInputs, proven: ProvenBounds, queries: Sequence[int] | np.ndarray, window: int) -> np.ndarray:
-    heads = layer.q.shape[2]
-    seen = np.full((heads, len(queries), window), -np.inf, np.float32)
-    if len(queries) == 0:
-        return seen
-    rows = torch.as_tensor(queries, device=layer.q.device)
-    for head in range(heads):
-        weights = log_weights(layer, proven, slice(head, head + 1), rows[None])[0].cpu().numpy()
-        for row, query in enumerate(rows.tolist()):
-            start = max(0, query + 1 - window)
-            seen[head, row, window - (query + 1 - start) :] = weights[row, start : query + 1]
-    return seen

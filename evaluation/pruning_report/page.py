@@ -8,7 +8,6 @@ import numpy as np
 from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
 
-from ..page import facts, image, page
 from ..plots.figure import data_uri
 from ..plots.gates import plot_decay_times, plot_head_map
 from ..plots.pruning import (
@@ -19,7 +18,7 @@ from ..plots.pruning import (
     plot_skipped_by_eps,
     plot_skipped_by_length,
 )
-from .seen_text import STYLE, legend, seen_text
+from .html import facts, image, page
 
 Report = dict[str, Any]
 _TILES = "128 queries by 64 keys"
@@ -34,7 +33,6 @@ def render(report: Report) -> str:
     model, settings = report["model"], report["settings"]
     name = model["source"]
     sections = [
-        STYLE,
         f"<h1>What the forget gates of {escape(name)} do, and what pruning gains</h1>",
         _verdict(report),
         facts(_headline(report)),
@@ -235,15 +233,12 @@ def _kept(report: Report) -> list[str]:
         )
         for one in report["kept_region"]
     ]
-    sections = [
+    return [
         "<h2>What each token keeps</h2>",
         _figure(plot_kept_region(heads, settings["length"]), "Kept keys of each query in three heads"),
         f"<p class=small>Rule {settings['rule']}, eps {_eps(settings)}. Each column is a query; it may attend from its "
         "first kept key up to itself.</p>",
     ]
-    if report["views"]:
-        sections += ["<h2>What a token can still see</h2>", legend(), seen_text(report["views"])]
-    return sections
 
 
 def _cache(report: Report) -> list[str]:
@@ -278,37 +273,15 @@ def _cost(report: Report) -> list[str]:
         f"<td>{one['forward_backward']['speedup']:.2f}</td></tr>"
         for one in cost["by_length"]
     )
-    sections = [
+    return [
         "<h2>What it saves</h2>",
-        "<table class=numbers><tr><th>tokens</th><th>attention, of all operations</th><th>tiles kept</th>"
+        "<table class=numbers><tr><th>tokens</th><th>attention, of all FLOPs</th><th>computed tiles</th>"
         f"<th>gain, forward</th><th>gain, training</th></tr>{rows}</table>",
-        f"<p class=small>Operations counted in matrix products, at {settings['length']:,} tokens "
+        f"<p class=small>FLOPs of matmuls, at {settings['length']:,} tokens "
         f"{cost['flops']['linear'] / settings['length'] / 1e6:,.1f} million a token in linear layers and "
         f"{cost['flops']['attention'] / settings['length'] / 1e6:,.1f} in attention without pruning. The gain is how "
-        "many times as fast a step is at most: if all operations ran at one rate and nothing else took time. Rule "
+        "many times as fast a step is at most: if all matmuls ran at one rate and nothing else took time. Rule "
         f"{settings['rule']}, eps {_eps(settings)}.</p>",
-    ]
-    return sections + _predicted(cost["predicted"], settings["length"])
-
-
-def _predicted(found: dict[str, Any] | None, length: int) -> list[str]:
-    if found is None:
-        return [
-            "<p class=small>No times are predicted, since no measured rates were given (<code>--bench FILE</code>, of "
-            "<code>foxlm bench attention</code>).</p>"
-        ]
-    rows = "".join(
-        f"<tr><td>{name}</td><td>{found[part]['linear']:,.3g}</td><td>{found[part]['attention']:,.3g}</td>"
-        f"<td>{found[part]['attention_pruned']:,.3g}</td><td>{found[part]['speedup']:.2f}</td></tr>"
-        for part, name in (("forward", "forward"), ("forward_backward", "forward and backward"))
-    )
-    return [
-        f"<table class=numbers><tr><th>{length:,} tokens, ms</th><th>linear layers</th><th>attention</th>"
-        f"<th>attention, pruned</th><th>gain</th></tr>{rows}</table>",
-        "<p class=small>Predicted, not measured, and gains are at most these: linear layers at the rate of a large "
-        f"matrix product, attention at its own, as in {escape(found['source'])}: {escape(found['device'])}, commit "
-        f"{escape(found['commit'][:12])}, {escape(found['case'])} (batch x heads x head size x tokens), where "
-        f"{_percent(found['case_kept'])} of the tiles were kept. Norms, optimizer and launches are left out.</p>",
     ]
 
 

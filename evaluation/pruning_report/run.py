@@ -18,15 +18,14 @@ from foxlm.kernels.tiles import PRUNED_QUERIES
 from foxlm.modeling.configuration_fox import FoxConfig
 from foxlm.modeling.layers.block import FoxDecoderLayer
 
+from ..flops import forward_flops, shares_of_flops
 from ..loading import load_model, load_tokenizer, model_name, pruning_changes
 from ..provenance import provenance
 from ..recording import AttentionInputs, record_attention
 from ..results import parse_json, reading, write_whole
 from ..text import documents, rows
 from .measure import Findings, Plan, measure
-from .predict import count_flops, predict_times, shares_of_flops
 from .summary import KIND, SCHEMA, jsonable, summarize
-from .views import choose_queries, pieces_of
 
 JSON_NAME, PAGE_NAME = "report.json", "report.html"
 # Natural logs of eps at which all is measured, beside the model's own.
@@ -54,7 +53,6 @@ class Options:
         count: rows.
         join: as `rows` takes it.
         eps, rule, device, dtype: as `load_model` takes them.
-        bench: JSON of ``foxlm bench attention`` for predicted times.
         sampled: rows of attention of each head and row of text that are checked, beside those chosen as the worst.
         seed: of those rows.
         overwrite: whether an earlier report is replaced.
@@ -70,7 +68,6 @@ class Options:
     rule: str = "model"
     device: str = "auto"
     dtype: str = "auto"
-    bench: Path | None = None
     sampled: int = 128
     seed: int = 0
     overwrite: bool = False
@@ -85,8 +82,6 @@ class Options:
             raise ValueError(f"--seed must be in [0, 2**32), got {self.seed}")
         if not self.text.exists():
             raise ValueError(f"--text must be a file or a folder, {self.text} does not exist")
-        if self.bench is not None and not self.bench.is_file():
-            raise ValueError(f"--bench must be a file of foxlm bench attention, {self.bench} is none")
         check_out(self.out, self.overwrite)
 
 
@@ -121,8 +116,7 @@ def run_report(options: Options) -> dict[str, Any]:
     _check_tokens(texts, model)
     # Now, not when the report is written: a checkout can move on meanwhile.
     run = provenance(str(model.device), options.seed, ("triton",))
-    pieces = pieces_of(tokenizer, texts[0].tolist()) if tokenizer is not None else None
-    plan = _plan(options, eps, rule, length, pieces)
+    plan = _plan(options, eps, rule, length)
     findings = _measure(model, texts, plan)
     report: dict[str, Any] = {"schema": SCHEMA, "kind": KIND, "run": run, "model": _model_facts(options.model, model)}
     report["settings"] = {
@@ -138,8 +132,8 @@ def run_report(options: Options) -> dict[str, Any]:
         "sampled_rows": plan.spread,
         "adversarial_rows": plan.adversarial,
     }
-    report |= summarize(findings, plan, pieces)
-    report["cost"] = _cost(model, report, options.bench)
+    report |= summarize(findings, plan)
+    report["cost"] = _cost(model, report)
     report["run"]["seconds"] = time.monotonic() - began
     options.out.mkdir(parents=True, exist_ok=True)
     report = jsonable(report)
@@ -193,7 +187,7 @@ def _check_tokens(texts: list[np.ndarray], model: PreTrainedModel) -> None:
         )
 
 
-def _plan(options: Options, eps: float, rule: Rule, length: int, pieces: list[str] | None) -> Plan:
+def _plan(options: Options, eps: float, rule: Rule, length: int) -> Plan:
     own = math.log(eps)
     # Instead of the curve's nearest, which it often is: neighbors would hide each other.
     others = [value for value in CURVE if abs(value - own) > 1.5]
@@ -208,7 +202,6 @@ def _plan(options: Options, eps: float, rule: Rule, length: int, pieces: list[st
         spread=options.sampled,
         seed=options.seed,
         shown=np.unique(np.linspace(0, length - 1, min(length, _SHOWN_QUERIES)).astype(np.int64)),
-        queries=choose_queries(pieces, length) if pieces is not None else np.zeros(0, np.int64),
     )
 
 
@@ -253,21 +246,16 @@ def _model_facts(source: str, model: PreTrainedModel) -> dict[str, Any]:
     }
 
 
-def _cost(model: PreTrainedModel, report: dict[str, Any], bench: Path | None) -> dict[str, Any]:
+def _cost(model: PreTrainedModel, report: dict[str, Any]) -> dict[str, Any]:
     settings = report["settings"]
     length, rule = settings["length"], settings["rule"]
     kept = 1.0 - float(report["skipped"]["tiles"][rule][settings["own"]].mean())
-    flops = count_flops(model, length)
+    flops = forward_flops(model.config, length)
     by_length = []
     for tokens, skipped in zip(report["by_length"]["lengths"], report["by_length"]["tiles"][rule], strict=True):
-        shares = shares_of_flops(count_flops(model, tokens), 1.0 - skipped)
+        shares = shares_of_flops(forward_flops(model.config, tokens), 1.0 - skipped)
         by_length.append({"length": tokens, "kept": 1.0 - skipped, **shares})
-    found = {"flops": flops, "kept": kept, "by_length": by_length, "predicted": None}
-    if bench is not None:
-        config: Any = model.config
-        with reading(bench):
-            found["predicted"] = predict_times(flops, kept, rule, config.heads[2], length, bench)
-    return found
+    return {"flops": flops, "kept": kept, "by_length": by_length}
 
 
 def read_report(path: Path) -> dict[str, Any]:

@@ -10,7 +10,6 @@ from foxlm.modeling.cache.paged import PAGE
 
 from ..gates import RULES
 from .measure import GRAINS, Findings, Plan
-from .views import choose_heads
 
 SCHEMA = 1
 KIND = "pruning-report"
@@ -21,16 +20,15 @@ _DRAWN = 700
 _DIGITS = 5
 
 
-def summarize(findings: Sequence[Sequence[Findings]], plan: Plan, pieces: Sequence[str] | None) -> dict[str, Any]:
+def summarize(findings: Sequence[Sequence[Findings]], plan: Plan) -> dict[str, Any]:
     """The measured parts of a report.
 
     Args:
         findings: of each text and layer.
         plan: what was measured.
-        pieces: text of each token of the first text; None without text.
 
     Returns:
-        ``gates``, ``skipped``, ``by_length``, ``check``, ``cache``, ``kept_region`` and ``views``; shares and logs per
+        ``gates``, ``skipped``, ``by_length``, ``check``, ``cache`` and ``kept_region``; shares and logs per
         layer and head are arrays ``[..., L, H]``, means over texts.
     """
     means = np.array([[layer.log_f_mean for layer in text] for text in findings]).mean(0)
@@ -48,7 +46,6 @@ def summarize(findings: Sequence[Sequence[Findings]], plan: Plan, pieces: Sequen
         "check": _check(findings, plan),
         "cache": _cache(findings, plan),
         "kept_region": _kept_region(findings[0], plan, heads, times),
-        "views": None if pieces is None else _views(findings[0], plan, heads, times, pieces),
     }
 
 
@@ -147,6 +144,23 @@ def _cache(findings: Sequence[Sequence[Findings]], plan: Plan) -> dict[str, Any]
 
 
 Head = tuple[str, int, int]
+"""Kind, layer and index."""
+
+
+def choose_heads(decay_times: np.ndarray) -> list[Head]:
+    """A head that forgets fast, a medium one, and the slowest: their kind, layer and index.
+
+    Args:
+        decay_times: ``[L, H]`` tokens; may hold ``inf``.
+    """
+    order = np.argsort(decay_times, axis=None, kind="stable")
+    picked = (("fast", len(order) // 4), ("medium", (3 * len(order)) // 4), ("slowest", len(order) - 1))
+    found: dict[int, Head] = {}
+    for kind, place in picked:
+        layer, head = divmod(int(order[place]), decay_times.shape[1])
+        # With few heads two kinds may be one; the last name says more.
+        found[int(order[place])] = (kind, layer, head)
+    return list(found.values())
 
 
 def _kept_region(
@@ -163,36 +177,6 @@ def _kept_region(
         }
         for kind, layer, head in heads
     ]
-
-
-def _views(
-    text: Sequence[Findings], plan: Plan, heads: Sequence[Head], times: np.ndarray, pieces: Sequence[str]
-) -> list[dict[str, Any]]:
-    """For each chosen query the tokens up to it, and what each chosen head gives them."""
-    found = []
-    for index, query in enumerate(plan.queries.tolist()):
-        start = max(0, query + 1 - plan.window)
-        shown = query + 1 - start
-        found.append(
-            {
-                "query": query,
-                "start": start,
-                "pieces": list(pieces[start : query + 1]),
-                "heads": [
-                    {
-                        "kind": kind,
-                        "layer": layer,
-                        "head": head,
-                        "decay_time": times[layer, head],
-                        "kept_from": int(text[layer].seen_from["pairs"][head, index]),
-                        "read_from": int(text[layer].seen_from["tiles"][head, index]),
-                        "log_weights": text[layer].seen[head, index, -shown:].round(1),
-                    }
-                    for kind, layer, head in heads
-                ],
-            }
-        )
-    return found
 
 
 def jsonable(value: Any) -> Any:

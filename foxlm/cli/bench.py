@@ -1,6 +1,10 @@
 """``foxlm bench``: the speed of attention, training, prefill and decoding, measured on this machine."""
 
+import contextlib
 import itertools
+import signal
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -9,10 +13,18 @@ import typer
 from foxlm.cli.errors import PASS_THROUGH, CommandLine
 
 if TYPE_CHECKING:
-    from foxlm.evaluation.speed.attention import Settings
-    from foxlm.evaluation.speed.decode import Models
-    from foxlm.evaluation.speed.recorded import Recorded
-    from foxlm.evaluation.speed.workload import Workload
+    from foxlm.evaluation.benchmark.models import Workload
+    from foxlm.evaluation.benchmark.results import Report
+
+app = CommandLine(
+    # Each paragraph one line: the terminal wraps them.
+    help="Measure the speed of forgetting attention, training, prefill and decoding on this machine.\n\n"
+    "The results of each variant are checked before it is timed, and a variant that fails the check has no time. Each "
+    "row is shown on stderr and kept in the JSON file as soon as it is measured; an interrupted run keeps its rows. At "
+    "the end a table is printed. Times are medians of two passes over all variants. Needs an NVIDIA GPU; --device cpu "
+    "only shows that all parts work.\n\n"
+    "A model of your own: foxlm bench prefill --model my-fox --text book.txt",
+)
 
 Preset = Annotated[
     str | None,
@@ -38,7 +50,7 @@ Text = Annotated[
     ),
 ]
 Join = Annotated[bool, typer.Option("--join", help="Put documents that are too short one after the other.")]
-Rounds = Annotated[int, typer.Option(help="How often each is timed, in each of two passes.")]
+Rounds = Annotated[int, typer.Option(help="Timed calls in each of two passes.")]
 Only = Annotated[
     list[str] | None, typer.Option(metavar="NAME", help="Part of a name in the table; may be repeated; all by default.")
 ]
@@ -48,16 +60,9 @@ Commit = Annotated[
     str | None, typer.Option(help="The commit that is measured, where foxlm lies in no checkout that could tell.")
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="Print the results as JSON instead of a table.")]
-
-app = CommandLine(
-    # Each paragraph one line: the terminal wraps them.
-    help="How fast forgetting attention is on this machine, and training, prompts and decoding with it.\n\n"
-    "Each command first checks that what it is about to time computes the right thing, and prints no time of what does "
-    "not. It writes its results as JSON and prints them as a table. What is compared takes turns, so that heat and "
-    "clocks fall on all alike; times are medians. Needs an NVIDIA GPU; with --device cpu it only shows that all parts "
-    "work.\n\n"
-    "A model of your own: foxlm bench prefill --model my-fox --text book.txt",
-)
+# Of options that were removed in this release.
+Removed = Annotated[str | None, typer.Option(hidden=True)]
+RemovedFlag = Annotated[bool, typer.Option(hidden=True)]
 
 
 @app.command()
@@ -83,71 +88,42 @@ def attention(
 ) -> None:
     """One attention layer, forward and backward, beside cuDNN, FlashAttention, FlexAttention and what else is there.
 
-    The inputs are synthetic, with gates as those of trained models.
-    With --model and --text they are what enters attention in every layer of a model of yours.
-    Exits with 1 if foxlm's own attention is wrong or fails.
+    The inputs are synthetic, with gates as those of trained models. With --model and --text they are what enters
+    attention in every layer of a model of yours. Exits with 1 if foxlm's own attention is wrong or fails.
     """
+    from foxlm.evaluation.benchmark import attention as measured
+    from foxlm.evaluation.benchmark.attentions import OURS, chosen
+    from foxlm.evaluation.benchmark.inputs import Case, record_inputs
+    from foxlm.evaluation.benchmark.runner import run
     from foxlm.evaluation.loading import DTYPES
-    from foxlm.evaluation.speed import options, report
-    from foxlm.evaluation.speed.attention import CASES, CPU_CASE, LONG_CASE, Settings, chosen, run_case, run_recorded
-    from foxlm.evaluation.speed.implementations import EPS, TILE
-    from foxlm.evaluation.speed.inputs import Case
-    from foxlm.evaluation.speed.own import OWN
 
-    options.require_device(device)
-    options.require_positive("--rounds", rounds)
-    options.require_writable(out)
-    if dtype not in DTYPES:
-        raise ValueError(f"--dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
+    _check(device, out, {"--rounds": [rounds]})
+    _require_one_of("--dtype", dtype, list(DTYPES))
     implementations = chosen(only or [])
-    settings = Settings(device, DTYPES[dtype], rounds, seed)
-    facts = {"dtype": dtype, "rounds": rounds, "eps": EPS, "tile": TILE}
-    results = report.new_results("attention", device, seed, commit, facts) | {"cases": []}
-    recorded = _recorded(settings, model, text, join, rows, length, synthetic=bool(case or long))
-    shapes = [Case.parse(one) for one in case or []] or ([CPU_CASE] if device == "cpu" else CASES)
-    plan = [(shape, implementations) for shape in shapes]
-    if long:
-        plan.append((LONG_CASE, [one for one in implementations if one in OWN and one.rule is not None]))
-    for shape, those in plan if recorded is None else [(recorded.case, implementations)]:
-        typer.echo(f"measuring {shape}", err=True)
-        found = run_case(shape, those, settings) if recorded is None else run_recorded(recorded, those, settings)
-        results["cases"].append(found)
-        # After each: what stops a long run leaves what was measured before.
-        report.write(results, out)
-    options.show(results, as_json)
-    own = {one.name for one in OWN}
-    records = [one for shape in results["cases"] for one in (*shape["implementations"], *shape["open_gates"])]
-    complete = all("error" not in one for one in results["cases"])
-    options.finish([one for one in records if one["name"] in own], complete)
-
-
-def _recorded(
-    settings: "Settings",
-    model: str | None,
-    text: Path | None,
-    join: bool,
-    rows: int | None,
-    length: int | None,
-    synthetic: bool,
-) -> "Recorded | None":
-    """The inputs of a model that reads text; None where neither is given."""
-    from foxlm.evaluation.speed import options
-    from foxlm.evaluation.speed.recorded import record_inputs
-    from foxlm.evaluation.speed.train import CPU_TOKENS, TOKENS
-
+    settings = measured.Settings(device, DTYPES[dtype], seed)
+    shapes = [(Case.parse(one), implementations) for one in case or []]
     if model is None and text is None:
         if join or rows is not None or length is not None:
             raise ValueError("--length, --rows and --join are of --model and --text, got them without")
-        return None
-    if synthetic:
-        raise ValueError("--case and --long are of synthetic inputs, got them with --model or --text")
-    rows = 1 if rows is None else rows
-    length = (CPU_TOKENS if settings.device == "cpu" else TOKENS) if length is None else length
-    options.require_positive("--rows", rows)
-    options.require_positive("--length", length)
-    workload = options.workload(settings.device, settings.seed, None, None, model, text, join)
-    typer.echo("reading the text", err=True)
-    return record_inputs(workload, rows, length, settings.dtype)
+        of_device = [measured.CPU_CASE] if device == "cpu" else measured.CASES
+        shapes = shapes or [(one, implementations) for one in of_device]
+        if long:
+            pruned = [one for one in implementations if one in OURS and one.rule is not None]
+            shapes.append((measured.LONG_CASE, pruned))
+        facts: dict[str, Any] = {}
+        cases = [partial(measured.synthetic, one, those, settings) for one, those in shapes]
+    else:
+        if shapes or long:
+            raise ValueError("--case and --long are of synthetic inputs, got them with --model or --text")
+        count, tokens = 1 if rows is None else rows, (256 if device == "cpu" else 16384) if length is None else length
+        _require_positive({"--rows": [count], "--length": [tokens]})
+        workload = _workload(device, seed, model=model, text=text, join=join)
+        typer.echo("reading the text", err=True)
+        recorded, inputs, facts = record_inputs(workload, count, tokens, settings.dtype)
+        cases = [partial(measured.variants, recorded, inputs, implementations, settings, {})]
+    with _report("attention", out, device, seed, commit, as_json, {"dtype": dtype, "rounds": rounds} | facts) as report:
+        for variants in cases:
+            run(variants(), report, rounds, device)
 
 
 @app.command()
@@ -177,41 +153,33 @@ def context(
 ) -> None:
     """Attention by context parallelism: one sequence on several GPUs, beside the whole on one of them.
 
-    Forward and backward, with the bytes of keys and values that are moved, and those that ring attention would move.
-    The inputs are synthetic, with gates as those of trained models. Each case must fit on one GPU, for comparison.
-    Exits with 1 if a result is not that of one GPU, or fails.
+    Forward and backward, with the communication volume, and that of ring attention. The inputs are synthetic, with
+    gates as those of trained models. Each case must fit on one GPU, for comparison. Exits with 1 if a result is not
+    that of one GPU, or fails.
     """
+    from foxlm.evaluation.benchmark import context_parallel as measured
+    from foxlm.evaluation.benchmark.inputs import Case
+    from foxlm.evaluation.gates import RULES
     from foxlm.evaluation.loading import DTYPES
-    from foxlm.evaluation.speed import options, report
-    from foxlm.evaluation.speed.context import CASES, CPU_CASES, IN_A_ROW, ContextRecipe, run_context
-    from foxlm.evaluation.speed.implementations import EPS, RULES, TILE
     from foxlm.kernels.context_parallel.partition import NAMED_SPLITS
 
-    options.require_device(device)
-    options.require_positive("--rounds", rounds)
+    _check(device, out, {"--rounds": [rounds]})
     if gpus < 2:
         raise ValueError(f"--gpus must be 2 or more, which share a sequence, got {gpus}")
-    options.require_gpus(device, gpus)
-    options.require_writable(out)
-    for name, value, known in (
-        ("--dtype", dtype, DTYPES),
-        ("--rule", rule, (*RULES, "none")),
-        ("--split", split, NAMED_SPLITS),
-    ):
-        if value not in known:
-            raise ValueError(f"{name} must be one of {', '.join(known)}, got {value!r}")
-    cases = [options.shared_case(one, gpus) for one in case or ()] or (CPU_CASES if device == "cpu" else CASES)
+    _require_gpus(device, gpus)
+    _require_one_of("--dtype", dtype, list(DTYPES))
+    _require_one_of("--rule", rule, [*RULES, "none"])
+    _require_one_of("--split", split, list(NAMED_SPLITS))
+    cases = tuple(map(Case.parse, case or ())) or (measured.CPU_CASES if device == "cpu" else measured.CASES)
+    for one in cases:
+        if one.tokens < gpus:
+            raise ValueError(f"--case must have a token for each of {gpus} GPUs, got {one} with {one.tokens}")
     by_rule = next((one for one in RULES if one == rule), None)
-    recipe = ContextRecipe(cases, gpus, device, DTYPES[dtype], by_rule, split, rounds, seed)
-    facts = {"dtype": dtype, "rounds": rounds, "eps": 0.0 if by_rule is None else EPS, "tile": TILE}
-    facts |= {"gpus": gpus, "rule": rule, "split": split, "calls_in_a_row": IN_A_ROW}
-    results = report.new_results("context", device, seed, commit, facts)
-    results |= run_context(recipe)
-    report.write(results, out)
-    options.show(results, as_json)
-    if "error" in results:
-        typer.echo(f"error: {results['error']}\n{results['detail']}".rstrip(), err=True)
-    options.finish(results["cases"], complete="error" not in results)
+    recipe = measured.ContextRecipe(cases, gpus, device, DTYPES[dtype], by_rule, split, rounds, seed)
+    facts = {"dtype": dtype, "rounds": rounds, "gpus": gpus, "rule": rule, "split": split}
+    facts |= {"calls_in_a_row": measured.IN_A_ROW} | ({} if by_rule else {"eps": 0.0})
+    with _report("context", out, device, seed, commit, as_json, facts) as report:
+        _run_ranks(measured.measure_on_rank, gpus, device, recipe, report, out)
 
 
 @app.command()
@@ -232,14 +200,12 @@ def train(
         int, typer.Option(help="GPUs of this machine to train on with FSDP2, and on one of them to compare with.")
     ] = 1,
     checkpointing: Annotated[
-        bool, typer.Option("--checkpointing", help="Compute layers again in backward instead of keeping all (memory).")
+        bool, typer.Option("--checkpointing", help="Recompute layers in backward instead of keeping activations.")
     ] = False,
     compiled: Annotated[bool, typer.Option("--compile", help="Steps with compiled layers and loss too.")] = False,
     only: Only = None,
-    host_gpus: Annotated[int, typer.Option(help="GPUs of a host, in what --gpus predicts for more of them.")] = 8,
-    host_bandwidth: Annotated[
-        float, typer.Option(help="GB/s into a host from the others, in the same; 8 x 400 Gbit/s by default.")
-    ] = 400.0,
+    host_gpus: Removed = None,
+    host_bandwidth: Removed = None,
     rounds: Rounds = 5,
     device: Device = "cuda",
     seed: Seed = 0,
@@ -248,42 +214,43 @@ def train(
 ) -> None:
     """A training step of a whole model, with pruning and without; the weights stay as they are.
 
-    The model is a preset with synthetic gates, or yours; --layers, --hidden-size and --heads make it another's shape.
-    With --gpus N also on N GPUs, one sequence on each, with what that says of 8 and 64.
-    Exits with 1 if a step is wrong or fails.
+    The model is a preset with synthetic gates, or yours; --layers, --hidden-size and --heads change its shape. With
+    --gpus N also on N GPUs, one sequence on each. Exits with 1 if a step is wrong or fails.
     """
     from foxlm import FoxConfig
-    from foxlm.evaluation.speed import options, report
-    from foxlm.evaluation.speed.implementations import EPS, TILE
-    from foxlm.evaluation.speed.several import run_several
-    from foxlm.evaluation.speed.train import CPU_TOKENS, TOKENS, Recipe, run_training
+    from foxlm.evaluation.benchmark import train as measured
+    from foxlm.evaluation.benchmark.runner import failure, run
+    from foxlm.evaluation.benchmark.timing import release_memory
 
-    options.require_device(device)
-    options.require_positive("--rounds", rounds)
-    options.require_positive("--gpus", gpus)
-    options.require_writable(out)
-    if tokens is None:
-        tokens = CPU_TOKENS if device == "cpu" else TOKENS
-    options.require_positive("--tokens", tokens)
-    workload = options.workload(device, seed, preset, layers, model, text, join, hidden_size, heads)
-    recipe = Recipe(workload, tokens, compiled, rounds, checkpointing, tuple(only or ()))
-    several = options.several(recipe, gpus, host_gpus, host_bandwidth) if gpus > 1 else None
+    _refuse_removed({"--host-gpus": host_gpus, "--host-bandwidth": host_bandwidth}, "predicted steps on more GPUs")
+    tokens = (256 if device == "cpu" else 16384) if tokens is None else tokens
+    _check(device, out, {"--rounds": [rounds], "--gpus": [gpus], "--tokens": [tokens]})
+    _require_gpus(device, gpus)
+    workload = _workload(device, seed, preset, layers, model, text, join, hidden_size, heads)
+    recipe = measured.Recipe(workload, tokens, compiled, checkpointing, tuple(only or ()))
     if workload.model is None:
-        # Found out now, not after minutes.
-        recipe.variants(FoxConfig.preset(workload.preset, **dict(workload.sizes)))
-    dtype = "float32 weights, bfloat16 " + ("autocast" if several is None else "computing")
-    facts = {"dtype": dtype, "rounds": rounds, "eps": EPS, "tile": TILE}
-    results = report.new_results("train", device, seed, commit, facts)
-    results |= run_training(recipe) if several is None else run_several(several)
-    report.write(results, out)
-    options.show(results, as_json)
-    if "error" in results:
-        typer.echo(f"error: {results['error']}\n{results['detail']}".rstrip(), err=True)
-    options.finish(results["steps"], complete="error" not in results)
+        # Errors in sizes are found now, not after minutes.
+        recipe.steps(FoxConfig.preset(workload.preset, **dict(workload.sizes)))
+    facts = {"dtype": "float32 weights, bfloat16 matmuls", "rounds": rounds, "tokens": tokens, "gpus": gpus}
+    facts |= {"checkpointing": checkpointing} | workload.facts()
+    with _report("train", out, device, seed, commit, as_json, facts) as report:
+        try:
+            run(measured.variants(recipe), report, rounds, device)
+        except RuntimeError as error:
+            # A model that does not fit on one GPU may fit on several.
+            if gpus == 1:
+                raise
+            report.new_row({"name": "all steps", "gpus": 1}).update(failure(error))
+        release_memory(device)
+        if gpus > 1:
+            from foxlm.evaluation.benchmark import train_multi_gpu as multi
+
+            shared = multi.MultiRecipe(recipe, gpus, rounds, multi.fully_sharded)
+            _run_ranks(multi.measure_on_rank, gpus, device, shared, report, out)
 
 
-@app.command("prefill")
-def prefill_command(
+@app.command()
+def prefill(
     out: Annotated[Path, typer.Option(help="JSON file for the results.")] = Path("speed-prefill.json"),
     preset: Preset = None,
     layers: Layers = None,
@@ -295,8 +262,7 @@ def prefill_command(
     ] = None,
     batch: Annotated[list[int] | None, typer.Option(help="Prompts; may be repeated; 1 and 8, or 1 on a CPU.")] = None,
     chunk: Annotated[
-        int | None,
-        typer.Option(help="Tokens of a part, where a prompt is taken in by parts; 4096, or 64 on a CPU."),
+        int | None, typer.Option(help="Tokens of a chunk of chunked prefill; 4096, or 64 on a CPU.")
     ] = None,
     compiled: Annotated[bool, typer.Option("--compile", help="Compiled models too, which takes minutes.")] = False,
     rounds: Rounds = 3,
@@ -306,42 +272,33 @@ def prefill_command(
     commit: Commit = None,
     as_json: AsJson = False,
 ) -> None:
-    """The time until the first token is there, and prompt tokens per second, of a whole model beside a plain Llama.
+    """The time to the first token, and prompt tokens per second, of a whole model beside a plain Llama.
 
-    By length and number of prompts, by pruning, whole or in parts.
-    The model is a preset with synthetic gates, or yours; the Llama has its sizes.
-    Exits with 1 if one is wrong or fails.
+    By length and number of prompts, by pruning, at once and by chunked prefill. The model is a preset with synthetic
+    gates, or yours; the Llama has its sizes. Exits with 1 if one of FoX is wrong or fails.
     """
-    from foxlm.evaluation.speed import decode as decoding
-    from foxlm.evaluation.speed import options, prefill, report
-    from foxlm.evaluation.speed.implementations import with_names
+    from foxlm.evaluation.benchmark import generation as measured
+    from foxlm.evaluation.benchmark.attentions import with_names
+    from foxlm.evaluation.benchmark.runner import run
 
     on_cpu = device == "cpu"
-    options.require_device(device)
-    options.require_writable(out)
-    lengths = tokens or (prefill.CPU_TOKENS if on_cpu else prefill.TOKENS)
-    batches = batch or (prefill.CPU_BATCHES if on_cpu else prefill.BATCHES)
-    chunk = (prefill.CPU_CHUNK if on_cpu else prefill.CHUNK) if chunk is None else chunk
-    for name, values in (("--tokens", lengths), ("--batch", batches), ("--chunk", [chunk]), ("--rounds", [rounds])):
-        options.require_positive(name, *values)
-    known = (*prefill.PREFILLERS, *(prefill.COMPILED if compiled else ()))
-    ways = with_names(known, only or [])
-    workload = options.workload(device, seed, preset, layers, model, text, join)
-    models = decoding.build_models(workload, [one.decoder.family for one in ways])
-    ways = prefill.prefillers_for(models["foxlm"], ways)
-    facts = _model_facts(workload, models) | {"chunk": chunk, "rounds": rounds}
-    results = report.new_results("prefill", device, seed, commit, facts) | {"prompts": []}
-    recipe = prefill.PrefillRecipe(workload, chunk, rounds)
+    lengths = tokens or (measured.CPU_PREFILL_TOKENS if on_cpu else measured.PREFILL_TOKENS)
+    batches = batch or (measured.CPU_PREFILL_BATCHES if on_cpu else measured.PREFILL_BATCHES)
+    chunk = (measured.CPU_CHUNK if on_cpu else measured.CHUNK) if chunk is None else chunk
+    _check(device, out, {"--tokens": lengths, "--batch": batches, "--chunk": [chunk], "--rounds": [rounds]})
+    known = (*measured.PREFILLERS, *(measured.COMPILED_PREFILLERS if compiled else ()))
+    generators = with_names(known, only or [])
+    workload = _workload(device, seed, preset, layers, model, text, join)
+    models = measured.build_models(workload, generators)
+    generators = measured.usable(models["foxlm"], generators)
     for length in lengths:
-        # Found out now, not after the others.
+        # Too short a text is found now, not after the other lengths.
         workload.ids(models["foxlm"].config.vocab_size, 1, length)
-    for length, size in itertools.product(lengths, batches):
-        typer.echo(f"measuring {size} x {length}", err=True)
-        results["prompts"].append(prefill.run_prompts(size, length, models, ways, recipe))
-        report.write(results, out)
-    options.show(results, as_json)
-    records = [one for prompts in results["prompts"] for one in prompts["ways"] if one["family"] == "foxlm"]
-    options.finish(records, complete=all("error" not in one for one in results["prompts"]))
+    facts = _model_facts(workload, models) | {"chunk": chunk, "rounds": rounds}
+    with _report("prefill", out, device, seed, commit, as_json, facts) as report:
+        for length, size in itertools.product(lengths, batches):
+            variants = measured.prefill_variants(size, length, models, generators, workload, chunk)
+            run(variants, report, rounds, device)
 
 
 @app.command()
@@ -352,17 +309,12 @@ def decode(
     model: Model = None,
     text: Text = None,
     join: Join = False,
-    tokens: Annotated[
-        int | None,
-        typer.Option(help="Tokens before the first step; 14336, or 256 on a CPU."),
-    ] = None,
+    tokens: Annotated[int | None, typer.Option(help="Tokens before the first step; 14336, or 256 on a CPU.")] = None,
     batch: Annotated[list[int] | None, typer.Option(help="Sequences; may be repeated; 1 and 8 by default.")] = None,
     new: Annotated[int, typer.Option(help="Steps in a timed round.")] = 32,
     rounds: Rounds = 3,
     only: Only = None,
-    largest_batch: Annotated[
-        bool, typer.Option("--largest-batch", help="Find it, static and paged; nothing else unless --batch is given.")
-    ] = False,
+    largest_batch: RemovedFlag = False,
     device: Device = "cuda",
     seed: Seed = 0,
     commit: Commit = None,
@@ -370,95 +322,202 @@ def decode(
 ) -> None:
     """The time of one more token after a long context, by cache and pruning, beside a plain Llama.
 
-    The model is a preset with synthetic gates, or yours; the Llama has its sizes.
-    Exits with 1 if one is wrong or fails.
+    The model is a preset with synthetic gates, or yours; the Llama has its sizes. Exits with 1 if one of FoX is wrong
+    or fails.
     """
-    from foxlm.evaluation.speed import decode as decoding
-    from foxlm.evaluation.speed import options, report
-    from foxlm.evaluation.speed.implementations import with_names
-    from foxlm.evaluation.speed.largest_batch import run_largest_batch
-    from foxlm.evaluation.speed.sessions import DECODERS
+    from foxlm.evaluation.benchmark import generation as measured
+    from foxlm.evaluation.benchmark.attentions import with_names
+    from foxlm.evaluation.benchmark.runner import run
 
-    options.require_device(device)
-    options.require_writable(out)
+    _refuse_removed(
+        {"--largest-batch": largest_batch or None}, "searched for the most sequences that fit; try sizes by --batch"
+    )
     if tokens is None:
-        tokens = decoding.CPU_TOKENS if device == "cpu" else decoding.TOKENS
-    batches = batch or (() if largest_batch else decoding.BATCHES)
-    for name, values in (("--tokens", [tokens]), ("--new", [new]), ("--rounds", [rounds]), ("--batch", batches)):
-        options.require_positive(name, *values)
-    decoders = with_names(DECODERS, only or [])
-    workload = options.workload(device, seed, preset, layers, model, text, join)
-    models = decoding.build_models(workload, [one.family for one in decoders] if batches else [])
-    fox = models["foxlm"]
-    decoders = decoding.decoders_for(fox, decoders)
-    if largest_batch and fox.config.forget_gate == "none":
-        raise ValueError("--largest-batch compares what pruning frees, got a model without forget gates")
-    recipe = decoding.DecodeRecipe(workload, tokens, new, rounds)
-    workload.ids(fox.config.vocab_size, 1, recipe.read)
+        tokens = measured.CPU_DECODE_TOKENS if device == "cpu" else measured.DECODE_TOKENS
+    batches = batch or measured.DECODE_BATCHES
+    _check(device, out, {"--tokens": [tokens], "--new": [new], "--rounds": [rounds], "--batch": batches})
+    generators = with_names(measured.DECODERS, only or [])
+    workload = _workload(device, seed, preset, layers, model, text, join)
+    models = measured.build_models(workload, generators)
+    generators = measured.usable(models["foxlm"], generators)
+    workload.ids(models["foxlm"].config.vocab_size, 1, tokens + measured.CHECKED_STEPS)
     facts = _model_facts(workload, models) | {"tokens": tokens, "new": new, "rounds": rounds}
-    results = report.new_results("decode", device, seed, commit, facts) | {"batches": [], "largest_batch": []}
-    for size in batches:
-        typer.echo(f"measuring batch {size}", err=True)
-        results["batches"].append(decoding.run_batch(size, models, decoders, recipe))
-        report.write(results, out)
-    if largest_batch:
-        results["largest_batch"].append(run_largest_batch(models, recipe))
-        report.write(results, out)
-    options.show(results, as_json)
-    records = [one for of_batch in results["batches"] for one in of_batch["decoders"] if one["family"] == "foxlm"]
-    records += [one[cache] for one in results["largest_batch"] for cache in ("static", "paged")]
-    options.finish(records, complete=all("error" not in one for one in results["batches"]))
-
-
-def _model_facts(workload: "Workload", models: "Models") -> dict[str, Any]:
-    """What results say of the model."""
-    from foxlm.evaluation.speed.implementations import EPS
-
-    fox = models["foxlm"]
-    facts = {"dtype": "bfloat16", "eps": EPS} | workload.facts()
-    return facts | {
-        "layers": fox.config.num_hidden_layers,
-        "parameters": sum(parameter.numel() for parameter in fox.parameters()),
-    }
-
-
-_Files = Annotated[list[Path], typer.Argument(help="JSON files that the others wrote, of any kind.")]
+    with _report("decode", out, device, seed, commit, as_json, facts) as report:
+        for size in batches:
+            run(measured.decode_variants(size, models, generators, workload, tokens, new), report, rounds, device)
 
 
 @app.command()
 def table(
-    files: _Files,
+    files: Annotated[list[Path], typer.Argument(help="JSON files that the other commands wrote, of any kind.")],
     case: Annotated[list[str] | None, typer.Option(help="BxHxDxT to show; may be repeated; all by default.")] = None,
-    readme: Annotated[
-        Path | None, typer.Option(help="File to put the tables into, between <!-- speed:KIND --> markers.")
-    ] = None,
+    readme: Removed = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print a JSON list of the results, put together.")] = False,
 ) -> None:
-    """Print the tables of results as Markdown, or put them into a file."""
+    """Print the tables of results as Markdown."""
+    from foxlm.evaluation.benchmark import results as written
+    from foxlm.evaluation.benchmark.tables import render
     from foxlm.evaluation.results import reading
-    from foxlm.evaluation.speed import report, tables
 
-    several = [report.read(path) for path in files]
+    _refuse_removed({"--readme": readme}, "wrote tables into a page; paste what this command prints")
     with reading(*files):
-        together = [report.only_cases(results, case or []) for results in report.merged(several)]
-        all_drawn = [] if as_json else [(results["kind"], tables.render(results)) for results in together]
-    if as_json:
-        typer.echo(report.to_json(together))
-    for kind, drawn in all_drawn:
-        if readme is None:
-            typer.echo(drawn)
-        else:
-            content = readme.read_text(encoding="utf-8")
-            readme.write_text(report.insert(content, kind, drawn), encoding="utf-8")
+        together = written.merged([written.read(path) for path in files])
+        known = {row["case"] for results in together for row in results["rows"] if "case" in row}
+        for one in case or ():
+            _require_one_of("--case", one, sorted(known))
+        for results in together:
+            results["rows"] = [row for row in results["rows"] if not case or row.get("case", case[0]) in case]
+        drawn = written.to_json(together) if as_json else "\n\n".join(map(render, together))
+    typer.echo(drawn)
 
 
 @app.command("plan", hidden=True, context_settings=PASS_THROUGH)
 def plan(context: typer.Context) -> None:
     """Removed: predictions for more GPUs."""
-    raise ValueError("foxlm bench plan was removed; docs/several_gpus.md has the formula that it evaluated")
+    raise ValueError("foxlm bench plan was removed; its formula is in docs/results/parallelism.md")
 
 
 @app.command("plot", hidden=True, context_settings=PASS_THROUGH)
 def plot(context: typer.Context) -> None:
     """Removed: a roofline of results."""
     raise ValueError("foxlm bench plot was removed; foxlm bench table prints what it drew")
+
+
+@contextlib.contextmanager
+def _report(
+    kind: str, out: Path, device: str, seed: int, commit: str | None, as_json: bool, settings: Mapping[str, Any]
+) -> "Iterator[Report]":
+    """Keep and show the rows of a benchmark while it runs, and print a table when it ends or is interrupted.
+
+    Exits with 130 if it was interrupted, with 1 if a row of this library was not measured.
+    """
+    from foxlm.evaluation.benchmark.inputs import EPS
+    from foxlm.evaluation.benchmark.results import Report, new_results, to_json
+    from foxlm.evaluation.benchmark.tables import render, show_on_stderr
+
+    results = new_results(kind, device, seed, commit, {"eps": EPS, **settings})
+    report = Report(results, out, show_on_stderr(kind))
+    # SIGTERM as Ctrl-C: what was measured is kept and printed.
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        yield report
+    except KeyboardInterrupt:
+        results["error"] = "interrupted"
+    except Exception as error:
+        results["error"] = str(error)
+        raise
+    finally:
+        signal.signal(signal.SIGTERM, before)
+        report.save()
+        if results["rows"] or "error" not in results:
+            typer.echo(to_json(results) if as_json else render(results))
+    if "error" in results:
+        typer.echo(f"interrupted; what was measured is in {out}", err=True)
+        raise typer.Exit(130)
+    ours = [row for row in results["rows"] if row.get("family", "foxlm") == "foxlm" and not _is_baseline(row)]
+    if any(row["status"] != "measured" for row in ours):
+        raise typer.Exit(1)
+
+
+def _is_baseline(row: Mapping[str, Any]) -> bool:
+    from foxlm.evaluation.benchmark.attentions import BASELINES
+
+    return row["name"] in {one.name for one in BASELINES}
+
+
+def _run_ranks(
+    measure: Callable[..., None], ranks: int, device: str, recipe: object, report: "Report", out: Path
+) -> None:
+    """Measure in a process for each GPU; the rows that they leave in ``out`` are the report's."""
+    from foxlm.evaluation.benchmark.ranks import run_ranks
+    from foxlm.evaluation.benchmark.results import read
+
+    try:
+        run_ranks(measure, ranks, device, recipe, report.results, out)
+    finally:
+        report.results["rows"] = read(out)["rows"]
+
+
+def _workload(
+    device: str,
+    seed: int,
+    preset: str | None = None,
+    layers: int | None = None,
+    model: str | None = None,
+    text: Path | None = None,
+    join: bool = False,
+    hidden_size: int | None = None,
+    heads: int | None = None,
+) -> "Workload":
+    """What a command was told to measure.
+
+    Raises:
+        ValueError: options that contradict each other, or are not as they must be.
+    """
+    from foxlm.evaluation.benchmark.models import CPU_SIZES, PRESET, Workload
+
+    given = {"--preset": preset, "--layers": layers, "--hidden-size": hidden_size, "--heads": heads}
+    of_new = next((name for name, value in given.items() if value is not None), None)
+    if model is not None and of_new is not None:
+        raise ValueError(f"{of_new} is of new models, got it with --model {model}")
+    if join and text is None:
+        raise ValueError("--join is of --text, got it without")
+    sizes = {"num_hidden_layers": layers, "hidden_size": hidden_size, "num_attention_heads": heads}
+    sizes = {name: value for name, value in sizes.items() if value is not None}
+    _require_positive({name: [value] for name, value in given.items() if isinstance(value, int)})
+    if model is not None or text is not None:
+        return Workload(device, model=model, text=text, join=join, seed=seed)
+    return Workload(
+        device, preset or PRESET, tuple({**(CPU_SIZES if device == "cpu" else {}), **sizes}.items()), seed=seed
+    )
+
+
+def _model_facts(workload: "Workload", models: Mapping[str, Any]) -> dict[str, Any]:
+    fox = models["foxlm"]
+    parameters = sum(parameter.numel() for parameter in fox.parameters())
+    return {"dtype": "bfloat16", "parameters": parameters, "layers": fox.config.num_hidden_layers} | workload.facts()
+
+
+def _check(device: str, out: Path, positive: Mapping[str, Any]) -> None:
+    """Raise a `ValueError` now rather than after the measurement for what cannot be."""
+    import torch
+
+    if device not in ("cuda", "cpu"):
+        raise ValueError(f"--device must be cuda or cpu, got {device!r}")
+    if device == "cuda" and not torch.cuda.is_available():
+        raise ValueError("--device is cuda, but torch sees no CUDA GPU; --device cpu shows that all parts work")
+    if out.is_dir():
+        raise ValueError(f"--out must be a file, got the folder {out}")
+    _require_positive(positive)
+    out.parent.mkdir(parents=True, exist_ok=True)
+
+
+def _require_positive(options: Mapping[str, Any]) -> None:
+    for name, values in options.items():
+        for value in values:
+            if value < 1:
+                raise ValueError(f"{name} must be a positive integer, got {value}")
+
+
+def _require_one_of(name: str, value: str, known: list[str]) -> None:
+    if value not in known:
+        raise ValueError(f"{name} must be one of {', '.join(known)}, got {value!r}")
+
+
+# Processes that are started at most where there are no GPUs to count.
+_MOST_CPU_RANKS = 8
+
+
+def _require_gpus(device: str, gpus: int) -> None:
+    import torch
+
+    there = _MOST_CPU_RANKS if device == "cpu" else torch.cuda.device_count()
+    if gpus > there:
+        of = f"{there} processes with --device cpu" if device == "cpu" else f"the {there} that torch sees"
+        raise ValueError(f"--gpus must be at most {of}, got {gpus}")
+
+
+def _refuse_removed(options: Mapping[str, object], what: str) -> None:
+    for name, value in options.items():
+        if value is not None:
+            raise ValueError(f"{name} was removed; it {what}")

@@ -8,7 +8,8 @@ import typer
 
 def demo(
     out: Annotated[
-        Path, typer.Option(help="Folder for model/, report.html and report.json: new, empty, or of an earlier demo.")
+        Path,
+        typer.Option(help="Folder for model/, report.html, eval/, demo.json: new, empty, or of an earlier demo."),
     ] = Path("foxlm-demo"),
     minutes: Annotated[
         float, typer.Option(help="Training time aimed at; a busy machine may take up to three times as long.")
@@ -22,7 +23,7 @@ def demo(
         bool, typer.Option("--quick", help="A tiny model and 12 steps: shows that all parts work, nothing more.")
     ] = False,
 ) -> None:
-    """Train a small FoX on Python's own sources, evaluate it, and write a page about it. No network needed."""
+    """Train a small FoX on Python's own sources, then evaluate it and report on it. No network needed."""
     from foxlm.evaluation.demo.run import Options, run_demo
 
     run_demo(Options(out=out, minutes=minutes, steps=steps, seed=seed, device=device, quick=quick))

@@ -79,9 +79,9 @@ def evaluate(
     Each task's results are written when it is done: the same command goes on where it was stopped. Tasks that fail are
     named at the end, and the exit status is then 1. `foxlm card --evaluation FOLDER` puts the results on a model card.
     """
-    from foxlm.evaluation.harness.options import Options
-    from foxlm.evaluation.harness.results import table
-    from foxlm.evaluation.harness.suites import parse_lengths
+    from foxlm.evaluation.lm_eval.options import Options
+    from foxlm.evaluation.lm_eval.results import table
+    from foxlm.evaluation.lm_eval.suites import parse_lengths
 
     folder = out or Path("foxlm-eval") / (Path(model).resolve() if Path(model).exists() else Path(model)).name
     options = Options(
@@ -106,7 +106,7 @@ def evaluate(
         overwrite=overwrite,
     ).checked()
     # Only now what takes seconds to import.
-    from foxlm.evaluation.harness.run import evaluate as run
+    from foxlm.evaluation.lm_eval.run import evaluate as run
 
     outcome = run(options, say=lambda line: typer.echo(line, err=True))
     if outcome.rows:
@@ -281,7 +281,13 @@ def needle(
 
     foxlm needle my-fox --lengths 4096,8192,16384,32768
     """
-    from foxlm.evaluation.needle import NeedleOptions, draw_needle_map, measure_needle, needle_table, read_needle
+    from foxlm.evaluation.needle import (
+        NeedleOptions,
+        draw_needle_map,
+        measure_needle,
+        needle_table,
+        read_needle,
+    )
     from foxlm.evaluation.needle_prompts import parse_numbers
     from foxlm.evaluation.results import reading
 

@@ -22,9 +22,7 @@ def report(
     rule: Rule = "model",
     device: Device = "auto",
     dtype: Dtype = "auto",
-    bench: Annotated[
-        Path | None, typer.Option(help="JSON of foxlm bench attention: predict times by the rates measured there.")
-    ] = None,
+    bench: Annotated[Path | None, typer.Option(hidden=True)] = None,
     sampled: Annotated[
         int, typer.Option(help="Rows of attention of each head whose dropped weight is computed, beside the worst.")
     ] = 128,
@@ -44,6 +42,10 @@ def report(
     """
     from foxlm.evaluation.pruning_report.run import Options, draw, read_report, run_report
 
+    if bench is not None:
+        raise ValueError(
+            "--bench was removed; it predicted times from rates of foxlm bench attention. Measure them there"
+        )
     if redraw is not None:
         require_nothing_else(context)
         typer.echo(f"wrote {draw(read_report(redraw), redraw if redraw.is_dir() else redraw.parent)}")
@@ -62,7 +64,6 @@ def report(
             rule=rule,
             device=device,
             dtype=dtype,
-            bench=bench,
             sampled=sampled,
             seed=seed,
             overwrite=overwrite,

@@ -10,13 +10,9 @@ from transformers import AutoTokenizer
 from byte_models import byte_model
 from foxlm.evaluation.demo.bigram import BigramModel
 from foxlm.evaluation.demo.corpus import SEPARATOR, SourceFile, is_held_out, load_corpus, to_tokens, windows
-from foxlm.evaluation.demo.lm_eval_tasks import (
-    CONTINUATION_BYTES,
-    PREFIX_BYTES,
-    next_lines_questions,
-)
 from foxlm.evaluation.demo.tokenizer import byte_tokenizer
 from foxlm.evaluation.demo.train import RandomWindows, bits_per_byte
+from foxlm.evaluation.lm_eval.tasks.own_text import CONTINUATION_BYTES, PREFIX_BYTES, next_lines_questions
 
 
 def tokens(batch: int = 2, length: int = 40) -> torch.Tensor:
@@ -94,12 +90,12 @@ def test_byte_tokenizer_is_exact(tmp_path, text: str) -> None:
         assert (tokenizer.eos_token_id, tokenizer.pad_token_id) == (256, 257)
 
 
-def test_next_lines_questions_come_from_the_files() -> None:
-    corpus = load_corpus()
-    questions = next_lines_questions(corpus.held_out, 20, seed=0)
-    assert questions == next_lines_questions(corpus.held_out, 20, seed=0)
+def test_next_lines_questions_come_from_the_text() -> None:
+    documents = [file.data.decode(errors="ignore") for file in load_corpus().held_out]
+    questions = next_lines_questions(documents, 20, seed=0)
+    assert questions == next_lines_questions(documents, 20, seed=0)
     assert len(questions) == 20
-    text = "\0".join(file.data.decode(errors="ignore") for file in corpus.held_out)
+    text = "\0".join(documents)
     for question in questions:
         right = question["choices"][question["answer"]]
         assert question["prefix"] + right in text
@@ -107,4 +103,4 @@ def test_next_lines_questions_come_from_the_files() -> None:
         assert {len(choice) for choice in question["choices"]} == {CONTINUATION_BYTES}
         assert len(set(question["choices"])) == 4
     with pytest.raises(ValueError, match="at least 4 passages"):
-        next_lines_questions([SourceFile("a", b"x")], 1, seed=0)
+        next_lines_questions(["x"], 1, seed=0)

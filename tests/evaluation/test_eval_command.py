@@ -2,6 +2,7 @@
 
 import json
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +15,10 @@ from foxlm import FoxForCausalLM
 from foxlm.cli import app
 from foxlm.conversion.hub.evaluation_results import read_results
 from foxlm.evaluation.demo.tokenizer import byte_tokenizer
-from foxlm.evaluation.harness.model import check_tokenizer, fingerprint, positions
-from foxlm.evaluation.harness.results import Row, table
-from foxlm.evaluation.harness.suites import MADE_HERE, RULER, SUITES, check_names, parse_lengths, units_of
-from foxlm.evaluation.loading import load_model
+from foxlm.evaluation.lm_eval.model import check_tokenizer, fingerprint
+from foxlm.evaluation.lm_eval.results import Row, table
+from foxlm.evaluation.lm_eval.suites import MADE_HERE, RULER, SUITES, check_names, parse_lengths, units_of
+from foxlm.evaluation.loading import load_model, position_limit
 from harness import BYTES, STOCK, save_fox, save_llama, write_data_sets
 from models import tiny_model
 
@@ -25,8 +26,8 @@ pytest.importorskip("lm_eval")
 
 from lm_eval.tasks import TaskManager
 
-from foxlm.evaluation.harness import offline
-from foxlm.evaluation.harness.ruler import check_length
+from foxlm.evaluation.lm_eval import offline
+from foxlm.evaluation.lm_eval.ruler import check_length
 
 TASKS = Path(TaskManager.__init__.__code__.co_filename).parent
 FOLDERS = [
@@ -60,11 +61,9 @@ def away(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     class Fewer(TaskManager):
         """To index all that lm-eval has takes seconds."""
 
-        def __init__(self, include_path: str | None = None, metadata: Any = None) -> None:
-            folders = [str(TASKS / name) for name in (*FOLDERS, "super_glue/copa", "super_glue/boolq")] + (
-                [include_path] if include_path else []
-            )
-            super().__init__(include_path=folders, include_defaults=False, metadata=metadata)
+        def __init__(self, include_path: Sequence[str] = (), metadata: Any = None) -> None:
+            folders = [str(TASKS / name) for name in (*FOLDERS, "super_glue/copa", "super_glue/boolq")]
+            super().__init__(include_path=[*folders, *include_path], include_defaults=False, metadata=metadata)
 
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(lm_eval.tasks, "TaskManager", Fewer)
@@ -90,7 +89,7 @@ def test_stock_tasks_run_and_those_without_data_are_named(fox: Path, away: Path)
     failed = [line for line in done.stdout.splitlines() if line.startswith("failed: ")]
     assert [line.split(": ")[1] for line in failed] == ["winogrande", "sciq"]
     assert all("Couldn't reach" in line for line in failed)
-    assert {line.split()[0] for line in done.stdout.splitlines()[1:-2]} == set(there)
+    assert {line.split()[1] for line in done.stdout.splitlines()[2:-2]} == set(there)
     assert json.loads((away / "out" / SUMMARY).read_text())["failed"].keys() == {"winogrande", "sciq"}
     # lm-eval's own form, and what it was made with.
     content = written("piqa")
@@ -166,8 +165,8 @@ def test_own_text(fox: Path, away: Path) -> None:
     (away / "short.txt").write_text("a few words")
     done = evaluate(fox, "--text", "short.txt", "--out", "short")
     assert done.exit_code == 1
-    assert "failed: foxlm_next_lines: files must hold at least 4 passages, got 0" in done.stdout
-    assert "foxlm_bits" in done.stdout.splitlines()[1]
+    assert "failed: foxlm_next_lines: the text must have at least 4 passages, got 0" in done.stdout
+    assert "foxlm_bits" in done.stdout.splitlines()[2]
     # Results are of a text: another needs another folder.
     done = evaluate(fox, "--text", "text.jsonl", "--out", "short")
     assert done.exit_code == 1 and "text was" in done.stderr and "--overwrite" in done.stderr
@@ -275,7 +274,7 @@ def test_include_path_and_broken_task(fox: Path, away: Path) -> None:
     (own / "broken.yaml").write_text(json.dumps(task | {"task": "broken", "doc_to_target": "{{ text.no.such }}"}))
     done = evaluate(fox, "--tasks", "broken,own_bits", "--include-path", "own")
     assert done.exit_code == 1
-    assert re.search(r"^own_bits +bits_per_byte +\d", done.stdout, re.MULTILINE)
+    assert re.search(r"^\| own_bits \| +bits_per_byte \| +\d", done.stdout, re.MULTILINE)
     assert "failed: broken: UndefinedError" in done.stdout
     assert "Traceback" in (away / "out" / "lm_eval.log").read_text()
     assert "Traceback" not in done.output
@@ -329,9 +328,9 @@ def test_tokenizers_that_do_not_fit_are_refused() -> None:
 
 def test_only_learned_positions_end() -> None:
     config = GPT2Config(n_positions=77, n_embd=8, n_layer=1, n_head=1, vocab_size=9)
-    assert positions(GPT2LMHeadModel(config)) == 77
+    assert position_limit(GPT2LMHeadModel(config)) == 77
     model = tiny_model()
-    assert isinstance(model, FoxForCausalLM) and positions(model) is None
+    assert isinstance(model, FoxForCausalLM) and position_limit(model) is None
 
 
 @pytest.mark.parametrize(
@@ -384,8 +383,9 @@ def test_units_lengths_and_table() -> None:
     assert parse_lengths("8192, 4096,8192") == (4096, 8192)
     shown = table([Row("a", failed="no data"), Row("b", "acc", 0.5, 0.25, 4), Row("c", "ppl", 12.0)])
     assert shown.splitlines() == [
-        "task  metric  value            n",
-        "b     acc     0.5000 ± 0.2500  4",
-        "c     ppl     12.0000",
+        "| task | metric |           value | n |",
+        "|------|--------|-----------------|---|",
+        "| b    |    acc | 0.5000 ± 0.2500 | 4 |",
+        "| c    |    ppl |         12.0000 |   |",
         "failed: a: no data",
     ]

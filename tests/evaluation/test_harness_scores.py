@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 
-from foxlm.evaluation.harness.model import as_lm_eval
+from foxlm.evaluation.lm_eval.model import as_lm_eval
 from foxlm.evaluation.loading import load_model, load_tokenizer
 from foxlm.kernels import backends
 from foxlm.kernels.decay import Decay

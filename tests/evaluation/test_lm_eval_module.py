@@ -11,11 +11,9 @@ import torch
 
 from byte_models import byte_model
 from foxlm.evaluation.demo.corpus import load_corpus
-from foxlm.evaluation.demo.lm_eval_tasks import (
-    NEXT_LINES,
-    write_tasks,
-)
 from foxlm.evaluation.demo.tokenizer import byte_tokenizer
+from foxlm.evaluation.lm_eval.run import TASKS
+from foxlm.evaluation.lm_eval.tasks.own_text import next_lines_questions
 from foxlm.evaluation.provenance import provenance
 
 
@@ -39,20 +37,29 @@ def test_lm_eval_loads_a_saved_fox(tmp_path) -> None:
     model = byte_model(max_position_embeddings=512)
     model.save_pretrained(tmp_path / "model")
     byte_tokenizer().save_pretrained(tmp_path / "model")
-    write_tasks(tmp_path / "tasks", load_corpus().held_out[:4], questions=4, bits_bytes=64, seed=0)
+    documents = [file.data.decode(errors="ignore") for file in load_corpus().held_out[:4]]
+    (tmp_path / "text.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in documents))
+    task = "foxlm_next_lines"
     done = run_module(
         *("run", "--model", "hf", "--model_args", f"pretrained={tmp_path / 'model'},dtype=float32"),
-        *("--tasks", NEXT_LINES, "--include_path", str(tmp_path / "tasks"), "--device", "cpu"),
-        *("--batch_size", "4", "--output_path", str(tmp_path / "results")),
+        *("--tasks", task, "--include_path", str(TASKS), "--device", "cpu", "--limit", "4"),
+        *(
+            "--metadata",
+            json.dumps({"text": str(tmp_path / "text.jsonl")}),
+            "--batch_size",
+            "4",
+            "--output_path",
+            str(tmp_path / "results"),
+        ),
         HF_DATASETS_CACHE=str(tmp_path / "cache"),
     )
     assert done.returncode == 0, done.stderr[-2000:]
     (written,) = (tmp_path / "results").rglob("results_*.json")
-    results = json.loads(written.read_text())["results"][NEXT_LINES]
+    results = json.loads(written.read_text())["results"][task]
     assert 0.0 <= results["acc,none"] <= 1.0
 
     # The same questions answered here: the continuation with the highest likelihood.
-    rows = [json.loads(line) for line in (tmp_path / "tasks" / f"{NEXT_LINES}.jsonl").read_text().splitlines()]
+    rows = next_lines_questions(documents, 200, seed=0)[:4]
     right = 0
     for row in rows:
         sums = []

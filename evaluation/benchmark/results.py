@@ -1,0 +1,163 @@
+"""Results of benchmarks as JSON: how they begin, grow row by row, and are read again."""
+
+import json
+import math
+import shlex
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..provenance import provenance
+from ..results import parse_json, write_whole
+
+SCHEMA = 2
+KINDS = ("attention", "context", "train", "prefill", "decode")
+PASSES = 2
+# Of results of schema 1: the list of groups, and in each of them (or in the results themselves) the list of rows.
+_OLD_ROWS = {
+    "attention": ("cases", "implementations"),
+    "context": (None, "cases"),
+    "train": (None, "steps"),
+    "prefill": ("prompts", "ways"),
+    "decode": ("batches", "decoders"),
+}
+# What must agree for results to be shown in one table.
+_SAME_RUN = ("device", "commit", "torch", "triton", "cuda", "cudnn")
+
+Results = dict[str, Any]
+Row = dict[str, Any]
+"""One measured variant: facts, ``status`` (``measured``, ``wrong``, ``missing``, ``failed``, or ``unfinished``) with a
+``reason``, and by name a `Timing` for each thing that was timed."""
+
+
+class Report:
+    """Results that are written whenever a row changes.
+
+    Attributes:
+        results: ``schema``, ``kind``, ``run``, ``settings`` and ``rows``.
+    """
+
+    def __init__(self, results: Results, out: Path | None, show: Callable[[Row], None] | None = None) -> None:
+        """``out`` is None on ranks that write nothing; ``show`` displays a row that was measured."""
+        self.results, self._out, self._show = results, out, show
+        self.save()
+
+    def new_row(self, facts: Mapping[str, Any]) -> Row:
+        """A row, kept from now on, that is to be filled in."""
+        row = {**facts, "status": "unfinished", "reason": "the run ended before it was measured"}
+        self.results["rows"].append(row)
+        self.save()
+        return row
+
+    def show(self, row: Row) -> None:
+        """Keep what is known, and show a row."""
+        self.save()
+        if self._show is not None:
+            self._show(row)
+
+    def save(self) -> None:
+        """Keep what is known."""
+        if self._out is not None:
+            write_whole(self._out, to_json(self.results) + "\n")
+
+
+def new_results(kind: str, device: str, seed: int, commit: str | None, settings: Mapping[str, Any]) -> Results:
+    """Results without rows.
+
+    Args:
+        kind: one of `KINDS`.
+        device: ``"cuda"`` or ``"cpu"``.
+        seed: of the run.
+        commit: what is measured, where that cannot be found out.
+        settings: how it is measured.
+
+    Returns:
+        ``schema``, ``kind``, ``run`` (see `provenance`; also the versions of CUDA and cuDNN, and whether it is
+        ``on_gpu``), ``settings`` and ``rows``.
+
+    Raises:
+        ValueError: ``commit`` is given in a checkout, which knows its own.
+    """
+    run = provenance(device, seed, ("triton", "flash-linear-attention"))
+    if commit is not None:
+        if run["commit"] != "none":
+            raise ValueError(f"--commit must not be given in a checkout, which is at {run['commit']}; got {commit!r}")
+        run["commit"] = commit
+    given = sys.argv[sys.argv.index(kind) + 1 :] if kind in sys.argv else []
+    run["command"] = shlex.join(["foxlm", "bench", kind, *map(_without_folders, given)])
+    run |= {"cuda": torch.version.cuda or "none", "cudnn": torch.backends.cudnn.version() or "none"}
+    run["on_gpu"] = device == "cuda"
+    return {"schema": SCHEMA, "kind": kind, "run": run, "settings": dict(settings), "rows": []}
+
+
+def _without_folders(argument: str) -> str:
+    """Of an argument that is a path only the last part: the rest is of one machine alone."""
+    option, equals, value = argument.partition("=") if argument.startswith("--") else ("", "", argument)
+    path = Path(value)
+    return f"{option}{equals}{path.name if path.is_absolute() or (len(path.parts) > 1 and path.exists()) else value}"
+
+
+def to_json(results: Any) -> str:
+    """As JSON, with null for NaN and infinities."""
+    return json.dumps(_finite(results), indent=1, allow_nan=False)
+
+
+def _finite(x: Any) -> Any:
+    if isinstance(x, dict):
+        return {name: _finite(value) for name, value in x.items()}
+    if isinstance(x, (list, tuple)):
+        return [_finite(value) for value in x]
+    return None if isinstance(x, float) and not math.isfinite(x) else x
+
+
+def read(path: Path) -> Results:
+    """Results that a benchmark wrote, also those of schema 1, of which only rows are taken over.
+
+    Raises:
+        ValueError: the file holds something else.
+        OSError: it cannot be read.
+    """
+    results = parse_json(path)
+    kind = results.get("kind") if isinstance(results, dict) else None
+    if kind not in KINDS or results.get("schema") not in (1, SCHEMA):
+        raise ValueError(f"{path} must hold results of foxlm bench, schema 1 or {SCHEMA}, of a kind in {list(KINDS)}")
+    if results["schema"] == 1:
+        outer, inner = _OLD_ROWS[kind]
+        groups = results[outer] if outer else [results]
+        shared = [{x: group[x] for x in ("case", "kv_heads", "batch", "tokens") if x in group} for group in groups]
+        rows = [{**facts, **row} for facts, group in zip(shared, groups, strict=True) for row in group[inner]]
+        if kind == "attention":
+            rows += [
+                facts | {"name": "matmul", "status": "measured", "forward": {"dense_tflops": group["ceiling_tflops"]}}
+                for facts, group in zip(shared, groups, strict=True)
+            ]
+        results = {name: results[name] for name in ("kind", "run", "settings")} | {"schema": SCHEMA, "rows": rows}
+        for row in rows:
+            row["computed_tiles"] = row.pop("tiles_kept", None)
+            # Over the peak of a data sheet.
+            row.pop("mfu", None)
+            for part in ("forward", "forward_backward"):
+                if "done_tflops" in row.get(part, ()):
+                    row[part] |= {"computed_tflops": row[part]["done_tflops"], "of_matmul": row[part]["of_ceiling"]}
+    return results
+
+
+def merged(several: Sequence[Results]) -> list[Results]:
+    """Results of the same kind with their rows together.
+
+    Raises:
+        ValueError: they were not measured alike.
+    """
+    together: dict[str, Results] = {}
+    for results in several:
+        first = together.setdefault(results["kind"], results | {"rows": []})
+        for part, names in (("run", _SAME_RUN), ("settings", {**first["settings"], **results["settings"]})):
+            for name in names:
+                found, wanted = results[part].get(name), first[part].get(name)
+                if found != wanted:
+                    raise ValueError(f"results shown together must have the same {name}, got {wanted} and {found}")
+        first["rows"] += results["rows"]
+    return list(together.values())
