@@ -19,7 +19,7 @@ from foxlm.evaluation.lm_eval.model import check_tokenizer, fingerprint
 from foxlm.evaluation.lm_eval.results import Row, table
 from foxlm.evaluation.lm_eval.suites import MADE_HERE, RULER, SUITES, check_names, parse_lengths, units_of
 from foxlm.evaluation.loading import load_model, position_limit
-from harness import BYTES, STOCK, save_fox, save_llama, write_data_sets
+from lm_eval_models import BYTES, STOCK, save_fox, save_llama, write_data_sets
 from models import tiny_model
 
 pytest.importorskip("lm_eval")

@@ -16,7 +16,7 @@ from foxlm.modeling.modeling_fox import (
 )
 from models import assert_close, tiny_model, tokens
 from without_foxlm import run_without
-from words import word_tokenizer
+from word_tokenizer import word_tokenizer
 
 SENTENCES = ["w1 w2 w3 w4 w5 w6", "w7 w8"]
 

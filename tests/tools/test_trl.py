@@ -10,7 +10,7 @@ from foxlm import FoxForCausalLM
 from foxlm.modeling.modeling_fox import FoxForSequenceClassification
 from foxlm.training import FoxTrainer
 from models import tiny_model
-from words import sentence, word_tokenizer
+from word_tokenizer import sentence, word_tokenizer
 
 trl = pytest.importorskip("trl")
 datasets = pytest.importorskip("datasets")

@@ -13,7 +13,7 @@ from foxlm.kernels.decay import Decay
 from foxlm.kernels.reference import reference_attention
 from foxlm.modeling import attention_backends as attention_fox
 from foxlm.modeling.cache.paged import PagedForgettingLayer
-from harness import generated, likelihoods, save_fox
+from lm_eval_models import generated, likelihoods, save_fox
 
 pytest.importorskip("lm_eval")
 TOLERANCE = 1e-4
