@@ -105,21 +105,9 @@ def d128_producer(q_desc, do_desc, row_desc, buffers, barriers, work, sizes, M_E
 
 @gluon.jit
 def d128_consumer(
-    dk_desc,
-    dv_desc,
-    buffers,
-    barriers,
-    work,
-    sizes,
-    C_FINITE,
-    C_K,
-    M_END,
-    DQ,
-    ROW_SUMS,
-    DC,
-    scale,
+    dk_desc, dv_desc, buffers, barriers, work, sizes, C_FINITE, C_K, M_END, DQ, ROW_SUMS, DC, scale,
     ELEMENT: gl.constexpr,
-):
+):  # fmt: skip
     """The consumers, two warp groups: gradients of the program's keys, and their shares of those of queries.
 
     Scores are held transposed, ``[keys, queries]``. ``C_FINITE``, ``C_K``: contiguous running sums of keys, ``[B, HF,
@@ -273,32 +261,10 @@ def d128_consumer(
 
 @gluon.jit
 def hopper_backward_d128_kernel(
-    q_desc,
-    k_desc,
-    v_desc,
-    do_desc,
-    row_desc,
-    dk_desc,
-    dv_desc,
-    C_FINITE,
-    C_K,
-    M_END,
-    HEAD_ORDER,
-    DQ,
-    ROW_SUMS,
-    DC,
-    scale,
-    TQ,
-    TK,
-    H,
-    G,
-    KV_GROUP,
-    GATE_GROUP,
-    HF,
-    NN,
-    NM,
+    q_desc, k_desc, v_desc, do_desc, row_desc, dk_desc, dv_desc, C_FINITE, C_K, M_END, HEAD_ORDER, DQ, ROW_SUMS, DC,
+    scale, TQ, TK, H, G, KV_GROUP, GATE_GROUP, HF, NN, NM,
     ELEMENT: gl.constexpr,
-):
+):  # fmt: skip
     """Gradients of keys and values, and the fixed-point sums of those of queries; arguments as in `hopper_backward`.
 
     Launch with 8 warps of at most 168 registers. ``DQ`` holds int64 values, each two sums of 32 bits.

@@ -177,35 +177,10 @@ def d64_dq_consumer(buffers, barriers, sizes, ones, M_END, ROWS, DQ, ROW_SUMS, E
 
 @gluon.jit(do_not_specialize=["WORK_TILES"])
 def hopper_backward_d64_kernel(
-    q_desc,
-    k_desc,
-    v_desc,
-    do_desc,
-    row_desc,
-    ROWS,
-    C_FINITE,
-    C_K,
-    M_END,
-    HEAD_ORDER,
-    WORK_COUNTER,
-    DQ,
-    ROW_SUMS,
-    DK,
-    DV,
-    DC,
-    scale,
-    WORK_TILES,
-    TQ,
-    TK,
-    H,
-    G,
-    KV_GROUP,
-    GATE_GROUP,
-    HF,
-    NN,
-    NM,
+    q_desc, k_desc, v_desc, do_desc, row_desc, ROWS, C_FINITE, C_K, M_END, HEAD_ORDER, WORK_COUNTER, DQ, ROW_SUMS, DK,
+    DV, DC, scale, WORK_TILES, TQ, TK, H, G, KV_GROUP, GATE_GROUP, HF, NN, NM,
     ELEMENT: gl.constexpr,
-):
+):  # fmt: skip
     """Gradients of keys and values, and the fixed-point sums of those of queries; arguments as in `hopper_backward`.
 
     Launch with 4 warps, those of the first consumer, of at most 128 registers. ``DQ`` holds int32 sums.

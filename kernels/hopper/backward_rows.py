@@ -39,40 +39,13 @@ def _finite_keys_kernel(C_K, C_FINITE, ck_b, ck_h, HF, TK, BLOCK_N: tl.constexpr
 
 @triton.jit
 def _tile_rows_kernel(
-    D_OUT,
-    OUT,
-    C_Q,
-    LSE,
-    D_LSE,
-    KV_START,
-    MAXIMA,
-    ROWS,
-    SUMS,
-    ROW_SUMS,
-    do_b,
-    do_t,
-    do_h,
-    o_b,
-    o_t,
-    o_h,
-    cq_b,
-    cq_h,
-    dl_b,
-    dl_h,
-    s_b,
-    s_h,
-    TQ,
-    TK,
-    H,
-    KV_GROUP,
-    GATE_GROUP,
-    START_GROUP,
-    NM,
-    NG,
+    D_OUT, OUT, C_Q, LSE, D_LSE, KV_START, MAXIMA, ROWS, SUMS, ROW_SUMS,
+    do_b, do_t, do_h, o_b, o_t, o_h, cq_b, cq_h, dl_b, dl_h, s_b, s_h,
+    TQ, TK, H, KV_GROUP, GATE_GROUP, START_GROUP, NM, NG,
     D: tl.constexpr,
     BLOCK_M: tl.constexpr,
     MAXIMA_KEYS: tl.constexpr,
-):
+):  # fmt: skip
     """The fields of a tile of queries (`backward_common`) to ``ROWS``, and zeros to its ``SUMS`` and ``ROW_SUMS``."""
     i_bh, i_m = tl.program_id(0), tl.program_id(1)
     tile = (i_bh * NM + i_m).to(tl.int64)

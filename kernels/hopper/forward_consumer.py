@@ -66,8 +66,8 @@ def _rescale_assembly():
         "vote.sync.any.pred p, p, 0xffffffff;",
         "@!p bra DONE;",
     ]
-    products = [f"mul.f32 ${i}, ${i}, ${2 * n + i};" for i in range(n)]
-    return "\n".join(["{", ".reg .pred p, q;", *ones, *products, "DONE:", "}"])
+    multiplications = [f"mul.f32 ${i}, ${i}, ${2 * n + i};" for i in range(n)]
+    return "\n".join(["{", ".reg .pred p, q;", *ones, *multiplications, "DONE:", "}"])
 
 
 @gluon.constexpr_function
@@ -176,7 +176,7 @@ def forward_consumer(
     v_stage = STAGES - 1
     v_phase = 1
     work_count = 0
-    # The first tile of a work tile multiplies them too, but drops the product.
+    # The first tile of a work tile multiplies them too, but the result is dropped.
     b_o = gl.zeros([CONSUMER_ROWS, D], gl.float32, OUT)
     packed_p = _pack(gl.zeros([CONSUMER_ROWS, BLOCK_N], gl.float32, SCORES), dtype, BLOCK_N)
     mbarrier.wait(barriers.work_full.index(0), 0)

@@ -208,37 +208,10 @@ _TENSORS = [
 
 @gluon.jit(do_not_specialize=_SIZES, do_not_specialize_on_alignment=_TENSORS)
 def hopper_forward_kernel(
-    q_descriptor,
-    k_descriptor,
-    v_descriptor,
-    out_descriptor,
-    C_Q,
-    C_K,
-    RELATIVE,
-    BASE,
-    LSE,
-    KV_START,
-    LAST,
-    HEAD_ORDER,
-    LEAST,
-    GREATEST,
-    WORK_COUNTER,
-    ck_b,
-    ck_h,
-    s_b,
-    s_h,
-    scale,
-    HEADS,
-    NM,
-    NR,
-    TQ,
-    TK,
-    NB,
-    H,
-    KV_GROUP,
-    HF,
-    GATE_GROUP,
-    START_GROUP,
+    q_descriptor, k_descriptor, v_descriptor, out_descriptor, C_Q, C_K, RELATIVE, BASE, LSE, KV_START, LAST,
+    HEAD_ORDER, LEAST, GREATEST, WORK_COUNTER,
+    ck_b, ck_h, s_b, s_h,
+    scale, HEADS, NM, NR, TQ, TK, NB, H, KV_GROUP, HF, GATE_GROUP, START_GROUP,
     CONSUMERS: gl.constexpr,
     BLOCK_N: gl.constexpr,
     STAGES: gl.constexpr,
@@ -248,7 +221,7 @@ def hopper_forward_kernel(
     HAS_FENCE: gl.constexpr,
     REGISTERS: gl.constexpr,
     PRODUCER_REGISTERS: gl.constexpr,
-):
+):  # fmt: skip
     """Output and log-sum-exp of all queries; arguments as in `hopper_forward`.
 
     Launch with 4 warps, those of the first consumer. ``LEAST`` and ``GREATEST`` are ``[B, H, NR]``, of blocks of 64

@@ -53,18 +53,8 @@ class _Dropout(NamedTuple):
 
 @triton.jit
 def _backward_tile(
-    i_m,
-    i_bh,
-    dk,
-    dv,
-    dc,
-    keys: _KeyBlock,
-    head: _HeadPointers,
-    rows: RowStatistics,
-    sums: _Sums,
-    drop: _Dropout,
-    sizes: _Sizes,
-    qk_scale,
+    i_m, i_bh, dk, dv, dc, keys: _KeyBlock, head: _HeadPointers, rows: RowStatistics, sums: _Sums, drop: _Dropout,
+    sizes: _Sizes, qk_scale,
     D: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -73,7 +63,7 @@ def _backward_tile(
     IS_RESIDUE_PASS: tl.constexpr,
     HAS_DROPOUT: tl.constexpr,
     PRECISION: tl.constexpr,
-):
+):  # fmt: skip
     """Add one block of queries to the gradients of a block of keys; in the residue pass only its rows to their sums.
 
     Scores are held transposed, ``[BLOCK_N, BLOCK_M]``.
@@ -143,58 +133,10 @@ def _backward_tile(
 
 @triton.jit
 def backward_kernel(
-    Q,
-    K,
-    V,
-    D_OUT,
-    C_Q,
-    C_K,
-    KV_START,
-    LAST,
-    DELTA,
-    SHIFT,
-    ROW_TERM,
-    BASE,
-    DQ_SCALE,
-    ROW_BOUND,
-    M_END,
-    M_FULL_END,
-    HEAD_ORDER,
-    SEED,
-    DQ,
-    DK,
-    DV,
-    DC,
-    ROW_SUMS,
-    q_b,
-    q_t,
-    q_h,
-    k_b,
-    k_t,
-    k_h,
-    v_b,
-    v_t,
-    v_h,
-    do_b,
-    do_t,
-    do_h,
-    cq_b,
-    cq_h,
-    ck_b,
-    ck_h,
-    s_b,
-    s_h,
-    scale,
-    dropout,
-    TQ,
-    TK,
-    H,
-    G,
-    KV_GROUP,
-    GATE_GROUP,
-    START_GROUP,
-    NM,
-    NN,
+    Q, K, V, D_OUT, C_Q, C_K, KV_START, LAST, DELTA, SHIFT, ROW_TERM, BASE, DQ_SCALE, ROW_BOUND, M_END, M_FULL_END,
+    HEAD_ORDER, SEED, DQ, DK, DV, DC, ROW_SUMS,
+    q_b, q_t, q_h, k_b, k_t, k_h, v_b, v_t, v_h, do_b, do_t, do_h, cq_b, cq_h, ck_b, ck_h, s_b, s_h,
+    scale, dropout, TQ, TK, H, G, KV_GROUP, GATE_GROUP, START_GROUP, NM, NN,
     D: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -203,7 +145,7 @@ def backward_kernel(
     IS_RESIDUE_PASS: tl.constexpr,
     HAS_DROPOUT: tl.constexpr,
     PRECISION: tl.constexpr,
-):
+):  # fmt: skip
     """Gradients of one block of keys and values of one key/value head, and its shares of ``dQ`` and of the row sums.
 
     Arguments as in `backward`; ``DC`` is ``[B, H, Tk]`` float64, a value per query head.

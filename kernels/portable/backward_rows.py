@@ -17,7 +17,7 @@ from ..triton_common import INF, LN_2, LOG2_E, load_rows, split_fp64
 
 # Keys are reduced to their largest in groups of so many, by programs of so many rows.
 MAXIMA_KEYS, _MAXIMA_ROWS = 16, 128
-# Keeps bounds and their reciprocals normal numbers.
+# Keeps bounds and their reciprocals from being subnormal.
 _LEAST_BOUND = tl.constexpr(2.0**-60)
 
 
@@ -31,23 +31,14 @@ def row_norms(x):
 
 @triton.jit
 def _maxima_kernel(
-    K,
-    V,
-    MAXIMA,
-    k_b,
-    k_t,
-    k_h,
-    v_b,
-    v_t,
-    v_h,
-    TK,
-    G,
-    NG,
+    K, V, MAXIMA,
+    k_b, k_t, k_h, v_b, v_t, v_h,
+    TK, G, NG,
     D: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_N: tl.constexpr,
     KEYS: tl.constexpr,
-):
+):  # fmt: skip
     """``max |k_jd|`` and ``max |v_j|`` of each of the ``NG`` groups of ``KEYS`` keys of a head, ``[2, B, G, NG]``."""
     i_bg, i_n = tl.program_id(0), tl.program_id(1)
     i_b, i_g = (i_bg // G).to(tl.int64), (i_bg % G).to(tl.int64)
@@ -108,43 +99,16 @@ def _at_least_bound(bound):
 
 @triton.jit
 def _backward_rows_kernel(
-    OUT,
-    D_OUT,
-    LSE,
-    D_LSE,
-    C_Q,
-    MAXIMA,
-    DELTA,
-    SHIFT,
-    ROW_TERM,
-    BASE,
-    DQ_SCALE,
-    ROW_BOUND,
-    LAST,
-    o_b,
-    o_t,
-    o_h,
-    do_b,
-    do_t,
-    do_h,
-    dl_b,
-    dl_h,
-    cq_b,
-    cq_h,
-    TQ,
-    H,
-    HF,
-    KV_GROUP,
-    NM,
-    NG,
-    dropout,
+    OUT, D_OUT, LSE, D_LSE, C_Q, MAXIMA, DELTA, SHIFT, ROW_TERM, BASE, DQ_SCALE, ROW_BOUND, LAST,
+    o_b, o_t, o_h, do_b, do_t, do_h, dl_b, dl_h, cq_b, cq_h,
+    TQ, H, HF, KV_GROUP, NM, NG, dropout,
     D: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_M: tl.constexpr,
     KEYS: tl.constexpr,
     LARGEST_SUM: tl.constexpr,
     IS_FP32: tl.constexpr,
-):
+):  # fmt: skip
     """What the main kernel needs of each row of a block of queries.
 
     It writes, ``[B, H, Tq]`` float32 each,

@@ -1,5 +1,6 @@
-"""Which blocks of queries and keys see each other, and in which order heads are computed; for every forward and
-backward kernel (names: `triton_common`).
+"""Which blocks of queries attend to which blocks of keys, and in which order heads are computed, in Triton.
+
+For every forward and backward kernel (names: `triton_common`).
 """
 
 import torch
@@ -86,8 +87,8 @@ def _query_range_kernel(
         o_m = chunk + tl.arange(0, CHUNK)
         least = tl.load(LEAST + i_bh * NM + o_m, mask=o_m < NM, other=INT32_MAX)
         greatest = tl.load(GREATEST + i_bh * NM + o_m, mask=o_m < NM, other=0)
-        sees = (least[None, :] < ((o_n + 1) * BLOCK_N)[:, None]) & (o_m[None, :] >= m_begin[:, None])
-        m_end = tl.maximum(m_end, tl.max(tl.where(sees, o_m[None, :] + 1, 0), 1))
+        attends = (least[None, :] < ((o_n + 1) * BLOCK_N)[:, None]) & (o_m[None, :] >= m_begin[:, None])
+        m_end = tl.maximum(m_end, tl.max(tl.where(attends, o_m[None, :] + 1, 0), 1))
         is_masked = (greatest[None, :] > (o_n * BLOCK_N)[:, None]) & (o_m[None, :] >= full_begin[:, None])
         full_end = tl.minimum(full_end, tl.min(tl.where(is_masked, o_m[None, :], NM), 1))
     tl.store(M_END + i_bh * NN + o_n, m_end, mask=o_n < NN)
@@ -95,7 +96,7 @@ def _query_range_kernel(
 
 
 def query_ranges(least: Tensor, greatest: Tensor, last: Tensor, keys: int, tile: Tile) -> tuple[Tensor, Tensor]:
-    """For each block of keys, the blocks of queries that see it and those whose tiles with it are full.
+    """For each block of keys, the blocks of queries that attend to it and those whose tiles with it are full.
 
     Args:
         least, greatest: of `kv_start_ranges`, ``[B, H, ceil(Tq / tile.queries)]``.
@@ -104,8 +105,8 @@ def query_ranges(least: Tensor, greatest: Tensor, last: Tensor, keys: int, tile:
         tile: sizes of the blocks.
 
     Returns:
-        One past the last block of queries that sees it, and the first one past the diagonal that holds a ``kv_start``
-        within it: ``[B, H, ceil(Tk / tile.keys)]`` int32 each.
+        One past the last block of queries that attends to it, and the first one past the diagonal that holds a
+        ``kv_start`` within it: ``[B, H, ceil(Tk / tile.keys)]`` int32 each.
     """
     batch, heads, blocks = least.shape
     key_blocks = cdiv(keys, tile.keys)

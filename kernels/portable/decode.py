@@ -44,14 +44,14 @@ def decode_attention(
     pages: Tensor | None = None,
     start: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Attention of few queries over ``decay``, without gradients, by GPU kernels that read what is kept once.
+    """Attention of few queries over ``decay``, without gradients, by GPU kernels that read each block kept once.
 
     As `reference_attention`, for what `decodes` accepts. The cache is either dense, and may be longer than the sequence
     (keys after the last query's are not read), or paged: 64 tokens of a key/value head to a page.
 
     Args:
         q: ``[B, Tq, H, D]`` queries; float16, bfloat16 or float32.
-        k, v: ``[B, Tk, G, D]`` keys and values, or pools ``[P, 64, D]`` of their pages; the type of ``q``.
+        k, v: ``[B, Tk, G, D]`` keys and values, or pools ``[P, 64, D]`` of their pages; the dtype of ``q``.
         decay: running sums and visible range of each query. Over a paged cache, ``key`` is a pool ``[P, R, 64]`` of
             the ``R = max(1, Hf // G)`` gates of a page's key/value head.
         scale: multiplies ``q . k``.
@@ -66,8 +66,8 @@ def decode_attention(
         start: ``[B, G]`` int32 first block that is still held; those before are not read.
 
     Returns:
-        Output ``[B, Tq, H, D]`` in the type of ``q``, and log-sum-exp ``[B, H, Tq]`` float32; zero and -inf in rows
-        that see nothing.
+        Output ``[B, Tq, H, D]`` in the dtype of ``q``, and log-sum-exp ``[B, H, Tq]`` float32; zero and -inf in fully
+        masked rows.
 
     Raises:
         ValueError: ``eps``, ``rule`` or ``logit_bound`` is not as above, or ``paper`` lacks its bound.

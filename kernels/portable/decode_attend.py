@@ -92,44 +92,9 @@ def _merge_partials(
 
 @triton.jit
 def _decode_attend_kernel(
-    Q,
-    K,
-    V,
-    C_Q,
-    C_K,
-    KV_START,
-    LAST,
-    REAL,
-    PAGES,
-    RANGES,
-    PARTIALS,
-    OUT,
-    LSE,
-    q_b,
-    q_t,
-    q_h,
-    k_b,
-    k_t,
-    k_h,
-    v_b,
-    v_t,
-    v_h,
-    cq_b,
-    cq_h,
-    ck_b,
-    ck_h,
-    s_b,
-    s_h,
-    real_b,
-    scale,
-    KV_HEADS,
-    TQ,
-    H,
-    HF,
-    G,
-    START_HEADS,
-    PAGE_GATES,
-    NB,
+    Q, K, V, C_Q, C_K, KV_START, LAST, REAL, PAGES, RANGES, PARTIALS, OUT, LSE,
+    q_b, q_t, q_h, k_b, k_t, k_h, v_b, v_t, v_h, cq_b, cq_h, ck_b, ck_h, s_b, s_h, real_b,
+    scale, KV_HEADS, TQ, H, HF, G, START_HEADS, PAGE_GATES, NB,
     D: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_R: tl.constexpr,
@@ -141,7 +106,7 @@ def _decode_attend_kernel(
     PRECISION: tl.constexpr,
     SCAN: tl.constexpr,
     MERGED: tl.constexpr,
-):
+):  # fmt: skip
     """A program's share of the blocks; arguments as in `attend_blocks`, ``KV_HEADS`` is ``B * G``.
 
     ``PARTIALS`` holds a slot for each program and head, ``[slots, R, BLOCK_D]`` float32, and after these the maxima
@@ -199,7 +164,7 @@ def _decode_attend_kernel(
             p_ck = C_K
         if IS_ONE_GATE:
             p_ck += tl.min(i_gate, 0).to(tl.int64) * ck_h
-        # Keys from kv_start on that a row may attend to, compared as unsigned: those before are large numbers.
+        # Keys from kv_start on that a row may attend to, compared as unsigned: those before are large values.
         visible_keys = tl.maximum(last - kv_start + 1, 0).to(tl.uint32)
 
         if IS_DOT:

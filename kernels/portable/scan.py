@@ -68,22 +68,12 @@ def _sum_before(TOTALS, i_chunk, BLOCK: tl.constexpr):
 
 @triton.jit
 def _gate_totals_kernel(
-    LOG_F,
-    STARTS,
-    TOTALS,
-    RESETS,
-    f_b,
-    f_t,
-    f_h,
-    starts_b,
-    starts_t,
-    T,
-    HF,
-    NC,
-    LOG_ZERO,
+    LOG_F, STARTS, TOTALS, RESETS,
+    f_b, f_t, f_h, starts_b, starts_t,
+    T, HF, NC, LOG_ZERO,
     HAS_STARTS: tl.constexpr,
     BLOCK_T: tl.constexpr,
-):
+):  # fmt: skip
     """Sum and last reset (-1 for none) of a chunk, ``[B * Hf, NC]`` float64 and int32."""
     i_row, i_chunk = tl.program_id(0), tl.program_id(1)
     gates = _Gates(LOG_F, f_b, f_t, f_h, STARTS, starts_b, starts_t, T, HF, LOG_ZERO)
@@ -94,25 +84,12 @@ def _gate_totals_kernel(
 
 @triton.jit
 def _gate_scan_kernel(
-    LOG_F,
-    STARTS,
-    TOTALS,
-    RESETS,
-    C,
-    KV_START,
-    f_b,
-    f_t,
-    f_h,
-    starts_b,
-    starts_t,
-    T,
-    HF,
-    NC,
-    LOG_ZERO,
-    NO_RESET,
+    LOG_F, STARTS, TOTALS, RESETS, C, KV_START,
+    f_b, f_t, f_h, starts_b, starts_t,
+    T, HF, NC, LOG_ZERO, NO_RESET,
     HAS_STARTS: tl.constexpr,
     BLOCK_T: tl.constexpr,
-):
+):  # fmt: skip
     """Running sums and last resets of a chunk, from `_gate_totals_kernel`: the results of `sum_gates`."""
     i_row, i_chunk = tl.program_id(0), tl.program_id(1)
     gates = _Gates(LOG_F, f_b, f_t, f_h, STARTS, starts_b, starts_t, T, HF, LOG_ZERO)
@@ -146,8 +123,11 @@ def _gradient_totals_kernel(DC, TOTALS, c_b, c_h, c_t, T, HF, NC, BLOCK_T: tl.co
 
 @triton.jit
 def _gradient_scan_kernel(
-    DC, LOG_F, TOTALS, D_LOG_F, c_b, c_h, c_t, f_b, f_t, f_h, T, HF, NC, LOG_ZERO, BLOCK_T: tl.constexpr
-):
+    DC, LOG_F, TOTALS, D_LOG_F,
+    c_b, c_h, c_t, f_b, f_t, f_h,
+    T, HF, NC, LOG_ZERO,
+    BLOCK_T: tl.constexpr,
+):  # fmt: skip
     """Gradients of the log gates of a chunk counted from the end, ``[B, T, Hf]``."""
     i_row, i_chunk = tl.program_id(0), tl.program_id(1)
     dc, o_t = _load_reversed(DC, i_chunk, i_row, c_b, c_h, c_t, T, HF, BLOCK_T)
