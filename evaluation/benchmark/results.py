@@ -43,7 +43,6 @@ class Report:
     def __init__(self, results: Results, out: Path | None, show: Callable[[Row], None] | None = None) -> None:
         """``out`` is None on ranks that write nothing; ``show`` displays a row that was measured."""
         self.results, self._out, self._show = results, out, show
-        self.save()
 
     def new_row(self, facts: Mapping[str, Any]) -> Row:
         """A row, kept from now on, that is to be filled in."""

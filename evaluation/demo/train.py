@@ -173,7 +173,7 @@ def train(corpus: Corpus, recipe: Recipe, device: str, seed: int, *, minutes: fl
         use_cpu=device == "cpu",
         eval_strategy="steps",
         eval_steps=every,
-        logging_steps=max(1, steps // 60),
+        logging_steps=max(1, steps // 12),
         save_strategy="no",
         report_to="none",
         disable_tqdm=False,

@@ -408,11 +408,12 @@ def _report(
         raise
     finally:
         signal.signal(signal.SIGTERM, before)
-        report.save()
-        if results["rows"] or "error" not in results:
+        if results["rows"]:
+            report.save()
             typer.echo(to_json(results) if as_json else render(results))
     if "error" in results:
-        typer.echo(f"interrupted; what was measured is in {out}", err=True)
+        kept = f"; what was measured is in {out}" if results["rows"] else " before anything was measured"
+        typer.echo(f"interrupted{kept}", err=True)
         raise typer.Exit(130)
     ours = [row for row in results["rows"] if row.get("family", "foxlm") == "foxlm" and not _is_baseline(row)]
     if any(row["status"] != "measured" for row in ours):
@@ -432,6 +433,7 @@ def _run_ranks(
     from foxlm.evaluation.benchmark.ranks import run_ranks
     from foxlm.evaluation.benchmark.results import read
 
+    report.save()
     try:
         run_ranks(measure, ranks, device, recipe, report.results, out)
     finally:
