@@ -8,7 +8,7 @@ from torch import Tensor
 from .backends import backend_of
 from .decay import Decay, accumulate, sequence_starts
 from .padding import hide_padding, without_padding
-from .pruning.rules import Rule, prune
+from .pruning.rules import Rule, check_rule, prune
 from .validation import check_gates, check_inputs, check_options, check_packing, real_tokens
 
 
@@ -113,7 +113,9 @@ def forgetting_attention(
         torch.Size([1, 8, 2, 16])
     """
     check_inputs(q, k, v, log_f)
-    check_options(scale=scale, dropout=dropout, eps=eps, rule=rule)
+    check_options(scale=scale, dropout=dropout)
+    # A rule that is unknown is an error without pruning too.
+    check_rule(0.5 if eps is None else eps, rule)
     starts = real = None
     if cu_seqlens is not None:
         check_packing(cu_seqlens, len(q), k.shape[1])

@@ -64,47 +64,17 @@ def check_gates(log_f: Tensor) -> None:
         )
 
 
-def check_options(*, scale: float | None, dropout: float, eps: float | None, rule: str) -> None:
+def check_options(*, scale: float | None, dropout: float) -> None:
     """Raise a `ValueError` unless the options are as `forgetting_attention` takes them."""
     check_scale(scale)
     if not (is_number(dropout) and 0.0 <= dropout < 1.0):
         raise ValueError(f"dropout must be a number in [0, 1), got {dropout!r}")
-    # A rule that is unknown is an error without pruning too.
-    check_rule(0.5 if eps is None else eps, rule)
 
 
 def check_scale(scale: float | None) -> None:
     """Raise a `ValueError` unless ``scale`` is a finite number or None."""
     if scale is not None and not (is_number(scale) and math.isfinite(scale)):
         raise ValueError(f"scale must be a finite number or None, got {scale!r}")
-
-
-def check_rule(eps: float, rule: str) -> None:
-    """Raise a `ValueError` unless ``eps`` and ``rule`` are as `pruning.first_kept` takes them."""
-    if not (is_number(eps) and 0.0 < eps < 1.0):
-        raise ValueError(f"eps must be a number in (0, 1), got {eps!r}")
-    if not (isinstance(rule, str) and rule in ("paper", "tight")):
-        raise ValueError(f"rule must be 'paper' or 'tight', got {rule!r}")
-
-
-def check_logit_bound(logit_bound: float | Tensor | None, batch: int, heads: int) -> None:
-    """Raise a `ValueError` unless ``logit_bound`` is as `pruning.first_kept` takes it."""
-    if logit_bound is None:
-        return
-    if isinstance(logit_bound, Tensor):
-        shape = list(logit_bound.shape)
-        # What broadcasts to [B, H].
-        fits = len(shape) <= 2 and all(n in (1, wanted) for n, wanted in zip(shape[::-1], (heads, batch), strict=False))
-        if not fits or not logit_bound.is_floating_point():
-            raise ValueError(
-                f"logit_bound must be a number or floating point of shape [H] = [{heads}], [1] or [B, H] = "
-                f"[{batch}, {heads}], got {logit_bound.dtype} of shape {shape}"
-            )
-        valid = not is_readable(logit_bound) or bool((logit_bound.isfinite() & (logit_bound >= 0.0)).all())
-    else:
-        valid = is_number(logit_bound) and math.isfinite(logit_bound) and logit_bound >= 0.0
-    if not valid:
-        raise ValueError(f"logit_bound must be finite and >= 0, as a bound of |scale * q . k| is, got {logit_bound!r}")
 
 
 def real_tokens(attention_mask: Tensor, axes: str, shape: tuple[int, int], device: torch.device) -> Tensor:

@@ -23,7 +23,7 @@ from ..kernels.backends import PYTORCH, Backend
 from ..kernels.decay import Decay
 from ..kernels.padding import without_padding
 from ..kernels.pruning.rounding import logit_margin
-from ..kernels.pruning.rules import Rule, centered, prune
+from ..kernels.pruning.rules import PruningRule, Rule, centered, prune
 from ..kernels.tiles import PRUNED_KEYS
 from .cache.view import CacheView
 from .configuration_fox import DEFAULT_IMPLEMENTATION
@@ -101,12 +101,12 @@ def pruned(
 
 
 def _bound(module: Any, dtype: torch.dtype) -> Tensor | None:
-    return module.logit_bound(dtype) if module.config.acp_rule == "paper" else None
+    return module.logit_bound(dtype) if PruningRule(module.config.acp_rule).reads_bound else None
 
 
 def _centers(config: Any) -> bool:
-    # Normalized keys have little in common; `paper` gains nothing, for the first key is far from the others.
-    return config.qk_norm == "none" and config.acp_rule == "tight"
+    # Normalized keys have little in common. A bound of all logits gains nothing: the first key is far from the others.
+    return config.qk_norm == "none" and not PruningRule(config.acp_rule).reads_bound
 
 
 def _decode(
@@ -125,7 +125,7 @@ def _decode(
     q = query.transpose(1, 2)
     if view.pages is None:
         key, value = key.transpose(1, 2), value.transpose(1, 2)
-    if rule == "paper" and logit_bound is None:
+    if PruningRule(rule).reads_bound and logit_bound is None:
         # Of these queries and all keys so far.
         largest = view.summary.largest.index_select(-1, decay.last[-1:] // PRUNED_KEYS)
         norms = torch.linalg.vector_norm(q, dim=-1, dtype=torch.float64).amax(1)

@@ -5,7 +5,7 @@ from torch import Tensor
 from ..backends import backend_of
 from ..decay import Decay, sequence_starts
 from ..padding import without_padding
-from ..pruning.rules import Rule
+from ..pruning.rules import Rule, check_rule
 from ..validation import check_gates, check_inputs, check_options, check_packing, real_tokens
 from .group import ContextParallel
 
@@ -56,7 +56,9 @@ def context_parallel_attention(
         raise ValueError(
             f"q, k and v must have this rank's {tokens} of {length} tokens, got {q.shape[1]} and {k.shape[1]}"
         )
-    check_options(scale=scale, dropout=dropout, eps=eps, rule=rule)
+    check_options(scale=scale, dropout=dropout)
+    # A rule that is unknown is an error without pruning too.
+    check_rule(0.5 if eps is None else eps, rule)
     starts = real = None
     if cu_seqlens is not None:
         check_packing(cu_seqlens, len(q), length)

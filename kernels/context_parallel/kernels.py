@@ -9,6 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..pruning.rules import PruningRule
 from ..pruning.search import Blocks, Queries, decay_by_blocks, join_largest, norms, search
 from ..pruning.search import join_blocks as join_decay_blocks
 from ..tiles import PRUNED_KEYS
@@ -351,10 +352,15 @@ def join_blocks(blocks: KeyBlocks) -> KeyBlocks:
 
 
 def search_blocks(
-    rows: SearchedRows, joined: KeyBlocks, shards: Shards, log_eps: float, logit_bound: Tensor | None
+    rule: PruningRule,
+    rows: SearchedRows,
+    joined: KeyBlocks,
+    shards: Shards,
+    log_eps: float,
+    logit_bound: Tensor | None,
 ) -> Tensor:
     """As `pruning.search_blocks`."""
     norm, diagonal = (x.contiguous() for x in rows.bounds)
     queries = Queries(rows.c, rows.kv_start, rows.last, norm, diagonal, rows.own_block)
     blocks = Blocks(*joined, shards.tables(rows.c.device).block_starts)
-    return search(queries, blocks, rows.kv_start.shape[1], joined.largest.shape[1], log_eps, logit_bound)
+    return search(rule, queries, blocks, rows.kv_start.shape[1], joined.largest.shape[1], log_eps, logit_bound)

@@ -14,9 +14,18 @@ from ..decay import Decay
 from ..operators import maybe_contiguous
 from ..pruning.key_stats import KeySummary
 from ..pruning.rounding import log_allowed
-from ..pruning.rules import QueryBounds, Rule, margin_dtype, most_droppable, query_bounds, raised
+from ..pruning.rules import (
+    PruningRule,
+    QueryBounds,
+    Rule,
+    check_logit_bound,
+    check_rule,
+    margin_dtype,
+    most_droppable,
+    query_bounds,
+    raised,
+)
 from ..tiles import PRUNED_KEYS, PRUNED_QUERIES
-from ..validation import check_logit_bound, check_rule
 from .partition_tables import most_blocks
 from .shards import Shards
 
@@ -83,14 +92,14 @@ def prune_shards(
     Returns:
         ``decay`` with ``kv_start`` raised, ``[B, H, T]``.
     """
-    check_rule(eps, rule)
+    known = check_rule(eps, rule)
     heads, kv_heads = q.shape[2], k.shape[2]
     check_logit_bound(logit_bound, len(q), heads)
     q, k = maybe_contiguous(q), maybe_contiguous(k)
     bounds, packed = _summarize(q, k, decay.key, scale, shards, ops)
     blocks = _blocks_of_all(packed, decay.key.shape[:2], kv_heads, shards)
-    logit_bound = _bound(logit_bound, bounds, blocks, kv_heads, shards) if rule == "paper" else None
-    log_eps = log_allowed(eps, margin_dtype(k), shards.split.length if rule == "paper" else 1)
+    logit_bound = _bound(logit_bound, bounds, blocks, kv_heads, shards) if known.reads_bound else None
+    log_eps = log_allowed(eps, margin_dtype(k), known.terms(shards.split.length))
 
     kv_start = decay.kv_start
     if kv_start.shape[1] != heads:
@@ -105,7 +114,7 @@ def prune_shards(
             tables.positions[part],
             tables.own_blocks[part],
         )
-        found.append(ops.search_blocks(rows, joined, shards, log_eps, logit_bound))
+        found.append(ops.search_blocks(known, rows, joined, shards, log_eps, logit_bound))
     return decay._replace(kv_start=found[0] if len(found) == 1 else torch.cat(found, -1))
 
 
@@ -158,7 +167,7 @@ def _blocks_of_all(packed: Tensor, sums: torch.Size, kv_heads: int, shards: Shar
 
 
 def _bound(given: float | Tensor | None, rows: Rows, blocks: KeyBlocks, kv_heads: int, shards: Shards) -> Tensor:
-    """``U`` of the rule ``paper``, ``[B, H]``: as given, or from the largest norms of all ranks."""
+    """``U`` of a rule that reads one, ``[B, H]``: as given, or from the largest norms of all ranks."""
     batch, heads, _ = rows.norm.shape
     if given is not None:
         if not isinstance(given, Tensor):
@@ -176,21 +185,28 @@ def join_blocks(blocks: KeyBlocks) -> KeySummary:
 
 
 def search_blocks(
-    rows: SearchedRows, joined: KeySummary, shards: Shards, log_eps: float, logit_bound: Tensor | None
+    rule: PruningRule,
+    rows: SearchedRows,
+    joined: KeySummary,
+    shards: Shards,
+    log_eps: float,
+    logit_bound: Tensor | None,
 ) -> Tensor:
     """First key that each query keeps, ``[B, H, T]`` int64 in tokens of the sequence.
 
     Args:
+        rule: by which.
         rows: queries of this rank.
         joined: what `join_blocks` of the same backend gave.
         shards: who has which tokens.
         log_eps: as `rounding.log_allowed` gives it.
-        logit_bound: ``U`` of the rule ``paper``, ``[B, H]``; None is the rule ``tight``.
+        logit_bound: ``U`` of a rule that reads one, ``[B, H]``; None for others.
     """
     heads = rows.kv_start.shape[1]
     c_q, *of_keys = (x.repeat_interleave(heads // x.shape[1], dim=1) for x in (rows.c, *joined))
-    query = QueryBounds(raised(c_q, shards.split.length), *rows.bounds)
-    kept = most_droppable(query, KeySummary(*of_keys), rows.own_block, log_eps, logit_bound)
+    bound = None if logit_bound is None else logit_bound[..., None]
+    query = QueryBounds(raised(c_q, shards.split.length), *rows.bounds, bound)
+    kept = most_droppable(rule, query, KeySummary(*of_keys), rows.own_block, log_eps)
     fully_masked = rows.kv_start > rows.last
     kept = kept.masked_fill(fully_masked, _NEVER)
     padding = kept[..., -1:].expand(*kept.shape[:-1], -kept.shape[-1] % PRUNED_QUERIES)

@@ -13,14 +13,11 @@ from ..decay import Decay
 from ..operators import NAMESPACE, maybe_contiguous
 from ..pruning.key_stats import KeySummary
 from ..pruning.rounding import log_allowed
-from ..pruning.rules import Rule
-from ..validation import check_logit_bound, check_rule
+from ..pruning.rules import Rule, check_logit_bound, check_rule
 from .decode_attend import attend_blocks, choose_decode_tile
 from .decode_search import DecodeInputs, DecodePruning, search_blocks
 
 LARGEST_ROWS, LARGEST_QUERIES = 64, 16
-
-_NOT_PRUNED, _TIGHT, _PAPER = 0, 1, 2
 
 
 def decodes(q: Tensor, kv_heads: int) -> bool:
@@ -72,15 +69,15 @@ def decode_attention(
     Raises:
         ValueError: ``eps``, ``rule`` or ``logit_bound`` is not as above, or ``paper`` lacks its bound.
     """
-    code, log_eps, bound = _NOT_PRUNED, 0.0, 0.0
+    known, log_eps, bound = None, 0.0, 0.0
     c = log_decays = largest = bounds = None
     if eps is not None:
-        check_rule(eps, rule)
+        known = check_rule(eps, rule)
         check_logit_bound(logit_bound, q.shape[0], q.shape[2])
-        if rule == "paper" and logit_bound is None:
-            raise ValueError("logit_bound must be given for the rule 'paper'")
+        if known.reads_bound and logit_bound is None:
+            raise ValueError(f"logit_bound must be given for the rule {known.value!r}")
+        log_eps = log_allowed(eps, torch.float32)
     if eps is not None and summary is not None:
-        code, log_eps = _TIGHT if rule == "tight" else _PAPER, log_allowed(eps, torch.float32)
         c, log_decays, largest = summary
         if isinstance(logit_bound, Tensor):
             bounds = logit_bound.expand(q.shape[0], q.shape[2])
@@ -104,7 +101,7 @@ def decode_attention(
         bound,
         scale,
         log_eps,
-        code,
+        None if known is None or summary is None else known.value,
     )
 
 
@@ -127,7 +124,7 @@ def _decode(
     bound: float,
     scale: float,
     log_eps: float,
-    rule: int,
+    rule: str | None,
 ) -> tuple[Tensor, Tensor]:
     out, lse = _decode_fake(q)
     if q.numel() == 0:

@@ -15,7 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..pruning.key_stats import KeySummary
-from ..pruning.predicates import lengths, may_drop_paper, may_drop_tight, raised
+from ..pruning.predicates import lengths, may_drop, raised
 from ..pruning.rounding import decay_margin, logit_margin
 from ..tiles import PRUNED_KEYS, cdiv, next_power_of_2, padded_head_dim
 from ..triton_common import INF, INT32_MAX
@@ -74,14 +74,14 @@ class DecodePruning(NamedTuple):
     """The pruning rule of `search_blocks`.
 
     Attributes:
-        rule: 0 for none, 1 for ``tight``, 2 for ``paper``.
+        rule: value of the `PruningRule`; None prunes nothing.
         log_eps: of `pruning.rounding.log_allowed`.
         bound: ``U`` of ``paper``, unless there are ``bounds``.
         bounds: ``[B, H]``, ``U`` of each head.
         summary: of the keys; None without a rule.
     """
 
-    rule: int
+    rule: str | None
     log_eps: float
     bound: float
     bounds: Tensor | None
@@ -113,11 +113,19 @@ def _decode_search_kernel(
     attends = m_r & (kv_start <= last)
     first_block = kv_start // KEY_BLOCK
 
-    if RULE != 0:
+    if RULE is not None:
         i_gate = i_h // (H // HF)
         c = raised(tl.load(C_Q + i_b * cq_b + i_gate.to(tl.int64) * cq_h + o_q, mask=m_r, other=0.0), c_margin)
         p_c = C + i_b * c_b + i_gate.to(tl.int64) * c_h
-        if RULE == 1:
+        norm = None
+        diagonal_logit = None
+        if RULE == "paper":
+            if BOUND is not None:
+                bound = tl.load(BOUND + i_b * bound_b + i_h.to(tl.int64) * bound_h, mask=m_r, other=0.0)
+            keys = (last + 1).to(tl.float32).to(tl.float64)
+            log_eps = (log_eps - tl.log(keys))[:, None]
+            bound = (bound + tl.zeros([BLOCK_R], tl.float64))[:, None]
+        else:
             o_d = tl.arange(0, BLOCK_D)
             m_d = o_d[None, :] < D
             p_q = Q + i_b * q_b + o_q.to(tl.int64) * q_t + i_h.to(tl.int64) * q_h
@@ -134,15 +142,10 @@ def _decode_search_kernel(
             # how `scale` is rounded. The length of the key would cost as much as all the rest here.
             diagonal_logit = tl.sum(b_q * b_k, 1) * scale
             diagonal_logit -= margin * tl.abs(diagonal_logit)
-            norm = lengths(b_q) * (1.0 + margin) * tl.abs(scale)
+            norm = (lengths(b_q) * (1.0 + margin) * tl.abs(scale))[:, None]
+            diagonal_logit = diagonal_logit[:, None]
             p_decays = LOG_DECAYS + i_b * decays_b + i_gate.to(tl.int64) * decays_h
             p_largest = LARGEST + i_b * largest_b + i_g.to(tl.int64) * largest_h
-        else:
-            if BOUND is not None:
-                bound = tl.load(BOUND + i_b * bound_b + i_h.to(tl.int64) * bound_h, mask=m_r, other=0.0)
-            keys = (last + 1).to(tl.float32).to(tl.float64)
-            allowed = log_eps - tl.log(keys)
-            bound += tl.zeros([BLOCK_R], tl.float64)
 
         # Keys before block `low` may be dropped; those before any block after `high` may not.
         low = tl.zeros([BLOCK_R], tl.int32)
@@ -154,13 +157,13 @@ def _decode_search_kernel(
             before = tl.where(m_boundary, boundary - 1, 0)
             end = tl.load(p_c[:, None] + before, mask=m_boundary, other=INF)
             decay = tl.where(end == INF, -INF, c[:, None] - tl.where(end == INF, 0.0, end))
-            if RULE == 1:
-                decays = tl.load(p_decays[:, None] + before, mask=m_boundary, other=-INF)
+            log_decays = None
+            largest = None
+            if RULE != "paper":
+                log_decays = c[:, None] + tl.load(p_decays[:, None] + before, mask=m_boundary, other=-INF)
                 largest = tl.load(p_largest + before, mask=m_boundary, other=0.0).to(tl.float64)
-                may_drop = may_drop_tight(norm[:, None], diagonal_logit[:, None], c[:, None] + decays, largest, log_eps)
-            else:
-                may_drop = may_drop_paper(decay, bound[:, None], bound_margin, allowed[:, None])
-            low = tl.maximum(low, tl.max(tl.where(m_boundary & may_drop, boundary, 0), 1))
+            droppable = may_drop(RULE, norm, diagonal_logit, bound, bound_margin, decay, log_decays, largest, log_eps)
+            low = tl.maximum(low, tl.max(tl.where(m_boundary & droppable, boundary, 0), 1))
             high = tl.minimum(high, low + step - 1)
         first_block = tl.maximum(first_block, low)
 

@@ -1,6 +1,6 @@
-"""The rules of `pruning` as Triton functions, for every kernel that searches; in PyTorch they are `pruning.may_drop`.
+"""The rules of pruning as one Triton function, for every kernel that searches; in PyTorch it is `rules.may_drop`.
 
-Their margins are host numbers, from `rounding`.
+Margins are numbers of the host, from `rounding`.
 """
 
 import triton
@@ -18,12 +18,12 @@ def lengths(x):
 
 
 @triton.jit
-def query_bounds(q, own_key, own_length, scale, margin):
-    """At least ``scale |q|`` and at most the logit with the own key, of rows ``[N, D]``; see `pruning.QueryBounds`."""
+def query_bounds(q, diagonal_key, key_length, scale, margin):
+    """At least ``scale |q|``, at most the logit with the diagonal key, of rows ``[N, D]``; see `rules.QueryBounds`."""
     norm = lengths(q) * (1.0 + margin)
     # Where the dot product overflows, so does this product of lengths, and no difference of the two drops anything.
-    own = tl.sum(q * own_key, 1) * scale - margin * (norm * own_length) * tl.abs(scale)
-    return norm * tl.abs(scale), own
+    diagonal = tl.sum(q * diagonal_key, 1) * scale - margin * (norm * key_length) * tl.abs(scale)
+    return norm * tl.abs(scale), diagonal
 
 
 @triton.jit
@@ -33,13 +33,23 @@ def raised(c, margin):
 
 
 @triton.jit
-def may_drop_tight(norm, own, log_decays, largest, log_eps):
-    """Whether rows may drop the keys of which these are; false where a number is NaN."""
-    return log_decays.to(norm.dtype) + norm * largest - own <= log_eps
+def may_drop(
+    RULE: tl.constexpr, norm, diagonal, bound, bound_margin, decay, log_decays, largest, log_eps
+):  # fmt: skip
+    """Whether rows may drop the keys up to one, by the `PruningRule` of value ``RULE``. False where a number is NaN.
 
-
-@triton.jit
-def may_drop_paper(decay, bound, bound_margin, log_eps):
-    """Whether rows may drop the keys up to one with this decay; false where ``bound`` is no finite number from 0 on."""
-    threshold = tl.where(bound >= 0.0, log_eps - 2.0 * (1.0 + bound_margin) * bound, -float("inf"))
-    return decay.to(threshold.dtype) < threshold
+    Args:
+        norm, diagonal: of the rows, as `query_bounds` gives them; ``tight`` reads them.
+        bound, bound_margin: ``U`` of the rows, and by which share it is raised; ``paper`` reads them. False where ``U``
+            is no finite number from 0 on.
+        decay: ``c_i - c_j`` of the last of the keys; ``paper`` reads it.
+        log_decays: log of the sum of ``exp(c_i - c_j)`` over the keys; ``tight`` reads it.
+        largest: greatest length of the keys; ``tight`` reads it.
+        log_eps: as `rounding.log_allowed` gives it.
+    """
+    if RULE == "tight":
+        return log_decays.to(norm.dtype) + norm * largest - diagonal <= log_eps
+    else:
+        tl.static_assert(RULE == "paper")
+        threshold = tl.where(bound >= 0.0, log_eps - 2.0 * (1.0 + bound_margin) * bound, -float("inf"))
+        return decay.to(threshold.dtype) < threshold

@@ -13,8 +13,9 @@ with ``j`` and falls with ``i``, so what a query keeps is one range that ends at
     worst). Drop keys ``j < n`` where ``scale |q_i| Kmax_n + c_i + P_n - s_ii <= log eps``. Drops at least what
     ``paper`` drops where ``U`` is the true maximum of ``scale |q| |k|``.
 
-Both hold for `centered` keys as well. `first_kept` is the definition, in plain PyTorch, for analysis; `prune` is what
-attention runs, on a GPU by kernels (`boundaries`). `may_drop` is both rules, and `predicates` the same for kernels.
+Both hold for `centered` keys as well. `PruningRule` names them. Each is written once in PyTorch, which is the
+definition (`may_drop`), and once in Triton (`predicates.may_drop`), for all kernels that search. `first_kept` is for
+analysis; `prune` is what attention runs, on a GPU by the kernels of `search`.
 
 **In floating point** the guarantee is about the exact attention weights of ``q``, ``k``, ``log_f`` as they are given:
 attention rounds with pruning as it does without. Every number that a rule reads is rounded to the safe side, by what
@@ -40,6 +41,7 @@ An overflow, or any NaN, makes a comparison false, which keeps keys. So does a `
 
 import math
 from collections.abc import Callable
+from enum import Enum
 from typing import Literal, NamedTuple
 
 import torch
@@ -47,11 +49,66 @@ from torch import Tensor
 
 from ..decay import Decay, accumulate
 from ..tiles import PRUNED_KEYS, PRUNED_QUERIES
-from ..validation import check_logit_bound, check_rule, check_scale
+from ..validation import check_scale, is_number, is_readable
 from .key_stats import KeySummary
 from .rounding import decay_margin, log_allowed, logit_margin
 
 Rule = Literal["paper", "tight"]
+"""What arguments and configurations call a `PruningRule`."""
+
+
+class PruningRule(str, Enum):
+    """How it is proven that a query may drop keys. A rule is its entry here and a branch in each `may_drop`."""
+
+    TIGHT = "tight"
+    PAPER = "paper"
+
+    @property
+    def reads_bound(self) -> bool:
+        """Whether it reads a bound of all logits, in place of lengths of keys and logits of diagonal keys."""
+        return self is PruningRule.PAPER
+
+    def terms(self, keys: int) -> int:
+        """Number of terms that share ``eps``: ``keys`` where each dropped weight has a bound, 1 where their sum has."""
+        return keys if self is PruningRule.PAPER else 1
+
+
+_RULES = {rule.value: rule for rule in PruningRule}
+
+
+def check_rule(eps: float, rule: str) -> PruningRule:
+    """The rule that is meant.
+
+    Raises:
+        ValueError: ``eps`` or ``rule`` is not as `first_kept` takes it.
+    """
+    if not (is_number(eps) and 0.0 < eps < 1.0):
+        raise ValueError(f"eps must be a number in (0, 1), got {eps!r}")
+    if isinstance(rule, PruningRule):
+        return rule
+    if not (isinstance(rule, str) and rule in _RULES):
+        raise ValueError(f"rule must be {' or '.join(map(repr, _RULES))}, got {rule!r}")
+    return _RULES[rule]
+
+
+def check_logit_bound(logit_bound: float | Tensor | None, batch: int, heads: int) -> None:
+    """Raise a `ValueError` unless ``logit_bound`` is as `first_kept` takes it."""
+    if logit_bound is None:
+        return
+    if isinstance(logit_bound, Tensor):
+        shape = list(logit_bound.shape)
+        # What broadcasts to [B, H].
+        fits = len(shape) <= 2 and all(n in (1, wanted) for n, wanted in zip(shape[::-1], (heads, batch), strict=False))
+        if not fits or not logit_bound.is_floating_point():
+            raise ValueError(
+                f"logit_bound must be a number or floating point of shape [H] = [{heads}], [1] or [B, H] = "
+                f"[{batch}, {heads}], got {logit_bound.dtype} of shape {shape}"
+            )
+        valid = not is_readable(logit_bound) or bool((logit_bound.isfinite() & (logit_bound >= 0.0)).all())
+    else:
+        valid = is_number(logit_bound) and math.isfinite(logit_bound) and logit_bound >= 0.0
+    if not valid:
+        raise ValueError(f"logit_bound must be finite and >= 0, as a bound of |scale * q . k| is, got {logit_bound!r}")
 
 
 def first_kept(
@@ -87,7 +144,7 @@ def first_kept(
     Raises:
         ValueError: ``eps``, ``rule``, ``scale`` or ``logit_bound`` is not as above.
     """
-    check_rule(eps, rule)
+    known = check_rule(eps, rule)
     batch, queries, heads, head_dim = q.shape
     keys = k.shape[1]
     check_logit_bound(logit_bound, batch, heads)
@@ -96,7 +153,7 @@ def first_kept(
     c, first = accumulate(log_f)
     last = torch.arange(keys - queries, keys, device=c.device)
     decay = Decay(c[..., keys - queries :], c, first[..., keys - queries :], last)
-    kept = _kept(decay, q, k, eps, rule, scale, logit_bound)
+    kept = _kept(decay, q, k, eps, known, scale, logit_bound)
     kept = torch.maximum(kept, _per_query_head(decay.kv_start, heads))
     return _blocks_minimum(kept, block_q) // block_k * block_k
 
@@ -107,7 +164,7 @@ def search_kv_start(
     k: Tensor,
     *,
     eps: float,
-    rule: Rule,
+    rule: PruningRule,
     scale: float,
     logit_bound: float | Tensor | None,
 ) -> Tensor:
@@ -149,11 +206,11 @@ def prune(
     Raises:
         ValueError: an argument is not as above.
     """
-    check_rule(eps, rule)
+    known = check_rule(eps, rule)
     check_logit_bound(logit_bound, q.shape[0], q.shape[2])
     if k.shape[1] <= PRUNED_KEYS or q.numel() == 0:
         return decay
-    return decay._replace(kv_start=search(decay, q, k, eps=eps, rule=rule, scale=scale, logit_bound=logit_bound))
+    return decay._replace(kv_start=search(decay, q, k, eps=eps, rule=known, scale=scale, logit_bound=logit_bound))
 
 
 @torch.no_grad()
@@ -175,27 +232,29 @@ class QueryBounds(NamedTuple):
     Attributes:
         c: float64, at least the running sum.
         norm: at least ``scale |q|``.
-        own: at most the logit with the own key.
+        diagonal: at most the logit with the diagonal key, which is the query's own.
+        logit_bound: ``U`` of a rule that reads one, ``[B, H, 1]``; None for others.
     """
 
     c: Tensor
     norm: Tensor
-    own: Tensor
+    diagonal: Tensor
+    logit_bound: Tensor | None = None
 
 
-def query_bounds(q: Tensor, own_key: Tensor, scale: float) -> tuple[Tensor, Tensor]:
-    """``norm`` and ``own`` of `QueryBounds`, in float64.
+def query_bounds(q: Tensor, diagonal_key: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    """``norm`` and ``diagonal`` of `QueryBounds`, in float64.
 
     Args:
         q: ``[B, Tq, H, D]``.
-        own_key: ``[B, Tq, G, D]``.
+        diagonal_key: ``[B, Tq, G, D]``, the key at each query's token.
         scale: multiplies the logits.
     """
-    margin = logit_margin(q.shape[-1], margin_dtype(own_key))
-    q, own_key = (x.double().transpose(1, 2) for x in (q, own_key))
-    own_key = _per_query_head(own_key, q.shape[1])
+    margin = logit_margin(q.shape[-1], margin_dtype(diagonal_key))
+    q, diagonal_key = (x.double().transpose(1, 2) for x in (q, diagonal_key))
+    diagonal_key = _per_query_head(diagonal_key, q.shape[1])
     norm = q.norm(dim=-1) * (abs(scale) * (1.0 + margin))
-    return norm, scale * (q * own_key).sum(-1) - margin * norm * own_key.norm(dim=-1)
+    return norm, scale * (q * diagonal_key).sum(-1) - margin * norm * diagonal_key.norm(dim=-1)
 
 
 def margin_dtype(k: Tensor) -> torch.dtype:
@@ -209,39 +268,37 @@ def raised(c: Tensor, keys: int) -> Tensor:
     return c * (1.0 - margin) + 32.0 * margin
 
 
-def may_drop(query: QueryBounds, keys: KeySummary, log_eps: float, logit_bound: Tensor | None) -> Tensor:
+def may_drop(rule: PruningRule, query: QueryBounds, keys: KeySummary, log_eps: float) -> Tensor:
     """The rules: whether a query may drop all keys that an entry of ``keys`` counts. False where a number is NaN.
 
     Args:
+        rule: by which.
         query, keys: of shapes that broadcast.
-        log_eps: as `rounding.log_allowed` gives it, for ``paper`` with the number of keys.
-        logit_bound: ``U`` of the rule ``paper``; None is the rule ``tight``.
+        log_eps: as `rounding.log_allowed` gives it, for `PruningRule.terms` of the number of keys.
     """
-    if logit_bound is None:
-        return (query.c + keys.log_decays) + query.norm * keys.largest - query.own <= log_eps
-    threshold = log_eps - 2.0 * (1.0 + logit_margin(0, torch.float32)) * logit_bound
-    return (logit_bound >= 0.0) & (query.c - keys.c < threshold)
+    if rule == PruningRule.TIGHT:
+        return (query.c + keys.log_decays) + query.norm * keys.largest - query.diagonal <= log_eps
+    assert rule == PruningRule.PAPER and query.logit_bound is not None
+    threshold = log_eps - 2.0 * (1.0 + logit_margin(0, torch.float32)) * query.logit_bound
+    return (query.logit_bound >= 0.0) & (query.c - keys.c < threshold)
 
 
-def most_droppable(
-    query: QueryBounds, keys: KeySummary, most: Tensor, log_eps: float, logit_bound: Tensor | None
-) -> Tensor:
+def most_droppable(rule: PruningRule, query: QueryBounds, keys: KeySummary, most: Tensor, log_eps: float) -> Tensor:
     """How many leading keys, or blocks of them, each row may drop, by bisection: ``[B, H, Tq]`` int64.
 
     Args:
+        rule: by which.
         query: of the rows.
         keys: ``[B, H, N]``, of each key or block and all before.
         most: ``[Tq]`` int64, not more than these may be dropped.
         log_eps: as for `may_drop`.
-        logit_bound: as for `may_drop`, ``[B, H]``.
     """
     low = torch.zeros_like(query.norm, dtype=torch.int64)
     high = most.expand_as(low)
-    bound = None if logit_bound is None else logit_bound[..., None]
     for _ in range(keys.c.shape[-1].bit_length()):
         middle = (low + high + 1) // 2
         before = (middle - 1).clamp(min=0)
-        droppable = may_drop(query, KeySummary(*(x.gather(-1, before) for x in keys)), log_eps, bound)
+        droppable = may_drop(rule, query, KeySummary(*(x.gather(-1, before) for x in keys)), log_eps)
         low = torch.where(droppable, middle, low)
         high = torch.where(droppable, high, middle - 1)
         high = torch.maximum(low, high)
@@ -249,10 +306,10 @@ def most_droppable(
 
 
 def bounds_to_come(bounds: tuple[Tensor, Tensor], heads: int, head_dim: int) -> tuple[Tensor, Tensor]:
-    """``norm`` and ``own`` of `QueryBounds`, ``[H, 1]`` float64, of queries of which only bounds are known.
+    """``norm`` and ``diagonal`` of `QueryBounds`, ``[H, 1]`` float64, of queries of which only bounds are known.
 
     Args:
-        bounds: ``scale |q|`` and ``-scale q . k`` with its own key of any such query are at most these, ``[H]`` or
+        bounds: ``scale |q|`` and ``-scale q . k`` with its diagonal key of any such query are at most these, ``[H]`` or
             ``[1]`` each; the second also bounds any ``|scale q . k|``. Negative ones and NaN count as infinite.
         heads: number of query heads ``H``.
         head_dim: size of a head.
@@ -260,8 +317,8 @@ def bounds_to_come(bounds: tuple[Tensor, Tensor], heads: int, head_dim: int) -> 
     # The largest norms of keys are float32.
     margin = logit_margin(head_dim, torch.float32)
     given = torch.stack(bounds).double()
-    norm, own = torch.where(given >= 0.0, given * (1.0 + margin), math.inf).expand(2, heads)[..., None]
-    return norm, -own
+    norm, logit_bound = torch.where(given >= 0.0, given * (1.0 + margin), math.inf).expand(2, heads)[..., None]
+    return norm, -logit_bound
 
 
 def first_dead_block(
@@ -291,14 +348,14 @@ def first_dead_block(
     Returns:
         ``[B, G]`` int32, at most ``blocks``: the least over the query heads of a key/value head.
     """
-    check_rule(eps, rule)
-    norm, own = bounds
+    known = check_rule(eps, rule)
+    norm, diagonal = bounds
     heads, kv_heads = len(norm), summary.largest.shape[1]
     c, *entries = (_per_query_head(x, heads) for x in (c[..., None], *(x[..., :blocks] for x in summary)))
-    paper = rule == "paper"
-    log_eps = log_allowed(eps, torch.float32, keys if paper else 1)
-    query = QueryBounds(raised(c, keys), norm, own)
-    dead = may_drop(query, KeySummary(*entries), log_eps, -own if paper else None)
+    log_eps = log_allowed(eps, torch.float32, known.terms(keys))
+    # A bound of the logit with the diagonal key is one of any logit.
+    query = QueryBounds(raised(c, keys), norm, diagonal, -diagonal)
+    dead = may_drop(known, query, KeySummary(*entries), log_eps)
     return dead.int().cumprod(-1).sum(-1, dtype=torch.int32).unflatten(1, (kv_heads, -1)).amin(2)
 
 
@@ -326,23 +383,23 @@ def _per_query_head(x: Tensor, heads: int) -> Tensor:
 
 
 def _kept(
-    decay: Decay, q: Tensor, k: Tensor, eps: float, rule: Rule, scale: float, logit_bound: float | Tensor | None
+    decay: Decay, q: Tensor, k: Tensor, eps: float, rule: PruningRule, scale: float, logit_bound: float | Tensor | None
 ) -> Tensor:
     """First key that each query keeps by the rule alone, ``[B, H, Tq]``; never after its own."""
     batch, _, heads, _ = q.shape
     length = k.shape[1]
     c_q, c_k = (_per_query_head(x, heads) for x in (decay.query, decay.key))
-    norm, own = query_bounds(q, k.index_select(1, decay.last), scale)
+    norm, diagonal = query_bounds(q, k.index_select(1, decay.last), scale)
     k_norm = _per_query_head(k.double().norm(dim=-1).transpose(1, 2), heads).masked_fill(torch.isposinf(c_k), 0.0)
     # A hidden key goes with the last one before it that is not.
     keys = KeySummary(c_k.cummin(-1).values, torch.logcumsumexp(-c_k, dim=-1), k_norm.cummax(-1).values)
     bound = None
-    if rule == "paper":
+    if rule.reads_bound:
         if logit_bound is None:
             logit_bound = norm.amax(-1) * k_norm.amax(-1)
-        bound = torch.as_tensor(logit_bound, dtype=torch.float64, device=c_q.device).expand(batch, heads)
-    log_eps = log_allowed(eps, margin_dtype(k), length if rule == "paper" else 1)
-    return most_droppable(QueryBounds(raised(c_q, length), norm, own), keys, decay.last, log_eps, bound)
+        bound = torch.as_tensor(logit_bound, dtype=torch.float64, device=c_q.device).expand(batch, heads)[..., None]
+    log_eps = log_allowed(eps, margin_dtype(k), rule.terms(length))
+    return most_droppable(rule, QueryBounds(raised(c_q, length), norm, diagonal, bound), keys, decay.last, log_eps)
 
 
 def _blocks_minimum(x: Tensor, block: int) -> Tensor:

@@ -1,8 +1,8 @@
-"""Triton kernels that find what ACP may drop: the rules of `pruning`, for blocks of queries and keys, on the device.
+"""Triton kernels that search for what ACP may drop: by the rules of pruning, in blocks of queries and keys.
 
 Everything is proportional to the number of tokens, and nothing walks along the sequence: a pass over keys and queries
 takes norms, a scan over blocks of keys takes what the rules need of all keys before a block's end, and every row finds
-its boundary among the blocks by bisection. A block of queries keeps what any of its rows keeps.
+its ``kv_start`` among the blocks by bisection. A block of queries keeps what any of its rows keeps.
 """
 
 from typing import NamedTuple
@@ -15,10 +15,10 @@ from torch import Tensor
 from ..decay import Decay
 from ..operators import NAMESPACE, maybe_contiguous
 from ..tiles import PRUNED_KEYS, PRUNED_QUERIES, padded_head_dim
-from ..triton_common import INF, larger, load_rows
-from .predicates import lengths, may_drop_paper, may_drop_tight, query_bounds, raised
+from ..triton_common import INF, INT32_MAX, larger, load_rows
+from .predicates import lengths, may_drop, query_bounds, raised
 from .rounding import decay_margin, log_allowed, logit_margin
-from .rules import Rule
+from .rules import PruningRule
 
 _QUERY_BLOCK = tl.constexpr(PRUNED_QUERIES)
 _KEY_BLOCK = tl.constexpr(PRUNED_KEYS)
@@ -27,28 +27,14 @@ _SCAN = 1024
 
 @triton.jit
 def _norms_kernel(
-    Q,
-    K,
-    LAST,
-    Q_NORM,
-    OWN,
-    K_MAX,
-    q_b,
-    q_t,
-    q_h,
-    k_b,
-    k_t,
-    k_h,
-    scale,
-    margin,
-    TQ,
-    TK,
-    H,
-    G,
-    NB,
-    HEAD_DIM: tl.constexpr,
-    PADDED_DIM: tl.constexpr,
-):
+    Q, q_b, q_t, q_h,
+    K, k_b, k_t, k_h,
+    LAST, NORM, DIAGONAL, LARGEST,
+    scale, margin,
+    TQ, TK, H, G, NB,
+    D: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):  # fmt: skip
     """Of a block of keys and the queries at its tokens: the largest ``|k|`` and `query_bounds`."""
     head, block = tl.program_id(0), tl.program_id(1)
     b, h = (head // H).to(tl.int64), head % H
@@ -57,22 +43,22 @@ def _norms_kernel(
     rows = keys - tl.load(LAST).to(tl.int32)
     is_row = (rows >= 0) & (rows < TQ)
     p_k = K + b * k_b + g.to(tl.int64) * k_h
-    k = load_rows(p_k, keys, k_t, keys < TK, HEAD_DIM, PADDED_DIM, True).to(tl.float32)
-    q = load_rows(Q + b * q_b + h.to(tl.int64) * q_h, rows, q_t, is_row, HEAD_DIM, PADDED_DIM, True).to(tl.float32)
+    k = load_rows(p_k, keys, k_t, keys < TK, D, BLOCK_D, True).to(tl.float32)
+    q = load_rows(Q + b * q_b + h.to(tl.int64) * q_h, rows, q_t, is_row, D, BLOCK_D, True).to(tl.float32)
     p_row = head.to(tl.int64) * TQ + rows
     k_length = lengths(k)
-    norm, own = query_bounds(q, k, k_length, scale, margin)
-    tl.store(Q_NORM + p_row, norm, mask=is_row)
-    tl.store(OWN + p_row, own, mask=is_row)
-    tl.store(K_MAX + (b * G + g) * NB + block, tl.max(k_length, 0), mask=h % (H // G) == 0)
+    norm, diagonal = query_bounds(q, k, k_length, scale, margin)
+    tl.store(NORM + p_row, norm, mask=is_row)
+    tl.store(DIAGONAL + p_row, diagonal, mask=is_row)
+    tl.store(LARGEST + (b * G + g) * NB + block, tl.max(k_length, 0), mask=h % (H // G) == 0)
 
 
 @triton.jit
-def _block_decay_kernel(C, END, LOG_SUM, stride_b, stride_h, HF, TK, NB):
+def _block_decay_kernel(C, c_b, c_h, END, LOG_SUM, HF, TK, NB):
     """Of a block of keys: ``c`` at its last visible one, ``+inf`` for none, and ``log sum_j exp(c_last - c_j)``."""
     row, block = tl.program_id(0), tl.program_id(1)
     keys = block * _KEY_BLOCK + tl.arange(0, _KEY_BLOCK)
-    p = C + (row // HF).to(tl.int64) * stride_b + (row % HF).to(tl.int64) * stride_h
+    p = C + (row // HF).to(tl.int64) * c_b + (row % HF).to(tl.int64) * c_h
     c = tl.load(p + keys, mask=keys < TK, other=INF)
     end = tl.min(c, 0)
     weights = tl.where(c == INF, 0.0, tl.exp((end - c).to(tl.float32)))
@@ -112,13 +98,13 @@ def _scan_decay_kernel(END, LOG_SUM, NB, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def _scan_largest_kernel(K_MAX, NB, BLOCK: tl.constexpr):
+def _scan_largest_kernel(LARGEST, NB, BLOCK: tl.constexpr):
     """Running maximum over blocks, in place."""
     row = tl.program_id(0)
     before = tl.zeros([BLOCK], tl.float32)
     for start in range(0, NB, BLOCK):
         blocks = start + tl.arange(0, BLOCK)
-        p = K_MAX + row * NB + blocks
+        p = LARGEST + row * NB + blocks
         largest = tl.associative_scan(tl.load(p, mask=blocks < NB, other=0.0).to(tl.float32), 0, larger)
         largest = tl.maximum(largest, before)
         tl.store(p, largest, mask=blocks < NB)
@@ -127,37 +113,18 @@ def _scan_largest_kernel(K_MAX, NB, BLOCK: tl.constexpr):
 
 @triton.jit
 def _search_kernel(
-    C_Q,
-    END,
-    LOG_SUM,
-    K_MAX,
-    Q_NORM,
-    OWN,
-    BOUND,
-    FIRST,
-    LAST,
-    OWN_BLOCK,
-    STARTS,
-    OUT,
-    c_b,
-    c_h,
-    first_b,
-    first_h,
-    bound_b,
-    bound_h,
-    log_eps,
-    c_margin,
-    bound_margin,
-    TQ,
-    H,
-    HF,
-    G,
-    FIRST_GROUP,
-    NB,
-    STEPS,
-    TIGHT: tl.constexpr,
-    SCATTERED: tl.constexpr,
-):
+    C_Q, cq_b, cq_h,
+    END, LOG_SUM, LARGEST,
+    NORM, DIAGONAL,
+    BOUND, bound_b, bound_h,
+    KV_START, s_b, s_h,
+    LAST, DIAGONAL_BLOCK, STARTS, OUT,
+    log_eps, c_margin, bound_margin,
+    TQ, H, HF, G, START_GROUP, NB, STEPS,
+    RULE: tl.constexpr,
+    IS_SCATTERED: tl.constexpr,
+):  # fmt: skip
+    """First key that each query of a block keeps: ``kv_start``, or the first block that a row may not drop if later."""
     head, block = tl.program_id(0), tl.program_id(1)
     b, h = head // H, head % H
     b64 = b.to(tl.int64)
@@ -165,22 +132,25 @@ def _search_kernel(
     rows = block * _QUERY_BLOCK + tl.arange(0, _QUERY_BLOCK)
     is_row = rows < TQ
     position = tl.load(LAST + rows, mask=is_row, other=0).to(tl.int32)
-    c = raised(tl.load(C_Q + b64 * c_b + gate.to(tl.int64) * c_h + rows, mask=is_row, other=0.0), c_margin)
-    p_first = FIRST + b64 * first_b + (h // FIRST_GROUP).to(tl.int64) * first_h
-    first = tl.load(p_first + rows, mask=is_row, other=2147483647)
+    c = raised(tl.load(C_Q + b64 * cq_b + gate.to(tl.int64) * cq_h + rows, mask=is_row, other=0.0), c_margin)
+    p_start = KV_START + b64 * s_b + (h // START_GROUP).to(tl.int64) * s_h
+    kv_start = tl.load(p_start + rows, mask=is_row, other=INT32_MAX)
     p_row = head.to(tl.int64) * TQ + rows
     p_end, p_sum = END + (b * HF + gate) * NB, LOG_SUM + (b * HF + gate) * NB
-    if TIGHT:
-        p_largest = K_MAX + (b * G + h // (H // G)) * NB
-        norm = tl.load(Q_NORM + p_row, mask=is_row, other=0.0)
-        own = tl.load(OWN + p_row, mask=is_row, other=0.0)
-    else:
+    norm = None
+    diagonal = None
+    bound = None
+    if RULE == "paper":
         bound = tl.load(BOUND + b * bound_b + h * bound_h)
+    else:
+        p_largest = LARGEST + (b * G + h // (H // G)) * NB
+        norm = tl.load(NORM + p_row, mask=is_row, other=0.0)
+        diagonal = tl.load(DIAGONAL + p_row, mask=is_row, other=0.0)
 
-    # Blocks before `low` may be dropped, from `high` on they may not; a query never drops its own block.
+    # Blocks before `low` may be dropped, from `high` on they may not; a query never drops its diagonal block.
     low = tl.zeros([_QUERY_BLOCK], tl.int32)
-    if SCATTERED:
-        high = tl.load(OWN_BLOCK + rows, mask=is_row, other=0).to(tl.int32)
+    if IS_SCATTERED:
+        high = tl.load(DIAGONAL_BLOCK + rows, mask=is_row, other=0).to(tl.int32)
     else:
         high = tl.maximum(tl.minimum(position, NB * _KEY_BLOCK - 1), 0) // _KEY_BLOCK
     for _ in range(0, STEPS):
@@ -188,20 +158,21 @@ def _search_kernel(
         last = tl.maximum(middle - 1, 0)
         end = tl.load(p_end + last)
         decay = tl.where(end == INF, -INF, c - tl.where(end == INF, 0.0, end))
-        if TIGHT:
+        log_decays = None
+        largest = None
+        if RULE != "paper":
             largest = tl.load(p_largest + last).to(tl.float32)
-            droppable = may_drop_tight(norm, own, decay + tl.load(p_sum + last), largest, log_eps)
-        else:
-            droppable = may_drop_paper(decay, bound, bound_margin, log_eps)
+            log_decays = decay + tl.load(p_sum + last)
+        droppable = may_drop(RULE, norm, diagonal, bound, bound_margin, decay, log_decays, largest, log_eps)
         # With nothing left between them, low stays.
         low = tl.where(droppable & (low < high), middle, low)
         high = tl.where(droppable, high, middle - 1)
         high = tl.maximum(low, high)
-    sees_nothing = (first > position) | (rows >= TQ)
-    kept = tl.load(STARTS + low).to(tl.int32) if SCATTERED else low * _KEY_BLOCK
-    kept = tl.min(tl.where(sees_nothing, 2147483647, kept), 0)
-    kept = tl.where(sees_nothing, 0, kept)
-    tl.store(OUT + p_row, tl.maximum(first, kept.to(tl.int64)), mask=is_row)
+    fully_masked = (kv_start > position) | (rows >= TQ)
+    kept = tl.load(STARTS + low).to(tl.int32) if IS_SCATTERED else low * _KEY_BLOCK
+    kept = tl.min(tl.where(fully_masked, INT32_MAX, kept), 0)
+    kept = tl.where(fully_masked, 0, kept)
+    tl.store(OUT + p_row, tl.maximum(kv_start, kept.to(tl.int64)), mask=is_row)
 
 
 def search_kv_start(
@@ -210,7 +181,7 @@ def search_kv_start(
     k: Tensor,
     *,
     eps: float,
-    rule: Rule,
+    rule: PruningRule,
     scale: float,
     logit_bound: float | Tensor | None,
 ) -> Tensor:
@@ -221,7 +192,7 @@ def search_kv_start(
             logit_bound = torch.full((1,), logit_bound, dtype=torch.float32, device=q.device)
         logit_bound = logit_bound.to(device=q.device, dtype=torch.float32).expand(q.shape[0], q.shape[2])
     q, k, c_q, c_k = (x.detach() for x in (q, k, decay.query, decay.key))
-    return _search_kv_start(q, k, c_q, c_k, decay.kv_start, decay.last, eps, rule == "tight", scale, logit_bound)
+    return _search_kv_start(q, k, c_q, c_k, decay.kv_start, decay.last, eps, rule.value, scale, logit_bound)
 
 
 @torch.library.custom_op(f"{NAMESPACE}::search_kv_start", mutates_args=())
@@ -233,37 +204,35 @@ def _search_kv_start(
     kv_start: Tensor,
     last: Tensor,
     eps: float,
-    tight: bool,
+    rule: str,
     scale: float,
     logit_bound: Tensor | None,
 ) -> Tensor:
     q, k, c_q, c_k, kv_start = (maybe_contiguous(x) for x in (q, k, c_q, c_k, kv_start))
     with torch.cuda.device_of(q):
-        return _launch(Decay(c_q, c_k, kv_start, last), q, k, eps, tight, scale, logit_bound)
+        return _launch(Decay(c_q, c_k, kv_start, last), q, k, eps, PruningRule(rule), scale, logit_bound)
 
 
 @_search_kv_start.register_fake
-def _search_kv_start_fake(q, k, c_q, c_k, kv_start, last, eps, tight, scale, logit_bound):
+def _search_kv_start_fake(q, k, c_q, c_k, kv_start, last, eps, rule, scale, logit_bound):
     return kv_start.new_empty(q.shape[0], q.shape[2], q.shape[1])
 
 
 def _launch(
-    decay: Decay, q: Tensor, k: Tensor, eps: float, tight: bool, scale: float, logit_bound: Tensor | None
+    decay: Decay, q: Tensor, k: Tensor, eps: float, rule: PruningRule, scale: float, logit_bound: Tensor | None
 ) -> Tensor:
-    keys = k.shape[1]
     end, log_sum = decay_by_blocks(decay.key)
     join_blocks(end, log_sum)
-    q_norm = own = largest = None
-    if tight or logit_bound is None:
-        q_norm, own, largest = norms(q, k, decay.last, scale)
-        if tight:
-            join_largest(largest)
+    norm = diagonal = largest = None
+    if not rule.reads_bound or logit_bound is None:
+        norm, diagonal, largest = norms(q, k, decay.last, scale)
+        if rule.reads_bound:
+            logit_bound = norm.amax(-1) * largest.amax(-1).repeat_interleave(q.shape[2] // k.shape[2], dim=1)
         else:
-            logit_bound = q_norm.amax(-1) * largest.amax(-1).repeat_interleave(q.shape[2] // k.shape[2], dim=1)
-    rows = Queries(decay.query, decay.kv_start, decay.last, q_norm, own)
-    blocks = Blocks(end, log_sum, largest)
-    log_eps = log_allowed(eps, torch.float32, 1 if tight else keys)
-    return search(rows, blocks, q.shape[2], k.shape[2], log_eps, None if tight else logit_bound)
+            join_largest(largest)
+    rows = Queries(decay.query, decay.kv_start, decay.last, norm, diagonal)
+    log_eps = log_allowed(eps, torch.float32, rule.terms(k.shape[1]))
+    return search(rule, rows, Blocks(end, log_sum, largest), q.shape[2], k.shape[2], log_eps, logit_bound)
 
 
 class Queries(NamedTuple):
@@ -271,19 +240,21 @@ class Queries(NamedTuple):
 
     Attributes:
         c: ``[B, Hf, Tq]`` float64 running sums.
-        first: ``[B, H or Hf or 1, Tq]`` int64 first key that each may see anyway; beyond its own if none.
-        last: ``[Tq]`` int64 own keys.
-        norm: ``[B, H, Tq]`` float32, at least ``scale |q|``; this and the next are only needed by the rule ``tight``.
-        own: ``[B, H, Tq]`` float32, at most the logits with their own keys.
-        own_block: ``[Tq]`` int64 block of keys that each one's own key is in; None if it is that of ``last``.
+        kv_start: ``[B, H or Hf or 1, Tq]`` int64 first key that each may see anyway; beyond its own in a fully masked
+            row.
+        last: ``[Tq]`` int64 diagonal keys.
+        norm: ``[B, H, Tq]`` float32, at least ``scale |q|``; this and the next are not needed by a rule that reads a
+            bound.
+        diagonal: ``[B, H, Tq]`` float32, at most the logits with the diagonal keys.
+        diagonal_block: ``[Tq]`` int64 block of keys that each one's diagonal key is in; None if it is that of ``last``.
     """
 
     c: Tensor
-    first: Tensor
+    kv_start: Tensor
     last: Tensor
     norm: Tensor | None
-    own: Tensor | None
-    own_block: Tensor | None = None
+    diagonal: Tensor | None
+    diagonal_block: Tensor | None = None
 
 
 class Blocks(NamedTuple):
@@ -292,9 +263,9 @@ class Blocks(NamedTuple):
     Attributes:
         end: ``[B, Hf, N]`` float64 running sum at the last visible key.
         log_sum: ``[B, Hf, N]`` float64 ``log sum_j exp(end - c_j)``.
-        largest: ``[B, G, N]`` float32 or float64 ``max |k|``, at least `rounding.SHORTEST_LENGTH`; only needed by the
-            rule ``tight``.
-        starts: ``[N]`` int64 first key of each; None if all but the last are full. With ``own_block``.
+        largest: ``[B, G, N]`` float32 or float64 ``max |k|``, at least `rounding.SHORTEST_LENGTH`; not needed by
+            a rule that reads a bound.
+        starts: ``[N]`` int64 first key of each; None if all but the last are full. With ``diagonal_block``.
     """
 
     end: Tensor
@@ -313,7 +284,11 @@ def decay_by_blocks(c_k: Tensor, out: Tensor | None = None) -> tuple[Tensor, Ten
     if out is None:
         out = torch.empty(2, batch, gates, blocks, dtype=torch.float64, device=c_k.device)
     end, log_sum = out.unbind()
-    _block_decay_kernel[(batch * gates, blocks)](c_k, end, log_sum, *c_k.stride()[:2], gates, keys, blocks, num_warps=1)
+    _block_decay_kernel[(batch * gates, blocks)](
+        C=c_k, c_b=c_k.stride(0), c_h=c_k.stride(1),
+        END=end, LOG_SUM=log_sum, HF=gates, TK=keys, NB=blocks,
+        num_warps=1,
+    )  # fmt: skip
     return end, log_sum
 
 
@@ -334,78 +309,82 @@ def _scan_block(blocks: int) -> int:
 
 
 def norms(q: Tensor, k: Tensor, last: Tensor, scale: float, out: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
-    """``norm`` and ``own`` of `Queries`, and ``max |k|`` of each block of keys alone, ``[B, G, N]`` float32.
+    """``norm`` and ``diagonal`` of `Queries`, and ``max |k|`` of each block of keys alone, ``[B, G, N]`` float32.
 
     The latter is written to ``out``, contiguous and of any type, if it is given.
     """
     batch, queries, heads, head_dim = q.shape
     keys, kv_heads = k.shape[1:3]
     blocks = triton.cdiv(keys, PRUNED_KEYS)
-    q_norm, own = torch.empty(2, batch, heads, queries, dtype=torch.float32, device=q.device).unbind()
+    norm, diagonal = torch.empty(2, batch, heads, queries, dtype=torch.float32, device=q.device).unbind()
     largest = torch.empty(batch, kv_heads, blocks, dtype=torch.float32, device=q.device) if out is None else out
     _norms_kernel[(batch * heads, blocks)](
-        q,
-        k,
-        last,
-        q_norm,
-        own,
-        largest,
-        *q.stride()[:3],
-        *k.stride()[:3],
-        scale,
-        logit_margin(head_dim, torch.float32),
-        queries,
-        keys,
-        heads,
-        kv_heads,
-        blocks,
-        HEAD_DIM=head_dim,
-        PADDED_DIM=padded_head_dim(head_dim),
-    )
-    return q_norm, own, largest
+        Q=q, q_b=q.stride(0), q_t=q.stride(1), q_h=q.stride(2),
+        K=k, k_b=k.stride(0), k_t=k.stride(1), k_h=k.stride(2),
+        LAST=last,
+        NORM=norm,
+        DIAGONAL=diagonal,
+        LARGEST=largest,
+        scale=scale,
+        margin=logit_margin(head_dim, torch.float32),
+        TQ=queries,
+        TK=keys,
+        H=heads,
+        G=kv_heads,
+        NB=blocks,
+        D=head_dim,
+        BLOCK_D=padded_head_dim(head_dim),
+    )  # fmt: skip
+    return norm, diagonal, largest
 
 
 def search(
-    rows: Queries, blocks: Blocks, heads: int, kv_heads: int, log_eps: float, logit_bound: Tensor | None
+    rule: PruningRule,
+    rows: Queries,
+    blocks: Blocks,
+    heads: int,
+    kv_heads: int,
+    log_eps: float,
+    logit_bound: Tensor | None,
 ) -> Tensor:
-    """First key that each query keeps, ``[B, H, Tq]`` int64: by the rule ``paper`` if there is a ``logit_bound``.
+    """First key that each query keeps, ``[B, H, Tq]`` int64.
 
     Args:
+        rule: by which.
         rows, blocks: queries, and the keys that ``last`` counts.
         heads, kv_heads: how many.
-        log_eps: as `rounding.log_allowed` gives it, for ``paper`` with the number of keys.
-        logit_bound: ``U``, ``[B, H]`` float32, any strides. Where it is NaN, infinite or negative nothing is dropped.
+        log_eps: as `rounding.log_allowed` gives it, for `PruningRule.terms` of the number of keys.
+        logit_bound: ``U`` of a rule that reads one, ``[B, H]`` float32, any strides. Where it is NaN, infinite or
+            negative nothing is dropped.
     """
     batch, gates, queries = rows.c.shape
-    first = torch.empty(batch, heads, queries, dtype=torch.int64, device=rows.c.device)
+    kv_start = torch.empty(batch, heads, queries, dtype=torch.int64, device=rows.c.device)
+    bound = logit_bound if rule.reads_bound else None
     count = blocks.end.shape[-1]
     _search_kernel[(batch * heads, triton.cdiv(queries, PRUNED_QUERIES))](
-        rows.c,
-        blocks.end,
-        blocks.log_sum,
-        blocks.largest,
-        rows.norm,
-        rows.own,
-        logit_bound,
-        rows.first,
-        rows.last,
-        rows.own_block,
-        blocks.starts,
-        first,
-        *rows.c.stride()[:2],
-        *rows.first.stride()[:2],
-        *((0, 0) if logit_bound is None else logit_bound.stride()),
-        log_eps,
-        decay_margin(count * PRUNED_KEYS),
-        logit_margin(0, torch.float32),
-        queries,
-        heads,
-        gates,
-        kv_heads,
-        heads // rows.first.shape[1],
-        count,
-        count.bit_length() + 1,
-        TIGHT=logit_bound is None,
-        SCATTERED=blocks.starts is not None,
-    )
-    return first
+        C_Q=rows.c, cq_b=rows.c.stride(0), cq_h=rows.c.stride(1),
+        END=blocks.end,
+        LOG_SUM=blocks.log_sum,
+        LARGEST=blocks.largest,
+        NORM=rows.norm,
+        DIAGONAL=rows.diagonal,
+        BOUND=bound, bound_b=0 if bound is None else bound.stride(0), bound_h=0 if bound is None else bound.stride(1),
+        KV_START=rows.kv_start, s_b=rows.kv_start.stride(0), s_h=rows.kv_start.stride(1),
+        LAST=rows.last,
+        DIAGONAL_BLOCK=rows.diagonal_block,
+        STARTS=blocks.starts,
+        OUT=kv_start,
+        log_eps=log_eps,
+        c_margin=decay_margin(count * PRUNED_KEYS),
+        bound_margin=logit_margin(0, torch.float32),
+        TQ=queries,
+        H=heads,
+        HF=gates,
+        G=kv_heads,
+        START_GROUP=heads // rows.kv_start.shape[1],
+        NB=count,
+        STEPS=count.bit_length() + 1,
+        RULE=rule.value,
+        IS_SCATTERED=blocks.starts is not None,
+    )  # fmt: skip
+    return kv_start

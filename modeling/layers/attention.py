@@ -20,6 +20,7 @@ from transformers.utils import TransformersKwargs
 
 from ...kernels.decay import Decay, accumulate
 from ...kernels.padding import hide_padding, skip_padding
+from ...kernels.pruning.rules import PruningRule
 from ..arguments import DECODER_ARGUMENTS, refuse_unknown
 from ..cache.dynamic import ForgettingLayer, check_cache, layer_of
 from ..cache.paged import FoxPagedCache
@@ -267,7 +268,7 @@ class FoxAttention(FusableProjections):
 
     def _bound_needs_keys(self) -> bool:
         """Whether pruning needs a bound of the logits that the weights do not give."""
-        return self.config.acp_rule == "paper" and (self.config.qk_norm == "none" or self.rope_stretches)
+        return PruningRule(self.config.acp_rule).reads_bound and (self.config.qk_norm == "none" or self.rope_stretches)
 
     def logit_bound(self, dtype: torch.dtype) -> Tensor | None:
         """Bound of ``|scale * q . k|`` by the weights of QK-norm, ``[H]`` or ``[1]``; None as for `norm_bounds`.
