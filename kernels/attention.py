@@ -1,5 +1,6 @@
 """The public function: forgetting attention over whole sequences, on whatever device the inputs are."""
 
+import warnings
 from typing import Literal, overload
 
 import torch
@@ -27,6 +28,7 @@ def forgetting_attention(
     rule: Rule = "tight",
     logit_bound: float | Tensor | None = None,
     return_lse: Literal[False] = False,
+    return_kv_start: Literal[False] = False,
     return_first: Literal[False] = False,
 ) -> Tensor: ...
 
@@ -46,6 +48,7 @@ def forgetting_attention(
     rule: Rule = "tight",
     logit_bound: float | Tensor | None = None,
     return_lse: bool = False,
+    return_kv_start: bool = False,
     return_first: bool = False,
 ) -> tuple[Tensor, ...]: ...
 
@@ -64,6 +67,7 @@ def forgetting_attention(
     rule: Rule = "tight",
     logit_bound: float | Tensor | None = None,
     return_lse: bool = False,
+    return_kv_start: bool = False,
     return_first: bool = False,
 ) -> Tensor | tuple[Tensor, ...]:
     """Causal softmax attention whose logits decay by the forget gates between key and query.
@@ -71,7 +75,7 @@ def forgetting_attention(
     ``O_i = sum_j P_ij v_j`` with ``P = softmax_j(scale * q_i . k_j + sum_{j < l <= i} log f_l)`` over ``j <= i``
     (Forgetting Transformer, arXiv 2503.02130). The queries are the last ``Tq`` of the ``Tk`` tokens.
     Memory is linear in ``Tk``. On an NVIDIA GPU, for heads up to 256 and types up to float32, this runs on Triton
-    kernels, which give the same bits each time; elsewhere in PyTorch. Differentiable once, in reverse mode, in ``q``,
+    kernels, which are bitwise deterministic; elsewhere in PyTorch. Differentiable once, in reverse mode, in ``q``,
     ``k``, ``v`` and ``log_f``. Forward mode, second derivatives and torch.func's transforms raise
     `NotImplementedError` (a model has all of them with ``attn_implementation="eager"``).
 
@@ -82,7 +86,7 @@ def forgetting_attention(
         log_f: ``[B, Tk, Hf]`` natural log of the forget gates, ``<= 0``; float32 or float64. ``Hf`` is ``H`` (a gate
             per query head), ``G`` (per key/value head) or 1 (shared). ``-inf``, or anything below -1e4, is a hard
             reset: nothing before that token is seen from it on. Positive or NaN gates raise on a CPU; on other devices
-            the check would wait for the device, and the result is undefined.
+            the check would synchronise, and the result is undefined.
         scale: multiplies the logits; ``1 / sqrt(D)`` by default.
         attention_mask: ``[B, Tk]``, nonzero for real tokens and zero for padding, which may stand anywhere. A padding
             token is not attended to, does not decay anything, and its own output is zero; ``q``, ``k``, ``v`` and
@@ -97,11 +101,12 @@ def forgetting_attention(
             finite and at least 0; found by default. If it is too small by ``x``, rows may lose up to ``exp(2 x) eps``.
             On a GPU its values are not checked: where they are not as said, nothing is left out.
         return_lse: also return the log-sum-exp of each row's logits.
-        return_first: also return the first key that each query keeps.
+        return_kv_start: also return the first key that each query keeps.
+        return_first: the older name of ``return_kv_start``.
 
     Returns:
         ``[B, Tq, H, D]`` in the type of ``q``; with ``return_lse`` then ``[B, H, Tq]``, float32 (float64 for float64);
-        with ``return_first`` then ``[B, H, Tq]`` int64, greater than a query's own index if it sees nothing.
+        with ``return_kv_start`` then ``[B, H, Tq]`` int64, greater than a query's own index in a fully masked row.
 
     Raises:
         ValueError: a shape, type or value is not as above; the message names the argument.
@@ -112,6 +117,9 @@ def forgetting_attention(
         >>> forgetting_attention(q, k, v, log_f).shape
         torch.Size([1, 8, 2, 16])
     """
+    if return_first:
+        warnings.warn("return_first is now called return_kv_start", FutureWarning, stacklevel=2)
+        return_kv_start = True
     check_inputs(q, k, v, log_f)
     check_options(scale=scale, dropout=dropout)
     # A rule that is unknown is an error without pruning too.
@@ -140,6 +148,6 @@ def forgetting_attention(
     results = [out]
     if return_lse:
         results.append(lse)
-    if return_first:
+    if return_kv_start:
         results.append(decay.kv_start.repeat_interleave(q.shape[2] // decay.kv_start.shape[1], dim=1))
     return tuple(results) if len(results) > 1 else out

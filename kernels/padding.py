@@ -1,4 +1,4 @@
-"""Padding: which keys it hides, which rows it masks, and the values that must not reach a product."""
+"""Padding: which keys it hides, which rows it masks, and the values that must not reach a matmul."""
 
 import torch
 from torch import Tensor

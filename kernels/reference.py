@@ -1,13 +1,13 @@
 """Forgetting attention in plain PyTorch: the definition that every kernel is held to, and the CPU backend.
 
-    S_ij = scale * q_i . k_j + D_ij,   first_i <= j <= last_i         D_ij = c_i - c_j
+    S_ij = scale * q_i . k_j + D_ij,   kv_start_i <= j <= last_i     D_ij = c_i - c_j
     P    = softmax_j(S),               O = P V,   lse_i = log sum_j exp S_ij
 
     dV = P^T dO     dP = dO V^T     dS = P * (dP - delta)             delta_i = sum_j P_ij dP_ij - dlse_i
     dQ = scale dS K     dK = scale dS^T Q     dc_i = sum_j dS_ij     dc_j = -sum_i dS_ij
 
 Both passes walk over chunks of queries and recompute the scores, so that memory is linear in the sequence
-length. Products run in float32 (float64 for float64 inputs; on a GPU in TF32 if torch is told to), whatever the input
+length. Matmuls run in float32 (float64 for float64 inputs; on a GPU in TF32 if torch is told to), whatever the input
 type.
 
 Two places decide whether accuracy survives long sequences:
@@ -31,7 +31,7 @@ _CHUNK_ELEMENTS = 1 << 22
 _MIN_CHUNK, _MAX_CHUNK = 16, 64
 
 # Weights below exp of this, relative to their row's total, are taken as zero. They are far below rounding, and decay
-# makes most weights tiny: left alone they become denormal numbers, which make products on a CPU 30 times slower.
+# makes most weights tiny: left alone they become denormal numbers, which make matmuls on a CPU 30 times slower.
 _LOG_ZERO = {torch.float32: -80.0, torch.float64: -600.0}
 
 
@@ -121,7 +121,7 @@ class _Chunks:
     """The chunks of queries, each with the range of keys it can see, and the scores of one chunk."""
 
     def __init__(
-        self, q: Tensor, k: Tensor, c_q: Tensor, c_k: Tensor, first: Tensor, last: Tensor, scale: float
+        self, q: Tensor, k: Tensor, c_q: Tensor, c_k: Tensor, kv_start: Tensor, last: Tensor, scale: float
     ) -> None:
         self.heads, self.kv_heads = q.shape[2], k.shape[2]
         self.dtype = _compute_dtype(q)
@@ -129,13 +129,13 @@ class _Chunks:
         self.k = _head_first(k, self.dtype)
         self.c_q = _per_kv_head(c_q, self.kv_heads, self.heads)
         self.c_k = _per_kv_head(c_k, self.kv_heads, self.heads)
-        self.first = _per_kv_head(first, self.kv_heads, self.heads)
+        self.kv_start = _per_kv_head(kv_start, self.kv_heads, self.heads)
         self.last = last
         self.has_hidden_keys = not _on_host(c_k) or bool(torch.isposinf(c_k).any())
         if self.has_hidden_keys:
             self.hidden = torch.isposinf(c_k).all(1)
             self.k = self._without_hidden(self.k)
-            self.q.masked_fill_((first > last).all(1)[:, None, None, :, None], 0.0)
+            self.q.masked_fill_((kv_start > last).all(1)[:, None, None, :, None], 0.0)
 
     def values(self, v: Tensor) -> Tensor:
         """``[B, Tk, G, D] -> [B, G, Tk, D]``, as the keys are held."""
@@ -143,7 +143,7 @@ class _Chunks:
         return self._without_hidden(v) if self.has_hidden_keys else v
 
     def _without_hidden(self, x: Tensor) -> Tensor:
-        # A weight of zero times a NaN is a NaN: whatever stands in padding must not come near a product.
+        # A weight of zero times a NaN is a NaN: whatever stands in padding must not reach a matmul.
         return x.masked_fill(self.hidden[:, None, :, None], 0.0)
 
     def __iter__(self):
@@ -159,30 +159,30 @@ class _Chunks:
     def _key_range(self, rows: slice, keys: int) -> tuple[slice, int]:
         """Keys that the chunk can see, and how many of them come before its first query."""
         if not _on_host(self.last):
-            # Reading the range would wait for the device: take every key, all of them as if near the diagonal.
+            # Reading the range would synchronise: take every key, all of them as if beside the diagonal.
             return slice(0, keys), 0
-        low, high = int(self.first[..., rows].min()), int(self.last[rows][-1]) + 1
-        near = int(self.last[rows][0])
-        low = min(max(low, 0), near)
-        return slice(low, high), near - low
+        low, high = int(self.kv_start[..., rows].min()), int(self.last[rows][-1]) + 1
+        diagonal = int(self.last[rows][0])
+        low = min(max(low, 0), diagonal)
+        return slice(low, high), diagonal - low
 
-    def scores(self, rows: slice, keys: slice, far: int) -> Tensor:
+    def scores(self, rows: slice, keys: slice, before: int) -> Tensor:
         """``S`` of one chunk, ``[B, G, H / G, rows, keys]``, ``-inf`` where a query may not see a key."""
         q = self.q[..., rows, :]
         scores = (q.flatten(2, 3) @ self.k[..., keys, :].mT).unflatten(2, q.shape[2:4])
         c_q, c_k = self.c_q[..., rows], self.c_k[..., keys]
         base = c_q[..., :1]
-        scores[..., :far] += (c_q - base).to(self.dtype)[..., None]
-        scores[..., :far] += (base - c_k[..., :far]).to(self.dtype)[..., None, :]
-        scores[..., far:] += (c_q[..., None] - c_k[..., None, far:]).to(self.dtype)
+        scores[..., :before] += (c_q - base).to(self.dtype)[..., None]
+        scores[..., :before] += (base - c_k[..., :before]).to(self.dtype)[..., None, :]
+        scores[..., before:] += (c_q[..., None] - c_k[..., None, before:]).to(self.dtype)
 
         index = torch.arange(keys.start, keys.stop, device=q.device)
-        first, last = self.first[..., rows, None], self.last[rows, None]
-        if _on_host(last) and int(first.max()) <= keys.start:
+        kv_start, last = self.kv_start[..., rows, None], self.last[rows, None]
+        if _on_host(last) and int(kv_start.max()) <= keys.start:
             # Only the triangle on the diagonal is cut: the usual case of one unbroken sequence.
-            scores[..., far:].masked_fill_(index[far:] > last, float("-inf"))
+            scores[..., before:].masked_fill_(index[before:] > last, float("-inf"))
         else:
-            scores.masked_fill_((index < first) | (index > last), float("-inf"))
+            scores.masked_fill_((index < kv_start) | (index > last), float("-inf"))
         if self.has_hidden_keys:
             scores.masked_fill_(torch.isposinf(c_k)[..., None, :], float("-inf"))
         return scores
@@ -211,21 +211,21 @@ def _forward(
     v: Tensor,
     c_q: Tensor,
     c_k: Tensor,
-    first: Tensor,
+    kv_start: Tensor,
     last: Tensor,
     scale: float,
     dropout: float,
     seed: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    # An operator runs under the caller's autocast, which would turn the products below to half precision.
+    # An operator runs under the caller's autocast, which would run the matmuls below in half precision.
     with torch.autocast(q.device.type, enabled=False):
-        chunks = _Chunks(q, k, c_q, c_k, first, last, scale)
+        chunks = _Chunks(q, k, c_q, c_k, kv_start, last, scale)
         values = chunks.values(v)
         out = torch.empty(q.shape[:-1] + v.shape[-1:], dtype=q.dtype, device=q.device)
         lse = torch.empty(q.shape[0], q.shape[2], q.shape[1], dtype=chunks.dtype, device=q.device)
-        for rows, keys, far in chunks:
-            scores = chunks.scores(rows, keys, far)
-            # A row that sees nothing has maximum -inf: any finite shift leaves its weights at zero.
+        for rows, keys, before in chunks:
+            scores = chunks.scores(rows, keys, before)
+            # A fully masked row has maximum -inf: any finite shift leaves its weights at zero.
             shift = scores.amax(-1, keepdim=True)
             shift = shift.masked_fill(torch.isneginf(shift), 0.0)
             weights = _exp(scores.sub_(shift))
@@ -240,7 +240,7 @@ def _forward(
 
 
 @_forward.register_fake
-def _forward_fake(q, k, v, c_q, c_k, first, last, scale, dropout, seed):
+def _forward_fake(q, k, v, c_q, c_k, kv_start, last, scale, dropout, seed):
     out = q.new_empty(q.shape[:-1] + v.shape[-1:])
     return out, q.new_empty(q.shape[0], q.shape[2], q.shape[1], dtype=_compute_dtype(q))
 
@@ -254,7 +254,7 @@ def _backward(
     v: Tensor,
     c_q: Tensor,
     c_k: Tensor,
-    first: Tensor,
+    kv_start: Tensor,
     last: Tensor,
     lse: Tensor,
     scale: float,
@@ -263,19 +263,19 @@ def _backward(
     need_decay: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     with torch.autocast(q.device.type, enabled=False):
-        chunks = _Chunks(q, k, c_q, c_k, first, last, scale)
+        chunks = _Chunks(q, k, c_q, c_k, kv_start, last, scale)
         values = chunks.values(v)
         dout_grouped = _grouped(dout, chunks.kv_heads, chunks.dtype)
         dlse = dlse.unflatten(1, (chunks.kv_heads, -1))
-        # exp(-inf - 0) = 0 for a row that sees nothing, where exp(-inf + inf) would be NaN.
+        # exp(-inf - 0) = 0 for a fully masked row, where exp(-inf + inf) would be NaN.
         log_total = lse.masked_fill(torch.isneginf(lse), 0.0).unflatten(1, (chunks.kv_heads, -1))
 
         dq = torch.empty_like(q, memory_format=torch.contiguous_format)
         dk, dv = torch.zeros_like(chunks.k), torch.zeros_like(values)
         dc_q = torch.zeros_like(c_q, memory_format=torch.contiguous_format)
         dc_k = torch.zeros_like(c_k, memory_format=torch.contiguous_format)
-        for rows, keys, far in chunks:
-            weights = _exp(chunks.scores(rows, keys, far).sub_(log_total[..., rows, None]))
+        for rows, keys, before in chunks:
+            weights = _exp(chunks.scores(rows, keys, before).sub_(log_total[..., rows, None]))
             dout_rows = dout_grouped[..., rows, :].flatten(2, 3)
             dweights = (dout_rows @ values[..., keys, :].mT).unflatten(2, weights.shape[2:4])
             kept_weights = weights
@@ -299,7 +299,7 @@ def _backward(
 
 
 @_backward.register_fake
-def _backward_fake(dout, dlse, q, k, v, c_q, c_k, first, last, lse, scale, dropout, seed, need_decay):
+def _backward_fake(dout, dlse, q, k, v, c_q, c_k, kv_start, last, lse, scale, dropout, seed, need_decay):
     return tuple(torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v, c_q, c_k))
 
 

@@ -2,7 +2,7 @@
 waits.
 
 The kernels are in `portable`, those for H100 and H200 in `hopper`, which are taken where their shapes allow; here is
-what the dispatcher must know of them. Float32 products run in TF32 if torch is told so
+what the dispatcher must know of them. Float32 matmuls run in TF32 if torch is told so
 (``torch.backends.cuda.matmul.allow_tf32``).
 """
 
@@ -32,7 +32,7 @@ def triton_attention(
 ) -> tuple[Tensor, Tensor]:
     """`reference_attention` by GPU kernels, with the same arguments and results, for finite q, k and v.
 
-    float16, bfloat16 or float32; heads up to 256. Results are the same bits each time.
+    float16, bfloat16 or float32; heads up to 256. Results are bitwise deterministic.
     """
     refuse_transforms(q, k, v, decay.query, decay.key)
     seed = torch.randint(2**62, (), dtype=torch.int64, device=q.device) if dropout > 0.0 else None
@@ -79,13 +79,13 @@ def _forward(
     v: Tensor,
     c_q: Tensor,
     c_k: Tensor,
-    first: Tensor,
+    kv_start: Tensor,
     last: Tensor,
     scale: float,
     dropout: float,
     seed: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    return _launch_forward(q, k, v, Decay(c_q, c_k, first, last), scale, dropout, seed)
+    return _launch_forward(q, k, v, Decay(c_q, c_k, kv_start, last), scale, dropout, seed)
 
 
 def _launch_forward(
@@ -102,8 +102,8 @@ def _launch_forward(
 
 
 def _contiguous_rows(decay: Decay) -> Decay:
-    c_q, c_k, first = (maybe_contiguous(x) for x in (decay.query, decay.key, decay.kv_start))
-    return Decay(c_q, c_k, first, decay.last)
+    c_q, c_k, kv_start = (maybe_contiguous(x) for x in (decay.query, decay.key, decay.kv_start))
+    return Decay(c_q, c_k, kv_start, decay.last)
 
 
 def _empty_lse(q: Tensor) -> Tensor:
@@ -113,7 +113,7 @@ def _empty_lse(q: Tensor) -> Tensor:
 
 
 @_forward.register_fake
-def _forward_fake(q, k, v, c_q, c_k, first, last, scale, dropout, seed):
+def _forward_fake(q, k, v, c_q, c_k, kv_start, last, scale, dropout, seed):
     return q.new_empty(q.shape), _empty_lse(q)
 
 
@@ -126,7 +126,7 @@ def _backward(
     v: Tensor,
     c_q: Tensor,
     c_k: Tensor,
-    first: Tensor,
+    kv_start: Tensor,
     last: Tensor,
     out: Tensor,
     lse: Tensor,
@@ -134,9 +134,9 @@ def _backward(
     dropout: float,
     seed: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    # The log-sum-exp of a row that sees nothing is a constant.
+    # The log-sum-exp of a fully masked row is a constant.
     d_lse = d_lse.masked_fill(torch.isneginf(lse), 0.0)
-    return _launch_backward(d_out, d_lse, q, k, v, Decay(c_q, c_k, first, last), out, lse, scale, dropout, seed)
+    return _launch_backward(d_out, d_lse, q, k, v, Decay(c_q, c_k, kv_start, last), out, lse, scale, dropout, seed)
 
 
 def _launch_backward(
@@ -172,7 +172,7 @@ def _launch_backward(
 
 
 @_backward.register_fake
-def _backward_fake(d_out, d_lse, q, k, v, c_q, c_k, first, last, out, lse, scale, dropout, seed):
+def _backward_fake(d_out, d_lse, q, k, v, c_q, c_k, kv_start, last, out, lse, scale, dropout, seed):
     return tuple(torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v, c_q, c_k))
 
 

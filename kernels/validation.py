@@ -1,6 +1,6 @@
 """What attention refuses of its arguments: each a `ValueError` that begins with the argument's name.
 
-Values are read on a CPU only: elsewhere that would wait for the device.
+Values are read on a CPU only: elsewhere that would synchronise with the device.
 """
 
 import math

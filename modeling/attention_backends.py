@@ -207,10 +207,10 @@ def eager_attention_forward(
     query, key, value = _without_padding(query, key, value, decay, real)
     groups = query.shape[1] // key.shape[1]
     key, value = (x.repeat_interleave(groups, dim=1) for x in (key, value))
-    bias, sees_nothing = _dense_bias(decay, query)
+    bias, fully_masked = _dense_bias(decay, query)
     with maybe_autocast(query.device.type, enabled=False):
         scores = (query.to(bias.dtype) * scaling) @ key.to(bias.dtype).mT + bias
-        weights = nn.functional.softmax(scores, dim=-1).masked_fill(sees_nothing, 0.0)
+        weights = nn.functional.softmax(scores, dim=-1).masked_fill(fully_masked, 0.0)
         weights = nn.functional.dropout(weights, p=dropout, training=module.training)
         out = (weights @ value.to(bias.dtype)).to(query.dtype)
     return out.transpose(1, 2).contiguous(), weights.to(query.dtype)
@@ -252,14 +252,14 @@ def _without_padding(
 
 
 def _dense_bias(decay: Decay, query: Tensor) -> tuple[Tensor, Tensor]:
-    """``D`` as ``[B, H or 1, Tq, Tk]``, float32 or wider, finite in some key of every query; and which see nothing."""
+    """``D`` as ``[B, H or 1, Tq, Tk]``, float32 or wider, finite for a key of every row; and the fully masked rows."""
     bias = decay.bias()
     heads = query.shape[1]
     if bias.shape[1] not in (1, heads):
         bias = bias.repeat_interleave(heads // bias.shape[1], dim=1)
     # softmax of a row of -inf is NaN. Such rows belong to padding, whose output nobody reads.
-    sees_nothing = torch.isneginf(bias.amax(-1, keepdim=True))
-    return bias.masked_fill(sees_nothing, 0.0).to(torch.promote_types(query.dtype, torch.float32)), sees_nothing
+    fully_masked = torch.isneginf(bias.amax(-1, keepdim=True))
+    return bias.masked_fill(fully_masked, 0.0).to(torch.promote_types(query.dtype, torch.float32)), fully_masked
 
 
 # An instance of our own: these functions need a `Decay`, which other models do not pass.

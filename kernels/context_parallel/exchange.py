@@ -87,12 +87,12 @@ class Received(NamedTuple):
 
     Attributes:
         stop: one past the last token of the segment.
-        first: ``[B, G]`` first token that came; ``stop`` if none.
+        kv_start: ``[B, G]`` first token that came; ``stop`` if none.
         row: ``[B, G]`` its row.
     """
 
     stop: int
-    first: np.ndarray
+    kv_start: np.ndarray
     row: np.ndarray
 
 

@@ -74,7 +74,7 @@ class ContextParallel:
 
     @torch.no_grad()
     def check_same(self, **inputs: Tensor | None) -> None:
-        """Compare what the ranks were called with, the first time: later calls do not wait for a look at it.
+        """Compare what the ranks were called with, the first time: later calls do not synchronise for it.
 
         Args:
             inputs: by name; of floating-point ones only shapes are compared, which may round differently.
@@ -93,7 +93,7 @@ class ContextParallel:
             names = [name for name, differs in zip(inputs, differ, strict=True) if differs]
             raise ValueError(
                 f"with context parallelism all {self.ranks} ranks of a group must be given the same whole sequences, "
-                f"got different {', '.join(names)}: does a sampler deal out other rows to each?"
+                f"got different {', '.join(names)}: does a sampler give each rank other rows?"
             )
         self._compared = True
 

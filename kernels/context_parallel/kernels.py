@@ -361,6 +361,6 @@ def search_blocks(
 ) -> Tensor:
     """As `pruning.search_blocks`."""
     norm, diagonal = (x.contiguous() for x in rows.bounds)
-    queries = Queries(rows.c, rows.kv_start, rows.last, norm, diagonal, rows.own_block)
+    queries = Queries(rows.c, rows.kv_start, rows.last, norm, diagonal, rows.diagonal_block)
     blocks = Blocks(*joined, shards.tables(rows.c.device).block_starts)
     return search(rule, queries, blocks, rows.kv_start.shape[1], joined.largest.shape[1], log_eps, logit_bound)

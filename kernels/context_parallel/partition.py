@@ -1,4 +1,4 @@
-"""How context parallelism deals out the tokens of a sequence to ranks: in segments, of any number and length."""
+"""How context parallelism partitions the tokens of a sequence among ranks: in segments, of any number and length."""
 
 import warnings
 from collections.abc import Callable, Sequence
@@ -53,7 +53,7 @@ NAMED_SPLITS: dict[str, Split] = {"zigzag": zigzag, "contiguous": contiguous, "b
 
 
 class TokenSplit:
-    """A sequence dealt out to ranks. On each, its tokens stand in the order of the sequence.
+    """A sequence partitioned among ranks. On each, its tokens stand in the order of the sequence.
 
     Attributes:
         length: tokens of the sequence.
@@ -76,7 +76,7 @@ class TokenSplit:
         for rank, start, stop in sorted(segments, key=lambda x: (x[1], x[2])):
             if not 0 <= rank < ranks or start != end or stop < start:
                 raise ValueError(
-                    f"split must deal out tokens 0 to {length} to ranks 0 to {ranks - 1}, each token once, "
+                    f"split must assign tokens 0 to {length} to ranks 0 to {ranks - 1}, each token once, "
                     f"got tokens {start} to {stop} for rank {rank} after the first {end}"
                 )
             end = stop
@@ -85,7 +85,7 @@ class TokenSplit:
             elif stop > start:
                 joined.append(Segment(rank, start, stop))
         if end != length:
-            raise ValueError(f"split must deal out all {length} tokens, got {end}")
+            raise ValueError(f"split must assign all {length} tokens, got {end}")
         if idle := set(range(ranks)) - {segment.rank for segment in joined}:
             raise ValueError(
                 f"split must give every rank a token, got none of {length} for {sorted(idle)} of {ranks} ranks"

@@ -22,7 +22,7 @@ class SplitTables(NamedTuple):
             other, and where the one before it on its rank is, -1 if there is none.
         block_starts: ``[blocks]`` first token of each.
         block_slots: ``[blocks]`` where each is among `most_blocks` of every rank, one rank after the other.
-        own_blocks: ``[T of this rank]`` which block each token is in.
+        diagonal_blocks: ``[T of this rank]`` which block each token is in.
     """
 
     tokens: Tensor
@@ -31,7 +31,7 @@ class SplitTables(NamedTuple):
     slots: Tensor
     block_starts: Tensor
     block_slots: Tensor
-    own_blocks: Tensor
+    diagonal_blocks: Tensor
 
 
 def most_blocks(split: TokenSplit) -> int:
@@ -62,7 +62,7 @@ def split_tables(split: TokenSplit, rank: int, device: torch.device) -> SplitTab
         slots=np.array([(slots[i], -1 if j is None else slots[j]) for i, j in enumerate(split.previous_of_rank)]),
         block_starts=np.concatenate(blocks),
         block_slots=np.concatenate(block_slots),
-        own_blocks=np.concatenate(
+        diagonal_blocks=np.concatenate(
             [before[i] + np.arange(x.stop - x.start) // PRUNED_KEYS for i, x in zip(own, segments, strict=True)]
         ),
     )

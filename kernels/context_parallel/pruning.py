@@ -1,6 +1,6 @@
-"""Adaptive Computation Pruning of a sequence that lies on several ranks: the rules of `pruning`, without moving keys.
+"""Adaptive Computation Pruning of a sequence that lies on several ranks: by the rules of pruning, without moving keys.
 
-What the rules need of keys is a few numbers for each block of 64. All ranks get those of all blocks (a 700th of the
+What the rules need of keys is a few values for each block of 64. All ranks get those of all blocks (a 700th of the
 bytes of keys and values), and each finds what its own queries keep. With segments that begin at multiples of 128, and
 so of 64, it is what one device would find.
 """
@@ -57,14 +57,14 @@ class SearchedRows(NamedTuple):
         bounds: of them.
         c: ``[B, Hf, T]`` float64 running sums.
         kv_start: ``[B, H, T]`` int64, first key that each may see.
-        last, own_block: ``[T]`` int64, index in the sequence of each, and its block among all of them.
+        last, diagonal_block: ``[T]`` int64, index in the sequence of each, and its block among all of them.
     """
 
     bounds: Rows
     c: Tensor
     kv_start: Tensor
     last: Tensor
-    own_block: Tensor
+    diagonal_block: Tensor
 
 
 @torch.no_grad()
@@ -112,7 +112,7 @@ def prune_shards(
             decay.query[..., part],
             kv_start[..., part],
             tables.positions[part],
-            tables.own_blocks[part],
+            tables.diagonal_blocks[part],
         )
         found.append(ops.search_blocks(known, rows, joined, shards, log_eps, logit_bound))
     return decay._replace(kv_start=found[0] if len(found) == 1 else torch.cat(found, -1))
@@ -206,7 +206,7 @@ def search_blocks(
     c_q, *of_keys = (x.repeat_interleave(heads // x.shape[1], dim=1) for x in (rows.c, *joined))
     bound = None if logit_bound is None else logit_bound[..., None]
     query = QueryBounds(raised(c_q, shards.split.length), *rows.bounds, bound)
-    kept = most_droppable(rule, query, KeySummary(*of_keys), rows.own_block, log_eps)
+    kept = most_droppable(rule, query, KeySummary(*of_keys), rows.diagonal_block, log_eps)
     fully_masked = rows.kv_start > rows.last
     kept = kept.masked_fill(fully_masked, _NEVER)
     padding = kept[..., -1:].expand(*kept.shape[:-1], -kept.shape[-1] % PRUNED_QUERIES)

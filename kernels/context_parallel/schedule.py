@@ -205,7 +205,7 @@ def _received_runs(task: Task, heads: np.ndarray, kv_start: np.ndarray, fetch: F
     runs = []
     for segment in fetch.segments:
         if task.start < segment.stop <= shards.segments[task.segment].start:
-            came = segment.first[:, heads]
+            came = segment.kv_start[:, heads]
             begin = np.maximum(came, np.maximum(kv_start, task.start))
             source = Place(0, segment.row[:, heads] + begin - came, 0)
             runs.append(Runs.between(source, Place(batches, begin - task.start, places), segment.stop - begin))

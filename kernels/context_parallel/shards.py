@@ -89,10 +89,10 @@ class Shards:
 
     @torch.no_grad()
     def centered(self, k: Tensor) -> Tensor:
-        """As `pruning.centered`, for this rank's keys: minus the mean of the first 64 of the first segment."""
-        wide = k.to(torch.promote_types(k.dtype, torch.float32))
-        means = self.from_all([wide[:, rows][:, :PRUNED_KEYS].mean(1, keepdim=True) for rows in self.rows])
-        return wide - means[0]
+        """As `pruning.rules.centered`, for this rank's keys: minus the mean of the first 64 of the first segment."""
+        k = k.to(torch.promote_types(k.dtype, torch.float32))
+        means = self.from_all([k[:, rows][:, :PRUNED_KEYS].mean(1, keepdim=True) for rows in self.rows])
+        return k - means[0]
 
 
 class _Sum(torch.autograd.Function):

@@ -1,6 +1,6 @@
-"""What a cache keeps of all keys so that pruning need not read them again: a few numbers for each block of 64 tokens.
+"""What a cache keeps of all keys so that pruning need not read them again: a few values for each block of 64 tokens.
 
-They are what the rules of `pruning` take of the keys before a boundary; a new token changes only those of its block.
+They are what the rules of pruning read of the keys before a boundary; a new token changes only those of its block.
 """
 
 from typing import NamedTuple
@@ -72,10 +72,10 @@ def extend_summary(summary: KeySummary, running: Running, c: Tensor, k: Tensor, 
 
     if isinstance(position, int):
         return _extend_by_blocks(summary, running, c, norms, position)
-    first, last = position // PRUNED_KEYS, (position + tokens - 1) // PRUNED_KEYS
-    # As many as they may touch. Those too many repeat the last one, and write the same numbers there.
+    first_block, last_block = position // PRUNED_KEYS, (position + tokens - 1) // PRUNED_KEYS
+    # As many as they may touch. Those too many repeat the last one, and write the same values there.
     count = (tokens + PRUNED_KEYS - 2) // PRUNED_KEYS + 1
-    blocks = first + torch.arange(count, device=c.device)
+    blocks = first_block + torch.arange(count, device=c.device)
     index = blocks[:, None] * PRUNED_KEYS + torch.arange(PRUNED_KEYS, device=c.device) - position
     is_new = (index >= 0) & (index < tokens)
     index = index.clamp(0, tokens - 1)
@@ -83,7 +83,7 @@ def extend_summary(summary: KeySummary, running: Running, c: Tensor, k: Tensor, 
     log_decays = torch.cat([log_decays[..., None], of_block], dim=-1).logcumsumexp(-1)[..., 1:]
     of_block = norms[..., index].masked_fill(~is_new, 0.0).amax(-1)
     largest = torch.cat([largest[..., None], of_block], dim=-1).cummax(-1).values[..., 1:]
-    _write(summary, torch.minimum(blocks, last), (c[..., index[:, -1]], log_decays, largest))
+    _write(summary, torch.minimum(blocks, last_block), (c[..., index[:, -1]], log_decays, largest))
     return log_decays[..., -1], largest[..., -1]
 
 

@@ -1,15 +1,15 @@
 """Adaptive Computation Pruning (ACP, arXiv 2504.06949): which keys a query may drop, with a proof.
 
 Both rules guarantee that no row loses more than ``eps`` of its attention weight in total. ``D_ij = c_i - c_j`` rises
-with ``j`` and falls with ``i``, so what a query keeps is one range that ends at its own key.
+with ``j`` and falls with ``i``, so what a query keeps is one range that ends at its diagonal key.
 
 ``paper``
     Drop key ``j`` where ``D_ij < -2U - log L + log eps`` with ``|scale * q . k| <= U`` and ``L`` keys: a dropped weight
     is at most ``exp(U + D_ij) / exp(-U)``, and there are at most ``L`` of them.
 ``tight``
-    Replaces three worst cases by what is cheaply known. A row's normalizer is at least its own term ``s_ii`` (instead
-    of ``-U``); a dropped logit is at most ``scale |q_i| Kmax_n`` with ``Kmax_n = max_{j < n} |k_j|`` (instead of
-    ``U``); the decays of the dropped keys add up to ``P_n = log sum_{j < n} exp(-c_j)`` (instead of ``L`` times the
+    Replaces three worst cases by what is cheaply known. A row's normalizer is at least its diagonal term ``s_ii``
+    (instead of ``-U``); a dropped logit is at most ``scale |q_i| Kmax_n`` with ``Kmax_n = max_{j < n} |k_j|`` (instead
+    of ``U``); the decays of the dropped keys add up to ``P_n = log sum_{j < n} exp(-c_j)`` (instead of ``L`` times the
     worst). Drop keys ``j < n`` where ``scale |q_i| Kmax_n + c_i + P_n - s_ii <= log eps``. Drops at least what
     ``paper`` drops where ``U`` is the true maximum of ``scale |q| |k|``.
 
@@ -150,9 +150,9 @@ def first_kept(
     check_logit_bound(logit_bound, batch, heads)
     check_scale(scale)
     scale = head_dim**-0.5 if scale is None else scale
-    c, first = accumulate(log_f)
+    c, kv_start = accumulate(log_f)
     last = torch.arange(keys - queries, keys, device=c.device)
-    decay = Decay(c[..., keys - queries :], c, first[..., keys - queries :], last)
+    decay = Decay(c[..., keys - queries :], c, kv_start[..., keys - queries :], last)
     kept = _kept(decay, q, k, eps, known, scale, logit_bound)
     kept = torch.maximum(kept, _per_query_head(decay.kv_start, heads))
     return _blocks_minimum(kept, block_q) // block_k * block_k
@@ -222,8 +222,8 @@ def centered(k: Tensor) -> Tensor:
     bound ``scale |q| max |k|`` pays for it: in SmolLM2 40 nats, 27 of the centered keys. Of the first 64 because they
     are there before anything can be dropped.
     """
-    wide = k.to(torch.promote_types(k.dtype, torch.float32))
-    return wide - wide[:, :PRUNED_KEYS].mean(1, keepdim=True)
+    k = k.to(torch.promote_types(k.dtype, torch.float32))
+    return k - k[:, :PRUNED_KEYS].mean(1, keepdim=True)
 
 
 class QueryBounds(NamedTuple):

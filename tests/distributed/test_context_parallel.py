@@ -1,11 +1,15 @@
 """Context parallelism on two to four ranks equals one device: attention, models, gradients, and what is refused."""
 
+from types import ModuleType
+from typing import Any
+
 import pytest
 import torch
 
 from foxlm import FoxForSequenceClassification
+from foxlm.kernels.context_parallel import group, partition
 from foxlm.kernels.context_parallel.group import ContextParallel
-from foxlm.kernels.context_parallel.partition import NAMED_SPLITS, Segment, TokenSplit
+from foxlm.kernels.context_parallel.partition import NAMED_SPLITS, Segment, TokenSplit, zigzag
 from foxlm.kernels.context_parallel.shards import CommunicationVolume
 from foxlm.modeling.versions import CACHE
 from kernel_device import INTERPRETED
@@ -83,7 +87,7 @@ def test_traffic_dropout_and_refusals() -> None:
         run_ranks("context_checks:traffic_shares", 2, 4096),
         run_ranks("context_checks:dropout_is_the_same_backward", 2),
     )
-    # Without forgetting: three quarters, since half of a rank's far queries need nothing of the last segment.
+    # Without forgetting: three quarters, since half of a rank's remote queries need nothing of the last segment.
     assert 0.7 < shares["never"] < 0.8
     assert shares["forgets"] < 0.25
     assert error < 1e-6
@@ -96,7 +100,7 @@ def test_traffic_dropout_and_refusals() -> None:
         "sdpa": "attn_implementation must be one of ['fox', 'fox_reference'], got 'sdpa'",
         "tokens": "must have this rank's 10 of 20 tokens, got 5 and 5",
         "split": "split must be one of ['zigzag', 'contiguous', 'balanced'] or a function, got 'fair'",
-        "split leaves out": "split must deal out all 20 tokens, got 19",
+        "split leaves out": "split must assign all 20 tokens, got 19",
         "split twice": "each token once, got tokens 5 to 20 for rank 1 after the first 20",
         "split idle": "got none of 20 for [1] of 2 ranks",
     }.items():
@@ -162,3 +166,17 @@ def test_share_of_traffic() -> None:
     assert traffic.share == 0.25
     traffic.clear()
     assert traffic.share == 0.0
+
+
+@pytest.mark.parametrize(
+    ("module", "old", "new"), [(partition, "balanced", zigzag), (group, "Traffic", CommunicationVolume)]
+)
+def test_older_names_work_with_a_warning(module: ModuleType, old: str, new: Any) -> None:
+    with pytest.warns(FutureWarning, match=new.__name__):
+        assert getattr(module, old) is new
+    with pytest.raises(AttributeError, match="other"):
+        getattr(module, f"{old}_other")
+
+
+def test_older_name_of_the_split_works() -> None:
+    assert NAMED_SPLITS["balanced"] is zigzag

@@ -98,7 +98,7 @@ def test_sums_of_more_than_a_million_gates():
 @pytest.mark.parametrize("rule", ["paper", "tight"])
 def test_pruning_of_a_long_sequence_is_as_defined(rule: Rule):
     q, k, _, log_f = (x.detach() for x in gpu_inputs(100_000, 2, 64, 1000.0, torch.bfloat16))
-    _, first = forgetting_attention(q, k, k, log_f, eps=1e-4, rule=rule, return_first=True)
+    _, first = forgetting_attention(q, k, k, log_f, eps=1e-4, rule=rule, return_kv_start=True)
     defined = first_kept(q, k, log_f, eps=1e-4, rule=rule, block_q=128, block_k=64)
     # A boundary within rounding of the bound may fall on either side.
     assert (first[..., ::128] != defined).float().mean() < 0.01

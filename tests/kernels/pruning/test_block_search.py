@@ -271,7 +271,7 @@ def test_dropped_keys_have_no_gradient(device, rule):
     )
     log_f = torch.full_like(log_f, -1.0)
     leaves = [x.requires_grad_() for x in (q, k, v)]
-    out, first = forgetting_attention(*leaves, log_f, eps=1e-4, rule=rule, return_first=True)
+    out, first = forgetting_attention(*leaves, log_f, eps=1e-4, rule=rule, return_kv_start=True)
     _, dk, dv = torch.autograd.grad(out.sum(), leaves)
     start = first.amin((0, 1, 2)).item()
     assert start >= 192 and start % PRUNED_KEYS == 0
@@ -284,12 +284,19 @@ def test_dropped_keys_have_no_gradient(device, rule):
 def test_first_keys_are_returned_per_query_and_head(device, heads):
     inputs = [x.detach().to(device) for x in draw_inputs(70, 50, heads=heads, head_dim=16, dtype=torch.float32)]
     inputs[3].clamp_(min=-1.0)[:, 40] = -torch.inf
-    out, lse, first = forgetting_attention(*inputs, return_lse=True, return_first=True)
+    out, lse, first = forgetting_attention(*inputs, return_lse=True, return_kv_start=True)
     assert (first.shape, first.dtype) == ((2, 4, 50), torch.int64)
     assert first[..., :20].max() == 0 and (first[..., 20:] == 40).all()
     assert torch.equal(forgetting_attention(*inputs), out) and lse.shape == first.shape
     mask = padding_mask("left", 2, 70).to(device)
-    _, first = forgetting_attention(*inputs, attention_mask=mask, return_first=True)
+    _, first = forgetting_attention(*inputs, attention_mask=mask, return_kv_start=True)
     seen = mask[:, None, 20:].bool().expand(-1, 4, -1)
     last = torch.arange(20, 70, device=device).expand_as(first)
     assert torch.equal(first <= last, seen)
+
+
+def test_older_name_of_the_first_keys_works_with_a_warning(device):
+    inputs = [x.detach().to(device) for x in draw_inputs(20, heads=(2, 1, 2), head_dim=16, dtype=torch.float32)]
+    with pytest.warns(FutureWarning, match="return_kv_start"):
+        _, first = forgetting_attention(*inputs, return_first=True)
+    assert torch.equal(first, forgetting_attention(*inputs, return_kv_start=True)[1])
