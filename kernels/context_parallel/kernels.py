@@ -25,7 +25,7 @@ _COPIED_ROWS = 64
 
 @triton.jit
 def _needs_kernel(
-    KV_START, s_b, s_h, SEGMENTS, LEAST, CROSSING, HEADS, G, KV_GROUP, BLOCK: tl.constexpr
+    KV_START, SEGMENTS, LEAST, CROSSING, s_b, s_h, HEADS, G, KV_GROUP, BLOCK: tl.constexpr
 ):  # fmt: skip
     """Of a segment and a key/value head: the least ``kv_start`` of its queries, and how many leading ones cross."""
     slot, head = tl.program_id(0), tl.program_id(1)
@@ -160,11 +160,11 @@ def carry_gates(c: Tensor, kv_start: Tensor, shards: Shards) -> tuple[Tensor, Te
 @triton.jit
 def _window_kernel(
     KV_START,
-    s_b,
-    s_h,
     HEADS,
     CROSSING,
     OUT,
+    s_b,
+    s_h,
     L,
     N,
     B,

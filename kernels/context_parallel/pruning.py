@@ -80,14 +80,14 @@ def prune_shards(
     scale: float,
     logit_bound: float | Tensor | None = None,
 ) -> Decay:
-    """As `pruning.prune`, for this rank's queries over the keys of all ranks.
+    """As `pruning.rules.prune`, for this rank's queries over the keys of all ranks.
 
     Args:
         decay: of this rank's tokens, with ``kv_start`` and ``last`` in tokens of the whole sequence.
         q, k: ``[B, T, heads, D]`` of this rank's tokens, finite.
         shards: who has which tokens.
         ops: what runs on the device.
-        eps, rule, scale, logit_bound: as for `pruning.prune`.
+        eps, rule, scale, logit_bound: as for `pruning.rules.prune`.
 
     Returns:
         ``decay`` with ``kv_start`` raised, ``[B, H, T]``.

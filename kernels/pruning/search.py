@@ -27,9 +27,8 @@ _SCAN = 1024
 
 @triton.jit
 def _norms_kernel(
-    Q, q_b, q_t, q_h,
-    K, k_b, k_t, k_h,
-    LAST, NORM, DIAGONAL, LARGEST,
+    Q, K, LAST, NORM, DIAGONAL, LARGEST,
+    q_b, q_t, q_h, k_b, k_t, k_h,
     scale, margin,
     TQ, TK, H, G, NB,
     D: tl.constexpr,
@@ -54,7 +53,7 @@ def _norms_kernel(
 
 
 @triton.jit
-def _block_decay_kernel(C, c_b, c_h, END, LOG_SUM, HF, TK, NB):
+def _block_decay_kernel(C, END, LOG_SUM, c_b, c_h, HF, TK, NB):
     """Of a block of keys: ``c`` at its last visible one, ``+inf`` for none, and ``log sum_j exp(c_last - c_j)``."""
     row, block = tl.program_id(0), tl.program_id(1)
     keys = block * _KEY_BLOCK + tl.arange(0, _KEY_BLOCK)
@@ -113,12 +112,8 @@ def _scan_largest_kernel(LARGEST, NB, BLOCK: tl.constexpr):
 
 @triton.jit
 def _search_kernel(
-    C_Q, cq_b, cq_h,
-    END, LOG_SUM, LARGEST,
-    NORM, DIAGONAL,
-    BOUND, bound_b, bound_h,
-    KV_START, s_b, s_h,
-    LAST, DIAGONAL_BLOCK, STARTS, OUT,
+    C_Q, END, LOG_SUM, LARGEST, NORM, DIAGONAL, BOUND, KV_START, LAST, DIAGONAL_BLOCK, STARTS, OUT,
+    cq_b, cq_h, s_b, s_h, bound_b, bound_h,
     log_eps, c_margin, bound_margin,
     TQ, H, HF, G, START_GROUP, NB, STEPS,
     RULE: tl.constexpr,

@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from graphlib import CycleError, TopologicalSorter
 from importlib import metadata
 from pathlib import Path
 
@@ -191,6 +192,43 @@ def wrong_imports(source: str) -> list[str]:
         elif isinstance(node, ast.Import):
             wrong += [ast.unparse(node) for alias in node.names if alias.name.split(".")[0] in ("foxlm", *FOLDERS)]
     return wrong
+
+
+def imported_at_once(body: list[ast.stmt]) -> list[ast.ImportFrom]:
+    """Relative imports that run with the module: not those in functions, and not those for a type checker."""
+    found: list[ast.ImportFrom] = []
+    for node in body:
+        if isinstance(node, ast.ImportFrom) and node.level:
+            found.append(node)
+        elif isinstance(node, ast.If):
+            found += imported_at_once(node.orelse if "TYPE_CHECKING" in ast.unparse(node.test) else node.body)
+        elif isinstance(node, ast.Try):
+            found += imported_at_once(node.body)
+    return found
+
+
+def imports_of_parts(folder: Path) -> dict[str, set[str]]:
+    """Of each part of a folder, a module at its root or a folder in it, which other parts it imports."""
+    imports: dict[str, set[str]] = {}
+    for path in folder.rglob("*.py"):
+        part = path.relative_to(folder).with_suffix("").parts[0]
+        for node in imported_at_once(ast.parse(path.read_text(encoding="utf-8")).body):
+            source = path.parents[node.level - 1].joinpath(*(node.module or "").split("."))
+            if source.is_relative_to(folder):
+                imports.setdefault(part, set()).add(source.relative_to(folder).parts[0])
+    return {part: others - {part} for part, others in imports.items()}
+
+
+def test_imports_of_kernels_point_one_way() -> None:
+    """Each folder could be one module; what chooses a backend imports the implementations, and not the reverse."""
+    imports = imports_of_parts(ROOT / "kernels")
+    assert imports["attention"] > {"backends", "pruning"} and imports["backends"] > {"portable", "reference"}
+    assert tuple(TopologicalSorter(imports).static_order())[-1] in ("attention", "context_parallel")
+    assert not [part for part, others in imports.items() if "context_parallel" in others]
+    # Negative control.
+    imports["decay"] = {"backends"}
+    with pytest.raises(CycleError):
+        TopologicalSorter(imports).prepare()
 
 
 FILES = sorted(path for folder in ("kernels", "modeling") for path in (ROOT / folder).rglob("*.py"))
