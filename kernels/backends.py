@@ -31,7 +31,7 @@ if HAS_TRITON:
     from .triton_attention import triton_attention
     from .triton_common import INTERPRETED
 
-_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+_TRITON_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
 
 class Backend(NamedTuple):
@@ -85,7 +85,7 @@ def backend_of(q: Tensor) -> Backend:
     `TRITON` for heads of up to 256 in float16, bfloat16 or float32, on an NVIDIA GPU of compute capability 8.0 or more
     or anywhere in Triton's interpreter, where Triton is installed; else `PYTORCH`.
     """
-    takes = HAS_TRITON and q.dtype in _DTYPES and q.shape[-1] <= LARGEST_HEAD_DIM
+    takes = HAS_TRITON and q.dtype in _TRITON_DTYPES and q.shape[-1] <= LARGEST_HEAD_DIM
     return TRITON if takes and _runs_triton(q) else PYTORCH
 
 
