@@ -266,7 +266,7 @@ class FoxConfig(PreTrainedConfig):
     def layer_types(self) -> list[str]:
         """What each layer caches, for transformers' cache classes; all layers are alike and it is not saved."""
         # Here, since caches import this module.
-        from .cache.dynamic import register_layer_type
+        from .cache.layer_types import register_layer_type
 
         return [register_layer_type(self)] * self.num_hidden_layers
 

@@ -24,7 +24,7 @@ from transformers.utils.import_utils import is_torchdynamo_compiling
 from transformers.utils.output_capturing import capture_outputs
 
 from .arguments import DECODER_ARGUMENTS, LOSS_ARGUMENTS, refuse_unknown
-from .cache.dynamic import check_cache, register_layer_type
+from .cache.layer_types import check_cache, register_layer_type
 from .cache.paged import FoxPagedCache
 from .configuration_fox import (
     CONTEXT_PARALLEL_IMPLEMENTATIONS,

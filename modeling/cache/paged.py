@@ -67,13 +67,13 @@ class PagedForgettingLayer(PagePool, CacheLayerMixin):
         self.bounds: LogitBounds | None = None
         # The same on the device, in the form that the pruning rules read.
         self._bounds_to_come: LogitBounds | None = None
-        self._forget()
+        self._clear()
 
     @property
     def batch_size(self) -> int:
         return self.pages.shape[0]
 
-    def _forget(self) -> None:
+    def _clear(self) -> None:
         self.drop_pool()
         self._new = None
         self.is_initialized = False
@@ -115,14 +115,14 @@ class PagedForgettingLayer(PagePool, CacheLayerMixin):
         self._write_recent("first", first, -1, layout)
         self._new = Decay(c, c, first, layout.positions)
 
-    def before(self, name: str, layout: TokenLayout) -> Tensor | None:
-        """As `StaticForgettingLayer.before`."""
+    def previous_unshifted(self, name: str, layout: TokenLayout) -> Tensor | None:
+        """As `StaticForgettingLayer.previous_unshifted`."""
         if name not in self.recent:
             return None
         return self.recent[name].index_select(1, layout.slots[:1])
 
-    def remember(self, name: str, states: Tensor, layout: TokenLayout) -> None:
-        """As `StaticForgettingLayer.remember`."""
+    def append_unshifted(self, name: str, states: Tensor, layout: TokenLayout) -> None:
+        """As `StaticForgettingLayer.append_unshifted`."""
         batch, _, heads, size = states.shape
         if name not in self.recent:
             self.cumulative_length = fixed_address(self.cumulative_length.to(states.device))
@@ -261,7 +261,7 @@ class PagedForgettingLayer(PagePool, CacheLayerMixin):
         return self.max_cache_len
 
     def reset(self) -> None:
-        self._forget()
+        self._clear()
 
     def activate_past_recording(self) -> None:
         """Nothing to do: the last ``rollback_window`` tokens can always be cropped, and no more."""

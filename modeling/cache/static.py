@@ -1,4 +1,4 @@
-"""What a FoX layer remembers, in buffers of a fixed length: for compiled decoding and exported programs."""
+"""The layer of a static cache, for compiled decoding and exported programs; and what all kinds of layers share."""
 
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any, cast
@@ -24,10 +24,10 @@ _STATIC_NOT_EXPORTED = ("_new", "summary")
 
 
 class GateSums(tuple):
-    """Tensors, floating-point ones float64 whatever they were.
+    """Tensors, of which floating-point ones are converted to float64.
 
-    transformers' exporters rebuild a cache with all tensors in the model's type, where a sum over a long context has no
-    digits left for a gate.
+    transformers' exporters rebuild a cache with all tensors in the model's dtype, in which a sum over a long context
+    cannot resolve a gate.
     """
 
     def __new__(cls, tensors: Iterable[Tensor]) -> "GateSums":
@@ -39,7 +39,7 @@ StateSizes = tuple[int, int, tuple[str, ...]]
 
 
 def state_sizes(config: FoxConfig) -> StateSizes:
-    """What the configuration of a model says of the state of a layer."""
+    """Sizes of a layer's state, from the configuration of its model."""
     switches = {"key": config.use_key_shift, "value": config.use_value_shift}
     # Also of a configuration that is not valid: it is read before it is checked.
     heads = cast(int, config.num_key_value_heads)
@@ -47,7 +47,7 @@ def state_sizes(config: FoxConfig) -> StateSizes:
 
 
 def check_gates(new: Decay | None) -> None:
-    """Refuse keys without gates: ``new`` are those of the tokens to be taken in, or None.
+    """Refuse keys without gates: ``new`` is the decay of the tokens to be appended, or None.
 
     Raises:
         ValueError: there are none.
@@ -79,7 +79,7 @@ class StaticForgettingLayer(StaticLayer):
     _new: Decay | None
 
     def __new__(cls, *args: Any, **kwargs: Any) -> "StaticForgettingLayer":
-        # Not in __init__: exporters make a layer without it.
+        # Not in __init__, which exporters do not call.
         layer = super().__new__(cls)
         layer.summary = layer._new = None
         return layer
@@ -100,7 +100,7 @@ class StaticForgettingLayer(StaticLayer):
         super().lazy_initialization(key_states, value_states)
         batch, heads = key_states.shape[:2]
         all_gates, all_heads, shifted = self.made_for
-        # Of this rank's heads; a gate that all heads share is on every rank.
+        # Of this rank's heads; a gate shared by all heads is on every rank.
         gates = heads * all_gates // all_heads or 1
         c = key_states.new_zeros(batch, gates, self.max_cache_len, dtype=torch.float64)
         last_c = key_states.new_zeros(batch, gates, dtype=torch.float64)
@@ -149,15 +149,15 @@ class StaticForgettingLayer(StaticLayer):
             return decay, None
         return decay, CacheView(self.summary[0])
 
-    def before(self, name: str, layout: TokenLayout) -> Tensor:
+    def previous_unshifted(self, name: str, layout: TokenLayout) -> Tensor:
         """``[B, 1, G, D]`` unshifted ``name`` of the last token, zeros at the start."""
         if is_torchdynamo_exporting():
             return self._unless_restarted(self.unshifted[name])
         # The buffer is written in place below, while the caller still reads what was there.
         return self.unshifted[name].clone()
 
-    def remember(self, name: str, states: Tensor, layout: TokenLayout) -> None:
-        """Take in the unshifted ``name`` of new tokens, ``[B, 1 + T, G, D]``: behind what `before` gave."""
+    def append_unshifted(self, name: str, states: Tensor, layout: TokenLayout) -> None:
+        """Keep the unshifted ``name`` of the last token of ``[B, 1 + T, G, D]``: `previous_unshifted` and new ones."""
         self.unshifted[name].copy_(states[:, -1:])
 
     def _unless_restarted(self, state: Tensor) -> Tensor:

@@ -22,7 +22,7 @@ from ...kernels.decay import Decay, accumulate
 from ...kernels.padding import hide_padding, skip_padding
 from ...kernels.pruning.rules import PruningRule
 from ..arguments import DECODER_ARGUMENTS, refuse_unknown
-from ..cache.dynamic import ForgettingLayer, check_cache, layer_of
+from ..cache.layer_types import ForgettingLayer, check_cache, layer_of
 from ..cache.paged import FoxPagedCache
 from ..cache.static import StaticForgettingLayer
 from ..cache.view import CacheView

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor, nn
 
 from ...kernels.decay import running_max
-from ..cache.dynamic import ForgettingLayer
+from ..cache.layer_types import ForgettingLayer
 from ..token_layout import TokenLayout
 from .norm import recompute_if_large
 
@@ -48,12 +48,12 @@ class FoxTokenShift(nn.Module):
             ]
             previous = torch.cat([part[:, :-1] for part in parts], dim=1)
         else:
-            past = None if cache_layer is None else cache_layer.before(name, layout)
+            past = None if cache_layer is None else cache_layer.previous_unshifted(name, layout)
             if past is None:
                 past = states.new_zeros(states.shape[0], 1, *states.shape[2:])
             extended = _after(past, states, layout.real)
             if cache_layer is not None:
-                cache_layer.remember(name, extended, layout)
+                cache_layer.append_unshifted(name, extended, layout)
             previous = extended[:, -states.shape[1] - 1 : -1]
         if layout.starts is not None:
             previous = previous.masked_fill(layout.starts[..., None, None], 0.0)

@@ -20,7 +20,7 @@ from foxlm.evaluation.benchmark.models import CPU_SIZES, Workload, computed_tile
 from foxlm.evaluation.gates import RULES, kept_from
 from foxlm.evaluation.recording import record_attention
 from foxlm.kernels.pruning.rules import share_skipped
-from foxlm.modeling.cache.dynamic import StaticForgettingLayer
+from foxlm.modeling.cache.static import StaticForgettingLayer
 from models import tiny_config
 
 WORKLOAD = Workload("cpu", sizes=tuple(CPU_SIZES.items()))

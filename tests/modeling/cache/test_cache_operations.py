@@ -22,7 +22,9 @@ from transformers import (
 from transformers.cache_utils import DynamicLayer, StaticLayer
 
 from cached_run import CachedRun, restart_sum
-from foxlm.modeling.cache.dynamic import DynamicForgettingLayer, FoxPagedCache, StaticForgettingLayer
+from foxlm.modeling.cache.dynamic import DynamicForgettingLayer
+from foxlm.modeling.cache.paged import FoxPagedCache
+from foxlm.modeling.cache.static import StaticForgettingLayer
 from foxlm.modeling.versions import CACHE, cache_of
 from models import DECODING_VARIANTS, SIZES, VARIANTS, assert_close, tiny_model, tokens
 
@@ -204,7 +206,7 @@ def test_tokens_are_written_in_place() -> None:
         places.add(run.cache.layers[0].keys.data_ptr())
     assert len(places) == 1
     run.offload()
-    assert not {"keys", "values"} & set(run.cache.layers[0]._rooms)
+    assert not {"keys", "values"} & set(run.cache.layers[0]._buffers)
 
 
 def test_crop_beyond_the_window_without_token_shift(short_window: int) -> None:
@@ -377,7 +379,7 @@ def test_copies_are_compact_and_independent_of_the_room_behind() -> None:
     layer = copy.deepcopy(run.cache).layers[0]
     for x in (layer.keys, layer.values, *layer.gates, *layer.unshifted.values()):
         assert x.is_contiguous() and x.untyped_storage().nbytes() == x.nbytes
-    assert not {"_rooms", "summary"} & vars(layer).keys()
+    assert not {"_buffers", "summary"} & vars(layer).keys()
 
 
 # Each of these breaks one thing; the comparison above must see it.
