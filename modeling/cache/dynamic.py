@@ -22,8 +22,8 @@ from .view import CacheView
 if TYPE_CHECKING:
     from ...kernels.backends import Backend
 
-# What exporters do not see.
-_DYNAMIC_SLOTS = ("_buffers", "_new", "_reordered", "summarized", "summary")
+# See above: what exporters find in ``vars(layer)`` is the state of a cache.
+_DYNAMIC_NOT_EXPORTED = ("_buffers", "_new", "_reordered", "summarized", "summary")
 
 
 class DynamicForgettingLayer(DynamicLayer):
@@ -38,7 +38,7 @@ class DynamicForgettingLayer(DynamicLayer):
         summary: of the first `summarized` keys, by block and in total; None before the decode kernels need it.
     """
 
-    __slots__ = _DYNAMIC_SLOTS
+    __slots__ = _DYNAMIC_NOT_EXPORTED
 
     keys: Any
     values: Any
