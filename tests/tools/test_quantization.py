@@ -39,8 +39,10 @@ METHODS: dict[str, Callable[[], Any]] = {
     "bitsandbytes-8bit": lambda: bitsandbytes(load_in_8bit=True),
     "bitsandbytes-4bit": lambda: bitsandbytes(load_in_4bit=True, bnb_4bit_quant_type="nf4"),
 }
+# For int4 quanto compiles an extension, once on each machine.
+ALL = [pytest.param(name, id=name, marks=pytest.mark.slow if name == "quanto-int4" else []) for name in METHODS]
 # Of weights only: what rounds activations to int8 makes a difference in their last bit one of a percent, in any model.
-EXACT = [name for name in METHODS if name != "torchao-int8-dynamic"]
+EXACT = [method for method in ALL if method.id != "torchao-int8-dynamic"]
 LEFT_OUT = ("forget_gate", "key_shift.proj", "value_shift.proj")
 
 
@@ -59,7 +61,7 @@ def logits(model: Any) -> Tensor:
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", ALL)
 def test_gates_and_token_shift_stay_as_they_are(method: str, dtype: torch.dtype, tmp_path: Path) -> None:
     tiny_model(dtype=torch.float32, **SIZES).save_pretrained(tmp_path)
     model, plain = load(tmp_path, method, dtype), AutoModelForCausalLM.from_pretrained(tmp_path, dtype=dtype)

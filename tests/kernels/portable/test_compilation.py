@@ -39,6 +39,8 @@ from foxlm.kernels.portable.decode import decode_attention
 
 # Shared memory that one program can have, in KiB.
 SHARED_MEMORY = {80: 163, 86: 99, 89: 99, 90: 227, 100: 227}
+# `make test` compiles for Hopper, `make test-slow` for the others.
+ARCHITECTURES = [pytest.param(x, marks=[] if x == 90 else pytest.mark.slow) for x in SHARED_MEMORY]
 # Registers of all threads of a program.
 REGISTERS = 65536
 # Bytes that a thread may keep in memory for want of registers. Above, smaller tiles would be faster.
@@ -92,7 +94,11 @@ def resources(kernel: Any, folder: Path) -> dict[str, int]:
     return {name: int(value) for name, value in re.findall(r"\b(REG|STACK):(\d+)", text)}
 
 
-@pytest.mark.parametrize(("capability", "head_dim", "dtype"), CASES, ids=str)
+@pytest.mark.parametrize(
+    ("capability", "head_dim", "dtype"),
+    [pytest.param(*case, marks=[] if case[0] == 90 else pytest.mark.slow) for case in CASES],
+    ids=str,
+)
 def test_kernels_fit(capability, head_dim, dtype, monkeypatch, tmp_path):
     inputs = draw_inputs(300, batch=1, heads=(2, 1, 2), head_dim=head_dim, dtype=dtype)
     tiles = choose_tiles(head_dim, dtype, (capability // 10, capability % 10))
@@ -131,7 +137,7 @@ def compile_decoding_for(
     return compiled
 
 
-@pytest.mark.parametrize("capability", SHARED_MEMORY)
+@pytest.mark.parametrize("capability", ARCHITECTURES)
 @pytest.mark.parametrize("head_dim", [64, 128, 256])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
 def test_decoding_fits(dtype, head_dim, capability, tmp_path):
