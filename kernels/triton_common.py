@@ -20,6 +20,8 @@ Values
     ``o_``               offsets of a block's rows, ``[BLOCK_M]`` or ``[BLOCK_N]``, or of its columns, ``[BLOCK_D]``
     ``m_``               mask of such offsets that are inside the tensor
     ``b_``               tile in registers: ``b_q [BLOCK_M, BLOCK_D]``, scores ``b_s``, weights ``b_p``, output ``b_o``
+    ``dq, dk, dv, dc``   gradients; ``b_ds`` and ``b_dp`` are those of scores and weights, ``b_do`` of the output
+    ``acc_``             accumulator of an asynchronous matmul that may be in flight
     ``HAS_, IS_``        flags known when the kernel is compiled
     ``c``                running sum of log forget gates, float64; the bias of a score is ``c_i - c_j``
     ``base``             a float64 sum relative to which sums of a block fit in float32
