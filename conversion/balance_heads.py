@@ -5,7 +5,6 @@ and trained ones keep much of that order: the last rank would read nearly all of
 others wait. A permutation of heads does not change the function, up to the rounding of sums over heads.
 """
 
-import warnings
 from collections.abc import Iterator
 
 import torch
@@ -48,12 +47,6 @@ def balance_heads(model: FoxPreTrainedModel, ranks: int) -> None:
             for weight, dim in _by_head(module):
                 heads = weight.unflatten(dim, (len(order), -1))
                 weight.copy_(heads.index_select(dim, order.to(weight.device)).flatten(dim, dim + 1))
-
-
-def deal_heads(model: FoxPreTrainedModel, ranks: int) -> None:
-    """The old name of `balance_heads`, kept for one release."""
-    warnings.warn("deal_heads is now balance_heads, of the same module and arguments", FutureWarning, stacklevel=2)
-    balance_heads(model, ranks)
 
 
 def _decay_biases(attention: FoxAttention) -> Tensor:

@@ -26,7 +26,7 @@ SECTIONS = {
     },
     "Attention and pruning": {
         "foxlm": ["forgetting_attention"],
-        "foxlm.kernels.pruning.rules": ["first_kept", "share_skipped", "centered"],
+        "foxlm.kernels.pruning": ["first_kept", "share_skipped", "centered"],
     },
     "Training": {
         "foxlm.training": ["FoxTrainer"],
@@ -34,8 +34,7 @@ SECTIONS = {
     },
     "Several GPUs": {
         "foxlm": ["ContextParallel", "context_parallel_attention"],
-        "foxlm.kernels.context_parallel.shards": ["CommunicationVolume"],
-        "foxlm.kernels.context_parallel.partition": ["Segment", "zigzag", "contiguous"],
+        "foxlm.kernels.context_parallel": ["CommunicationVolume", "Segment", "zigzag", "contiguous"],
         "foxlm.modeling.parallel.fsdp": [
             "prepare_fsdp2",
             "shard_forget_gates",

@@ -16,6 +16,7 @@ import sys
 from typing import TYPE_CHECKING
 
 from foxlm import _checkout  # noqa: F401 (first: it lets the imports below find their folders)
+from foxlm._moved import keep_old_modules
 
 if TYPE_CHECKING:
     from foxlm.kernels.attention import forgetting_attention
@@ -97,6 +98,8 @@ def _is_console_command() -> bool:
     program = sys.orig_argv[-len(sys.argv) :][:1]
     return [os.path.splitext(os.path.basename(x))[0] for x in program] == ["foxlm"]
 
+
+keep_old_modules()
 
 if not _is_console_command():
     from foxlm.modeling.registration import register_fox

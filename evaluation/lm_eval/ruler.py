@@ -25,7 +25,7 @@ def check_length(task: str, length: int, tokenizer: PreTrainedTokenizerBase) -> 
     """Raise `ValueError` if the shortest prompt of a task has more than ``length`` tokens, answer included.
 
     Args:
-        task: of `foxlm.evaluation.harness.suites.RULER`.
+        task: of `foxlm.evaluation.lm_eval.suites.RULER`.
         length: tokens wanted.
         tokenizer: of the model.
     """

@@ -14,8 +14,6 @@ data-parallel engines (DDP, FSDP) take it.
 """
 
 import functools
-import warnings
-from typing import TYPE_CHECKING
 
 import torch
 import torch.distributed as dist
@@ -122,12 +120,3 @@ def _fingerprint(x: Tensor | None, device: torch.device) -> Tensor:
             flat = x.to(device, torch.int64).flatten()
             values = (flat * (torch.arange(len(flat), device=device) % 8191 + 1)).sum()
     return torch.cat([torch.tensor(shape, device=device), values[None]])
-
-
-if not TYPE_CHECKING:
-
-    def __getattr__(name: str) -> type[CommunicationVolume]:
-        if name == "Traffic":
-            warnings.warn("Traffic is now called CommunicationVolume", FutureWarning, stacklevel=2)
-            return CommunicationVolume
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,9 +1,8 @@
 """How context parallelism partitions the tokens of a sequence among ranks: in segments, of any number and length."""
 
-import warnings
 from collections.abc import Callable, Sequence
 from functools import cached_property
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -134,12 +133,3 @@ class TokenSplit:
         if x.shape[dim] != self.length:
             raise ValueError(f"x must have all {self.length} tokens along dimension {dim}, got shape {list(x.shape)}")
         return torch.cat([x.narrow(dim, start, stop - start) for _, start, stop in self.of(rank)], dim)
-
-
-if not TYPE_CHECKING:
-
-    def __getattr__(name: str) -> Split:
-        if name == "balanced":
-            warnings.warn("balanced is now called zigzag", FutureWarning, stacklevel=2)
-            return zigzag
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,0 +1,38 @@
+"""Sequences that several ranks share: public names, imported when they are used."""
+
+import importlib
+import warnings
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from .api import context_parallel_attention
+    from .group import ContextParallel
+    from .partition import Segment, contiguous, zigzag
+    from .shards import CommunicationVolume
+
+__all__ = [
+    "CommunicationVolume",
+    "ContextParallel",
+    "Segment",
+    "context_parallel_attention",
+    "contiguous",
+    "zigzag",
+]
+
+_MODULES = {
+    "CommunicationVolume": "shards",
+    "ContextParallel": "group",
+    "Segment": "partition",
+    "context_parallel_attention": "api",
+    "contiguous": "partition",
+    "zigzag": "partition",
+}
+
+
+def __getattr__(name: str) -> object:
+    if name == "Traffic":
+        warnings.warn("Traffic is now called CommunicationVolume", FutureWarning, stacklevel=2)
+        name = "CommunicationVolume"
+    if name not in _MODULES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f"{__name__}.{_MODULES[name]}"), name)
