@@ -1,8 +1,8 @@
 """The keyword arguments that models take beside those of their signatures; any other is refused.
 
-A model that lets pass what it does not know answers as if it had not been given: the cache under a name of a later
-transformers, a mask with a typing error. transformers passes arguments down from many places, though, and the decoder
-receives some that have no bearing on it. Those are named here, each with who passes it and why nothing is lost.
+A model that ignores arguments it does not know is silently wrong: a cache under the name of a later transformers, a
+misspelled mask. But transformers passes arguments down from many places, and a decoder receives some that do not
+concern it. Those are named here, each with who passes it and why it may be ignored.
 """
 
 import difflib
@@ -28,7 +28,7 @@ DECODER_ARGUMENTS = {
 }
 LOSS_ARGUMENTS = {
     "num_items_in_batch": "of Trainer; read by the loss",
-    "shift_labels": "of Trainer with sequences in parts; read by the loss",
+    "shift_labels": "of Trainer with context parallelism; read by the loss",
 }
 MASK_ARGUMENTS = {
     "position_ids": "of generate; what a token may see follows from the order of tokens",
@@ -38,7 +38,7 @@ MASK_ARGUMENTS = {
 
 
 def refuse_unknown(function: Callable, given: Mapping[str, Any], *taken: Mapping[str, str]) -> None:
-    """Refuse arguments that nobody reads. One that is None asks for nothing, as everywhere in transformers.
+    """Refuse arguments that nothing reads. None counts as not given, as everywhere in transformers.
 
     Args:
         function: what was called.

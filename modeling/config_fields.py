@@ -1,4 +1,4 @@
-"""Fields that a FoX configuration does not have, and how large those that it has may be."""
+"""Checks of configuration fields: names that FoX does not have, upper limits of sizes."""
 
 import difflib
 from collections.abc import Iterable
@@ -10,7 +10,7 @@ from transformers.utils import logging
 
 logger = logging.get_logger(__name__)
 
-# Far beyond any model; what is larger is a slip of the hand, and would end where memory does.
+# Far beyond any model: a larger value is a typing error that would run out of memory.
 LARGEST = {
     "vocab_size": 2**24,
     "hidden_size": 2**20,
@@ -22,7 +22,7 @@ LARGEST = {
     "max_position_embeddings": 2**31,
 }
 LARGEST_LABELS = 2**24
-# What other libraries and other models call a field of ours, or have instead.
+# Names of other libraries and models for fields of ours, or for what FoX has instead.
 _FOREIGN = {
     "num_heads": "use num_attention_heads",
     "num_kv_heads": "use num_key_value_heads",
@@ -83,25 +83,25 @@ def unknown_fields(given: Iterable[str], config_class: type, fields: Iterable[st
 
 
 def drop_empty_foreign(given: dict[str, Any]) -> None:
-    """Given as None they say nothing: other models' configurations carry them so."""
+    """Drop fields of other models that are None, as configurations converted from them have."""
     for name in [name for name, value in given.items() if name in _FOREIGN and value is None]:
         del given[name]
 
 
 def warn_unknown(name: str, hint: str | None, config_class: type) -> None:
-    """Say once that a field is there and changes nothing."""
+    """Warn once that a field has no effect."""
     more = f" ({hint})" if hint else "; is it of a newer version of foxlm?"
     logger.warning_once(f"{config_class.__name__} has no field {name!r}, which changes nothing{more}")
 
 
 def is_labels(value: Any) -> bool:
-    """Whether it names classes by their numbers, which in JSON are text."""
+    """Whether ``value`` maps class numbers, which are text in JSON, to something."""
     return isinstance(value, dict) and all(
         isinstance(key, int) or (isinstance(key, str) and key.isdecimal()) for key in value
     )
 
 
 def is_dtype(value: Any) -> bool:
-    """Whether weights can be of that type: one of torch's floating-point types, or its name."""
+    """Whether ``value`` is a floating-point dtype of torch, or the name of one."""
     dtype = getattr(torch, value, None) if isinstance(value, str) else value
     return isinstance(dtype, torch.dtype) and dtype.is_floating_point

@@ -24,17 +24,17 @@ from .config_fields import (
 )
 from .remote_code import AUTO_MAP, export_code
 
-# Caches of transformers know one class for each type of layer: a copy of this code under another package's name, loaded
-# from a model's folder, has a type of its own, so that neither gets the other's.
+# transformers' caches know one class per layer type. A copy of this code under another package name, loaded from a
+# model's folder, has a type of its own, so that neither gets the other's layers.
 LAYER_TYPE = f"{__package__}.forgetting_attention"
 DEFAULT_IMPLEMENTATION = "fox"
 IMPLEMENTATIONS = (DEFAULT_IMPLEMENTATION, "fox_reference", "sdpa", "eager")
 """What ``attn_implementation`` may be: see `attention_backends`."""
 CONTEXT_PARALLEL_IMPLEMENTATIONS = (DEFAULT_IMPLEMENTATION, "fox_reference")
 """Those that compute a sequence of which each rank has a part."""
-# The style of tensor parallelism of a weight that ranks share, each for heads of its own (`parallel_fox`).
+# Tensor-parallel style of a weight that all ranks hold, each for heads of its own (`parallel.tensor_parallel`).
 SHARED_BY_HEADS = "fox_shared_by_heads"
-# And of one whose outputs are summed over ranks, by another way in decoding.
+# Tensor-parallel style of a projection whose outputs are summed over ranks.
 SUMMED_OVER_RANKS = "fox_summed_over_ranks"
 _SIZES = {
     # name: hidden size, layers, heads, as trained in the Forgetting Transformer paper (arXiv 2503.02130)
@@ -122,20 +122,20 @@ class FoxConfig(PreTrainedConfig):
         output_gate_act (`str`, defaults to `"sigmoid"`): `"sigmoid"` or `"silu"`.
         use_output_norm (`bool`, defaults to `True`): RMSNorm of the output of each head, before the output gate.
         acp_eps (`float`, *optional*, defaults to `exp(-10)`): Adaptive Computation Pruning (arXiv 2504.06949): the
-            attention weight that a query may lose in total to keys that are left out. `None` leaves out nothing.
-            Used where the default `attn_implementation`, `"fox"`, runs on GPU kernels; all else leaves out nothing.
-        acp_rule (`str`, defaults to `"tight"`): How it is proven that a key may be left out: `"tight"`, or `"paper"`,
-            which takes the bound of the logits from the weights of QK-norm where it can.
-        forget_aux_loss_coef (`float`, defaults to 0.0): In training, a language model's loss has this many nats added
-            times the share of attention that its forget gates leave to be computed (a smooth stand-in, the mean over
-            heads of `30 / (30 + n)` where gates decay by `n` nats over the row, all of it where sequences are packed):
-            heads are paid for forgetting. Task heads other than a language model's ignore it.
-        loss_chunk_size (`int`, *optional*): In training, take a language model's loss over so many tokens at a time and
-            compute their logits once more in backward, instead of holding those of all tokens; the output then has no
-            logits. `None`, the default, holds them.
-        free_dead_cache (`bool`, defaults to `False`): Let `generate` use a `FoxPagedCache`, which frees the memory of
-            keys that no later query can give more than `acp_eps` of its weight, on any device. Assisted decoding,
-            which takes tokens back, does not use it.
+            attention weight that a query may lose in total to pruned keys. `None` prunes nothing. Used where the
+            default `attn_implementation`, `"fox"`, runs on GPU kernels; nothing else prunes.
+        acp_rule (`str`, defaults to `"tight"`): The pruning rule: `"tight"`, or `"paper"`, the rule of the paper, whose
+            bound of the logits is taken from the weights of QK-norm where there are some.
+        forget_aux_loss_coef (`float`, defaults to 0.0): Forget-gate regularisation: in training, the weight in nats of
+            an auxiliary loss of a language model that rewards heads for forgetting. It is a smooth stand-in for the
+            computed-tile fraction that the gates leave: the mean over heads of `30 / (30 + n)`, where gates decay by
+            `n` nats over the row; a packed row counts as one sequence. Other task heads ignore it.
+        loss_chunk_size (`int`, *optional*): In training, compute a language model's loss in chunks of so many tokens
+            and recompute their logits in backward, instead of storing the logits of all tokens; the output then has no
+            logits. `None`, the default, stores them.
+        free_dead_cache (`bool`, defaults to `False`): Let `generate` use the evicting cache, `FoxPagedCache`, which
+            frees the memory of keys that no later query can give more than `acp_eps` of its weight, on any device.
+            Assisted decoding, which crops many tokens, does not use it.
         grafted_from (`str`, *optional*): The `model_type` of the Transformer whose weights the model started from, by
             `foxlm graft`. Nothing computed depends on it; the model card says it.
 
@@ -154,7 +154,7 @@ class FoxConfig(PreTrainedConfig):
     """
 
     model_type = "fox"
-    # Assigned by these names, as other models have them, a value goes to the field that has that meaning.
+    # Names of other models for fields of this one, which may be read and assigned by them.
     attribute_map: ClassVar[dict[str, str]] = {
         "num_heads": "num_attention_heads",
         "num_kv_heads": "num_key_value_heads",
@@ -230,7 +230,7 @@ class FoxConfig(PreTrainedConfig):
     def __post_init__(self, **kwargs):
         self._refuse_foreign(kwargs)
         self._check_inherited(kwargs)
-        # Here too: what follows makes lists of so many.
+        # Before the following makes lists of these sizes.
         self._check_sizes()
         if self.num_key_value_heads is None:
             self.num_key_value_heads = self.num_attention_heads
@@ -285,9 +285,9 @@ class FoxConfig(PreTrainedConfig):
         }
 
     def _attention_plan(self) -> dict[str, str]:
-        """Everything of a head on the rank of that head; which parts there are depends on the switches."""
+        """Tensor-parallel styles of the parts of attention that there are: each head is on one rank."""
         if self.qk_norm == "all_heads":
-            # Its norms need all heads of a token: ranks share the projections, and each computes the rest in full.
+            # Its norms need all heads of a token: the projections are sharded, and each rank computes all else in full.
             gathered = dict.fromkeys(("q_proj", "k_proj", "v_proj"), "colwise_gather_output")
             return gathered | {"o_proj": "rowwise_split_input"}
         plan = dict.fromkeys(("q_proj", "k_proj", "v_proj"), "colwise") | {"o_proj": SUMMED_OVER_RANKS}

@@ -1,4 +1,4 @@
-"""What `generate` does otherwise for FoX: its caches, its masks, and what it refuses."""
+"""FoX's part of `generate`: caches that keep forget gates, padding masks, fused projections, and what is refused."""
 
 import contextlib
 import functools
@@ -67,13 +67,13 @@ class FoxGenerationMixin(GenerationMixin):
 
     @cast(Any, functools.wraps(GenerationMixin.prepare_inputs_for_generation, assigned=()))
     def prepare_inputs_for_generation(self, input_ids: Tensor, *args, **kwargs):
-        """As in transformers, if the cache has room: how many tokens it holds may be known to the device alone."""
+        """As in transformers, after a check that the cache has room; the model cannot read a length on the device."""
         cache = kwargs.get(CACHE)
         room = -1 if cache is None else cache.get_max_length(0)
         if 0 <= room < input_ids.shape[1]:
             new = kwargs.get("next_sequence_length") or 1
             refuse_overflow(input_ids.shape[1] - new, room, new)
-        # `generate` hands down to the model what is for itself, for `stop_strings`; the model would refuse it.
+        # `generate` passes on arguments of its own, for `stop_strings`, which the model would refuse.
         kwargs = {name: value for name, value in kwargs.items() if name not in ("tokenizer", "assistant_tokenizer")}
         return super().prepare_inputs_for_generation(input_ids, *args, **kwargs)
 
@@ -115,11 +115,11 @@ class FoxGenerationMixin(GenerationMixin):
                 f"{int(cache.get_seq_length())} tokens, which transformers would feed to it again: leave {CACHE} out, "
                 "or generate without assistance"
             )
-        # Assisted decoding takes back more tokens than pages allow.
+        # Assisted decoding crops more tokens than the evicting cache allows.
         rolls_back = assisted or generation_config.is_assistant
         wanted = self.config.free_dead_cache and generation_config.use_cache is not False and not rolls_back
         if wanted and cache is None and generation_config.cache_implementation is None:
-            # Room to go on with the cache in a later turn costs little.
+            # Room for later turns with this cache costs little.
             room = max(max_cache_length, generation_config.max_cache_len or 0, self.config.max_position_embeddings)
             model_kwargs[CACHE] = FoxPagedCache(self.config, room)
             return
@@ -127,7 +127,7 @@ class FoxGenerationMixin(GenerationMixin):
             generation_config, model_kwargs, generation_mode, batch_size, max_cache_length
         )
 
-    # Each of transformers' doors to it, which would otherwise fail somewhere behind.
+    # Each entry point to continuous batching, which would otherwise fail inside transformers.
 
     def init_continuous_batching(self, *args, **kwargs):
         """Not supported: raises NotImplementedError."""

@@ -1,4 +1,4 @@
-"""What a model refuses of its tokens, labels and options: each a `ValueError` that names the argument."""
+"""Checks of a model's tokens, labels and options. Each raises a `ValueError` that names the argument."""
 
 from typing import cast
 

@@ -1,4 +1,4 @@
-"""Where the tokens of a forward pass stand: positions, padding and packing, checked once and read by every layer."""
+"""Positions, padding and packing of the tokens of a forward pass, checked once and read by every layer."""
 
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -18,16 +18,16 @@ if TYPE_CHECKING:
 
 
 class TokenLayout(NamedTuple):
-    """Where the tokens of one forward pass stand, found once and read by every layer.
+    """Positions, padding and packing of the tokens of one forward pass.
 
     Attributes:
         positions: ``[T]`` int64 index of each token in the cache.
         real: ``[B, T]`` bool, False for padding; None without padding.
         real_keys: ``[B, Tk]`` the same over all keys, those in the cache included.
         starts: ``[B, T]`` bool, True where a packed sequence begins; None without packing.
-        slots: ``[1 + T]`` int64 index modulo 64 of the token before and of each: places in a paged cache.
-        shards: with context parallelism, who has which tokens; all of the above is then of this rank's tokens.
-        real_everywhere: ``[B, tokens of all ranks]`` bool as `real`.
+        slots: ``[1 + T]`` int64 index modulo 64 of the token before and of each: slots in a page of the cache.
+        shards: with context parallelism, which rank has which tokens; all of the above is then of this rank's tokens.
+        real_of_all_ranks: ``[B, tokens of all ranks]`` bool as `real`.
     """
 
     positions: Tensor
@@ -36,10 +36,10 @@ class TokenLayout(NamedTuple):
     starts: Tensor | None
     slots: Tensor
     shards: "ShardedSequence | None" = None
-    real_everywhere: Tensor | None = None
+    real_of_all_ranks: Tensor | None = None
 
     def shard(self, shards: "ShardedSequence") -> "TokenLayout":
-        """What of it is this rank's."""
+        """The layout of this rank's tokens."""
         real, starts = (None if x is None else shards.take(x) for x in (self.real, self.starts))
         positions = shards.take(self.positions, dim=0)
         return TokenLayout(positions, real, real, starts, self.slots, shards, self.real)
@@ -54,7 +54,7 @@ def token_layout(
     cache: Cache | None,
     layer_idx: int = 0,
 ) -> TokenLayout:
-    """Check and combine what a caller says of its tokens.
+    """Check a caller's mask, positions and packing, and combine them.
 
     Args:
         tokens: ``B`` and ``T`` of the new tokens.
@@ -64,7 +64,7 @@ def token_layout(
         cu_seqlens: ``[N + 1]`` offsets of the sequences packed in a batch of one, of queries and of keys; the latter
             may be None.
         cache: earlier tokens.
-        layer_idx: which layer of it knows how many: any that has not taken in the new ones.
+        layer_idx: the cache's layer that is asked for its length, before it takes in the new tokens.
 
     Raises:
         ValueError: an argument does not fit; the message names it.
@@ -72,7 +72,7 @@ def token_layout(
     batch, length = tokens
     past = 0 if cache is None else cache.get_seq_length(layer_idx)
     keys = length if cache is None else cache.get_mask_sizes(length, layer_idx)[0]
-    seen = _read_if_free(past)
+    seen = _read_without_sync(past)
     if seen is not None and seen + length > keys:
         refuse_overflow(seen, keys, length)
     if position_ids is not None:
@@ -119,7 +119,7 @@ def _restarts(position_ids: Tensor, real: Tensor | None, jumps: bool) -> Tensor 
     Args:
         position_ids: ``[B, T]``.
         real: ``[B, T]`` bool, False for padding, whose positions mean nothing.
-        jumps: whether a position further on begins a sequence too, as transformers has it without a mask.
+        jumps: whether a gap in positions begins a sequence too, as in transformers without a mask.
     """
     previous = torch.cat([position_ids[:, :1] - 1, position_ids[:, :-1]], dim=1)
     if real is not None:
@@ -130,7 +130,7 @@ def _restarts(position_ids: Tensor, real: Tensor | None, jumps: bool) -> Tensor 
     starts = position_ids != previous + 1 if jumps else position_ids <= previous
     if real is not None:
         starts = starts & real
-    # A traced graph cannot depend on the answer; there, positions that do not restart cost a mask.
+    # A traced graph cannot depend on the values, so there positions that do not restart cost a mask.
     if not is_torchdynamo_compiling() and not starts.any():
         return None
     return starts
@@ -145,11 +145,11 @@ def refuse_overflow(held: int, room: int, more: int) -> None:
 
 
 def _is_readable(x: Tensor) -> bool:
-    """Whether its values can be read without waiting for another device or breaking a traced graph."""
+    """Whether its values can be read without a synchronisation or a graph break."""
     return x.device.type == "cpu" and not is_torchdynamo_compiling()
 
 
-def _read_if_free(length: int | Tensor) -> int | None:
+def _read_without_sync(length: int | Tensor) -> int | None:
     if isinstance(length, int):
         return length
     # Neither number nor tensor: a symbol of torch.export.
@@ -192,7 +192,7 @@ def padding_mask(
             f"attention_mask must be 2-D, [B, Tk], nonzero for real tokens; got shape {list(attention_mask.shape)}. "
             "FoX has no 4-D masks: tokens that a query may not see would still decay those that it may"
         )
-    seen = _read_if_free(past)
+    seen = _read_without_sync(past)
     expected = attention_mask.shape[1] if seen is None else seen + length
     if attention_mask.shape != (batch, expected) or expected > keys:
         raise ValueError(
@@ -200,5 +200,5 @@ def padding_mask(
             f"got {list(attention_mask.shape)}"
         )
     mask = bool_mask(attention_mask, device)
-    # A static cache is longer than its tokens; the keys to come are hidden by causality.
+    # A static cache is longer than its tokens; causality hides the keys to come.
     return nn.functional.pad(mask, (0, keys - mask.shape[1]), value=True)

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules import module as _module
 
-from ..parallel.tensor_parallel import held_tensor, hold, is_sharded
+from ..parallel.tensor_parallel import is_sharded, local_tensor, set_local_tensor
 
 # Tokens of a call that is fused at most: its outputs are strided views, which longer calls would have to copy.
 MAX_FUSED_TOKENS = 64
@@ -79,7 +79,7 @@ class FusableProjections(nn.Module):
             for name, addresses in zip(fused.names, fused.addresses, strict=True):
                 for parameter, address in zip(_parameters(_submodule(self, name)), addresses, strict=True):
                     if parameter is not None and _address(parameter) == address:
-                        hold(parameter, held_tensor(parameter).clone())
+                        set_local_tensor(parameter, local_tensor(parameter).clone())
 
     def project(self, x: Tensor) -> dict[str, Tensor]:
         """Outputs of the projections, computed as one matmul.
@@ -191,7 +191,7 @@ def _parameters(linear: nn.Linear) -> tuple[Tensor, Tensor | None]:
 
 
 def _address(parameter: Tensor | None) -> int | None:
-    return None if parameter is None else held_tensor(parameter).data_ptr()
+    return None if parameter is None else local_tensor(parameter).data_ptr()
 
 
 def _autocasts(x: Tensor) -> bool:
@@ -221,8 +221,8 @@ def _is_tensor_parallel(module: Any) -> bool:
 
 
 def _fit_one_buffer(linears: list[nn.Linear]) -> bool:
-    weights = [held_tensor(x.weight) for x in linears]
-    tensors = weights + [held_tensor(x.bias) for x in linears if x.bias is not None]
+    weights = [local_tensor(x.weight) for x in linears]
+    tensors = weights + [local_tensor(x.bias) for x in linears if x.bias is not None]
     first = weights[0]
     if not first.is_floating_point() or first.device.type not in ("cpu", "cuda") or len(weights) == 1:
         return False
@@ -235,15 +235,15 @@ def _fit_one_buffer(linears: list[nn.Linear]) -> bool:
         return False
     starts = itertools.accumulate((len(x) for x in weights[:-1]), initial=0)
     parts = [
-        (start, held_tensor(x)) for start, linear in zip(starts, linears, strict=True) for x in linear.parameters()
+        (start, local_tensor(x)) for start, linear in zip(starts, linears, strict=True) for x in linear.parameters()
     ]
     return all(start * part[0].nbytes % _ALIGNMENT == 0 for start, part in parts)
 
 
 def _move_to_buffer(names: tuple[str, ...], linears: list[nn.Linear]) -> FusedProjections:
     """Copy weights and biases into new buffers, whose rows become their memory."""
-    first = held_tensor(linears[0].weight)
-    sizes = tuple(len(held_tensor(x.weight)) for x in linears)
+    first = local_tensor(linears[0].weight)
+    sizes = tuple(len(local_tensor(x.weight)) for x in linears)
     weight = first.new_empty(sum(sizes), first.shape[1])
     bias = None if all(x.bias is None for x in linears) else first.new_zeros(sum(sizes))
     for name, buffer in (("weight", weight), ("bias", bias)):
@@ -252,9 +252,9 @@ def _move_to_buffer(names: tuple[str, ...], linears: list[nn.Linear]) -> FusedPr
         for linear, rows in zip(linears, buffer.split(sizes), strict=True):
             parameter = getattr(linear, name)
             if parameter is not None:
-                rows.copy_(held_tensor(parameter))
+                rows.copy_(local_tensor(parameter))
                 # The same memory as a storage of its own: savers drop all but one of the weights that share a storage.
-                hold(parameter, torch.from_dlpack(rows))
+                set_local_tensor(parameter, torch.from_dlpack(rows))
     addresses = tuple(tuple(map(_address, _parameters(x))) for x in linears)
     fixed = nn.Parameter(weight, requires_grad=False), None if bias is None else nn.Parameter(bias, requires_grad=False)
     return FusedProjections(names, sizes, addresses, *fixed)

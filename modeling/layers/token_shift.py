@@ -41,7 +41,7 @@ class FoxTokenShift(nn.Module):
             ``[B, T, G, D]``.
         """
         if layout.shards is not None:
-            before = layout.shards.states_before(states, layout.real_everywhere)
+            before = layout.shards.states_before(states, layout.real_of_all_ranks)
             parts = [
                 _after(before[:, i : i + 1], states[:, rows], None if layout.real is None else layout.real[:, rows])
                 for i, rows in enumerate(layout.shards.rows)

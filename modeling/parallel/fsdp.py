@@ -1,7 +1,7 @@
-"""What accelerate's engines must be told of FoX: gates in float32 (FSDP2), and who splits sequences.
+"""FoX under accelerate: forget gates in float32 with FSDP2, and context parallelism by the model itself.
 
-FSDP2 gathers each group of weights in one type. Mixed precision makes that bfloat16, and would round a forget gate's
-bias, so that heads forget faster or slower by percents. A group of its own keeps each gate in float32.
+FSDP2 gathers each group of weights in one dtype. With mixed precision that is bfloat16, which would round a forget
+gate's bias and change decay times by percents. A group of its own keeps each gate in float32.
 """
 
 import os
@@ -25,7 +25,7 @@ def shard_forget_gates(
     """Make each forget gate an FSDP2 group that is gathered, and whose gradient is summed, in float32.
 
     To be called before `fully_shard` of the layers that hold them. It also lets a model in half precision be sharded,
-    whose gates are float32: FSDP2 refuses two types in one group.
+    whose gates are float32: FSDP2 refuses two dtypes in one group.
 
     Args:
         model: any module with forget gates; those that are sharded already are left as they are.
@@ -48,10 +48,10 @@ def shard_forget_gates(
 
 
 def prepare_fsdp2(accelerator: Accelerator, model: nn.Module) -> None:
-    """What FSDP2 through accelerate needs besides its configuration; does nothing where another engine was chosen.
+    """Set up FSDP2 through accelerate for FoX; does nothing with other engines.
 
-    Forget gates in float32 (`shard_forget_gates`). With bfloat16 as mixed precision, gradients are summed over ranks in
-    float32 and outputs keep their type: accelerate's own policy sums in bfloat16 and rounds even the loss to it.
+    Forget gates stay in float32 (`shard_forget_gates`). With bfloat16 as mixed precision, gradients are summed over
+    ranks in float32 and outputs keep their dtype: accelerate's own policy sums in bfloat16 and rounds even the loss.
 
     Call it between `Trainer(...)` and `trainer.train()`, as ``prepare_fsdp2(trainer.accelerator, trainer.model)``, or
     before `Accelerator.prepare`.
@@ -93,11 +93,11 @@ def save_whole_model(trainer: Any) -> None:
 
 
 class FoxParallelismConfig(ParallelismConfig):
-    """accelerate's [`ParallelismConfig`], whose `cp_size` ranks share sequences by FoX's own context parallelism.
+    """accelerate's [`ParallelismConfig`], whose `cp_size` ranks split sequences by FoX's own context parallelism.
 
-    accelerate gives these ranks the same batches, shards weights over them too (FSDP2), and averages gradients; but its
-    own way to split a sequence is ring attention for `scaled_dot_product_attention`, which knows no gates, and it
-    refuses FoX. With this class it leaves sequences whole, and the model takes its part:
+    accelerate gives these ranks the same batches, shards weights over them too (FSDP2), and averages gradients. But it
+    splits sequences by ring attention for `scaled_dot_product_attention`, which has no gates, and it refuses FoX. With
+    this class it leaves sequences whole, and the model takes its part:
 
         >>> args = TrainingArguments(..., parallelism_config=FoxParallelismConfig(cp_size=2))  # doctest: +SKIP
         >>> trainer = Trainer(model, args, ...)  # doctest: +SKIP

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ...kernels.operators import NAMESPACE
-from .tensor_parallel import held_tensor
+from .tensor_parallel import local_tensor
 
 # Bytes. Above, a sum is bound by what it moves, and NCCL moves less.
 _SMALL = 128 * 1024
@@ -61,7 +61,7 @@ def share_memory(weight: Tensor) -> str | None:
     known, memory = _SHARED_MEMORY.get(name, (lambda: None, None))
     # Names are used again once a group is gone.
     if known() is not group:
-        memory = _map_memory(group, held_tensor(weight).device)
+        memory = _map_memory(group, local_tensor(weight).device)
         _SHARED_MEMORY[name] = weakref.ref(group), memory
     return None if memory is None else name
 

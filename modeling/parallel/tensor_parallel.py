@@ -65,17 +65,17 @@ def is_sharded(weight: Any) -> bool:
     return isinstance(weight, _SHARDED)
 
 
-def held_tensor(weight: Tensor) -> Tensor:
-    """What a weight that may be sharded holds its values in here: the very tensor, where `local_part` may be a view."""
+def local_tensor(weight: Tensor) -> Tensor:
+    """The tensor with this rank's values of a weight that may be sharded; `local_part` may be a view of it."""
     return cast(Any, weight)._local_tensor if is_sharded(weight) else weight
 
 
-def hold(weight: Tensor, values: Tensor) -> None:
-    """Let a weight that may be sharded have its values, which stay the same, in the memory of ``values``."""
+def set_local_tensor(weight: Tensor, values: Tensor) -> None:
+    """Move a weight that may be sharded to the memory of ``values``, which are its values on this rank."""
     if is_sharded(weight):
         mesh, placements = cast(Any, weight).device_mesh, cast(Any, weight).placements
         sizes: dict[str, Any] = {"shape": weight.shape, "stride": weight.stride()}
-        # Both what it says of its memory and what it holds: setting one leaves the other.
+        # Both the memory that the DTensor reports and its local tensor: setting one leaves the other.
         weight.data = DTensor.from_local(values, mesh, placements, run_check=False, **sizes)
         cast(Any, weight)._local_tensor = values
     else:
@@ -137,7 +137,7 @@ def _use_local_weights(module: Any, undo: contextlib.ExitStack) -> None:
 
             module.sums_through = share_memory(weight)
             undo.callback(setattr, module, "sums_through", None)
-        part = nn.Parameter(held_tensor(weight), requires_grad=False)
+        part = nn.Parameter(local_tensor(weight), requires_grad=False)
         module._parameters[name] = part
         undo.callback(_restore, module, name, part, weight)
 
@@ -173,7 +173,7 @@ def check_processes(distributed_config: Any) -> None:
 
 
 def check_tensor_parallel(config: FoxConfig, tp_size: int) -> None:
-    """Refuse a number of ranks that whole heads cannot be dealt to.
+    """Refuse a number of ranks that does not divide the heads.
 
     Raises:
         ValueError: ``tp_size`` does not divide a size of ``config``.
@@ -181,7 +181,7 @@ def check_tensor_parallel(config: FoxConfig, tp_size: int) -> None:
     heads, kv_heads, head_dim = config.heads
     sizes = {"num_attention_heads": heads, "num_key_value_heads": kv_heads}
     if config.qk_norm == "all_heads":
-        # Each rank gathers all heads: only the products with their weights are shared.
+        # Each rank gathers all heads: only the projections are sharded.
         sizes = {f"{name} * head_dim": count * head_dim for name, count in sizes.items()}
     assert config.intermediate_size is not None, "set in __post_init__"
     sizes["intermediate_size"] = config.intermediate_size
