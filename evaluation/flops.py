@@ -46,7 +46,7 @@ def shares_of_flops(flops: dict[str, float], kept: float) -> dict[str, dict[str,
 
     Returns:
         For ``forward`` and ``forward_backward``: ``attention_share``, attention's part without pruning; ``left``, the
-        share of all operations that pruning leaves; ``speedup``, its inverse: the gain if all ran at one rate.
+        share of all FLOPs that pruning leaves; ``speedup``, its inverse: the gain if all ran at one rate.
     """
     found = {}
     for part in ("forward", "forward_backward"):

@@ -11,6 +11,8 @@ from transformers import PreTrainedModel
 from foxlm.modeling.cache.paged import FoxPagedCache
 from foxlm.modeling.versions import CACHE, cache_of
 
+from .text import check_tokens
+
 _LOGITS_AT_ONCE = 4096
 
 
@@ -48,11 +50,7 @@ def row_losses(model: PreTrainedModel, rows: Iterable[Tensor], chunk: int = 0) -
         raise ValueError(f"chunk must be 0 (a row in one pass) or a number of tokens, got {chunk}")
     vocabulary = model.get_input_embeddings().num_embeddings
     for index, row in enumerate(rows):
-        if row.min() < 0 or row.max() >= vocabulary:
-            raise ValueError(
-                f"rows must hold tokens in [0, {vocabulary}), as the model has them, "
-                f"got {row.min().item()} to {row.max().item()}"
-            )
+        check_tokens(int(row.min()), int(row.max()), vocabulary, "rows")
         if index == 0 and not chunk and not _logits_are_the_heads(model, row):
             # Scaled or capped behind the head: only the model itself knows.
             chunk = _LOGITS_AT_ONCE

@@ -23,7 +23,7 @@ from .loss_by_position import new_cache
 from .needle_prompts import MODES, STARTS, Prompt, PromptMaker, draw_needle, haystack_tokens
 from .provenance import provenance
 from .results import fingerprint, read_json, reading, require_folder, require_same, write_json
-from .text import LONGEST
+from .text import LONGEST, check_tokens
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -75,7 +75,7 @@ def measure_needle(options: NeedleOptions) -> dict[str, Any]:
     if not max(lengths) <= LONGEST:
         raise ValueError(f"lengths must be at most {LONGEST:,} tokens, got {max(lengths)}; give --lengths")
     haystack, repeats = haystack_tokens(options.text, tokenizer, max(lengths) + STARTS, options.seed)
-    _require_tokens(haystack, len(tokenizer), options.text)
+    check_tokens(int(haystack.min()), int(haystack.max()), len(tokenizer), str(options.text))
     maker = PromptMaker(tokenizer, options.mode, haystack, options.seed)
     # A chat model may say more than the answer.
     room = options.answer_tokens or maker.answer_tokens(options.samples) * (2 if options.mode == "chat" else 1)
@@ -140,14 +140,6 @@ def _check(options: NeedleOptions) -> None:
         raise ValueError(f"depths must be shares from 0 (the beginning) to 1 (the end), got {list(options.depths)}")
     if any(length < 1 for length in options.lengths):
         raise ValueError(f"lengths must be positive, got {list(options.lengths)}")
-
-
-def _require_tokens(haystack: np.ndarray, vocabulary: int, text: Path | None) -> None:
-    least, most = int(haystack.min()), int(haystack.max())
-    if least < 0 or most >= vocabulary:
-        raise ValueError(
-            f"{text} must hold tokens in [0, {vocabulary}), as the tokenizer has them, got {least} to {most}"
-        )
 
 
 def _settings(options: NeedleOptions, haystack: np.ndarray | None, room: int) -> dict[str, Any]:

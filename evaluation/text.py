@@ -136,3 +136,9 @@ def rows(
     if not found:
         hint = "" if join else "; joining documents may give longer rows"
         raise ValueError(f"{path} has no {length} tokens in a row, at most {longest}{hint}")
+
+
+def check_tokens(low: int, high: int, vocabulary: int, what: str) -> None:
+    """Raise a `ValueError` that begins with ``what`` unless token numbers from ``low`` to ``high`` are a model's."""
+    if low < 0 or high >= vocabulary:
+        raise ValueError(f"{what} must hold tokens in [0, {vocabulary}), as the model has them, got {low} to {high}")

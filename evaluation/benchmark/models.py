@@ -19,6 +19,7 @@ from foxlm.modeling.layers.forget_gate import FoxForgetGate
 from ..gates import RULES
 from ..loading import DTYPES, load_model, load_tokenizer, model_name
 from ..skipped_share import skipped_share
+from ..text import check_tokens
 from ..text import rows as rows_of_text
 from .inputs import EPS, spread_decay_times
 from .results import Row
@@ -104,8 +105,7 @@ class Workload:
         if len(found) < batch and not repeat:
             raise ValueError(f"{self.text} has {len(found)} rows of {tokens} tokens, got {batch} as --rows")
         ids = torch.from_numpy(np.stack(list(itertools.islice(itertools.cycle(found), batch))))
-        if not 0 <= int(ids.min()) <= int(ids.max()) < vocabulary:
-            raise ValueError(f"{self.text} must hold tokens below {vocabulary}, the model's, got {int(ids.max())}")
+        check_tokens(int(ids.min()), int(ids.max()), vocabulary, str(self.text))
         return ids.to(self.device)
 
     def _rows(self, tokens: int, count: int) -> list[np.ndarray]:

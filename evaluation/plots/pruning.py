@@ -180,12 +180,12 @@ def plot_cache(lengths: Sequence[int], held: np.ndarray, full: np.ndarray) -> Fi
 
     Args:
         lengths: tokens so far.
-        held, full: bytes that a cache holds that frees what is dead, and one that keeps all.
+        held, full: bytes that an evicting cache holds, and one that keeps all.
     """
     with matplotlib.rc_context(STYLE):
         figure, (axes,) = new_figure(height=3.0)
         axes.plot(lengths, full / 1e6, "--", color=COLORS[1], label="all keys and values")
-        axes.plot(lengths, held / 1e6, color=COLORS[0], label="with dead pages freed")
+        axes.plot(lengths, held / 1e6, color=COLORS[0], label="evicting cache")
         axes.set_xlim(0, lengths[-1])
         axes.set_ylim(0, 1.08 * full[-1] / 1e6)
         axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))

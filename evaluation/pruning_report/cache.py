@@ -1,4 +1,4 @@
-"""What a cache that frees dead pages (`FoxPagedCache`) holds of a text, by its own rule, without running it."""
+"""What an evicting cache (`FoxPagedCache`) holds of a text, by its own rule, without running it."""
 
 from collections.abc import Sequence
 from typing import NamedTuple

@@ -112,7 +112,7 @@ def _headline(report: Report) -> list[tuple[str, str]]:
         ),
         ("keys and values held after the text", f"{_percent(held)} of {cache['full_bytes'][-1] / 1e6:,.1f} MB"),
         (
-            "operations left, forward / training",
+            "FLOPs left, forward / training",
             f"{_percent(part['forward']['left'])} / {_percent(part['forward_backward']['left'])} of all, "
             f"at {part['length']:,} tokens",
         ),
@@ -256,7 +256,7 @@ def _cache(report: Report) -> list[str]:
         ),
     ]
     return [
-        "<h2>Memory of a cache that frees what is dead</h2>",
+        "<h2>Memory of an evicting cache</h2>",
         *figures,
         f"<p class=small><code>FoxPagedCache</code> at this eps and rule: pages of {cache['page']} tokens of a "
         "head are freed once no query to come, whatever it is, can give them more than eps. Of later queries it knows "

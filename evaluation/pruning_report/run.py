@@ -23,7 +23,7 @@ from ..loading import load_model, load_tokenizer, model_name, pruning_changes
 from ..provenance import provenance
 from ..recording import AttentionInputs, record_attention
 from ..results import parse_json, reading, write_whole
-from ..text import documents, rows
+from ..text import check_tokens, documents, rows
 from .measure import Findings, Plan, measure
 from .summary import KIND, SCHEMA, jsonable, summarize
 
@@ -113,7 +113,8 @@ def run_report(options: Options) -> dict[str, Any]:
     length = _length(options, tokenizer)
     texts = list(rows(options.text, tokenizer, length, options.count, options.join))
     model = load_model(options.model, device=options.device, dtype=options.dtype, eps=options.eps, rule=options.rule)
-    _check_tokens(texts, model)
+    low, high = min(int(x.min()) for x in texts), max(int(x.max()) for x in texts)
+    check_tokens(low, high, model.config.vocab_size, "--text")
     # Now, not when the report is written: a checkout can move on meanwhile.
     run = provenance(str(model.device), options.seed, ("triton",))
     plan = _plan(options, eps, rule, length)
@@ -177,14 +178,6 @@ def _length(options: Options, tokenizer: PreTrainedTokenizerBase | None) -> int:
     if length < PRUNED_QUERIES:
         raise ValueError(f"{options.text} has {length} tokens in a row, at least {PRUNED_QUERIES} are needed")
     return length
-
-
-def _check_tokens(texts: list[np.ndarray], model: PreTrainedModel) -> None:
-    low, high = min(int(x.min()) for x in texts), max(int(x.max()) for x in texts)
-    if low < 0 or high >= model.config.vocab_size:
-        raise ValueError(
-            f"--text must hold tokens of the model, 0 to {model.config.vocab_size - 1}, got {low} to {high}"
-        )
 
 
 def _plan(options: Options, eps: float, rule: Rule, length: int) -> Plan:

@@ -144,7 +144,7 @@ def test_what_is_no_fox_or_too_short_is_refused_in_one_line(tmp_path: Path) -> N
     for source, read, more, message in (
         (tmp_path / "llama", text, (), "--model must be a FoX language model, got LlamaForCausalLM"),
         (model, text, ("--tokens", "5000"), too_long),
-        (model, wide, (), "must hold tokens below 97, the model's, got 97"),
+        (model, wide, (), "must hold tokens in [0, 97), as the model has them, got 97 to 97"),
         (model, tmp_path / "none.npy", (), "No such file"),
         (model, words, (), "words.txt is text, which needs a model with a tokenizer; without one give .npy"),
         (tmp_path / "nothing", text, (), "nothing"),
