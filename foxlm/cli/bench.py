@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from foxlm.cli.errors import PASS_THROUGH, CommandLine
+from foxlm.cli.errors import PASS_THROUGH, CommandLine, deprecated
 
 if TYPE_CHECKING:
     from foxlm.evaluation.benchmark.models import Workload
@@ -142,8 +142,8 @@ def context(
     ] = "tight",
     split: Annotated[
         str,
-        typer.Option(help="Who gets which tokens: balanced (two pieces each, from either end) or contiguous (one)."),
-    ] = "balanced",
+        typer.Option(help="Who gets which tokens: zigzag (two pieces each, from either end) or contiguous (one)."),
+    ] = "zigzag",
     dtype: Annotated[str, typer.Option(help="bfloat16, float16 or float32.")] = "bfloat16",
     rounds: Rounds = 7,
     device: Device = "cuda",
@@ -161,7 +161,6 @@ def context(
     from foxlm.evaluation.benchmark.inputs import Case
     from foxlm.evaluation.gates import RULES
     from foxlm.evaluation.loading import DTYPES
-    from foxlm.kernels.context_parallel.partition import NAMED_SPLITS
 
     _check(device, out, {"--rounds": [rounds]})
     if gpus < 2:
@@ -169,7 +168,10 @@ def context(
     _require_gpus(device, gpus)
     _require_one_of("--dtype", dtype, list(DTYPES))
     _require_one_of("--rule", rule, [*RULES, "none"])
-    _require_one_of("--split", split, list(NAMED_SPLITS))
+    if split == "balanced":
+        deprecated("--split balanced", "--split zigzag")
+        split = "zigzag"
+    _require_one_of("--split", split, ["zigzag", "contiguous"])
     cases = tuple(map(Case.parse, case or ())) or (measured.CPU_CASES if device == "cpu" else measured.CASES)
     for one in cases:
         if one.tokens < gpus:

@@ -23,6 +23,7 @@ from foxlm.evaluation.gates import RULES, first_read, in_tiles, kept_from
 from foxlm.evaluation.pruning_report import measure as measuring
 from foxlm.evaluation.pruning_report.cache import held_pages
 from foxlm.evaluation.pruning_report.dropped import ProvenBounds, choose_rows, log_dropped
+from foxlm.evaluation.pruning_report.page import render
 from foxlm.evaluation.pruning_report.run import Options, read_report, run_report
 from foxlm.evaluation.pruning_report.summary import KIND, SCHEMA, choose_heads, jsonable
 from foxlm.evaluation.recording import AttentionInputs, record_attention
@@ -316,10 +317,19 @@ def test_page_needs_nothing_else(report: Path) -> None:
     assert not {"script", "link", "iframe"} & page.tags
     assert len(page.addresses) >= 9 and all(one.startswith("data:image/svg+xml;base64,") for one in page.addresses)
     assert "viewport" in text and "@import" not in text and "url(" not in text
-    for part in ("The bound holds", "Forget gates", "What pruning skips", "really dropped", "can still see", "frees"):
+    for part in (
+        "The bound holds",
+        "Forget gates",
+        "What pruning skips",
+        "really dropped",
+        "each token keeps",
+        "evicting cache",
+    ):
         assert part in text
-    # The text's own markup is text.
-    assert "&lt;b&gt;" in text and "&amp; http:" in text and "<b>é€" not in text
+    # Markup in a name is text.
+    found = read_report(report)
+    found["model"]["source"] = found["settings"]["text"] = "<b>mine</b>"
+    assert render(found).count("&lt;b&gt;mine") >= 3 and "<b>mine" not in render(found)
     assert not re.search(r"\bnan\b|\bNone\b", re.sub(r"base64,[^\"]*", "", text))
 
 

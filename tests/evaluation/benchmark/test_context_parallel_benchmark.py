@@ -23,7 +23,7 @@ from foxlm.evaluation.benchmark.ranks import RankError, run_ranks
 from foxlm.evaluation.benchmark.results import read
 
 CASES = (Case(1, 4, 16, 256), Case(1, 5, 8, 200))
-RECIPE = ContextRecipe(CASES, 2, "cpu", torch.bfloat16, "tight", "balanced", rounds=1, seed=0)
+RECIPE = ContextRecipe(CASES, 2, "cpu", torch.bfloat16, "tight", "zigzag", rounds=1, seed=0)
 
 
 def test_together_is_the_slowest_rank_of_each_call_and_alone_the_fastest() -> None:
@@ -95,6 +95,7 @@ def test_control_what_is_wrong_is_not_timed_and_what_fails_leaves_the_rest(tmp_p
             "--case must be four positive integers BxHxDxT such as 2x24x64x16384, each below 10**9, got '1x24x64'",
         ),
         (["--gpus", "4", "--case", "1x1x8x3"], "--case must have a token for each of 4 GPUs, got 1x1x8x3 with 3"),
+        (["--split", "striped"], "--split must be one of zigzag, contiguous, got 'striped'"),
         (["--rule", "loose"], "--rule must be one of paper, tight, none, got 'loose'"),
         (["--dtype", "float64"], "--dtype must be one of bfloat16, float16, float32, got 'float64'"),
         (["--rounds", "0"], "--rounds must be a positive integer, got 0"),
@@ -106,3 +107,9 @@ def test_bad_values_are_refused_in_one_line(arguments: list[str], message: str) 
     result = CliRunner().invoke(app, ["context", "--device", "cpu", *arguments])
     assert result.exit_code == 1
     assert result.stderr == f"error: {message}\n"
+
+
+def test_the_former_name_of_a_split_warns() -> None:
+    result = CliRunner().invoke(app, ["context", "--device", "cpu", "--split", "balanced", "--case", "1x1x8x1"])
+    assert result.exit_code == 1
+    assert result.stderr.splitlines()[0].startswith("warning: --split balanced is deprecated")
