@@ -7,8 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from foxlm.kernels.decay import Decay
-from foxlm.kernels.padding import without_padding
+from foxlm.kernels.decay import Decay, without_padding
 from foxlm.kernels.tiles import PRUNED_KEYS, PRUNED_QUERIES
 from foxlm.modeling.attention_backends import ALL_ATTENTION_FUNCTIONS, eager_attention_forward, pruned, prunes
 from foxlm.modeling.layers.attention import FoxAttention

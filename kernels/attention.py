@@ -7,8 +7,7 @@ import torch
 from torch import Tensor
 
 from .backends import backend_of
-from .decay import Decay, accumulate, sequence_starts
-from .padding import hide_padding, without_padding
+from .decay import Decay, accumulate, hide_padding, sequence_starts, without_padding
 from .pruning.rules import Rule, check_rule, prune
 from .validation import check_gates, check_inputs, check_options, check_packing, real_tokens
 
@@ -124,15 +123,15 @@ def forgetting_attention(
     check_options(scale=scale, dropout=dropout)
     # A rule that is unknown is an error without pruning too.
     check_rule(0.5 if eps is None else eps, rule)
-    starts = real = None
     if cu_seqlens is not None:
         check_packing(cu_seqlens, len(q), k.shape[1])
-        starts = sequence_starts(cu_seqlens.to(log_f.device), k.shape[1])
+    real = None
     if attention_mask is not None:
         real = real_tokens(attention_mask, "[B, Tk]", (len(q), k.shape[1]), log_f.device)
         log_f = log_f.masked_fill(~real[..., None], 0.0)
     check_gates(log_f)
     backend = backend_of(q)
+    starts = None if cu_seqlens is None else sequence_starts(cu_seqlens.to(log_f.device), k.shape[1])
     queries, keys = q.shape[1], k.shape[1]
     c, kv_start = accumulate(log_f, starts=starts, sum_gates=backend.sum_gates)
     last = torch.arange(keys - queries, keys, device=log_f.device)

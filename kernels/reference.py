@@ -24,7 +24,8 @@ import torch
 from torch import Tensor
 
 from .decay import Decay
-from .operators import NAMESPACE, refuse_second_derivative, refuse_transforms
+from .operators import NAMESPACE, refuse_second_derivative
+from .validation import refuse_transforms
 
 # Scores held at a time, in elements: 16 MiB in float32, small enough to stay near the caches of a CPU.
 _CHUNK_ELEMENTS = 1 << 22

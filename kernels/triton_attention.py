@@ -10,11 +10,12 @@ import torch
 from torch import Tensor
 
 from .decay import Decay
-from .operators import NAMESPACE, maybe_contiguous, refuse_second_derivative, refuse_transforms
+from .operators import NAMESPACE, maybe_contiguous, refuse_second_derivative
 from .portable.backward import backward
 from .portable.forward import forward
 from .tiles import choose_tiles
 from .triton_common import HAS_GLUON
+from .validation import refuse_transforms
 
 if HAS_GLUON:
     from .hopper.backward import hopper_backward, hopper_backward_takes

@@ -9,8 +9,11 @@ from numbers import Real
 import torch
 from torch import Tensor
 
-from .operators import refuse_transforms
-
+ONLY_REVERSE_MODE = (
+    "forgetting attention is differentiable once, in reverse mode by torch.autograd, and takes no part in torch.func's "
+    "transforms (fold what vmap would map over into the batch); "
+    "a model has all of them with attn_implementation='eager'"
+)
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
@@ -53,6 +56,20 @@ def check_inputs(q: Tensor, k: Tensor, v: Tensor, log_f: Tensor) -> None:
             f"log_f must be float32 or float64 on {q.device}, got {log_f.dtype} on {log_f.device}: "
             "gates in half precision lose the long decays (convert the gate's logits before logsigmoid)"
         )
+
+
+def is_transformed(x: Tensor) -> bool:
+    """Whether ``x`` carries a tangent of forward mode, which operators without a rule drop without a word, or is what a
+    transform of torch.func makes of a tensor."""
+    if torch.compiler.is_compiling():
+        return False
+    return torch.func.debug_unwrap(x) is not x or torch.autograd.forward_ad.unpack_dual(x).tangent is not None
+
+
+def refuse_transforms(*inputs: Tensor | None) -> None:
+    """Raise `NotImplementedError` if an input `is_transformed`."""
+    if any(x is not None and is_transformed(x) for x in inputs):
+        raise NotImplementedError(ONLY_REVERSE_MODE)
 
 
 def check_gates(log_f: Tensor) -> None:

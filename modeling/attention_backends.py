@@ -20,8 +20,7 @@ from transformers.modeling_utils import AttentionInterface
 from transformers.utils.generic import maybe_autocast
 
 from ..kernels.backends import PYTORCH, Backend
-from ..kernels.decay import Decay
-from ..kernels.padding import without_padding
+from ..kernels.decay import Decay, without_padding
 from ..kernels.pruning.rounding import logit_margin
 from ..kernels.pruning.rules import PruningRule, Rule, centered, prune
 from ..kernels.tiles import PRUNED_KEYS

@@ -3,8 +3,7 @@
 from torch import Tensor
 
 from ..backends import backend_of
-from ..decay import Decay, sequence_starts
-from ..padding import without_padding
+from ..decay import Decay, sequence_starts, without_padding
 from ..pruning.rules import Rule, check_rule
 from ..validation import check_gates, check_inputs, check_options, check_packing, real_tokens
 from .group import ContextParallel

@@ -13,7 +13,8 @@ from torch import Tensor
 
 from ..backends import Backend
 from ..decay import Decay
-from ..operators import ONLY_REVERSE_MODE, maybe_contiguous
+from ..operators import maybe_contiguous
+from ..validation import ONLY_REVERSE_MODE
 from .exchange import Exchange, Fetch, Packed
 from .row_copy import Rows
 from .schedule import Placed, Plan

@@ -3,8 +3,7 @@
 from torch import Tensor
 
 from ..backends import Backend
-from ..decay import Decay, accumulate
-from ..padding import hide_keys, mask_rows
+from ..decay import Decay, accumulate, hide_keys, mask_rows
 from ..pruning.rules import Rule
 from .attention import sharded_attention
 from .backends import context_backend_of

@@ -16,9 +16,10 @@ from torch import Tensor
 
 from ..decay import LOG_ZERO_GATE
 from ..decay import sum_gates as sum_gates_in_pytorch
-from ..operators import NAMESPACE, is_transformed
+from ..operators import NAMESPACE
 from ..tiles import cdiv
 from ..triton_common import larger
+from ..validation import is_transformed
 
 _CHUNK = 1024
 # Up to so many tokens PyTorch is as fast as kernels, and torch.compile fuses it with what is around.

@@ -18,8 +18,7 @@ from transformers.cache_utils import Cache
 from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs
 
-from ...kernels.decay import Decay, accumulate
-from ...kernels.padding import hide_padding, skip_padding
+from ...kernels.decay import Decay, accumulate, hide_padding, skip_padding
 from ...kernels.pruning.rules import PruningRule
 from ..arguments import DECODER_ARGUMENTS, refuse_unknown
 from ..cache.layer_types import ForgettingLayer, check_cache, layer_of

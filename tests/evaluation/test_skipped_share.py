@@ -11,8 +11,7 @@ from transformers import DataCollatorWithFlattening, TrainerCallback, TrainingAr
 from foxlm.evaluation.gates import skipped_shares
 from foxlm.evaluation.recording import record_attention, replaced_attention
 from foxlm.evaluation.skipped_share import skipped_share
-from foxlm.kernels.decay import Decay
-from foxlm.kernels.padding import without_padding
+from foxlm.kernels.decay import Decay, without_padding
 from foxlm.modeling.attention_backends import ALL_ATTENTION_FUNCTIONS, eager_attention_forward, pruned
 from foxlm.modeling.modeling_fox import FoxForSequenceClassification
 from foxlm.training import FoxTrainer

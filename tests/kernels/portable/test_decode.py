@@ -10,8 +10,7 @@ from torch import Tensor
 from attention_inputs import draw_gates, draw_inputs, padding_mask
 from eager import eager_attention
 from foxlm.kernels.backends import HAS_TRITON, backend_of
-from foxlm.kernels.decay import Decay, accumulate
-from foxlm.kernels.padding import hide_padding
+from foxlm.kernels.decay import Decay, accumulate, hide_padding
 from foxlm.kernels.pruning.key_stats import KeySummary
 from foxlm.kernels.reference import reference_attention
 from kernel_device import DEVICE, DTYPES, INTERPRETED, ON_KERNELS, SOME_DTYPES

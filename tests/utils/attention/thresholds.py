@@ -12,8 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from foxlm.kernels.decay import Decay, accumulate, sequence_starts
-from foxlm.kernels.padding import hide_padding
+from foxlm.kernels.decay import Decay, accumulate, hide_padding, sequence_starts
 from foxlm.kernels.pruning.rules import Rule
 
 BLOCK, SCALE = 64, 0.25
