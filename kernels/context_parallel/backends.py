@@ -13,7 +13,7 @@ from .attention import window_kv_start
 from .exchange import find_needs
 from .pruning import Rows, join_blocks, search_blocks, summarize
 from .row_copy import copy_rows
-from .sequence_state import carry_gates
+from .shards import carry_gates
 
 if HAS_TRITON:
     from .kernels import carry_gates as triton_carry_gates
@@ -29,7 +29,7 @@ class ContextBackend(NamedTuple):
     """One way to run the steps between ranks, of which functions with the same name take and return the same.
 
     Attributes:
-        carry_gates: running sums over the whole sequence: `sequence_state.carry_gates`.
+        carry_gates: running sums over the whole sequence: `shards.carry_gates`.
         find_needs: what the queries of each segment need: `exchange.find_needs`.
         window_kv_start: first keys within the window of a task: `attention.window_kv_start`.
         copy_rows: keys, values and running sums between places: `row_copy.copy_rows`.

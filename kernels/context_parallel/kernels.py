@@ -128,7 +128,7 @@ def _carry_kernel(
 
 
 def carry_gates(c: Tensor, kv_start: Tensor, shards: Shards) -> tuple[Tensor, Tensor]:
-    """As `sequence_state.carry_gates`, of contiguous tensors."""
+    """As `shards.carry_gates`, of contiguous tensors."""
     batch, gates, tokens = c.shape
     heads, own = batch * gates, len(shards.segments)
     tables, split = shards.tables(c.device), shards.split

@@ -26,7 +26,7 @@ from ..pruning.rules import (
     raised,
 )
 from ..tiles import PRUNED_KEYS, PRUNED_QUERIES
-from .partition_tables import most_blocks
+from .partition import most_blocks
 from .shards import Shards
 
 if TYPE_CHECKING:

@@ -8,8 +8,7 @@ from ..pruning.rules import Rule
 from .attention import sharded_attention
 from .backends import context_backend_of
 from .pruning import prune_shards
-from .sequence_state import GatesBefore, StatesBefore
-from .shards import Shards
+from .shards import GatesBefore, Shards, StatesBefore
 
 
 class ShardedSequence(Shards):

@@ -1,5 +1,10 @@
-"""Who has which tokens of one sequence, and the exchanges of small tensors between the ranks that share it."""
+"""Who has which tokens of one sequence, and the exchanges of small tensors between the ranks that share it.
 
+What layers need of tokens before this rank's, sums of gates and states for token shift, are differentiable exchanges of
+all ranks with all, for which the host does not wait.
+"""
+
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -7,8 +12,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ..tiles import PRUNED_KEYS
-from .partition import TokenSplit
-from .partition_tables import SplitTables, split_tables
+from .partition import SplitTables, TokenSplit, split_tables
 
 if dist.is_available():
     # Of torch 2.13, which warns of the older name.
@@ -112,3 +116,105 @@ def _summed(x: Tensor, group: "dist.ProcessGroup") -> Tensor:
     x = x.clone(memory_format=torch.contiguous_format)
     dist.all_reduce(x, group=group)
     return x
+
+
+class GatesBefore(torch.autograd.Function):
+    """Running sums and first keys over this rank's tokens, counted from 1, to those over the whole sequence."""
+
+    @staticmethod
+    def forward(
+        ctx, c: Tensor, kv_start: Tensor, shards: Shards, carry_gates: Callable[..., tuple[Tensor, Tensor]]
+    ) -> tuple[Tensor, Tensor]:
+        ctx.shards = shards
+        c, kv_start = carry_gates(c.contiguous(), kv_start.contiguous(), shards)
+        ctx.mark_non_differentiable(kv_start)
+        return c, kv_start
+
+    @staticmethod
+    def backward(ctx, dc: Tensor, _) -> tuple[Tensor, None, None, None]:
+        shards = ctx.shards
+        totals = shards.from_all([dc[..., rows].sum(-1) for rows in shards.rows])
+        dc = dc.clone()
+        # A gate is in the sums of all later tokens. Of those on this rank autograd knows; here are those in between.
+        for i, rows, following in zip(shards.own, shards.rows, [*shards.own[1:], len(totals)], strict=True):
+            for total in totals[i + 1 : following]:
+                dc[..., rows.stop - 1] += total
+        return dc, None, None, None
+
+
+def carry_gates(c: Tensor, kv_start: Tensor, shards: Shards) -> tuple[Tensor, Tensor]:
+    """Running sums and first visible keys over the whole sequence, from those over this rank's tokens alone.
+
+    Args:
+        c: ``[B, Hf, T]`` float64.
+        kv_start: ``[B, Hf, T]`` int64, index of the last reset among this rank's tokens counted from 1; 0 for none.
+        shards: who has which tokens.
+    """
+    c, kv_start = c.clone(), kv_start.clone()
+    ends = []
+    for (_, start, _), rows in zip(shards.segments, shards.rows, strict=True):
+        # A reset further back is of another segment, whose end says where it is.
+        kv_start[..., rows].add_(start - rows.start - 1).masked_fill_(kv_start[..., rows] < start, 0)
+        # Indices of tokens are exact in float64 too.
+        ends.append(torch.stack([c[..., rows.stop - 1], kv_start[..., rows.stop - 1].double()]))
+    sums, resets = torch.stack(shards.from_all(ends)).unbind(1)
+    # The sum of a rank's segment goes on from its segment before.
+    previous = shards.split.previous_of_rank
+    own_before = torch.stack([torch.zeros_like(sums[0]) if i is None else sums[i] for i in previous])
+    totals = sums - own_before
+    shifts = totals.cumsum(0) - totals - own_before
+    resets = resets.long().cummax(0).values
+    for i, rows in zip(shards.own, shards.rows, strict=True):
+        c[..., rows] += shifts[i, ..., None]
+        if i:
+            kv_start[..., rows].clamp_(min=resets[i - 1, ..., None])
+    return c, kv_start
+
+
+class StatesBefore(torch.autograd.Function):
+    """The last real state before each segment of this rank: see `ShardedSequence.states_before`."""
+
+    @staticmethod
+    def forward(ctx, states: Tensor, real: Tensor | None, shards: Shards) -> Tensor:
+        own_real = None if real is None else shards.take(real)
+        last = [_last_real(states, None if own_real is None else own_real[:, rows], rows) for rows in shards.rows]
+        # Of each segment, which sequences of the batch have a real token in it.
+        has = [None if real is None else real[:, start:stop].any(1) for _, start, stop in shards.split.segments]
+        ctx.shards, ctx.last, ctx.has, ctx.shape = shards, last, has, states.shape
+        batch = torch.arange(len(states), device=states.device)
+        before = torch.zeros_like(states[:, 0])
+        found = []
+        for i, end in enumerate(shards.from_all([states[batch, index] for index in last])):
+            if i in shards.own:
+                found.append(before)
+            some = has[i]
+            before = end if some is None else torch.where(some[:, None, None], end, before)
+        return torch.stack(found, 1)
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor) -> tuple[Tensor, None, None]:
+        shards = ctx.shards
+        # To the last real token before: in the segment before, or further back for the sequences without one there.
+        to = gradient.new_zeros(len(shards.split.segments), len(gradient), *gradient.shape[2:])
+        for i, d_before in zip(shards.own, gradient.unbind(1), strict=True):
+            left = d_before
+            for j in reversed(range(i)):
+                has = ctx.has[j]
+                to[j] += left if has is None else left.masked_fill(~has[:, None, None], 0.0)
+                if has is None:
+                    break
+                left = left.masked_fill(has[:, None, None], 0.0)
+        dist.all_reduce(to, group=shards.group)
+        d_states = gradient.new_zeros(ctx.shape)
+        batch = torch.arange(len(gradient), device=gradient.device)
+        for i, index in zip(shards.own, ctx.last, strict=True):
+            d_states[batch, index] = to[i]
+        return d_states, None, None
+
+
+def _last_real(states: Tensor, real: Tensor | None, rows: slice) -> Tensor:
+    """Index of the last real token of ``rows`` for each sequence, ``[B]``; any of them where none is."""
+    if real is None:
+        return torch.full((len(states),), rows.stop - 1, device=states.device)
+    index = torch.arange(rows.start, rows.stop, device=states.device)
+    return torch.where(real, index, rows.start).amax(1)

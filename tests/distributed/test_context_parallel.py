@@ -1,13 +1,12 @@
 """Context parallelism on two to four ranks equals one device: attention, models, gradients, and what is refused."""
 
-from types import ModuleType
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
 from foxlm import FoxForSequenceClassification
-from foxlm.kernels.context_parallel import group, partition
 from foxlm.kernels.context_parallel.group import ContextParallel
 from foxlm.kernels.context_parallel.partition import NAMED_SPLITS, Segment, TokenSplit, zigzag
 from foxlm.kernels.context_parallel.shards import CommunicationVolume
@@ -130,7 +129,10 @@ def test_single_process_is_refused() -> None:
 
 def test_heads_that_need_the_whole_sequence_are_refused() -> None:
     model = tiny_model(model_class=FoxForSequenceClassification)
+    context: Any = SimpleNamespace(shards=None, check_same=None)
     with pytest.raises(ValueError, match="FoxForSequenceClassification needs the whole sequence"):
+        model.set_context_parallel(context)
+    with pytest.raises(ValueError, match="context must be a ContextParallel or None, got object"):
         model.set_context_parallel(object())
     model.set_context_parallel(None)
 
@@ -166,16 +168,6 @@ def test_share_of_traffic() -> None:
     assert traffic.share == 0.25
     traffic.clear()
     assert traffic.share == 0.0
-
-
-@pytest.mark.parametrize(
-    ("module", "old", "new"), [(partition, "balanced", zigzag), (group, "Traffic", CommunicationVolume)]
-)
-def test_older_names_work_with_a_warning(module: ModuleType, old: str, new: Any) -> None:
-    with pytest.warns(FutureWarning, match=new.__name__):
-        assert getattr(module, old) is new
-    with pytest.raises(AttributeError, match="other"):
-        getattr(module, f"{old}_other")
 
 
 def test_older_name_of_the_split_works() -> None:

@@ -32,8 +32,7 @@ from foxlm.kernels.context_parallel.kernels import (
     find_needs,
     window_kv_start,
 )
-from foxlm.kernels.context_parallel.partition import NAMED_SPLITS, TokenSplit
-from foxlm.kernels.context_parallel.partition_tables import split_tables
+from foxlm.kernels.context_parallel.partition import NAMED_SPLITS, TokenSplit, split_tables
 from foxlm.kernels.context_parallel.row_copy import Place, Rows, Runs
 from foxlm.kernels.portable.decode import decode_attention
 
