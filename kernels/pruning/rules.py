@@ -215,7 +215,7 @@ def prune(
 
 @torch.no_grad()
 def centered(k: Tensor) -> Tensor:
-    """Keys as short as they may be taken for: minus the mean of the first 64, ``[B, T, G, D]`` in float32 or wider.
+    """Keys less the mean of the first 64, which tightens the bound of the logits: ``[B, T, G, D]``, float32 or wider.
 
     Subtracting one vector from all keys of a head shifts all logits of a row alike, which changes no attention weight.
     So the rules may be given these keys in place of ``k``. Without QK-norm keys have a large part in common, and the
