@@ -256,7 +256,7 @@ def _dense_bias(decay: Decay, query: Tensor) -> tuple[Tensor, Tensor]:
     heads = query.shape[1]
     if bias.shape[1] not in (1, heads):
         bias = bias.repeat_interleave(heads // bias.shape[1], dim=1)
-    # softmax of a row of -inf is NaN. Such rows belong to padding, whose output nobody reads.
+    # softmax of a row of -inf is NaN. Such rows belong to padding, whose output is not read.
     fully_masked = torch.isneginf(bias.amax(-1, keepdim=True))
     return bias.masked_fill(fully_masked, 0.0).to(torch.promote_types(query.dtype, torch.float32)), fully_masked
 

@@ -86,7 +86,7 @@ class PagePool:
         self._free = torch.cat([self._free, torch.arange(held, held + more, device=self.device)])
 
     def evict_before(self, start: Tensor) -> None:
-        """Take back the pages of all blocks before ``start``, ``[B, G]`` int32, which must not be below `start`."""
+        """Free the pages of all blocks before ``start``, ``[B, G]`` int32, which must not be below `start`."""
         index = torch.arange(self.pages.shape[-1], device=self.device)
         evicted = (index < start[..., None]) & (self.pages >= 0)
         self._free = torch.cat([self._free, self.pages[evicted].long()])

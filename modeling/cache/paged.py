@@ -217,7 +217,7 @@ class PagedForgettingLayer(PagePool, CacheLayerMixin):
         return keys, values
 
     def evict(self, length: int, c: Tensor | None = None) -> None:
-        """Take back the pages that no query from ``length - rollback_window`` on needs.
+        """Free the pages that no query from ``length - rollback_window`` on needs.
 
         Args:
             length: tokens so far.

@@ -186,8 +186,9 @@ def _submodule(owner: Any, name: str) -> Any:
     return owner
 
 
-def _parameters(linear: nn.Linear) -> tuple[Tensor, Tensor | None]:
-    return linear.weight, linear.bias
+def _parameters(linear: Any) -> tuple[Any, Any]:
+    """Weight and bias; None where a module that was put in place of a linear layer has none."""
+    return getattr(linear, "weight", None), getattr(linear, "bias", None)
 
 
 def _address(parameter: Tensor | None) -> int | None:
@@ -206,7 +207,7 @@ def is_plain_linear(module: Any) -> bool:
 
 
 def _is_matmul(module: Any) -> bool:
-    """Whether calling ``module`` does nothing but multiply by its weight, add its bias, and tell nobody."""
+    """Whether calling ``module`` does nothing but multiply by its weight and add its bias."""
     if not is_plain_linear(module) or "_hf_hook" in module.__dict__:
         return False
     if "forward" in module.__dict__ and not _is_tensor_parallel(module):

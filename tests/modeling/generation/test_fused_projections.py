@@ -410,6 +410,7 @@ CHANGES_OF_MODULES: dict[str, Callable[[Any], Any]] = {
     "hook": lambda attention: attention.v_proj.register_forward_hook(lambda linear, x, out: -out),
     "forward": lambda attention: setattr(attention.k_proj, "forward", lambda x: torch.zeros(*x.shape[:-1], 16).to(x)),
     "module": lambda attention: setattr(attention, "k_proj", nn.Linear(32, 16, bias=False, dtype=torch.float64)),
+    "module without weights": lambda attention: setattr(attention, "k_proj", nn.AdaptiveAvgPool1d(16)),
     "weight": lambda attention: setattr(attention.k_proj, "weight", nn.Parameter(-attention.k_proj.weight.detach())),
     "data": lambda attention: setattr(attention.k_proj.weight, "data", -attention.k_proj.weight.detach()),
     "bias": lambda attention: setattr(attention.k_proj, "bias", None),
