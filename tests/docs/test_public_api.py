@@ -1,10 +1,12 @@
 """The public API stays: what was documented is still there, or warns and names what replaces it.
 
-``public_api.json`` holds the list: public names, documented modules, configuration fields, commands and options.
+``public_api.json`` holds the list: public names, documented modules, parameters of functions,
+configuration fields, commands and options.
 """
 
 import dataclasses
 import importlib
+import inspect
 import json
 import re
 import sys
@@ -53,6 +55,15 @@ def test_documented_name_is_there_or_names_its_successor(module: str, name: str)
             assert getattr(importlib.import_module(new_module), new_name) is value
     elif said:
         assert re.search(r"is now called \w+", said[0])
+
+
+@pytest.mark.filterwarnings("ignore:.* is now:FutureWarning")
+@pytest.mark.parametrize("function", HELD["parameters"])
+def test_documented_function_keeps_its_parameters(function: str) -> None:
+    module, _, name = function.rpartition(".")
+    kept = inspect.signature(getattr(importlib.import_module(module), name)).parameters
+    missing = [parameter for parameter in HELD["parameters"][function] if parameter not in kept]
+    assert not missing
 
 
 def test_old_modules_have_their_documented_names_and_no_others() -> None:
