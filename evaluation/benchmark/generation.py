@@ -269,40 +269,48 @@ class _Prefill(_Generation):
 
 
 def decode_variants(
-    batch: int, models: Models, generators: Sequence[Generator], workload: Workload, tokens: int, new: int
+    batch: int, models: Models, generators: Sequence[Generator], workload: Workload, tokens: int, new: int, rounds: int
 ) -> Iterator[Variant]:
-    """Ways to decode ``batch`` sequences after ``tokens`` tokens; a timed round is ``new`` steps."""
+    """Ways to decode ``batch`` sequences after ``tokens`` tokens, by ``rounds`` timed rounds of ``new`` steps."""
     torch.compiler.reset()
     ids = workload.ids(models["foxlm"].config.vocab_size, batch, tokens + CHECKED_STEPS)
     check = LogitsCheck()
     facts = {"batch": batch, "text_rows": len(torch.unique(ids, dim=0))}
     for one in generators:
-        yield _Decode(one, models, ids, check, workload.device, facts, new)
+        # One length for check and timing: steps are compiled for one shape.
+        length = rounded_up(tokens + max(CHECKED_STEPS, _WARM_UP_STEPS + 1 + rounds * new))
+        yield _Decode(one, models, ids, check, workload.device, facts, new, length)
 
 
 class _Decode(_Generation):
     """One more token after a context. Each pass fills a new cache: two may not fit side by side."""
 
     def __init__(
-        self, one: Generator, models: Models, ids: Tensor, check: LogitsCheck, device: str, facts: Row, new: int
+        self,
+        one: Generator,
+        models: Models,
+        ids: Tensor,
+        check: LogitsCheck,
+        device: str,
+        facts: Row,
+        new: int,
+        length: int,
     ) -> None:
         compiled = one.cache != "dynamic" and device == "cuda"
         super().__init__(one, models, ids, check, device, facts | {"compiled": compiled})
-        self._new = new
+        self._new, self._length = new, length
         # One graph of one shape, replayed as a CUDA graph.
         options: dict[str, Any] = {"mode": "reduce-overhead", "fullgraph": True, "dynamic": False}
         self._step: Step = torch.compile(greedy_step, **options) if compiled else greedy_step
 
-    def _session(self, rounds: int) -> Session:
-        tokens = self._ids.shape[1] - CHECKED_STEPS
-        length = tokens + max(CHECKED_STEPS, _WARM_UP_STEPS + 1 + rounds * self._new)
-        return Session(self._one, self._model, self._step, len(self._ids), rounded_up(length))
+    def _session(self) -> Session:
+        return Session(self._one, self._model, self._step, len(self._ids), self._length)
 
     def check(self, row: Row) -> str | None:
         context = min(CHECKED_TOKENS, self._ids.shape[1] - CHECKED_STEPS)
         ids = self._ids[:, : context + CHECKED_STEPS]
         with decoding_mode(self._model):
-            session = self._session(rounds=1)
+            session = self._session()
             found = [session.fill(ids[:, :context]).clone()]
             for token in ids[:, context:].split(1, dim=1):
                 session.ids.copy_(token)
@@ -313,7 +321,7 @@ class _Decode(_Generation):
         before = torch.cuda.memory_allocated() if self._device == "cuda" else 0
         # As `generate` does.
         with decoding_mode(self._model):
-            session = self._session(rounds)
+            session = self._session()
             session.fill(self._ids[:, :-CHECKED_STEPS])
             session.advance(_WARM_UP_STEPS)
             after = torch.cuda.memory_allocated() if self._device == "cuda" else 0

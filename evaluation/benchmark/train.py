@@ -105,7 +105,8 @@ def variants(recipe: Recipe) -> Iterator[Variant]:
     if recipe.compiled:
         compile_regions(model)
     for step in recipe.steps(model.config):
-        tiles = {"computed_tiles": computed_tiles(model, ids, step.rule)}
+        with torch.autocast(recipe.workload.device, torch.bfloat16):
+            tiles = {"computed_tiles": computed_tiles(model, ids, step.rule)}
         yield _SingleStep(step, trainer, reference, recipe, facts | tiles)
 
 

@@ -90,25 +90,35 @@ def _variants(rank: int, recipe: MultiRecipe) -> Iterator[Variant]:
     facts = facts_of(model, step) | {"gpus": recipe.gpus, "layout": "FSDP2"}
     # The slowest rank's, so that all have the same.
     facts["matmul_tflops"] = min(gathered(facts["matmul_tflops"]))
-    tiles = {one: gathered(computed_tiles(model, ids, one.rule)) for one in step.steps(model.config)}
+    with torch.autocast(step.workload.device, torch.bfloat16):
+        tiles = {one: gathered(computed_tiles(model, ids, one.rule)) for one in step.steps(model.config)}
 
     layers = model.model.layers
     model.model.layers, model.config.num_hidden_layers = layers[:_CHECKED_LAYERS], min(_CHECKED_LAYERS, len(layers))
     reference = _Reference(model, ids, mesh)
     shallow = Trainer(_distributed(model, recipe, mesh), ids, autocast=False)
     del layers, model
+    checks = {one: _check(one, shallow, reference) for one in tiles}
+    # Before the whole model is built: they would count as its memory.
+    del shallow, reference
     release_memory(step.workload.device)
-    whole: list[Trainer] = []
-
-    def trainer() -> Trainer:
-        """The whole model, built once something is to be timed."""
-        if not whole:
-            whole.append(Trainer(_distributed(step.build(), recipe, mesh), ids, autocast=False))
-        return whole[0]
-
+    trainer: list[Trainer] = []
     for one, shares in tiles.items():
-        of_step = {"computed_tiles": sum(shares) / len(shares)}
-        yield _ShardedStep(one, shallow, reference, trainer, step, facts | of_step)
+        fault, found = checks[one]
+        if fault is None and not trainer:
+            trainer.append(Trainer(_distributed(step.build(), recipe, mesh), ids, autocast=False))
+        of_step = facts | found | {"computed_tiles": sum(shares) / len(shares)}
+        yield _ShardedStep(one, fault, trainer, step, of_step)
+
+
+def _check(step: Step, shallow: Trainer, reference: "_Reference") -> tuple[str | None, Row]:
+    """What is wrong with the gradients of a step, in words, and the part of its row that says how far they are off."""
+    row: Row = {}
+    set_pruning(shallow.model, step.rule)
+    shallow.backward(step.compiled, shallow.ids)
+    # All ranks have compared the same whole gradients: all go the same way.
+    faults = gathered(reference.fault(shallow.model, step, row))
+    return next((one for one in faults if one is not None), None), row
 
 
 def _distributed(model: FoxForCausalLM, recipe: MultiRecipe, mesh: DeviceMesh) -> FoxForCausalLM:
@@ -119,40 +129,25 @@ def _distributed(model: FoxForCausalLM, recipe: MultiRecipe, mesh: DeviceMesh) -
 
 
 class _ShardedStep:
-    """A training step on all ranks."""
+    """A training step on all ranks; ``trainer`` holds that of the whole model unless all steps are wrong."""
 
-    def __init__(
-        self,
-        step: Step,
-        shallow: Trainer,
-        reference: "_Reference",
-        trainer: Callable[[], Trainer],
-        recipe: Recipe,
-        facts: Row,
-    ) -> None:
+    def __init__(self, step: Step, fault: str | None, trainer: list[Trainer], recipe: Recipe, facts: Row) -> None:
         self.facts = {"name": step.name, "rule": step.rule, "compiled": step.compiled} | facts
-        self._step, self._shallow, self._reference = step, shallow, reference
-        self._trainer, self._recipe = trainer, recipe
+        self._step, self._fault, self._trainer, self._recipe = step, fault, trainer, recipe
 
     def check(self, row: Row) -> str | None:
-        set_pruning(self._shallow.model, self._step.rule)
-        self._shallow.backward(self._step.compiled, self._shallow.ids)
-        # All ranks have compared the same whole gradients: all go the same way.
-        fault = next(
-            (one for one in gathered(self._reference.fault(self._shallow.model, self._step, row)) if one), None
-        )
-        if fault is None:
-            device = self._recipe.workload.device
+        if self._fault is None:
+            cuda = self._recipe.workload.device == "cuda"
             # The first call compiles, and makes the optimizer's state.
-            self._trainer().step(self._step)
-            if device == "cuda":
+            self._trainer[0].step(self._step)
+            if cuda:
                 torch.cuda.reset_peak_memory_stats()
-            self._trainer().step(self._step)
-            row["peak_bytes"] = max(gathered(torch.cuda.max_memory_allocated())) if device == "cuda" else None
-        return fault
+            self._trainer[0].step(self._step)
+            row["peak_bytes"] = max(gathered(torch.cuda.max_memory_allocated())) if cuda else None
+        return self._fault
 
     def time(self, rounds: int) -> dict[str, list[float]]:
-        trainer = self._trainer()
+        trainer = self._trainer[0]
         own = device_times(lambda: trainer.step(self._step), rounds, self._recipe.workload.device, warm_up=1)
         # A step takes as long as the rank that is done last.
         return {"step": [max(of_round) for of_round in zip(*gathered(own), strict=True)]}

@@ -346,7 +346,8 @@ def decode(
     facts = _model_facts(workload, models) | {"tokens": tokens, "new": new, "rounds": rounds}
     with _report("decode", out, device, seed, commit, as_json, facts) as report:
         for size in batches:
-            run(measured.decode_variants(size, models, generators, workload, tokens, new), report, rounds, device)
+            variants = measured.decode_variants(size, models, generators, workload, tokens, new, rounds)
+            run(variants, report, rounds, device)
 
 
 @app.command()

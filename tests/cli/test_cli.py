@@ -300,6 +300,6 @@ def test_bench_has_the_commands_and_exit_codes_of_the_speed_benchmarks(tmp_path:
     listed = invoke("bench", "--help")
     assert listed.exit_code == 0
     assert all(name in listed.stdout for name in ("attention", "context", "train", "prefill", "decode", "table"))
-    assert "--largest-batch" in invoke("bench", "decode", "--help").stdout
+    assert "--largest-batch" not in invoke("bench", "decode", "--help").stdout
     assert invoke("bench", "attention", "--device", "tpu").exit_code == 1
     assert invoke("bench", "nothing").exit_code == 2

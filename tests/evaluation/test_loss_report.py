@@ -182,7 +182,7 @@ def test_the_command_measures_draws_and_draws_again(folder: Path, tmp_path: Path
     assert (out / "loss.svg").read_bytes() == first
     # Where matplotlib is not installed, results are kept all the same.
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("foxlm.evaluation.commands.figures.find_spec", lambda name: None)
+        patch.setattr("foxlm.cli.evaluate.find_spec", lambda name: None)
         result = invoke("--redraw", out / "loss.json")
     assert result.exit_code == 0 and f"foxlm loss --redraw {out / 'loss.json'}" in result.output
 

@@ -29,7 +29,7 @@ WORKLOAD = Workload("cpu", sizes=tuple(CPU_SIZES.items()))
 def decoded(names: Sequence[str], batch: int = 2) -> list[dict[str, Any]]:
     decoders = with_names(DECODERS, names)
     models = build_models(WORKLOAD, decoders)
-    return rows_of(generation.decode_variants(batch, models, decoders, WORKLOAD, tokens=60, new=1))
+    return rows_of(generation.decode_variants(batch, models, decoders, WORKLOAD, tokens=60, new=1, rounds=1))
 
 
 def prefilled(prefillers: Sequence[Generator], tokens: int = 200) -> list[dict[str, Any]]:
@@ -184,7 +184,7 @@ def test_decoding_is_compiled_and_replayed() -> None:
     workload = Workload("cuda", sizes=WORKLOAD.sizes)
     report = Report({"rows": []}, None)
     models = build_models(workload, DECODERS)
-    run(generation.decode_variants(2, models, DECODERS, workload, 1000, 2), report, 1, "cuda")
+    run(generation.decode_variants(2, models, DECODERS, workload, 1000, 2, 1), report, 1, "cuda")
     for one in report.results["rows"]:
         assert one["status"] == "measured", one
         assert one["peak_bytes"] > one["stored_bytes"]
