@@ -117,7 +117,9 @@ def forgetting_attention(
         torch.Size([1, 8, 2, 16])
     """
     if return_first:
-        warnings.warn("return_first is now called return_kv_start", FutureWarning, stacklevel=2)
+        # A traced graph cannot warn.
+        if not torch.compiler.is_compiling():
+            warnings.warn("return_first is now called return_kv_start", FutureWarning, stacklevel=2)
         return_kv_start = True
     check_inputs(q, k, v, log_f)
     check_options(scale=scale, dropout=dropout)

@@ -299,3 +299,5 @@ def test_older_name_of_the_first_keys_works_with_a_warning(device):
     with pytest.warns(FutureWarning, match="return_kv_start"):
         _, first = forgetting_attention(*inputs, return_first=True)
     assert torch.equal(first, forgetting_attention(*inputs, return_kv_start=True)[1])
+    compiled = torch.compile(forgetting_attention, fullgraph=True, backend="eager")
+    assert torch.equal(compiled(*inputs, return_first=True)[1], first)
