@@ -66,6 +66,7 @@ def test_attention_that_is_wrong_prints_no_time(tmp_path: Path, monkeypatch: pyt
     assert not any("forward" in one for one in rows if one["status"] == "wrong")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_an_interrupted_run_keeps_and_prints_its_rows(number: int, tmp_path: Path) -> None:
     out = tmp_path / "results.json"
@@ -91,6 +92,7 @@ def test_an_interrupted_run_keeps_and_prints_its_rows(number: int, tmp_path: Pat
     assert f"interrupted; what was measured is in {out}" in stderr
 
 
+@pytest.mark.slow
 def test_the_commands_measure_a_model_and_text(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     given = of_users(tmp_path)
     out = tmp_path / "results.json"

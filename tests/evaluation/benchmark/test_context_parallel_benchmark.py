@@ -47,6 +47,7 @@ def test_less_is_allowed_in_float32_and_without_pruning() -> None:
     assert exact.limit < RECIPE.limit < 0.01
 
 
+@pytest.mark.slow
 def test_attention_on_two_ranks_is_measured(tmp_path: Path) -> None:
     out = tmp_path / "context.json"
     arguments = ["context", "--gpus", "2", "--device", "cpu", "--rounds", "1", "--dtype", "float32", "--out", str(out)]
@@ -70,6 +71,7 @@ def test_attention_on_two_ranks_is_measured(tmp_path: Path) -> None:
         assert one["speedup_in_a_row"] == pytest.approx(one["one_in_a_row"]["ms"] / one["together_in_a_row"]["ms"])
 
 
+@pytest.mark.slow
 def test_control_what_is_wrong_is_not_timed_and_what_fails_leaves_the_rest(tmp_path: Path) -> None:
     lost, right, nothing = Case(1, 4, 16, speed_ranks.LOST_AT), CASES[1], Case(1, 2, 0, 64)
     killed = Case(1, 1, 8, speed_ranks.KILLED_AT)

@@ -37,6 +37,7 @@ def prefilled(prefillers: Sequence[Generator], tokens: int = 200) -> list[dict[s
     return rows_of(generation.prefill_variants(2, tokens, models, prefillers, WORKLOAD, chunk=64))
 
 
+@pytest.mark.slow
 def test_prompts_are_measured() -> None:
     rows = prefilled(PREFILLERS)
     assert [one["name"] for one in rows] == [one.name for one in PREFILLERS]
