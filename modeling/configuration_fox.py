@@ -24,9 +24,6 @@ from .config_fields import (
 )
 from .remote_code import AUTO_MAP, export_code
 
-# transformers' caches know one class per layer type. A copy of this code under another package name, loaded from a
-# model's folder, has a type of its own, so that neither gets the other's layers.
-LAYER_TYPE = f"{__package__}.forgetting_attention"
 DEFAULT_IMPLEMENTATION = "fox"
 IMPLEMENTATIONS = (DEFAULT_IMPLEMENTATION, "fox_reference", "sdpa", "eager")
 """What ``attn_implementation`` may be: see `attention_backends`."""
@@ -265,7 +262,7 @@ class FoxConfig(PreTrainedConfig):
     @property
     def layer_types(self) -> list[str]:
         """What each layer caches, for transformers' cache classes; all layers are alike and it is not saved."""
-        # Here, since caches import this module.
+        # Here, so that a configuration can be read without loading caches.
         from .cache.layer_types import register_layer_type
 
         return [register_layer_type(self)] * self.num_hidden_layers

@@ -13,10 +13,10 @@ from transformers.generation.configuration_utils import GenerationMode
 
 from .arguments import MASK_ARGUMENTS, refuse_unknown
 from .cache.paged import FoxPagedCache
-from .configuration_fox import LAYER_TYPE, FoxConfig
+from .configuration_fox import FoxConfig
 from .layers.fused_projections import fuse_projections
 from .parallel.tensor_parallel import local_weights
-from .token_layout import padding_mask, refuse_overflow
+from .token_layout import LAYER_TYPE, padding_mask, refuse_overflow
 from .versions import CACHE, one_cache, with_one_cache
 
 

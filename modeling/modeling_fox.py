@@ -29,7 +29,6 @@ from .cache.paged import FoxPagedCache
 from .configuration_fox import (
     CONTEXT_PARALLEL_IMPLEMENTATIONS,
     DEFAULT_IMPLEMENTATION,
-    LAYER_TYPE,
     FoxConfig,
 )
 from .generation import FoxGenerationMixin
@@ -39,7 +38,7 @@ from .layers.norm import FoxRMSNorm
 from .layers.rotary import FoxRotaryEmbedding
 from .losses import FoxLMHead, forget_aux_loss, loss_in_chunks, number_of_targets, targets_of_shard
 from .pretrained import FoxPreTrainedModel
-from .token_layout import token_layout
+from .token_layout import LAYER_TYPE, token_layout
 
 if TYPE_CHECKING:
     from ..kernels.context_parallel.group import ContextParallel

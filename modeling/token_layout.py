@@ -10,11 +10,14 @@ from transformers.utils.import_utils import is_torchdynamo_compiling
 from ..kernels.decay import running_max, sequence_starts
 from ..kernels.tiles import PRUNED_KEYS
 from ..kernels.validation import bool_mask, check_cu_seqlens, check_tensor
-from .configuration_fox import LAYER_TYPE
 from .versions import CACHE
 
 if TYPE_CHECKING:
     from ..kernels.context_parallel.sequence import ShardedSequence
+
+# transformers' caches know one class per layer type. A copy of this code under another package name, loaded from a
+# model's folder, has a type of its own, so that neither gets the other's layers.
+LAYER_TYPE = f"{__package__}.forgetting_attention"
 
 
 class TokenLayout(NamedTuple):

@@ -6,7 +6,7 @@ sums within tiles. Forward begins with the local tasks, which need no other rank
 gradients of fetched keys travel back to their ranks.
 """
 
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -16,12 +16,10 @@ from ..decay import Decay
 from ..operators import maybe_contiguous
 from ..validation import ONLY_REVERSE_MODE
 from .exchange import Exchange, Fetch, Packed
+from .operations import ContextBackend
 from .row_copy import Rows
 from .schedule import Placed, Plan
 from .shards import Shards
-
-if TYPE_CHECKING:
-    from .backends import ContextBackend
 
 # Bytes of a rank's keys and values. Of fewer, what is fetched is there before the host has the next task ready.
 _WORTH_HIDING = 1 << 29
@@ -61,7 +59,7 @@ class _Inputs(NamedTuple):
     decay: Decay
 
 
-def _inputs(x: _Tensors, placed: Placed, packed: Packed | None, shards: Shards, ops: "ContextBackend") -> _Inputs:
+def _inputs(x: _Tensors, placed: Placed, packed: Packed | None, shards: Shards, ops: ContextBackend) -> _Inputs:
     task = placed.task
     q, c_q = x.q[:, task.rows], x.c_q[..., task.rows]
     width, queries = task.stop - task.start, task.rows.stop - task.rows.start
@@ -100,7 +98,7 @@ def window_kv_start(
     return kv_start
 
 
-def _window(x: _Tensors, placed: Placed, packed: Packed | None, ops: "ContextBackend") -> tuple[Tensor, Tensor, Tensor]:
+def _window(x: _Tensors, placed: Placed, packed: Packed | None, ops: ContextBackend) -> tuple[Tensor, Tensor, Tensor]:
     """Keys, values ``[B, W, heads, D]`` and sums ``[B, gates, W]`` of a task; what nobody needs is zero and hidden."""
     batch, _, _, size = x.k.shape
     width = placed.task.stop - placed.task.start
@@ -186,7 +184,7 @@ class _ShardedAttention(torch.autograd.Function):
         return gradients.q, gradients.k, gradients.v, gradients.c_q, gradients.c_k, *[None] * 6
 
 
-def _pack(x: _Tensors, fetch: Fetch, ops: "ContextBackend") -> Packed:
+def _pack(x: _Tensors, fetch: Fetch, ops: ContextBackend) -> Packed:
     """The rows that others need."""
     count, size = sum(fetch.sent), x.k.shape[-1]
     packed = Packed(x.k.new_empty(count, 2, size), x.c_k.new_empty(count, x.gates()))
@@ -223,7 +221,7 @@ class _Gradients:
     """Sums of what tasks find. Local ones write whole segments, so they come first: what others found waits."""
 
     def __init__(
-        self, x: _Tensors, packed: Packed | None, plan: Plan, local: list[Placed], ops: "ContextBackend"
+        self, x: _Tensors, packed: Packed | None, plan: Plan, local: list[Placed], ops: ContextBackend
     ) -> None:
         self._plan, self._copy_rows = plan, ops.copy_rows
         covered = len(local) == len(plan.shards.segments)
@@ -273,7 +271,7 @@ def sharded_attention(
     decay: Decay,
     shards: Shards,
     backend: Backend,
-    ops: "ContextBackend",
+    ops: ContextBackend,
     *,
     scale: float,
     dropout: float = 0.0,

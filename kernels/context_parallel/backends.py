@@ -3,15 +3,11 @@
 It follows the `Backend` of attention, for which the device was looked at.
 """
 
-from collections.abc import Callable
-from typing import Any, NamedTuple
-
-from torch import Tensor
-
 from ..backends import HAS_TRITON, PYTORCH, Backend
 from .attention import window_kv_start
 from .exchange import find_needs
-from .pruning import Rows, join_blocks, search_blocks, summarize
+from .operations import ContextBackend
+from .pruning import join_blocks, search_blocks, summarize
 from .row_copy import copy_rows
 from .shards import carry_gates
 
@@ -23,27 +19,6 @@ if HAS_TRITON:
     from .kernels import search_blocks as triton_search_blocks
     from .kernels import summarize as triton_summarize
     from .kernels import window_kv_start as triton_window_kv_start
-
-
-class ContextBackend(NamedTuple):
-    """One way to run the steps between ranks, of which functions with the same name take and return the same.
-
-    Attributes:
-        carry_gates: running sums over the whole sequence: `shards.carry_gates`.
-        find_needs: what the queries of each segment need: `exchange.find_needs`.
-        window_kv_start: first keys within the window of a task: `attention.window_kv_start`.
-        copy_rows: keys, values and running sums between places: `row_copy.copy_rows`.
-        summarize, join_blocks, search_blocks: the steps of pruning: see `pruning`. What `join_blocks` returns only
-            `search_blocks` of the same backend reads.
-    """
-
-    carry_gates: Callable[..., tuple[Tensor, Tensor]]
-    find_needs: Callable[..., tuple[Tensor, Tensor]]
-    window_kv_start: Callable[..., Tensor]
-    copy_rows: Callable[..., None]
-    summarize: Callable[..., tuple[Rows, Tensor]]
-    join_blocks: Callable[..., Any]
-    search_blocks: Callable[..., Tensor]
 
 
 _IN_PYTORCH = ContextBackend(

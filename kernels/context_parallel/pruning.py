@@ -5,7 +5,7 @@ bytes of keys and values), and each finds what its own queries keep. With segmen
 so of 64, it is what one device would find.
 """
 
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -26,11 +26,9 @@ from ..pruning.rules import (
     raised,
 )
 from ..tiles import PRUNED_KEYS, PRUNED_QUERIES
+from .operations import ContextBackend
 from .partition import most_blocks
 from .shards import Shards
-
-if TYPE_CHECKING:
-    from .backends import ContextBackend
 
 _NEVER = 2**31 - 1
 
@@ -73,7 +71,7 @@ def prune_shards(
     q: Tensor,
     k: Tensor,
     shards: Shards,
-    ops: "ContextBackend",
+    ops: ContextBackend,
     *,
     eps: float,
     rule: Rule,
@@ -126,7 +124,7 @@ def _parts(shards: Shards) -> list[slice]:
 
 
 def _summarize(
-    q: Tensor, k: Tensor, c_k: Tensor, scale: float, shards: Shards, ops: "ContextBackend"
+    q: Tensor, k: Tensor, c_k: Tensor, scale: float, shards: Shards, ops: ContextBackend
 ) -> tuple[Rows, Tensor]:
     """As `summarize`, of all queries and keys of this rank."""
     found = [ops.summarize(q[:, part], k[:, part], c_k[..., part], scale, shards) for part in _parts(shards)]

@@ -12,6 +12,7 @@ cropping, repeating or selecting.
 """
 
 import functools
+from typing import TYPE_CHECKING
 
 from transformers.cache_utils import (
     DYNAMIC_LAYER_TYPE_MAPPING,
@@ -21,11 +22,14 @@ from transformers.cache_utils import (
     DynamicLayer,
 )
 
-from ..configuration_fox import LAYER_TYPE, FoxConfig
+from ..token_layout import LAYER_TYPE
 from ..versions import CACHE
 from .dynamic import DynamicForgettingLayer
 from .paged import FoxPagedCache, PagedForgettingLayer
 from .static import StaticForgettingLayer, state_sizes
+
+if TYPE_CHECKING:
+    from ..configuration_fox import FoxConfig
 
 ForgettingLayer = DynamicForgettingLayer | StaticForgettingLayer | PagedForgettingLayer
 _LAYERS = (DynamicForgettingLayer, StaticForgettingLayer, PagedForgettingLayer)
@@ -35,7 +39,7 @@ _ACCEPTED = (
 )
 
 
-def register_layer_type(config: FoxConfig) -> str:
+def register_layer_type(config: "FoxConfig") -> str:
     """Have transformers' caches build layers for ``config``; returns the layer type by which they know them.
 
     The type names the sizes of the state: it is all that a layer is built from, and a static one must know them.
@@ -49,7 +53,7 @@ def register_layer_type(config: FoxConfig) -> str:
     return layer_type
 
 
-def check_cache(cache: Cache, config: FoxConfig, batch: int, least: int | None = None) -> None:
+def check_cache(cache: Cache, config: "FoxConfig", batch: int, least: int | None = None) -> None:
     """Refuse a cache that does not fit; give an empty `DynamicCache()` the right layers.
 
     Args:

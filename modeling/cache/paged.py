@@ -22,7 +22,6 @@ from transformers.utils.import_utils import is_torchdynamo_compiling
 from ...kernels.decay import Decay, accumulate
 from ...kernels.pruning.key_stats import KeySummary, Running, empty_summary, extend_summary, running_before
 from ...kernels.pruning.rules import Rule, bounds_to_come, first_dead_block
-from ..configuration_fox import FoxConfig
 from ..token_layout import TokenLayout, refuse_overflow
 from ..versions import CACHE
 from .page_pool import PAGE, PagePool, fixed_address
@@ -31,6 +30,7 @@ from .view import CacheView
 
 if TYPE_CHECKING:
     from ...kernels.backends import Backend
+    from ..configuration_fox import FoxConfig
 
 # Pages of each head that are allocated in advance: an eviction takes as long as several steps.
 _PAGES_AHEAD = 4
@@ -347,7 +347,7 @@ class FoxPagedCache(Cache):
         >>> tokens = model.generate(torch.tensor([[1, 2, 3]]), max_new_tokens=5, cache=cache)
     """
 
-    def __init__(self, config: FoxConfig, max_cache_len: int) -> None:
+    def __init__(self, config: "FoxConfig", max_cache_len: int) -> None:
         if not isinstance(max_cache_len, int) or max_cache_len < 1:
             raise ValueError(f"max_cache_len must be a positive integer, got {max_cache_len!r}")
         eps = None if config.forget_gate == "none" else config.acp_eps

@@ -10,13 +10,13 @@ from transformers.utils.import_utils import is_torchdynamo_compiling, is_torchdy
 
 from ...kernels.decay import Decay, accumulate
 from ...kernels.pruning.key_stats import KeySummary, Running, empty_summary, extend_summary
-from ..configuration_fox import FoxConfig
 from ..token_layout import TokenLayout
 from ..versions import CACHE
 from .view import CacheView
 
 if TYPE_CHECKING:
     from ...kernels.backends import Backend
+    from ..configuration_fox import FoxConfig
 
 
 # See `dynamic`: what exporters find in ``vars(layer)`` is the state of a cache.
@@ -38,7 +38,7 @@ StateSizes = tuple[int, int, tuple[str, ...]]
 """Gates and key/value heads of a layer (on all ranks), and which of ``key`` and ``value`` go through token shift."""
 
 
-def state_sizes(config: FoxConfig) -> StateSizes:
+def state_sizes(config: "FoxConfig") -> StateSizes:
     """Sizes of a layer's state, from the configuration of its model."""
     switches = {"key": config.use_key_shift, "value": config.use_value_shift}
     # Also of a configuration that is not valid: it is read before it is checked.

@@ -6,13 +6,12 @@ Imported when they are first wanted, since registering an operator takes time.
 import contextlib
 import platform
 import weakref
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ...kernels.operators import NAMESPACE
-from .tensor_parallel import local_tensor
 
 # Bytes. Above, a sum is bound by what it moves, and NCCL moves less.
 _SMALL = 128 * 1024
@@ -48,12 +47,11 @@ def _may_share(mesh: Any) -> bool:
     return mesh.ndim == 1 and mesh.device_type == "cuda"
 
 
-def share_memory(weight: Tensor) -> str | None:
-    """The name of a sharded weight's group, if its GPUs can map each other's memory for `sum_small`.
+def share_memory(mesh: Any, device: torch.device) -> str | None:
+    """The name of the group of a sharded weight's device mesh, if its GPUs can map each other's memory for `sum_small`.
 
     The first call for a group asks all ranks, which must be here together, and they decide alike.
     """
-    mesh = cast(Any, weight).device_mesh
     if not _may_share(mesh):
         return None
     group = mesh.get_group()
@@ -61,7 +59,7 @@ def share_memory(weight: Tensor) -> str | None:
     known, memory = _SHARED_MEMORY.get(name, (lambda: None, None))
     # Names are used again once a group is gone.
     if known() is not group:
-        memory = _map_memory(group, local_tensor(weight).device)
+        memory = _map_memory(group, device)
         _SHARED_MEMORY[name] = weakref.ref(group), memory
     return None if memory is None else name
 

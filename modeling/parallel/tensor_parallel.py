@@ -135,7 +135,7 @@ def _use_local_weights(module: Any, undo: contextlib.ExitStack) -> None:
         if hasattr(module, "sums_through") and name == "weight":
             from .small_sums import share_memory
 
-            module.sums_through = share_memory(weight)
+            module.sums_through = share_memory(cast(Any, weight).device_mesh, local_tensor(weight).device)
             undo.callback(setattr, module, "sums_through", None)
         part = nn.Parameter(local_tensor(weight), requires_grad=False)
         module._parameters[name] = part
