@@ -41,27 +41,21 @@ def load_model(
         raise ValueError(f"dtype must be auto or one of {', '.join(DTYPES)}, got {dtype!r}")
     config = read_config(source)
     changes = pruning_changes(eps, rule)
-    if changes and not isinstance(config, FoxConfig):
-        raise ValueError(f"eps and rule are of FoX models, got them with a {config.model_type} model ({source})")
-    if changes and config.forget_gate == "none":
-        raise ValueError(f"eps and rule are of models with forget gates, got them with one without ({source})")
+    if changes and (not isinstance(config, FoxConfig) or config.forget_gate == "none"):
+        kind = f"a {config.model_type} model ({source})"
+        raise ValueError(f"eps and rule are of FoX models with forget gates, got them with {kind}")
     for name, value in changes.items():
         setattr(config, name, value)
     if isinstance(config, FoxConfig):
         config.validate()
-    kind = dtype if dtype == "auto" else DTYPES[dtype]
-    model, found = read_model(source, config=config, dtype=kind)
+    model, found = read_model(source, config=config, dtype=DTYPES.get(dtype, dtype))
     if missing := sorted(found["missing_keys"]):
         raise ValueError(f"{source} lacks {len(missing)} weights of its model, such as {missing[0]}")
     return model.to(device).eval()
 
 
 def load_tokenizer(source: str) -> PreTrainedTokenizerBase:
-    """The tokenizer in a model's folder.
-
-    Raises:
-        ValueError: there is none.
-    """
+    """The tokenizer in a model's folder; a ValueError where there is none."""
     try:
         return AutoTokenizer.from_pretrained(source, trust_remote_code=False)
     except Exception as error:  # tokenizers raises exceptions of no type of their own
@@ -69,11 +63,7 @@ def load_tokenizer(source: str) -> PreTrainedTokenizerBase:
 
 
 def resolve_device(device: str) -> str:
-    """``device`` with ``auto`` replaced.
-
-    Raises:
-        ValueError: it is unknown, or ``cuda`` where torch sees no GPU.
-    """
+    """``device`` with ``auto`` replaced; a ValueError where it is unknown, or torch sees no such GPU."""
     if device == "auto":
         return "cuda" if torch.cuda.is_available() else "cpu"
     if device == "cpu":

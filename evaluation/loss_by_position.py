@@ -75,8 +75,8 @@ def _chunked(model: PreTrainedModel, row: Tensor, chunk: int) -> Tensor:
         out = model(input_ids=part[None], use_cache=True, **{CACHE: cache})
         cache = cache_of(out)
         pairs = zip(out.logits[0].split(_LOGITS_AT_ONCE), target.split(_LOGITS_AT_ONCE), strict=True)
-        losses += [_cross_entropy(*pair).cpu() for pair in pairs]
-    return torch.cat(losses)
+        losses += [_cross_entropy(*pair) for pair in pairs]
+    return torch.cat(losses).cpu()
 
 
 def new_cache(model: PreTrainedModel, length: int) -> Any:
@@ -100,7 +100,7 @@ def _logits_are_the_heads(model: PreTrainedModel, row: Tensor) -> bool:
     return torch.allclose(model.get_output_embeddings()(states), expected, rtol=near, atol=near, equal_nan=True)
 
 
-def bootstrap_means(values: Tensor, seed: int = 0, samples: int = 1000) -> tuple[list[float], list[float], list[float]]:
+def bootstrap_means(values: Tensor, seed: int = 0, samples: int = 1000) -> Tensor:
     """Means over rows with the 95% interval of a bootstrap over rows.
 
     Args:
@@ -109,13 +109,13 @@ def bootstrap_means(values: Tensor, seed: int = 0, samples: int = 1000) -> tuple
         samples: its size.
 
     Returns:
-        Means, lower and upper ends, M of each. With one row the ends are the mean.
+        ``[3, M]`` float64: means, lower and upper ends. With one row the ends are the mean.
     """
     values = values.double()
     drawn = torch.randint(len(values), (samples, len(values)), generator=torch.Generator().manual_seed(seed))
+    means = torch.stack([column[drawn].mean(1) for column in values.unbind(1)], dim=1)
     ends = torch.tensor([0.025, 0.975], dtype=torch.float64)
-    low_high = [column[drawn].mean(1).quantile(ends).tolist() for column in values.unbind(1)]
-    return values.mean(0).tolist(), [low for low, _ in low_high], [high for _, high in low_high]
+    return torch.cat([values.mean(0, keepdim=True), means.quantile(ends, dim=0)])
 
 
 def by_interval(losses: Tensor, edges: Sequence[int], seed: int = 0, samples: int = 1000) -> list[dict[str, float]]:
@@ -124,15 +124,12 @@ def by_interval(losses: Tensor, edges: Sequence[int], seed: int = 0, samples: in
     Args:
         losses: ``[N, T - 1]`` of `loss_by_position`; or the difference of two such, for a paired comparison.
         edges: ascending positions; one entry for each pair of neighbors.
-        seed: of the bootstrap.
-        samples: its size.
+        seed, samples: of the bootstrap, and its size.
 
     Returns:
         ``start``, ``end``, ``mean``, ``low`` and ``high`` of each.
     """
     pairs = list(itertools.pairwise(edges))
     means = torch.stack([losses[:, start:end].double().mean(1) for start, end in pairs], dim=1)
-    found = zip(pairs, *bootstrap_means(means, seed, samples), strict=True)
-    return [
-        {"start": start, "end": end, "mean": mean, "low": low, "high": high} for (start, end), mean, low, high in found
-    ]
+    found = zip(pairs, bootstrap_means(means, seed, samples).T.tolist(), strict=True)
+    return [dict(zip(("start", "end", "mean", "low", "high"), (*pair, *ends), strict=True)) for pair, ends in found]

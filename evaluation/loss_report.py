@@ -2,37 +2,25 @@
 
 import hashlib
 import itertools
+import math
 import re
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
 from tqdm import tqdm
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from .loading import (
-    DTYPES,
-    load_model,
-    load_tokenizer,
-    model_name,
-    position_limit,
-    pruning_changes,
-    pruning_used,
-    resolve_device,
-    trained_length,
-)
+from .loading import load_model, load_tokenizer, model_name, position_limit, pruning_used, trained_length
 from .loss_by_position import bootstrap_means, row_losses
 from .provenance import provenance
 from .results import fingerprint, read_json, reading, require_folder, require_same, write_json
+from .tables import table
 from .text import LONGEST, rows
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
 
 _SAVE_EVERY_SECONDS = 10.0
 
@@ -71,56 +59,63 @@ def measure_losses(options: LossOptions) -> dict[str, Any]:
         OSError: a model or the text cannot be read.
     """
     require_folder(options.out)
-    names = model_names(options.models, options.names)
+    names = model_names(options)
     edges = bin_edges(options.edges, options.length)
-    pruning_changes(options.eps, options.rule)
-    resolve_device(options.device)
     if options.trained_length is not None and options.trained_length < 1:
         raise ValueError(f"trained_length must be at least 1, got {options.trained_length}")
     if options.chunk < 0 or options.rows < 1:
         raise ValueError(f"chunk must be at least 0 and rows at least 1, got {options.chunk} and {options.rows}")
-    if options.dtype != "auto" and options.dtype not in DTYPES:
-        raise ValueError(f"dtype must be auto or one of {', '.join(DTYPES)}, got {options.dtype!r}")
-    lengths = [options.trained_length or trained_length(source) for source in options.models]
+    loading = {"dtype": options.dtype, "eps": options.eps, "rule": options.rule}
+    models: dict[str, dict[str, Any]] = {
+        name: {
+            "name": name,
+            "settings": {"source": source, "fingerprint": fingerprint(source), **loading},
+            "trained_length": options.trained_length or trained_length(source),
+            "row_means": [],
+            "not_finite": None,
+        }
+        for name, source in zip(names, options.models, strict=True)
+    }
     digest, count = _same_rows(options, names)
     settings = {"length": options.length, "rows": count, "tokens": digest, "edges": edges}
     path = options.out / "loss.json"
     report: dict[str, Any] = {"kind": "loss", "settings": settings, "text": str(options.text), "models": []}
     if path.exists() and not options.overwrite:
-        report = read_losses(path)
-        require_same(report["settings"], settings, str(path))
+        report = read_json(path, "loss")
     report["rows_wanted"] = options.rows
-    measured = {model["name"]: model for model in report["models"]}
-    if options.save_losses:
-        _require_own_files([*names, *(name for name in measured if name not in names)])
-    own = {name: _model_settings(source, options) for name, source in zip(names, options.models, strict=True)}
+    with reading(path):
+        require_same(report["settings"], settings, str(path))
+        measured = {model["name"]: model for model in report["models"]}
+        for name in models.keys() & measured:
+            require_same(measured[name]["settings"], models[name]["settings"], f"{path}, model {name},")
+            models[name] = measured[name] | {"trained_length": models[name]["trained_length"]}
+    # Those of the command line first, in its order; earlier ones stay.
+    models |= {name: model for name, model in measured.items() if name not in models}
+    files = [_losses_file(name) for name in models]
+    if options.save_losses and len(set(files)) < len(files):
+        twice = next(file for file in files if files.count(file) > 1)
+        raise ValueError(f"names must differ in letters or digits, or two models' losses would be {twice}")
     for name in names:
-        if name in measured:
-            require_same(measured[name]["settings"], own[name], f"{path}, model {name},")
-    for name, longest in zip(names, lengths, strict=True):
-        model = measured.setdefault(name, {"name": name, "settings": own[name], "row_means": [], "not_finite": None})
-        model["trained_length"] = longest
-        # Those of the command line first, in its order; earlier ones stay.
-        report["models"] = [measured[x] for x in names if x in measured] + [
-            other for other in measured.values() if other["name"] not in names
-        ]
-        if len(model["row_means"]) < count:
-            _measure(model, options, settings, lambda: write_json(path, report))
+        report["models"] = [model for other, model in models.items() if other in measured or other == name]
+        if len(models[name]["row_means"]) < count:
+            _measure(models[name], options, settings, lambda: write_json(path, report))
+        measured[name] = models[name]
     write_json(path, report)
     return report
 
 
-def _measure(model: dict[str, Any], options: LossOptions, settings: dict[str, Any], save) -> None:
+def _measure(model: dict[str, Any], options: LossOptions, settings: dict[str, Any], save: Callable[[], None]) -> None:
     """Measure the rows that ``model`` lacks."""
-    source, length, count, edges = model["settings"]["source"], options.length, settings["rows"], settings["edges"]
+    source, length, count = model["settings"]["source"], options.length, settings["rows"]
     loaded = load_model(source, device=options.device, dtype=options.dtype, eps=options.eps, rule=options.rule)
-    _require_room(loaded, length, source)
+    room = position_limit(loaded)
+    if room is not None and length > room:
+        raise ValueError(f"length must be at most {room}, the number of learned positions of {source}, got {length}")
     model |= {"pruning": pruning_used(loaded), "dtype": str(loaded.dtype).removeprefix("torch.")}
     model["provenance"] = provenance(str(loaded.device), 0)
-    losses = _open_losses(model, options, (count, length - 1)) if options.save_losses else None
+    losses = _open_losses(model, options.out, (count, length - 1)) if options.save_losses else None
     done = len(model["row_means"])
-    text = rows(options.text, _tokenizer(options, source), length, count, options.join)
-    tokens = (torch.from_numpy(row) for row in itertools.islice(text, done, count))
+    tokens = (torch.from_numpy(row) for row in itertools.islice(_rows(options, source), done, None))
     saved = time.monotonic()
     try:
         # Rows can be long: the bar counts tokens.
@@ -130,7 +125,9 @@ def _measure(model: dict[str, Any], options: LossOptions, settings: dict[str, An
                 if losses is not None:
                     losses[index] = found
                 _note_first_not_finite(model, index, found)
-                model["row_means"].append(_bin_means(found, edges))
+                # Entry t is of the token with t + 1 before it, and edges count those.
+                bins = (found[start - 1 : end - 1] for start, end in itertools.pairwise(settings["edges"]))
+                model["row_means"].append([_finite(part.mean(dtype=np.float64).item()) for part in bins])
                 bar.update(length)
                 if time.monotonic() - saved > _SAVE_EVERY_SECONDS:
                     save()
@@ -141,10 +138,9 @@ def _measure(model: dict[str, Any], options: LossOptions, settings: dict[str, An
         save()
 
 
-def _bin_means(losses: np.ndarray, edges: Sequence[int]) -> list[float | None]:
-    # Entry t is of the token with t + 1 before it, and edges count those.
-    means = [losses[start - 1 : end - 1].mean(dtype=np.float64) for start, end in itertools.pairwise(edges)]
-    return [float(mean) if np.isfinite(mean) else None for mean in means]
+def _finite(x: float) -> float | None:
+    """``x``, or None where JSON has no number for it."""
+    return x if math.isfinite(x) else None
 
 
 def _note_first_not_finite(model: dict[str, Any], row: int, losses: np.ndarray) -> None:
@@ -155,38 +151,18 @@ def _note_first_not_finite(model: dict[str, Any], row: int, losses: np.ndarray) 
         tqdm.write(f"{message}; its bins with such losses are left out", file=sys.stderr)
 
 
-def _open_losses(model: dict[str, Any], options: LossOptions, shape: tuple[int, int]) -> np.memmap:
-    """``[rows, length - 1]`` float32 in a file, to be filled; measuring begins anew where rows are not in it."""
-    options.out.mkdir(parents=True, exist_ok=True)
-    path = options.out / _losses_file(model["name"])
-    if model["row_means"] and model.get("losses") == path.name and path.exists():
-        return np.lib.format.open_memmap(path, mode="r+")
-    model |= {"row_means": [], "not_finite": None, "losses": path.name}
-    return np.lib.format.open_memmap(path, mode="w+", dtype=np.float32, shape=shape)
-
-
-def _require_own_files(names: Sequence[str]) -> None:
-    files = [_losses_file(name) for name in names]
-    twice = next((file for file in files if files.count(file) > 1), None)
-    if twice is not None:
-        raise ValueError(f"names must differ in letters or digits, or two models' losses would be {twice}")
-
-
 def _losses_file(name: str) -> str:
     return f"losses-{re.sub(r'[^A-Za-z0-9._-]+', '_', name)}.npy"
 
 
-def read_losses(path: Path) -> dict[str, Any]:
-    """What `measure_losses` wrote.
-
-    Raises:
-        ValueError, OSError: there is no such file, or it holds something else.
-    """
-    report = read_json(path, "loss", ("settings", "text", "rows_wanted", "models"))
-    with reading(path):
-        for model in report["models"]:
-            dict(model["settings"]), len(model["row_means"]), model["not_finite"], model["name"].encode()
-    return report
+def _open_losses(model: dict[str, Any], out: Path, shape: tuple[int, int]) -> np.memmap:
+    """``[rows, length - 1]`` float32 in a file, to be filled; measuring begins anew where rows are not in it."""
+    out.mkdir(parents=True, exist_ok=True)
+    path = out / _losses_file(model["name"])
+    if model["row_means"] and model.get("losses") == path.name and path.exists():
+        return np.lib.format.open_memmap(path, mode="r+")
+    model |= {"row_means": [], "not_finite": None, "losses": path.name}
+    return np.lib.format.open_memmap(path, mode="w+", dtype=np.float32, shape=shape)
 
 
 def summarize(report: dict[str, Any]) -> list[dict[str, Any]]:
@@ -200,9 +176,7 @@ def summarize(report: dict[str, Any]) -> list[dict[str, Any]]:
     found: list[dict[str, Any]] = []
     first = None
     for model in report["models"]:
-        means = torch.tensor(
-            [[float("nan") if x is None else x for x in row] for row in model["row_means"]], dtype=torch.float64
-        )
+        means = torch.from_numpy(np.array(model["row_means"], dtype=np.float64))
         if not len(means):
             continue
         one = {name: model[name] for name in ("name", "trained_length", "not_finite")}
@@ -216,27 +190,24 @@ def summarize(report: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def _interval(means: torch.Tensor) -> dict[str, list[float | None]]:
-    ends = bootstrap_means(means)
-    found = {
-        name: [x if np.isfinite(x) else None for x in values]
-        for name, values in zip(("mean", "low", "high"), ends, strict=True)
-    }
+    found = bootstrap_means(means)
     if len(means) < 2:
-        found |= {name: [None] * means.shape[1] for name in ("low", "high")}
-    return found
+        found[1:] = math.nan
+    return {name: [*map(_finite, row)] for name, row in zip(("mean", "low", "high"), found.tolist(), strict=True)}
 
 
 def loss_table(report: dict[str, Any]) -> str:
     """The losses of `summarize` as text, a line for each bin."""
-    models, edges = summarize(report), report["settings"]["edges"]
-    lines = [f"{'tokens before':>19}" + "".join(f"  {model['name'][-24:]:>24}" for model in models)]
-    for index, (start, end) in enumerate(itertools.pairwise(edges)):
-        cells = [_cell(model["loss"], index) for model in models]
-        lines.append(f"{start:>8,} to {end - 1:>7,}" + "".join(f"  {cell:>24}" for cell in cells))
+    models = summarize(report)
+    bins = [f"{start:,} to {end - 1:,}" for start, end in itertools.pairwise(report["settings"]["edges"])]
+    cells = [[_cell(*values) for values in zip(*model["loss"].values(), strict=True)] for model in models]
     counts = ", ".join(sorted({str(model["rows"]) for model in models}))
     fewer = report["settings"]["rows"] < report["rows_wanted"]
     missing = f" ({report['rows_wanted']} were wanted, {report['text']} has no more)" if fewer else ""
-    lines.append(f"mean loss in nats per token with its 95% interval over {counts} rows{missing}")
+    lines = [
+        table(["tokens before", *(model["name"] for model in models)], [*zip(bins, *cells, strict=True)]),
+        f"mean loss in nats per token with its 95% interval over {counts} rows{missing}",
+    ]
     lines += [
         f"{model['name']}: loss is {bad['loss']} in row {bad['row']} at position {bad['position']}, the first such"
         for model in models
@@ -245,18 +216,10 @@ def loss_table(report: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def _cell(interval: dict[str, list[float | None]], index: int) -> str:
-    mean, low, high = (interval[name][index] for name in ("mean", "low", "high"))
+def _cell(mean: float | None, low: float | None, high: float | None) -> str:
     if mean is None:
         return "not finite"
     return f"{mean:.3f}" if low is None else f"{mean:.3f} ({low:.3f} to {high:.3f})"
-
-
-def draw_losses(report: dict[str, Any]) -> "Figure":
-    """The plot of what `measure_losses` wrote. Needs matplotlib."""
-    from .plots.position import plot_loss_by_position
-
-    return plot_loss_by_position(report["settings"]["edges"], summarize(report))
 
 
 def bin_edges(spec: str, length: int) -> list[int]:
@@ -284,12 +247,7 @@ def bin_edges(spec: str, length: int) -> list[int]:
         numbers = []
     if len(numbers) == 1 and 1 <= numbers[0] < length:
         return [1, *range(numbers[0] + 1, length, numbers[0]), length]
-    if (
-        len(numbers) < 2
-        or numbers[0] < 1
-        or numbers[-1] > length
-        or any(a >= b for a, b in itertools.pairwise(numbers))
-    ):
+    if len(numbers) < 2 or numbers[0] < 1 or numbers[-1] > length or numbers != sorted(set(numbers)):
         raise ValueError(
             f"edges must be log, a width below length, or numbers ascending from at least 1 to at most length "
             f"({length}), got {spec!r}"
@@ -297,16 +255,11 @@ def bin_edges(spec: str, length: int) -> list[int]:
     return numbers
 
 
-def model_names(sources: Sequence[str], names: Sequence[str]) -> list[str]:
-    """``names``, or without them `model_name` of ``sources``, all different.
-
-    Raises:
-        ValueError: there are no models, not as many names as models, or two are the same.
-    """
-    if not sources:
-        raise ValueError("MODEL... must name at least one model")
-    if names and len(names) != len(sources):
-        raise ValueError(f"name must be given once for each of the {len(sources)} models, got {len(names)}")
+def model_names(options: LossOptions) -> list[str]:
+    """The names given for the models, or without them `model_name` of each, all different."""
+    sources, names = options.models, options.names
+    if not sources or (names and len(names) != len(sources)):
+        raise ValueError(f"name must be given once for each model, of one or more; got {len(names)} for {len(sources)}")
     found = list(names) or [model_name(source) for source in sources]
     if not all(found):
         raise ValueError("name must not be empty")
@@ -315,18 +268,9 @@ def model_names(sources: Sequence[str], names: Sequence[str]) -> list[str]:
     return found
 
 
-def _model_settings(source: str, options: LossOptions) -> dict[str, Any]:
-    return {
-        "source": source,
-        "fingerprint": fingerprint(source),
-        "dtype": options.dtype,
-        "eps": options.eps,
-        "rule": options.rule,
-    }
-
-
-def _tokenizer(options: LossOptions, source: str) -> PreTrainedTokenizerBase | None:
-    return None if options.text.suffix == ".npy" else load_tokenizer(source)
+def _rows(options: LossOptions, source: str) -> Iterator[np.ndarray]:
+    tokenizer = None if options.text.suffix == ".npy" else load_tokenizer(source)
+    return rows(options.text, tokenizer, options.length, options.rows, options.join)
 
 
 def _same_rows(options: LossOptions, names: Sequence[str]) -> tuple[str, int]:
@@ -334,7 +278,7 @@ def _same_rows(options: LossOptions, names: Sequence[str]) -> tuple[str, int]:
     found: list[tuple[str, int]] = []
     for name, source in zip(names, options.models, strict=True):
         hashed, count = hashlib.sha256(), 0
-        for row in _all_rows(options, source):
+        for row in _rows(options, source):
             hashed.update(row.tobytes())
             count += 1
         found.append((hashed.hexdigest()[:16], count))
@@ -343,16 +287,4 @@ def _same_rows(options: LossOptions, names: Sequence[str]) -> tuple[str, int]:
                 f"models must have the same tokenizer, since a loss per token is of its tokens; "
                 f"{names[0]} and {name} make different ones of {options.text}"
             )
-        if options.text.suffix == ".npy":
-            break
     return found[0]
-
-
-def _all_rows(options: LossOptions, source: str) -> Iterator[np.ndarray]:
-    return rows(options.text, _tokenizer(options, source), options.length, options.rows, options.join)
-
-
-def _require_room(model: PreTrainedModel, length: int, source: str) -> None:
-    room = position_limit(model)
-    if room is not None and length > room:
-        raise ValueError(f"length must be at most {room}, the number of learned positions of {source}, got {length}")

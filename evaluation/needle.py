@@ -4,11 +4,12 @@ import collections
 import hashlib
 import logging
 import re
+import statistics
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -20,13 +21,11 @@ from foxlm.modeling.versions import CACHE, cache_of
 
 from .loading import load_model, load_tokenizer, model_name, position_limit, pruning_used, trained_length
 from .loss_by_position import new_cache
-from .needle_prompts import MODES, STARTS, Prompt, PromptMaker, draw_needle, haystack_tokens
+from .needle_prompts import STARTS, Prompt, PromptMaker, draw_needle, haystack_tokens
 from .provenance import provenance
 from .results import fingerprint, read_json, reading, require_folder, require_same, write_json
+from .tables import table
 from .text import LONGEST, check_tokens
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
 
 # Depends on a model's trained length unless it is given.
 _DEFAULT_LENGTHS = (0.125, 0.25, 0.5, 1, 2)
@@ -87,27 +86,24 @@ def measure_needle(options: NeedleOptions) -> dict[str, Any]:
             f"lengths must be at least {least}, what question, needle and answer take of this model's tokens, "
             f"got {min(lengths)}"
         )
-    settings = _settings(options, haystack if options.text else None, room)
+    settings = _settings(options, haystack, room)
     path = options.out / "needle.json"
     report: dict[str, Any] = {"kind": "needle", "settings": settings, "name": model_name(options.model), "cells": []}
     if path.exists() and not options.overwrite:
-        report = read_needle(path)
-        require_same(report["settings"], settings, str(path))
+        report = read_json(path, "needle")
     report |= {"trained_length": trained, "haystack_repeats_after": repeats}
-    done = {(cell["length"], cell["depth"]) for cell in report["cells"]}
+    with reading(path):
+        require_same(report["settings"], settings, str(path))
+        done = {(cell["length"], cell["depth"]) for cell in report["cells"]}
     missing = [(length, depth) for length in lengths for depth in options.depths if (length, depth) not in done]
     if missing:
-        _measure(report, tokenizer, maker, options, missing)
+        _measure(report, maker, options, missing)
     write_json(path, report)
     return report
 
 
 def _measure(
-    report: dict[str, Any],
-    tokenizer: PreTrainedTokenizerBase,
-    maker: PromptMaker,
-    options: NeedleOptions,
-    missing: Sequence[tuple[int, float]],
+    report: dict[str, Any], maker: PromptMaker, options: NeedleOptions, missing: Sequence[tuple[int, float]]
 ) -> None:
     """Add the missing cells to ``report``, writing it after each."""
     model = load_model(options.model, device=options.device, dtype=options.dtype, eps=options.eps, rule=options.rule)
@@ -117,10 +113,16 @@ def _measure(
     report |= {"pruning": pruning_used(model), "dtype": str(model.dtype).removeprefix("torch.")}
     report["provenance"] = provenance(str(model.device), options.seed)
     room = report["settings"]["answer_tokens"]
+    new_tokens = 0 if options.score_only else room
     with tqdm(total=len(missing) * options.samples, desc="needles", unit="prompt") as bar:
         for length, depth in missing:
-            start = time.perf_counter()
-            samples = _measure_cell(model, tokenizer, maker, options, length - room, depth, room, bar)
+            start, samples = time.perf_counter(), []
+            for first in range(0, options.samples, options.batch):
+                numbers = range(first, min(first + options.batch, options.samples))
+                prompts = [maker.prompt(sample, length - room, depth) for sample in numbers]
+                answers = [draw_needle(options.seed, sample).answer for sample in numbers]
+                samples += ask(model, maker.tokenizer, prompts, answers, new_tokens, options.chunk)
+                bar.update(len(numbers))
             cell: dict[str, Any] = {"length": length, "depth": depth, **_means(samples)}
             cell |= {"seconds": round(time.perf_counter() - start, 2), "samples": samples}
             report["cells"] = sorted([*report["cells"], cell], key=lambda x: (x["length"], x["depth"]))
@@ -128,56 +130,26 @@ def _measure(
 
 
 def _check(options: NeedleOptions) -> None:
-    if options.mode not in MODES:
-        raise ValueError(f"mode must be one of {', '.join(MODES)}, got {options.mode!r}")
-    for name, least in (("samples", 1), ("batch", 1), ("chunk", 0)):
-        if getattr(options, name) < least:
-            raise ValueError(f"{name} must be at least {least}, got {getattr(options, name)}")
-    for name in ("answer_tokens", "trained_length"):
-        if getattr(options, name) is not None and getattr(options, name) < 1:
-            raise ValueError(f"{name} must be at least 1, got {getattr(options, name)}")
+    for name, least in (("samples", 1), ("batch", 1), ("chunk", 0), ("answer_tokens", 1), ("trained_length", 1)):
+        value = getattr(options, name)
+        if value is not None and value < least:
+            raise ValueError(f"{name} must be at least {least}, got {value}")
     if not options.depths or not all(0 <= depth <= 1 for depth in options.depths):
         raise ValueError(f"depths must be shares from 0 (the beginning) to 1 (the end), got {list(options.depths)}")
     if any(length < 1 for length in options.lengths):
         raise ValueError(f"lengths must be positive, got {list(options.lengths)}")
 
 
-def _settings(options: NeedleOptions, haystack: np.ndarray | None, room: int) -> dict[str, Any]:
-    return {
-        "model": options.model,
+def _settings(options: NeedleOptions, haystack: np.ndarray, room: int) -> dict[str, Any]:
+    """What all cells of a file must have in common."""
+    names = ("model", "mode", "samples", "seed", "score_only", "dtype", "eps", "rule")
+    return {name: getattr(options, name) for name in names} | {
         "fingerprint": fingerprint(options.model),
-        "mode": options.mode,
-        "samples": options.samples,
-        "seed": options.seed,
         "answer_tokens": room,
-        "score_only": options.score_only,
         # Longer lengths read on in the same text.
-        "text": None if haystack is None else str(options.text),
-        "text_begins": None if haystack is None else hashlib.sha256(haystack[:4096].tobytes()).hexdigest()[:16],
-        "dtype": options.dtype,
-        "eps": options.eps,
-        "rule": options.rule,
+        "text": options.text and str(options.text),
+        "text_begins": options.text and hashlib.sha256(haystack[:4096].tobytes()).hexdigest()[:16],
     }
-
-
-def _measure_cell(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    maker: PromptMaker,
-    options: NeedleOptions,
-    length: int,
-    depth: float,
-    room: int,
-    bar: tqdm,
-) -> list[dict[str, Any]]:
-    found: list[dict[str, Any]] = []
-    for first in range(0, options.samples, options.batch):
-        numbers = range(first, min(first + options.batch, options.samples))
-        prompts = [maker.prompt(sample, length, depth) for sample in numbers]
-        answers = [draw_needle(options.seed, sample).answer for sample in numbers]
-        found += ask(model, tokenizer, prompts, answers, 0 if options.score_only else room, options.chunk)
-        bar.update(len(numbers))
-    return found
 
 
 def ask(
@@ -194,8 +166,7 @@ def ask(
     greedy decoding writes; only the others are generated.
 
     Args:
-        model: a causal language model.
-        tokenizer: its.
+        model, tokenizer: a causal language model and its tokenizer.
         prompts: all of one length.
         answers: text that must appear in what is written.
         new_tokens: most that is written. 0 is nothing: an answer is then found if greedy decoding gives its
@@ -212,10 +183,9 @@ def ask(
     scores = answer_scores(model, tokens, [torch.from_numpy(prompt.answer) for prompt in prompts], chunk)
     texts: list[str | None] = [tokenizer.decode(prompt.answer) for prompt in prompts]
     missed = [index for index, (_, accuracy) in enumerate(scores) if accuracy < 1]
-    if missed:
-        written = _generate(model, tokens[missed], new_tokens, chunk) if new_tokens else []
-        for position, index in enumerate(missed):
-            texts[index] = tokenizer.decode(written[position], skip_special_tokens=True) if new_tokens else None
+    written = _generate(model, tokens[missed], new_tokens, chunk) if missed and new_tokens else [None] * len(missed)
+    for index, ids in zip(missed, written, strict=True):
+        texts[index] = None if ids is None else tokenizer.decode(ids, skip_special_tokens=True)
     return [
         {
             "answer": answer,
@@ -309,49 +279,34 @@ def _words(text: str) -> list[str]:
 
 
 def _means(samples: Sequence[dict[str, Any]]) -> dict[str, float | None]:
-    found: dict[str, float | None] = {}
-    for name in ("found", "recall", "loss", "accuracy"):
-        values = [sample[name] for sample in samples]
-        found[name] = None if None in values else float(np.mean(values))
-    return found
+    columns = {name: [sample[name] for sample in samples] for name in ("found", "recall", "loss", "accuracy")}
+    return {name: None if None in values else statistics.fmean(values) for name, values in columns.items()}
 
 
-def read_needle(path: Path) -> dict[str, Any]:
-    """What `measure_needle` wrote.
-
-    Raises:
-        ValueError, OSError: there is no such file, or it holds something else.
-    """
-    report = read_json(path, "needle", ("settings", "name", "trained_length", "cells"))
-    with reading(path):
-        sorted((cell["length"] + 0, cell["depth"] + 0) for cell in report["cells"])
-    return report
+def grid(cells: Sequence[dict[str, Any]], name: str) -> tuple[list[int], list[float], np.ndarray]:
+    """Lengths and depths, ascending, and ``name`` of their cells: ``[depths, lengths]``, NaN where it is missing."""
+    values = {(cell["length"], cell["depth"]): cell[name] for cell in cells}
+    lengths, depths = (sorted({place[axis] for place in values}) for axis in (0, 1))
+    rows = [[values.get((length, depth)) for length in lengths] for depth in depths]
+    return lengths, depths, np.array(rows, dtype=float)
 
 
 def needle_table(report: dict[str, Any]) -> str:
     """Shares found as text: a line for each depth, a column for each length."""
-    cells = {(cell["length"], cell["depth"]): cell for cell in report["cells"]}
-    lengths, depths = (sorted({key[index] for key in cells}) for index in (0, 1))
-    lines = [f"{'depth':>6}" + "".join(f"{length:>9,}" for length in lengths)]
-    for depth in depths:
-        row = [cells.get((length, depth)) for length in lengths]
-        lines.append(
-            f"{depth:>6.0%}" + "".join(f"{'-' if cell is None else f'''{cell['found']:.0%}''':>9}" for cell in row)
-        )
-    if not cells:
-        raise LookupError("no cells")
-    settings, means = report["settings"], _means(list(cells.values()))
+    mode, samples = (report["settings"][name] for name in ("mode", "samples"))
+    means = _means(report["cells"])
+    lengths, depths, found = grid(report["cells"], "found")
+    rows = [
+        [f"{depth:.0%}", *("-" if np.isnan(share) else f"{share:.0%}" for share in row)]
+        for depth, row in zip(depths, found, strict=True)
+    ]
     words = "" if means["recall"] is None else f"; {means['recall']:.1%} of the answers' words written"
     loss = "not finite" if means["loss"] is None else f"{means['loss']:.3f} nats per token"
-    lines.append(f"needles found: {means['found']:.1%}{words}; loss of the answers: {loss}")
-    lines.append(f"mode {settings['mode']}, {settings['samples']} needles for each length and depth")
+    lines = [
+        table(["depth", *(f"{length:,}" for length in lengths)], rows),
+        f"needles found: {means['found']:.1%}{words}; loss of the answers: {loss}",
+        f"mode {mode}, {samples} needles for each length and depth",
+    ]
     if repeats := report.get("haystack_repeats_after"):
-        lines.append(f"note: {settings['text']} has {repeats:,} tokens; haystacks that end later repeat it")
+        lines.append(f"note: {report['settings']['text']} has {repeats:,} tokens; haystacks that end later repeat it")
     return "\n".join(lines)
-
-
-def draw_needle_map(report: dict[str, Any]) -> "Figure":
-    """The heat map of what `measure_needle` wrote. Needs matplotlib."""
-    from .plots.needle import plot_needle
-
-    return plot_needle(report)

@@ -9,14 +9,13 @@ finding one is no luck, and answers are compared with what was hidden. The first
 
 import itertools
 import random
-from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
-from .text import documents
+from .text import documents, token_ids
 
 MODES = ("easy", "standard", "chat")
 # Samples begin within so many tokens of the haystack, however long it is: a longer length must not change the others.
@@ -97,19 +96,16 @@ def draw_needle(seed: int, sample: int) -> Needle:
     drawn = random.Random(f"needle {seed} {sample}")
     city, what = _ORIGINAL
     if sample:
-        parts = (drawn.choice(_FIRST), "and", drawn.choice(_SECOND), drawn.choice(_WHEN))
-        city, what = drawn.choice(_CITIES), " ".join(parts)
+        what = f"{drawn.choice(_FIRST)} and {drawn.choice(_SECOND)} {drawn.choice(_WHEN)}"
+        city = drawn.choice(_CITIES)
     return Needle(f"What is the best thing to do in {city}?", f"The best thing to do in {city} is", what)
 
 
 def synthetic_text(seed: str, sentences: int) -> str:
     """Plain English of random made-up sentences in paragraphs, without any city."""
     drawn = random.Random(f"haystack {seed}")
-    parts = []
-    for index in range(sentences):
-        words = (drawn.choice(_WHO), drawn.choice(_DID), drawn.choice(_WHAT), drawn.choice(_WHERE), drawn.choice(_THEN))
-        parts.append(" ".join(words) + (".\n\n" if index % 6 == 5 else ". "))
-    return "".join(parts)
+    made = (" ".join(map(drawn.choice, (_WHO, _DID, _WHAT, _WHERE, _THEN))) for _ in range(sentences))
+    return "".join(sentence + (".\n\n" if index % 6 == 5 else ". ") for index, sentence in enumerate(made))
 
 
 def haystack_tokens(
@@ -118,10 +114,9 @@ def haystack_tokens(
     """Text to hide needles in.
 
     Args:
-        text: as of `documents`, put after each other; None makes text up.
+        text: as of `documents`, put after each other; None makes text up, from ``seed``.
         tokenizer: of the model.
         tokens: how many are needed; hardly more are read.
-        seed: of what is made up.
 
     Returns:
         ``[N]`` int64, at least ``tokens``, and after how many of them the text begins again; 0 if it does not.
@@ -129,9 +124,10 @@ def haystack_tokens(
     Raises:
         ValueError: ``text`` has no tokens.
     """
+    made_up = (token_ids(tokenizer, synthetic_text(f"{seed} {part}", sentences=600)) for part in itertools.count())
     found: list[np.ndarray] = []
     total = 0
-    for document in _made_up(tokenizer, seed) if text is None else documents(text, tokenizer):
+    for document in made_up if text is None else documents(text, tokenizer):
         found.append(document)
         total += len(document)
         if total >= tokens:
@@ -141,24 +137,18 @@ def haystack_tokens(
     return np.concatenate(found * -(-tokens // total)), total
 
 
-def _made_up(tokenizer: PreTrainedTokenizerBase, seed: int) -> Iterator[np.ndarray]:
-    for part in itertools.count():
-        text = synthetic_text(f"{seed} {part}", sentences=600)
-        yield np.array(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"], dtype=np.int64)
-
-
 class PromptMaker:
     """Makes prompts of an exact number of tokens.
 
     Args:
-        tokenizer: of the model; for ``chat`` it must have a chat template.
+        tokenizer: of the model.
         mode: ``easy`` hides question and answer, ``standard`` and ``chat`` only the answer. The first two end with the
             question and the beginning of the answer, for the model to go on; ``chat`` asks by the chat template.
         haystack: ``[N]`` tokens, at least `STARTS` more than a prompt has.
         seed: of needles and of where in the haystack a sample begins.
 
     Raises:
-        ValueError: ``mode`` is unknown, or there is no chat template.
+        ValueError: ``mode`` is unknown, or there is no chat template for ``chat``.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, mode: str, haystack: np.ndarray, seed: int) -> None:
@@ -178,8 +168,11 @@ class PromptMaker:
         room = length - len(before) - len(hidden) - len(after)
         start = random.Random(f"start {self.seed} {sample}").randrange(STARTS)
         hay = self.haystack[start : start + room]
-        assert len(hay) == room > 0, "length is at least `least`, and the haystack long enough"
-        cut = self._cut(start, room, depth)
+        cut = int(depth * room)
+        if depth not in (0, 1):
+            # The last border up to there, as Kamradt's test looks for one backwards.
+            index = np.searchsorted(self._borders, start + round(depth * room), side="right") - 1
+            cut = max(0, int(self._borders[index]) - start) if index >= 0 else 0
         return Prompt(np.concatenate([before, hay[:cut], hidden, hay[cut:], after]), answer)
 
     def least(self, samples: int) -> int:
@@ -190,62 +183,36 @@ class PromptMaker:
         """Most tokens that an answer of the samples has."""
         return max(len(self._parts(sample)[3]) for sample in range(samples))
 
-    def _cut(self, start: int, room: int, depth: float) -> int:
-        if depth in (0, 1):
-            return int(depth * room)
-        # The last border up to there, as Kamradt's test looks for one backwards.
-        wanted = start + round(depth * room)
-        index = np.searchsorted(self._borders, wanted, side="right") - 1
-        return max(0, int(self._borders[index]) - start) if index >= 0 else 0
-
     def _parts(self, sample: int) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
         """What stands before the haystack, the needle, what stands behind the haystack, and the answer to that."""
         needle = draw_needle(self.seed, sample)
         asked = f"{needle.question} Answer: " if self.mode == "easy" else ""
-        hidden = self._ids(f"\n{asked}{needle.statement}\n")
+        hidden = token_ids(self.tokenizer, f"\n{asked}{needle.statement}\n")
         if self.mode != "chat":
+            # The token that begins a text, where the tokenizer puts one.
+            first = self.tokenizer("a")["input_ids"][:1]
+            before = np.array(first if first == [self.tokenizer.bos_token_id] else [], dtype=np.int64)
             asking = f"{_ASK}{needle.question} Answer: {needle.start}"
-            return self._beginning(), hidden, *self._pair(asking, f" {needle.answer}.")
+            return before, hidden, *self._pair(asking, f" {needle.answer}.")
         place = "<the document>"
         messages = [{"role": "user", "content": f"{place}{_ASK}{needle.question}"}]
         whole = self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
         before, found, after = whole.partition(place)
         if not found:
             raise ValueError("mode chat needs a chat template that leaves the text of a message as it is")
-        return self._ids(before), hidden, *self._pair(after, needle.statement)
-
-    def _beginning(self) -> np.ndarray:
-        """The token that begins a text, where the tokenizer puts one."""
-        first = self.tokenizer("a")["input_ids"][:1]
-        return np.array(first if first == [self.tokenizer.bos_token_id] else [], dtype=np.int64)
+        return token_ids(self.tokenizer, before), hidden, *self._pair(after, needle.statement)
 
     def _pair(self, text: str, continuation: str) -> tuple[np.ndarray, np.ndarray]:
         """``text`` and what follows it, in the tokens of both together where they divide between the two."""
-        first, both = self._ids(text), self._ids(text + continuation)
+        first, both = token_ids(self.tokenizer, text), token_ids(self.tokenizer, text + continuation)
         if np.array_equal(both[: len(first)], first):
             return first, both[len(first) :]
-        return first, self._ids(continuation)
-
-    def _ids(self, text: str) -> np.ndarray:
-        return np.array(self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"], dtype=np.int64)
+        return first, token_ids(self.tokenizer, continuation)
 
 
 def _sentence_ends(tokens: np.ndarray, tokenizer: PreTrainedTokenizerBase) -> np.ndarray:
     """Indices behind which a sentence or line ends, ascending, counted as numbers of tokens before."""
     known, which = np.unique(tokens, return_inverse=True)
-    texts: Iterator[str] = (tokenizer.decode([int(token)]) for token in known)
+    texts = [tokenizer.decode([int(token)]) for token in known]
     ends = np.array([text.endswith("\n") or text.rstrip().endswith((".", "!", "?")) for text in texts], dtype=bool)
     return np.flatnonzero(ends[which]) + 1
-
-
-def parse_numbers(name: str, text: str, kind: type) -> Sequence:
-    """Numbers with commas between them, ascending and different.
-
-    Raises:
-        ValueError: they are something else; the message begins with ``name``.
-    """
-    try:
-        found = sorted({kind(part) for part in text.split(",")})
-    except ValueError:
-        raise ValueError(f"{name} must be numbers with commas between them, got {text!r}") from None
-    return found

@@ -3,23 +3,24 @@
 import hashlib
 import json
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from foxlm.conversion.pretrained import read_config
 
+# What results of each command hold beside their kind.
+_FIELDS = {
+    "loss": ("settings", "text", "rows_wanted", "models"),
+    "needle": ("settings", "name", "trained_length", "cells"),
+}
 _WEIGHTS = ("*.safetensors", "*.bin", "*.pt")
 _SAMPLES, _SAMPLE_BYTES = 64, 4096
 
 
 def write_json(path: Path, content: Any) -> None:
-    """Write ``content`` to ``path`` as `write_whole` does.
-
-    Raises:
-        ValueError: ``content`` holds a NaN or an infinity, which JSON has no number for.
-    """
+    """Write ``content`` to ``path`` as `write_whole` does; a NaN or an infinity in it is a ValueError."""
     write_whole(path, json.dumps(content, indent=1, ensure_ascii=False, allow_nan=False) + "\n")
 
 
@@ -36,27 +37,21 @@ def write_whole(path: Path, text: str) -> None:
 
 
 def require_folder(out: Path) -> None:
-    """Refuse a file where a folder of results is to be, before anything is measured.
-
-    Raises:
-        ValueError: ``out`` is a file.
-    """
+    """Refuse a file where a folder of results is to be, before anything is measured."""
     if out.exists() and not out.is_dir():
         raise ValueError(f"--out must be a folder, got the file {out}")
 
 
-def read_json(path: Path, kind: str, fields: Sequence[str]) -> dict[str, Any]:
-    """Results that `write_json` wrote, with ``"kind": kind`` and ``fields`` in them.
+def read_json(path: Path, kind: str) -> dict[str, Any]:
+    """Results of ``foxlm loss`` or ``foxlm needle``, which is ``kind``.
 
     Raises:
         ValueError: the file holds something else.
         OSError: it cannot be read.
     """
     content = parse_json(path)
-    if not isinstance(content, dict) or content.get("kind") != kind or not all(field in content for field in fields):
+    if not isinstance(content, dict) or content.get("kind") != kind or not content.keys() >= set(_FIELDS[kind]):
         raise ValueError(f"{path} holds no results of foxlm {kind}")
-    if not isinstance(content.get("settings", {}), dict):
-        raise ValueError(f"{path} is damaged: settings are no object")
     return content
 
 
@@ -127,11 +122,7 @@ def fingerprint(source: str) -> str | None:
 
 
 def require_same(old: Mapping[str, Any], new: Mapping[str, Any], where: str) -> None:
-    """Refuse to mix results of different settings.
-
-    Raises:
-        ValueError: a value of ``new`` is another one in ``old``; the message names the first.
-    """
+    """Refuse to mix results of different settings: the ValueError names the first that is another one in ``old``."""
     for name, value in new.items():
         if old.get(name) != value:
             raise ValueError(

@@ -12,7 +12,7 @@ LONGEST = 2**27
 
 
 def documents(path: Path, tokenizer: PreTrainedTokenizerBase | None) -> Iterator[np.ndarray]:
-    """Tokens of each document of a file, ``[N]`` int64, read one at a time.
+    """Tokens of each document of a file or folder, ``[N]`` int64, read one at a time.
 
     Args:
         path: ``.npy`` with token numbers (``[N]``, one document, or ``[rows, length]``, one each; read as they are
@@ -24,48 +24,47 @@ def documents(path: Path, tokenizer: PreTrainedTokenizerBase | None) -> Iterator
         ValueError: a file holds something else; the message names it.
         OSError: it cannot be read.
     """
-    if path.is_dir():
-        for file in _files(path):
-            yield from documents(file, tokenizer)
-    elif path.suffix == ".npy":
-        try:
-            tokens = np.load(path, mmap_mode="r", allow_pickle=False)
-        except (ValueError, EOFError) as error:
-            raise ValueError(f"{path} holds no array of numbers: {error}") from None
-        if tokens.ndim not in (1, 2) or tokens.dtype.kind not in "iu":
-            raise ValueError(f"{path} must hold whole numbers [N] or [rows, length], got {tokens.dtype} {tokens.shape}")
-        if tokens.dtype == np.uint64 and tokens.size and tokens.max() > np.iinfo(np.int64).max:
-            raise ValueError(f"{path} must hold token numbers, got {tokens.max()}")
-        for row in np.atleast_2d(tokens):
-            yield np.asarray(row, dtype=np.int64)
-    elif tokenizer is None:
-        raise ValueError(f"{path} is text, which needs a model with a tokenizer; without one give .npy tokens")
-    else:
-        for text in _texts(path):
-            # Longer than the model was trained at is what is wanted here, and no reason for a warning.
-            yield np.asarray(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"], dtype=np.int64)
+    for file in _files(path):
+        if file.suffix == ".npy":
+            yield from _saved_tokens(file)
+        elif tokenizer is None:
+            raise ValueError(f"{file} is text, which needs a model with a tokenizer; without one give .npy tokens")
+        else:
+            yield from (token_ids(tokenizer, text) for text in _texts(file))
+
+
+def token_ids(tokenizer: PreTrainedTokenizerBase, text: str) -> np.ndarray:
+    """Tokens of a text, ``[N]`` int64, without those that a tokenizer puts before or behind it."""
+    # Longer than the model was trained at is what is wanted here, and no reason for a warning.
+    return np.array(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"], dtype=np.int64)
+
+
+def _saved_tokens(path: Path) -> Iterator[np.ndarray]:
+    try:
+        tokens = np.load(path, mmap_mode="r", allow_pickle=False)
+    except (ValueError, EOFError) as error:
+        raise ValueError(f"{path} holds no array of numbers: {error}") from None
+    if tokens.ndim not in (1, 2) or tokens.dtype.kind not in "iu":
+        raise ValueError(f"{path} must hold whole numbers [N] or [rows, length], got {tokens.dtype} {tokens.shape}")
+    if tokens.dtype == np.uint64 and tokens.size and tokens.max() > np.iinfo(np.int64).max:
+        raise ValueError(f"{path} must hold token numbers, got {tokens.max()}")
+    yield from (np.asarray(row, dtype=np.int64) for row in np.atleast_2d(tokens))
 
 
 def texts(path: Path) -> Iterator[str]:
-    """Each document of a file or folder as text, as `documents` has them; ``.npy`` holds none.
-
-    Raises:
-        ValueError: a file holds something else; the message names it.
-        OSError: it cannot be read.
-    """
-    if path.is_dir():
-        for file in _files(path):
-            yield from texts(file)
-    elif path.suffix == ".npy":
-        raise ValueError(f"{path} holds token numbers; text is needed here")
-    else:
-        yield from _texts(path)
+    """Each document of a file or folder as text, as `documents` has them and with its errors; ``.npy`` holds none."""
+    for file in _files(path):
+        if file.suffix == ".npy":
+            raise ValueError(f"{file} holds token numbers; text is needed here")
+        yield from _texts(file)
 
 
-def _files(folder: Path) -> list[Path]:
-    files = sorted(one for one in folder.iterdir() if one.is_file() and not one.name.startswith("."))
+def _files(path: Path) -> list[Path]:
+    if not path.is_dir():
+        return [path]
+    files = sorted(file for file in path.iterdir() if file.is_file() and not file.name.startswith("."))
     if not files:
-        raise ValueError(f"{folder} holds no files")
+        raise ValueError(f"{path} holds no files")
     return files
 
 
@@ -85,17 +84,11 @@ def _texts(path: Path) -> Iterator[str]:
 
 def _text_of(line: str, where: str) -> str:
     try:
-        found = json.loads(line)
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{where}: not JSON: {error}") from None
-    text = found.get("text") if isinstance(found, dict) else None
-    if not isinstance(text, str):
-        raise ValueError(f'{where}: must be an object with a string "text"')
-    try:
+        text = json.loads(line)["text"]
+        # Fails for half of a surrogate pair, which JSON can write and no tokenizer reads.
         text.encode()
-    except UnicodeEncodeError as error:
-        # Half of a surrogate pair, which JSON can write and no tokenizer reads.
-        raise ValueError(f"{where}: {error}") from None
+    except (AttributeError, LookupError, RecursionError, TypeError, ValueError) as error:
+        raise ValueError(f'{where}: must be a JSON object with a string "text" ({error})') from None
     return text
 
 

@@ -1,14 +1,14 @@
 """Heat maps of the needle-in-a-haystack test."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
-from matplotlib.colors import Colormap, Normalize
 from matplotlib.figure import Figure
 
+from ..needle import grid
 from .figure import STYLE, new_figure
 from .position import short_length
 
@@ -22,72 +22,42 @@ def plot_needle(report: Mapping[str, Any]) -> Figure:
     Args:
         report: as `measure_needle` returns it.
     """
-    cells = {(cell["length"], cell["depth"]): cell for cell in report["cells"]}
-    lengths, depths = (sorted({key[index] for key in cells}) for index in (0, 1))
-    found, loss = (
-        np.array([[_value(cells.get((x, y)), name) for x in lengths] for y in depths]) for name in ("found", "loss")
-    )
-    settings = report["settings"]
-    with matplotlib.rc_context(STYLE | {"axes.grid": False, "axes.spines.top": True, "axes.spines.right": True}):
+    settings, trained = report["settings"], report["trained_length"]
+    lengths, depths, found = grid(report["cells"], "found")
+    loss = grid(report["cells"], "loss")[2]
+    with matplotlib.rc_context(STYLE | {"axes.grid": False}):
         height = 1.6 + 0.28 * max(4, len(depths))
         figure, (upper, lower) = new_figure(rows=2, height=2 * height, sharex=True)
-        _heat_map(figure, upper, 100 * found, Normalize(0, 100), "cividis", "{:.0f}", "needles found (%)")
-        finite = loss[np.isfinite(loss)]
-        top = max(1.0, finite.max()) if finite.size else 1.0
-        _heat_map(figure, lower, loss, Normalize(0, top), "cividis_r", "{:.1f}", "loss (nats per token)")
-        _labels((upper, lower), lengths, depths)
-        beyond = _mark_trained_length((upper, lower), lengths, report["trained_length"])
+        _heat_map(upper, 100 * found, 100.0, "cividis", "{:.0f}", "needles found (%)")
+        _heat_map(lower, loss, max(1.0, np.nanmax(loss, initial=0.0)), "cividis_r", "{:.1f}", "loss (nats per token)")
         upper.set_title(f"{report['name']}\nneedles found, mode {settings['mode']}, {settings['samples']} a cell")
         lower.set_title("Loss of the hidden answer, given the question")
-        lower.set_xlabel("length (tokens)" + beyond)
+        lower.set_xlabel("length (tokens)")
+        if trained and lengths[-1] > trained:
+            for axes in (upper, lower):
+                axes.axvline(sum(x <= trained for x in lengths) - 0.5, color="#d4333f", linestyle="--", linewidth=2.0)
+            lower.set_xlabel(f"length (tokens); right of the dashed line beyond the trained {short_length(trained)}")
+        step, down = 1 + len(lengths) // _MOST_NUMBERS, 1 + len(depths) // 16
+        names = [short_length(length) for length in lengths[::step]]
+        lower.set_xticks(range(0, len(lengths), step), names, rotation=45 if len(lengths) > 7 else 0)
+        for axes in (upper, lower):
+            axes.set_yticks(range(0, len(depths), down), [f"{depth:.0%}" for depth in depths[::down]])
+            axes.set_ylabel("depth of the needle")
     return figure
 
 
-def _value(cell: Mapping[str, Any] | None, name: str) -> float:
-    return float("nan") if cell is None or cell[name] is None else cell[name]
-
-
-def _heat_map(
-    figure: Figure, axes: Axes, values: np.ndarray, norm: Normalize, colors: str | Colormap, form: str, label: str
-) -> None:
-    image = axes.imshow(values, norm=norm, cmap=colors, aspect="auto")
+def _heat_map(axes: Axes, values: np.ndarray, top: float, colors: str, form: str, label: str) -> None:
+    image = axes.imshow(values, vmin=0.0, vmax=top, cmap=colors, aspect="auto")
     axes.set_facecolor("#e4e7eb")
     # Cells of one value would run into each other.
-    for edge in range(1, values.shape[1]):
-        axes.axvline(edge - 0.5, color="white", linewidth=0.8)
-    for edge in range(1, values.shape[0]):
-        axes.axhline(edge - 0.5, color="white", linewidth=0.8)
-    figure.colorbar(image, ax=axes, label=label)
+    for draw, cells in ((axes.axhline, values.shape[0]), (axes.axvline, values.shape[1])):
+        for edge in range(1, cells):
+            draw(edge - 0.5, color="white", linewidth=0.8)
+    axes.figure.colorbar(image, ax=axes, label=label)
     if values.shape[1] > _MOST_NUMBERS:
         return
     for (row, column), value in np.ndenumerate(values):
-        red, green, blue, _ = image.cmap(norm(value)) if np.isfinite(value) else (1.0, 1.0, 1.0, 1.0)
-        dark = 0.3 * red + 0.59 * green + 0.11 * blue < 0.5
-        text = form.format(value) if np.isfinite(value) else "-"
-        color = "white" if dark else "black"
+        missing = np.isnan(value)
+        color = "black" if missing or sum(image.to_rgba(value)[:3]) > 1.5 else "white"
+        text = "-" if missing else form.format(value)
         axes.text(column, row, text, ha="center", va="center", color=color, fontsize=8 if values.shape[1] > 7 else 9)
-
-
-def _labels(all_axes: Sequence[Axes], lengths: Sequence[int], depths: Sequence[float]) -> None:
-    step = 1 + len(lengths) // _MOST_NUMBERS
-    down = 1 + len(depths) // 16
-    for axes in all_axes:
-        axes.set_xticks(
-            range(0, len(lengths), step),
-            [short_length(x) for x in lengths[::step]],
-            rotation=45 if len(lengths) > 7 else 0,
-        )
-        axes.set_yticks(range(0, len(depths), down), [f"{depth:.0%}" for depth in depths[::down]])
-        axes.set_ylabel("depth of the needle")
-
-
-def _mark_trained_length(all_axes: Sequence[Axes], lengths: Sequence[int], trained: int | None) -> str:
-    """A line between the last length within it and the first beyond; returns what the label of lengths says of it."""
-    inside = sum(length <= trained for length in lengths) if trained else len(lengths)
-    if not trained or inside == len(lengths):
-        return ""
-    if inside:
-        for axes in all_axes:
-            axes.axvline(inside - 0.5, color="#d4333f", linestyle=(0, (4, 2)), linewidth=2.0)
-        return f"; right of the dashed line beyond the trained {short_length(trained)}"
-    return f", all beyond the trained {short_length(trained)}"

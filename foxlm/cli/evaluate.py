@@ -1,10 +1,9 @@
 """``foxlm eval``, ``foxlm lm-eval``, ``foxlm loss`` and ``foxlm needle``."""
 
 import sys
-from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -21,9 +20,6 @@ from foxlm.cli.options import (
     Text,
     require_nothing_else,
 )
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
 
 
 def evaluate(
@@ -185,13 +181,13 @@ def loss(
 
     foxlm loss my-fox my-llama --text books.jsonl --length 65536
     """
-    from foxlm.evaluation.loss_report import LossOptions, draw_losses, loss_table, measure_losses, read_losses
-    from foxlm.evaluation.results import reading
+    from foxlm.evaluation.loss_report import LossOptions, loss_table, measure_losses
+    from foxlm.evaluation.results import read_json, reading
 
     if redraw is not None:
         require_nothing_else(context)
         results = redraw / "loss.json" if redraw.is_dir() else redraw
-        report = read_losses(results)
+        report = read_json(results, "loss")
     else:
         if not models or text is None or length is None:
             raise ValueError("models to measure, --text and --length must be given, or --redraw")
@@ -218,7 +214,7 @@ def loss(
         )
     with reading(results):
         typer.echo(loss_table(report))
-        _save_figure("loss", results, lambda: draw_losses(report))
+        _save_figure(results, report)
 
 
 def needle(
@@ -281,20 +277,13 @@ def needle(
 
     foxlm needle my-fox --lengths 4096,8192,16384,32768
     """
-    from foxlm.evaluation.needle import (
-        NeedleOptions,
-        draw_needle_map,
-        measure_needle,
-        needle_table,
-        read_needle,
-    )
-    from foxlm.evaluation.needle_prompts import parse_numbers
-    from foxlm.evaluation.results import reading
+    from foxlm.evaluation.needle import NeedleOptions, measure_needle, needle_table
+    from foxlm.evaluation.results import read_json, reading
 
     if redraw is not None:
         require_nothing_else(context)
         results = redraw / "needle.json" if redraw.is_dir() else redraw
-        report = read_needle(results)
+        report = read_json(results, "needle")
     else:
         if model is None:
             raise ValueError("a model to measure must be given, or --redraw")
@@ -323,17 +312,33 @@ def needle(
         )
     with reading(results):
         typer.echo(needle_table(report))
-        _save_figure("needle", results, lambda: draw_needle_map(report))
+        _save_figure(results, report)
 
 
-def _save_figure(command: str, results: Path, draw: "Callable[[], Figure]") -> None:
-    """Draw ``results`` beside them, as SVG and PNG, or say how to do so where matplotlib is installed."""
+def parse_numbers(name: str, text: str, kind: type) -> list:
+    """Numbers with commas between them, ascending and different.
+
+    Raises:
+        ValueError: they are something else; the message begins with ``name``.
+    """
+    try:
+        return sorted({kind(part) for part in text.split(",")})
+    except ValueError:
+        raise ValueError(f"{name} must be numbers with commas between them, got {text!r}") from None
+
+
+def _save_figure(results: Path, report: dict[str, Any]) -> None:
+    """Draw a report beside its file, as SVG and PNG, or say how to do so where matplotlib is installed."""
     if find_spec("matplotlib") is None:
-        typer.echo(f"no plot, since matplotlib is not installed; where it is: foxlm {command} --redraw {results}")
+        command = f"foxlm {report['kind']} --redraw {results}"
+        typer.echo(f"no plot, since matplotlib is not installed; where it is: {command}")
         return
     from foxlm.evaluation.plots.figure import save_plot
+    from foxlm.evaluation.plots.needle import plot_needle
+    from foxlm.evaluation.plots.position import plot_loss_by_position
 
-    figure, names = draw(), [results.with_suffix(suffix) for suffix in (".svg", ".png")]
+    draw = {"loss": plot_loss_by_position, "needle": plot_needle}[report["kind"]]
+    figure, names = draw(report), [results.with_suffix(suffix) for suffix in (".svg", ".png")]
     for name in names:
         save_plot(figure, name)
     typer.echo(f"wrote {results}, {names[0].name} and {names[1].name}")

@@ -15,6 +15,7 @@ from byte_models import byte_model
 from foxlm.cli import app
 from foxlm.evaluation import loss_report as module
 from foxlm.evaluation.loss_report import LossOptions, bin_edges, measure_losses, summarize
+from foxlm.evaluation.plots.position import plot_loss_by_position
 from foxlm.evaluation.text import texts
 from oracles import counting_losses, save_counting
 
@@ -133,7 +134,7 @@ def test_losses_that_are_not_finite_are_named_and_not_averaged(
         assert (mean is None) == (difference is None) == (end > 100), (start, end)
     shown = module.loss_table(report)
     assert "not finite" in shown and "broken: loss is nan in row 0 at position 100, the first such" in shown
-    module.draw_losses(report)
+    plot_loss_by_position(report)
 
 
 def test_a_single_row_has_no_interval(folder: Path, tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ from typer.testing import CliRunner
 
 from byte_models import byte_model
 from foxlm.cli import app
+from foxlm.cli.evaluate import parse_numbers
 from foxlm.evaluation import needle as module
 from foxlm.evaluation.demo.tokenizer import byte_tokenizer
 from foxlm.evaluation.loading import load_model
@@ -20,7 +21,6 @@ from foxlm.evaluation.needle_prompts import (
     PromptMaker,
     draw_needle,
     haystack_tokens,
-    parse_numbers,
     synthetic_text,
 )
 from models import tiny_model, tokens
