@@ -354,7 +354,7 @@ def first_dead_block(
     c, *entries = (_per_query_head(x, heads) for x in (c[..., None], *(x[..., :blocks] for x in summary)))
     log_eps = log_allowed(eps, torch.float32, known.terms(keys))
     # A bound of the logit with the diagonal key is one of any logit.
-    query = QueryBounds(raised(c, keys), norm, diagonal, -diagonal)
+    query = QueryBounds(raised(c, keys), norm, diagonal, -diagonal if known.reads_bound else None)
     dead = may_drop(known, query, KeySummary(*entries), log_eps)
     return dead.int().cumprod(-1).sum(-1, dtype=torch.int32).unflatten(1, (kv_heads, -1)).amin(2)
 

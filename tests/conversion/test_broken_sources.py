@@ -78,7 +78,7 @@ CONFIGS: dict[str, tuple[Any, str]] = {
     "size in words": ({"hidden_size": "many"}, "hidden_size"),
     "no heads": ({"num_attention_heads": 0}, "num_attention_heads must be|config.json does not describe"),
     "negative": ({"num_hidden_layers": -1}, "num_hidden_layers"),
-    "a billion layers": ({"num_hidden_layers": 10**9}, "num_hidden_layers in config.json is 1000000000, but the files"),
+    "a billion layers": ({"num_hidden_layers": 10**9}, "num_hidden_layers in config.json is 1000000000, but its files"),
     "very many layers": ({"num_hidden_layers": 1e30}, "num_hidden_layers in config.json is 1e\\+30"),
     "a billion heads": ({"num_attention_heads": 10**9}, "heads in config.json is 1000000000"),
     "a billion tokens": ({"vocab_size": 10**9}, "vocab_size in config.json is 1000000000"),

@@ -246,8 +246,8 @@ SPOILT: dict[str, tuple[str, Callable[[Path], object], str]] = {
     "no tokenizer": ("tokenizer", remove("tokenizer_config.json"), "there is none"),
     "half a tokenizer": ("tokenizer", remove("tokenizer.json"), "it cannot be loaded|its tokens must be"),
     "large vocabulary": ("tokenizer", edit_json("config.json", vocab_size=200, pad_token_id=0), "vocab_size of 200"),
-    "changed code": ("code", add("configuration_fox.py", b"#"), "not those of this version.*configuration_fox"),
-    "missing code": ("code", remove("configuration_fox.py"), "files are missing .*foxlm bundle .*configuration_fox"),
+    "changed code": ("code", add("modeling_fox.py", b"#"), "not those of this version.*modeling_fox"),
+    "missing code": ("code", remove("modeling_layers.py"), "files are missing .*foxlm export-code .*modeling_layers"),
     "older code": ("code", add("old.py", b"# Code of a FoX model, written by foxlm 0.0.1"), "left over.*old.py"),
     "auto_map": ("code", edit_json("config.json", auto_map={"AutoModel": "x.Y"}), "auto_map.*AutoConfig, AutoModel, "),
     "environment": ("files", add(".env"), r"none of a model's.*\.env"),
@@ -292,10 +292,10 @@ def test_sharded_and_tied_weights_pass(folder: Path) -> None:
     assert not {check.name: check.passed for check in publish.check_folder(folder)}["weights"]
 
 
-def test_bundle_command_renews_the_code(folder: Path) -> None:
-    (folder / "configuration_fox.py").write_text("")
-    result = CliRunner().invoke(app, ["bundle", str(folder)])
+def test_export_code_renews_the_code(folder: Path) -> None:
+    (folder / "modeling_fox.py").write_text("")
+    result = CliRunner().invoke(app, ["export-code", str(folder)])
     assert (result.exit_code, result.output) == (0, f"wrote the code into {folder}\n")
     assert {path.name: path.read_text() for path in folder.glob("*.py")} == exported_files()
-    result = CliRunner().invoke(app, ["bundle", str(folder.parent)])
+    result = CliRunner().invoke(app, ["export-code", str(folder.parent)])
     assert result.exit_code == 1 and result.stderr.startswith("error: folder must hold a config.json")

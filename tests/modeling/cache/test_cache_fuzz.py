@@ -80,7 +80,7 @@ def operate(run: CachedRun, kind: str, rng: random.Random) -> None:
             run.crop(count)
         except RuntimeError as error:
             # More than can be rolled back: refused, and nothing is changed.
-            assert "can be taken back" in str(error) or "activate_past_recording" in str(error)
+            assert "can be cropped now" in str(error) or "activate_past_recording" in str(error)
             assert int(run.cache.get_seq_length()) == length
     else:
         getattr(run, name)()

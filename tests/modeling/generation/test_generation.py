@@ -151,7 +151,7 @@ def test_more_rejected_drafts_than_pages_take_back_are_refused() -> None:
     # One more, so that the draft is what the prompt went on with.
     ids = torch.cat([ids, ids[:, :1]], dim=1)
     assert_same_tokens(model, ids, {}, how)
-    with pytest.raises(RuntimeError, match=r"can be taken back.*DynamicCache\(config=model.config\)"):
+    with pytest.raises(RuntimeError, match=r"can be cropped now.*DynamicCache\(config=model.config\)"):
         generate(model, ids, past_key_values=FoxPagedCache(model.config, 300), max_new_tokens=60, **how)
 
 
