@@ -1,6 +1,7 @@
 """Load a model to be evaluated, of any kind that transformers knows, and set how a FoX prunes."""
 
 import math
+import re
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +16,7 @@ DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch
 
 
 def load_model(
-    source: str,
-    *,
-    device: str = "auto",
-    dtype: str = "auto",
-    eps: float | str = "model",
-    rule: str = "model",
+    source: str, *, device: str = "auto", dtype: str = "auto", eps: float | str = "model", rule: str = "model"
 ) -> PreTrainedModel:
     """A causal language model, ready for inference.
 
@@ -42,8 +38,7 @@ def load_model(
     config = read_config(source)
     changes = pruning_changes(eps, rule)
     if changes and (not isinstance(config, FoxConfig) or config.forget_gate == "none"):
-        kind = f"a {config.model_type} model ({source})"
-        raise ValueError(f"eps and rule are of FoX models with forget gates, got them with {kind}")
+        raise ValueError(f"eps and rule are of FoX models with forget gates, {source} ({config.model_type}) has none")
     for name, value in changes.items():
         setattr(config, name, value)
     if isinstance(config, FoxConfig):
@@ -66,12 +61,9 @@ def resolve_device(device: str) -> str:
     """``device`` with ``auto`` replaced; a ValueError where it is unknown, or torch sees no such GPU."""
     if device == "auto":
         return "cuda" if torch.cuda.is_available() else "cpu"
-    if device == "cpu":
-        return device
-    if device != "cuda" and not (device.startswith("cuda:") and device[5:].isdecimal()):
+    if not re.fullmatch(r"cpu|cuda(:[0-9]+)?", device):
         raise ValueError(f"device must be auto, cpu, cuda or cuda:N, got {device!r}")
-    index = int(device[5:] or 0) if ":" in device else 0
-    if index >= torch.cuda.device_count():
+    if device != "cpu" and int(device[5:] or 0) >= torch.cuda.device_count():
         raise ValueError(f"device is {device}, but torch sees {torch.cuda.device_count()} CUDA GPUs")
     return device
 
@@ -106,12 +98,8 @@ def pruning_used(model: PreTrainedModel) -> dict[str, Any]:
         return {"eps": None, "rule": None, "attention": False, "generation": False}
     q = torch.empty(1, 1, config.num_attention_heads, config.head_dim, dtype=model.dtype, device=model.device)
     attention = config._attn_implementation == DEFAULT_IMPLEMENTATION and backend_of(q) is not PYTORCH
-    return {
-        "eps": config.acp_eps,
-        "rule": config.acp_rule,
-        "attention": attention,
-        "generation": attention or config.free_dead_cache,
-    }
+    generation = attention or config.free_dead_cache
+    return {"eps": config.acp_eps, "rule": config.acp_rule, "attention": attention, "generation": generation}
 
 
 def model_name(source: str) -> str:

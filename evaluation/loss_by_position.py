@@ -54,29 +54,30 @@ def row_losses(model: PreTrainedModel, rows: Iterable[Tensor], chunk: int = 0) -
         if index == 0 and not chunk and not _logits_are_the_heads(model, row):
             # Scaled or capped behind the head: only the model itself knows.
             chunk = _LOGITS_AT_ONCE
-        yield _chunked(model, row, chunk) if chunk else _in_one_pass(model, row)
+        yield _losses(model, row, chunk)
 
 
 @torch.no_grad()
-def _in_one_pass(model: PreTrainedModel, row: Tensor) -> Tensor:
-    row = row.to(model.device)
-    head = model.get_output_embeddings()
-    states = model.base_model(input_ids=row[None], use_cache=False).last_hidden_state[0, :-1]
-    parts = zip(states.split(_LOGITS_AT_ONCE), row[1:].split(_LOGITS_AT_ONCE), strict=True)
-    return torch.cat([_cross_entropy(head(state), target) for state, target in parts]).cpu()
+def _losses(model: PreTrainedModel, row: Tensor, chunk: int) -> Tensor:
+    parts = _logits(model, row.to(model.device), chunk)
+    return torch.cat([nn.functional.cross_entropy(x.float(), target, reduction="none") for x, target in parts]).cpu()
 
 
-@torch.no_grad()
-def _chunked(model: PreTrainedModel, row: Tensor, chunk: int) -> Tensor:
-    row = row.to(model.device)
-    cache, losses = new_cache(model, len(row)), []
+def _logits(model: PreTrainedModel, row: Tensor, chunk: int) -> Iterator[tuple[Tensor, Tensor]]:
+    """Logits and the tokens that they predict, at most `_LOGITS_AT_ONCE` at a time."""
+    targets = row[1:]
+    if not chunk:
+        head = model.get_output_embeddings()
+        states = model.base_model(input_ids=row[None], use_cache=False).last_hidden_state[0, :-1]
+        parts = zip(states.split(_LOGITS_AT_ONCE), targets.split(_LOGITS_AT_ONCE), strict=True)
+        yield from ((head(state), target) for state, target in parts)
+        return
+    cache = new_cache(model, len(row))
     # The last token predicts nothing.
-    for part, target in zip(row[:-1].split(chunk), row[1:].split(chunk), strict=True):
+    for part, target in zip(row[:-1].split(chunk), targets.split(chunk), strict=True):
         out = model(input_ids=part[None], use_cache=True, **{CACHE: cache})
         cache = cache_of(out)
-        pairs = zip(out.logits[0].split(_LOGITS_AT_ONCE), target.split(_LOGITS_AT_ONCE), strict=True)
-        losses += [_cross_entropy(*pair) for pair in pairs]
-    return torch.cat(losses).cpu()
+        yield from zip(out.logits[0].split(_LOGITS_AT_ONCE), target.split(_LOGITS_AT_ONCE), strict=True)
 
 
 def new_cache(model: PreTrainedModel, length: int) -> Any:
@@ -84,10 +85,6 @@ def new_cache(model: PreTrainedModel, length: int) -> Any:
     if getattr(model.config, "free_dead_cache", False):
         return FoxPagedCache(model.config, max_cache_len=length)
     return None
-
-
-def _cross_entropy(logits: Tensor, target: Tensor) -> Tensor:
-    return nn.functional.cross_entropy(logits.float(), target, reduction="none")
 
 
 @torch.no_grad()
@@ -101,12 +98,7 @@ def _logits_are_the_heads(model: PreTrainedModel, row: Tensor) -> bool:
 
 
 def bootstrap_means(values: Tensor, seed: int = 0, samples: int = 1000) -> Tensor:
-    """Means over rows with the 95% interval of a bootstrap over rows.
-
-    Args:
-        values: ``[N, M]`` of N rows; the same rows are drawn for each of the M columns.
-        seed: of the bootstrap.
-        samples: its size.
+    """Means of ``values``, ``[N, M]``, over N rows with the 95% interval of a bootstrap that draws whole rows.
 
     Returns:
         ``[3, M]`` float64: means, lower and upper ends. With one row the ends are the mean.

@@ -18,7 +18,7 @@ from tqdm import tqdm
 from .loading import load_model, load_tokenizer, model_name, position_limit, pruning_used, trained_length
 from .loss_by_position import bootstrap_means, row_losses
 from .provenance import provenance
-from .results import fingerprint, read_json, reading, require_folder, require_same, write_json
+from .results import fingerprint, read_json, reading, require_folder, require_least, require_same, write_json
 from .tables import table
 from .text import LONGEST, rows
 
@@ -61,21 +61,13 @@ def measure_losses(options: LossOptions) -> dict[str, Any]:
     require_folder(options.out)
     names = model_names(options)
     edges = bin_edges(options.edges, options.length)
-    if options.trained_length is not None and options.trained_length < 1:
-        raise ValueError(f"trained_length must be at least 1, got {options.trained_length}")
-    if options.chunk < 0 or options.rows < 1:
-        raise ValueError(f"chunk must be at least 0 and rows at least 1, got {options.chunk} and {options.rows}")
+    require_least(options, rows=1, chunk=0, trained_length=1)
     loading = {"dtype": options.dtype, "eps": options.eps, "rule": options.rule}
-    models: dict[str, dict[str, Any]] = {
-        name: {
-            "name": name,
-            "settings": {"source": source, "fingerprint": fingerprint(source), **loading},
-            "trained_length": options.trained_length or trained_length(source),
-            "row_means": [],
-            "not_finite": None,
-        }
-        for name, source in zip(names, options.models, strict=True)
-    }
+    models: dict[str, dict[str, Any]] = {}
+    for name, source in zip(names, options.models, strict=True):
+        own = {"source": source, "fingerprint": fingerprint(source), **loading}
+        longest = options.trained_length or trained_length(source)
+        models[name] = {"name": name, "settings": own, "trained_length": longest, "row_means": [], "not_finite": None}
     digest, count = _same_rows(options, names)
     settings = {"length": options.length, "rows": count, "tokens": digest, "edges": edges}
     path = options.out / "loss.json"
@@ -93,8 +85,7 @@ def measure_losses(options: LossOptions) -> dict[str, Any]:
     models |= {name: model for name, model in measured.items() if name not in models}
     files = [_losses_file(name) for name in models]
     if options.save_losses and len(set(files)) < len(files):
-        twice = next(file for file in files if files.count(file) > 1)
-        raise ValueError(f"names must differ in letters or digits, or two models' losses would be {twice}")
+        raise ValueError(f"names must differ in letters or digits, or models would share one of {', '.join(files)}")
     for name in names:
         report["models"] = [model for other, model in models.items() if other in measured or other == name]
         if len(models[name]["row_means"]) < count:
@@ -133,8 +124,6 @@ def _measure(model: dict[str, Any], options: LossOptions, settings: dict[str, An
                     save()
                     saved = time.monotonic()
     finally:
-        if losses is not None:
-            losses.flush()
         save()
 
 
@@ -225,12 +214,7 @@ def _cell(mean: float | None, low: float | None, high: float | None) -> str:
 def bin_edges(spec: str, length: int) -> list[int]:
     """Edges of bins over the number of tokens before the predicted one, from 1 to ``length``.
 
-    Args:
-        spec: ``log`` (two bins for each doubling, with edges at powers of two), a width, or edges with commas.
-        length: tokens of a row.
-
-    Raises:
-        ValueError: it is none of these, or the edges do not ascend within 1 to ``length``.
+    ``spec`` is ``log`` (two bins for each doubling, with edges at powers of two), a width, or edges with commas.
     """
     if not 2 <= length <= LONGEST:
         raise ValueError(f"length must be from 2 to {LONGEST:,}, got {length}")
@@ -261,10 +245,8 @@ def model_names(options: LossOptions) -> list[str]:
     if not sources or (names and len(names) != len(sources)):
         raise ValueError(f"name must be given once for each model, of one or more; got {len(names)} for {len(sources)}")
     found = list(names) or [model_name(source) for source in sources]
-    if not all(found):
-        raise ValueError("name must not be empty")
-    if len(set(found)) < len(found):
-        raise ValueError(f"models must have different names, got {', '.join(found)}; give a --name for each")
+    if len(set(found)) < len(found) or not all(found):
+        raise ValueError(f"models must have different names, got {', '.join(found)}; give a --name for each, not empty")
     return found
 
 

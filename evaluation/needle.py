@@ -15,20 +15,17 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from tqdm import tqdm
-from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from foxlm.modeling.versions import CACHE, cache_of
 
 from .loading import load_model, load_tokenizer, model_name, position_limit, pruning_used, trained_length
 from .loss_by_position import new_cache
-from .needle_prompts import STARTS, Prompt, PromptMaker, draw_needle, haystack_tokens
+from .needle_prompts import STARTS, PromptMaker, draw_needle, haystack_tokens
 from .provenance import provenance
-from .results import fingerprint, read_json, reading, require_folder, require_same, write_json
+from .results import fingerprint, read_json, reading, require_folder, require_least, require_same, write_json
 from .tables import table
 from .text import LONGEST, check_tokens
-
-# Depends on a model's trained length unless it is given.
-_DEFAULT_LENGTHS = (0.125, 0.25, 0.5, 1, 2)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,7 +67,7 @@ def measure_needle(options: NeedleOptions) -> dict[str, Any]:
     require_folder(options.out)
     trained = options.trained_length or trained_length(options.model)
     tokenizer = load_tokenizer(options.model)
-    lengths = list(options.lengths) or [int(share * (trained or 8192)) for share in _DEFAULT_LENGTHS]
+    lengths = list(options.lengths) or [int(share * (trained or 8192)) for share in (0.125, 0.25, 0.5, 1, 2)]
     if not max(lengths) <= LONGEST:
         raise ValueError(f"lengths must be at most {LONGEST:,} tokens, got {max(lengths)}; give --lengths")
     haystack, repeats = haystack_tokens(options.text, tokenizer, max(lengths) + STARTS, options.seed)
@@ -82,11 +79,15 @@ def measure_needle(options: NeedleOptions) -> dict[str, Any]:
     if not options.lengths and max(lengths) >= least:
         lengths = [length for length in lengths if length >= least]
     if min(lengths) < least:
-        raise ValueError(
-            f"lengths must be at least {least}, what question, needle and answer take of this model's tokens, "
-            f"got {min(lengths)}"
-        )
-    settings = _settings(options, haystack, room)
+        raise ValueError(f"lengths must be at least {least} to hold question, needle and answer, got {min(lengths)}")
+    names = ("model", "mode", "samples", "seed", "score_only", "dtype", "eps", "rule")
+    settings = {name: getattr(options, name) for name in names} | {
+        "fingerprint": fingerprint(options.model),
+        "answer_tokens": room,
+        "text": options.text and str(options.text),
+        # Longer lengths read on in the same text.
+        "text_begins": options.text and hashlib.sha256(haystack[:4096].tobytes()).hexdigest()[:16],
+    }
     path = options.out / "needle.json"
     report: dict[str, Any] = {"kind": "needle", "settings": settings, "name": model_name(options.model), "cells": []}
     if path.exists() and not options.overwrite:
@@ -130,32 +131,17 @@ def _measure(
 
 
 def _check(options: NeedleOptions) -> None:
-    for name, least in (("samples", 1), ("batch", 1), ("chunk", 0), ("answer_tokens", 1), ("trained_length", 1)):
-        value = getattr(options, name)
-        if value is not None and value < least:
-            raise ValueError(f"{name} must be at least {least}, got {value}")
+    require_least(options, samples=1, batch=1, chunk=0, answer_tokens=1, trained_length=1)
     if not options.depths or not all(0 <= depth <= 1 for depth in options.depths):
         raise ValueError(f"depths must be shares from 0 (the beginning) to 1 (the end), got {list(options.depths)}")
     if any(length < 1 for length in options.lengths):
         raise ValueError(f"lengths must be positive, got {list(options.lengths)}")
 
 
-def _settings(options: NeedleOptions, haystack: np.ndarray, room: int) -> dict[str, Any]:
-    """What all cells of a file must have in common."""
-    names = ("model", "mode", "samples", "seed", "score_only", "dtype", "eps", "rule")
-    return {name: getattr(options, name) for name in names} | {
-        "fingerprint": fingerprint(options.model),
-        "answer_tokens": room,
-        # Longer lengths read on in the same text.
-        "text": options.text and str(options.text),
-        "text_begins": options.text and hashlib.sha256(haystack[:4096].tobytes()).hexdigest()[:16],
-    }
-
-
 def ask(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
-    prompts: Sequence[Prompt],
+    prompts: Sequence[tuple[np.ndarray, np.ndarray]],
     answers: Sequence[str],
     new_tokens: int,
     chunk: int = 0,
@@ -167,10 +153,8 @@ def ask(
 
     Args:
         model, tokenizer: a causal language model and its tokenizer.
-        prompts: all of one length.
-        answers: text that must appear in what is written.
-        new_tokens: most that is written. 0 is nothing: an answer is then found if greedy decoding gives its
-            very tokens.
+        prompts, answers: of `PromptMaker`, of one length, and for each the text that must appear in what is written.
+        new_tokens: most that is written. With 0 an answer is found if greedy decoding gives its very tokens.
         chunk: tokens of the prompts that are taken in at once; 0 is all.
 
     Returns:
@@ -179,9 +163,9 @@ def ask(
         nats of the answer's tokens, None if not finite) and ``accuracy`` (share of them that was the likeliest).
         ``written`` and ``recall`` are None where nothing was written.
     """
-    tokens = torch.from_numpy(np.stack([prompt.tokens for prompt in prompts])).to(model.device)
-    scores = answer_scores(model, tokens, [torch.from_numpy(prompt.answer) for prompt in prompts], chunk)
-    texts: list[str | None] = [tokenizer.decode(prompt.answer) for prompt in prompts]
+    tokens = torch.from_numpy(np.stack([prompt for prompt, _ in prompts])).to(model.device)
+    scores = answer_scores(model, tokens, [torch.from_numpy(answer) for _, answer in prompts], chunk)
+    texts: list[str | None] = [tokenizer.decode(answer) for _, answer in prompts]
     missed = [index for index, (_, accuracy) in enumerate(scores) if accuracy < 1]
     written = _generate(model, tokens[missed], new_tokens, chunk) if missed and new_tokens else [None] * len(missed)
     for index, ids in zip(missed, written, strict=True):
@@ -203,13 +187,7 @@ def ask(
 def answer_scores(
     model: PreTrainedModel, prompts: Tensor, answers: Sequence[Tensor], chunk: int = 0
 ) -> list[tuple[float, float]]:
-    """How likely answers are after prompts.
-
-    Args:
-        model: a causal language model.
-        prompts: ``[B, L]`` int64.
-        answers: B of ``[A]`` int64, of any lengths.
-        chunk: tokens of the prompts that are taken in at once; 0 is all.
+    """How likely answers, ``[A]`` int64 of any lengths, are after ``prompts``, ``[B, L]`` int64.
 
     Returns:
         Of each the mean negative log-likelihood of its tokens in nats, and the share of them that is likeliest.
@@ -228,36 +206,23 @@ def answer_scores(
         logits = model(input_ids=whole[:, kept:], use_cache=True, **{CACHE: cache}).logits
     else:
         logits = model(input_ids=whole, use_cache=False, logits_to_keep=longest).logits
-    found = []
-    for row, answer in zip(logits.float().cpu(), answers, strict=True):
-        likeliest = (row[: len(answer)].argmax(-1) == answer).double().mean().item()
-        found.append((nn.functional.cross_entropy(row[: len(answer)], answer).item(), likeliest))
-    return found
+    found = [(row[: len(answer)], answer) for row, answer in zip(logits.float().cpu(), answers, strict=True)]
+    return [
+        (nn.functional.cross_entropy(row, answer).item(), (row.argmax(-1) == answer).double().mean().item())
+        for row, answer in found
+    ]
 
 
 def _generate(model: PreTrainedModel, prompts: Tensor, new_tokens: int, chunk: int) -> list[Tensor]:
-    ends = model.generation_config.eos_token_id
-    padding = model.generation_config.pad_token_id
-    if padding is None:
-        padding = (ends[0] if isinstance(ends, list) else ends) or 0
     # Greedy whatever the model's own settings are.
-    greedy = GenerationConfig(
-        max_new_tokens=new_tokens,
-        do_sample=False,
-        num_beams=1,
-        repetition_penalty=1.0,
-        no_repeat_ngram_size=0,
-        use_cache=True,
-        eos_token_id=ends,
-        pad_token_id=padding,
-        prefill_chunk_size=chunk or None,
-    )
-    # That a length is beyond the trained one is the point, and no reason for a warning.
-    warnings = logging.getLogger("transformers.generation.stopping_criteria")
+    greedy: dict[str, Any] = {"do_sample": False, "num_beams": 1, "repetition_penalty": 1.0, "no_repeat_ngram_size": 0}
+    greedy |= {"max_new_tokens": new_tokens, "use_cache": True, "prefill_chunk_size": chunk or None}
+    # Neither lengths beyond the trained one nor padding behind an end are reasons for a warning here.
+    warnings = logging.getLogger("transformers.generation")
     level = warnings.level
     warnings.setLevel(logging.ERROR)
     try:
-        out = model.generate(prompts, attention_mask=torch.ones_like(prompts), generation_config=greedy)
+        out = model.generate(prompts, attention_mask=torch.ones_like(prompts), **greedy)
     finally:
         warnings.setLevel(level)
     return list(out[:, prompts.shape[1] :].cpu())

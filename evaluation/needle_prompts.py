@@ -9,8 +9,8 @@ finding one is no luck, and answers are compared with what was hidden. The first
 
 import itertools
 import random
-from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 from transformers import PreTrainedTokenizerBase
@@ -26,52 +26,48 @@ _ASK = (
     "document, I will quiz you about it. Answer the following question: "
 )
 _ORIGINAL = ("San Francisco", "eat a sandwich and sit in Dolores Park on a sunny day")
-_CITIES = (
-    "Lisbon", "Nairobi", "Toronto", "Osaka", "Helsinki", "Lima", "Cairo", "Prague", "Dublin", "Hanoi", "Seattle",
-    "Oslo", "Warsaw", "Havana", "Madrid", "Sydney", "Chicago", "Athens", "Mumbai", "Vienna", "Quito", "Boston",
-    "Seoul", "Rome",
-)  # fmt: skip
-_FIRST = (
-    "eat a sandwich", "rent a bicycle", "buy fresh bread", "listen to the street band", "climb the old tower",
-    "drink lemon tea", "sketch the bridges", "feed the ducks", "play chess with a stranger", "ride the yellow tram",
-    "taste the grilled corn", "read a mystery novel",
-)  # fmt: skip
-_SECOND = (
-    "sit in the rose garden", "walk along the harbor", "visit the clock museum", "watch the boats",
-    "cross the north bridge", "rest under the chestnut trees", "look at the murals", "stroll through the fish market",
-    "swim in the salt pool", "wait for the lighthouse to turn on", "follow the canal", "take the ferry",
-)  # fmt: skip
-_WHEN = (
-    "on a sunny day", "before breakfast", "after the rain", "on a quiet Sunday", "at sunset", "in early spring",
-    "during the lantern festival", "on the first day of snow",
-)  # fmt: skip
-
-_WHO = (
-    "The miller", "A young clerk", "The old gardener", "My neighbor", "The captain", "A tired painter",
-    "The schoolteacher", "One of the sailors", "The baker's son", "A careful surgeon", "The night watchman",
-    "An apprentice",
-)  # fmt: skip
-_DID = (
-    "carried", "repaired", "forgot", "measured", "painted", "described", "sold", "polished", "borrowed", "hid",
-    "sketched", "weighed",
-)  # fmt: skip
-_WHAT = (
-    "a brass lamp", "the wooden ladder", "two letters", "a basket of plums", "the broken clock", "an iron key",
-    "a map of the coast", "the blue curtain", "a sack of flour", "the oldest violin", "three silver coins",
-    "a torn flag",
-)  # fmt: skip
-_WHERE = (
-    "near the well", "behind the stable", "at the edge of the forest", "in the empty hall", "beside the river",
-    "on the upper floor", "by the garden wall", "under the arch", "across the courtyard", "next to the chapel",
-)  # fmt: skip
-_THEN = (
-    "and nobody asked why", "before the others woke up", "while the wind grew stronger", "and went home in silence",
-    "as the bells began to ring", "though it was already late", "and wrote it down", "until the fire went out",
-)  # fmt: skip
 
 
-@dataclass(frozen=True)
-class Needle:
+def _lists(text: str) -> list[list[str]]:
+    """The words of each paragraph, with commas between them."""
+    return [" ".join(paragraph.split()).split(", ") for paragraph in text.split("\n\n")]
+
+
+# Where it is best to do what, and what else, and when.
+_CITIES, _FIRST, _SECOND, _WHEN = _lists("""
+Lisbon, Nairobi, Toronto, Osaka, Helsinki, Lima, Cairo, Prague, Dublin, Hanoi, Seattle, Oslo, Warsaw, Havana,
+Madrid, Sydney, Chicago, Athens, Mumbai, Vienna, Quito, Boston, Seoul, Rome
+
+eat a sandwich, rent a bicycle, buy fresh bread, listen to the street band, climb the old tower, drink lemon tea,
+sketch the bridges, feed the ducks, play chess with a stranger, ride the yellow tram, taste the grilled corn,
+read a mystery novel
+
+sit in the rose garden, walk along the harbor, visit the clock museum, watch the boats, cross the north bridge,
+rest under the chestnut trees, look at the murals, stroll through the fish market, swim in the salt pool,
+wait for the lighthouse to turn on, follow the canal, take the ferry
+
+on a sunny day, before breakfast, after the rain, on a quiet Sunday, at sunset, in early spring,
+during the lantern festival, on the first day of snow
+""")
+# Who did what to what, where, and what then.
+_SENTENCE = _lists("""
+The miller, A young clerk, The old gardener, My neighbor, The captain, A tired painter, The schoolteacher,
+One of the sailors, The baker's son, A careful surgeon, The night watchman, An apprentice
+
+carried, repaired, forgot, measured, painted, described, sold, polished, borrowed, hid, sketched, weighed
+
+a brass lamp, the wooden ladder, two letters, a basket of plums, the broken clock, an iron key, a map of the coast,
+the blue curtain, a sack of flour, the oldest violin, three silver coins, a torn flag
+
+near the well, behind the stable, at the edge of the forest, in the empty hall, beside the river,
+on the upper floor, by the garden wall, under the arch, across the courtyard, next to the chapel
+
+and nobody asked why, before the others woke up, while the wind grew stronger, and went home in silence,
+as the bells began to ring, though it was already late, and wrote it down, until the fire went out
+""")
+
+
+class Needle(NamedTuple):
     """What is hidden: ``question`` is answered by ``statement``, which is ``start`` followed by ``answer``."""
 
     question: str
@@ -81,14 +77,6 @@ class Needle:
     @property
     def statement(self) -> str:
         return f"{self.start} {self.answer}."
-
-
-@dataclass(frozen=True)
-class Prompt:
-    """``tokens`` ``[length]`` int64, and ``answer``, the tokens that should follow."""
-
-    tokens: np.ndarray
-    answer: np.ndarray
 
 
 def draw_needle(seed: int, sample: int) -> Needle:
@@ -104,25 +92,17 @@ def draw_needle(seed: int, sample: int) -> Needle:
 def synthetic_text(seed: str, sentences: int) -> str:
     """Plain English of random made-up sentences in paragraphs, without any city."""
     drawn = random.Random(f"haystack {seed}")
-    made = (" ".join(map(drawn.choice, (_WHO, _DID, _WHAT, _WHERE, _THEN))) for _ in range(sentences))
+    made = (" ".join(map(drawn.choice, _SENTENCE)) for _ in range(sentences))
     return "".join(sentence + (".\n\n" if index % 6 == 5 else ". ") for index, sentence in enumerate(made))
 
 
 def haystack_tokens(
     text: Path | None, tokenizer: PreTrainedTokenizerBase, tokens: int, seed: int
 ) -> tuple[np.ndarray, int]:
-    """Text to hide needles in.
-
-    Args:
-        text: as of `documents`, put after each other; None makes text up, from ``seed``.
-        tokenizer: of the model.
-        tokens: how many are needed; hardly more are read.
+    """The documents of ``text`` after each other, or made-up text, to hide needles in.
 
     Returns:
         ``[N]`` int64, at least ``tokens``, and after how many of them the text begins again; 0 if it does not.
-
-    Raises:
-        ValueError: ``text`` has no tokens.
     """
     made_up = (token_ids(tokenizer, synthetic_text(f"{seed} {part}", sentences=600)) for part in itertools.count())
     found: list[np.ndarray] = []
@@ -141,14 +121,11 @@ class PromptMaker:
     """Makes prompts of an exact number of tokens.
 
     Args:
-        tokenizer: of the model.
+        tokenizer: of the model; for ``chat`` it must have a chat template.
         mode: ``easy`` hides question and answer, ``standard`` and ``chat`` only the answer. The first two end with the
             question and the beginning of the answer, for the model to go on; ``chat`` asks by the chat template.
         haystack: ``[N]`` tokens, at least `STARTS` more than a prompt has.
         seed: of needles and of where in the haystack a sample begins.
-
-    Raises:
-        ValueError: ``mode`` is unknown, or there is no chat template for ``chat``.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, mode: str, haystack: np.ndarray, seed: int) -> None:
@@ -159,10 +136,10 @@ class PromptMaker:
         self.tokenizer, self.mode, self.haystack, self.seed = tokenizer, mode, haystack, seed
         self._borders = _sentence_ends(haystack, tokenizer)
 
-    def prompt(self, sample: int, length: int, depth: float) -> Prompt:
-        """A prompt of ``length`` tokens, at least `least`, with the needle behind ``depth`` of its haystack.
+    def prompt(self, sample: int, length: int, depth: float) -> tuple[np.ndarray, np.ndarray]:
+        """A prompt of ``length`` tokens, at least `least`, and the tokens that should follow it, ``[N]`` int64.
 
-        It stands at the end of a sentence: the last one up to there.
+        The needle stands behind ``depth`` of the haystack, at the end of a sentence: the last one up to there.
         """
         before, hidden, after, answer = self._parts(sample)
         room = length - len(before) - len(hidden) - len(after)
@@ -173,7 +150,7 @@ class PromptMaker:
             # The last border up to there, as Kamradt's test looks for one backwards.
             index = np.searchsorted(self._borders, start + round(depth * room), side="right") - 1
             cut = max(0, int(self._borders[index]) - start) if index >= 0 else 0
-        return Prompt(np.concatenate([before, hay[:cut], hidden, hay[cut:], after]), answer)
+        return np.concatenate([before, hay[:cut], hidden, hay[cut:], after]), answer
 
     def least(self, samples: int) -> int:
         """Tokens of the shortest prompt that has room for a haystack in each of the samples."""

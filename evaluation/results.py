@@ -10,11 +10,6 @@ from typing import Any
 
 from foxlm.conversion.pretrained import read_config
 
-# What results of each command hold beside their kind.
-_FIELDS = {
-    "loss": ("settings", "text", "rows_wanted", "models"),
-    "needle": ("settings", "name", "trained_length", "cells"),
-}
 _WEIGHTS = ("*.safetensors", "*.bin", "*.pt")
 _SAMPLES, _SAMPLE_BYTES = 64, 4096
 
@@ -43,14 +38,9 @@ def require_folder(out: Path) -> None:
 
 
 def read_json(path: Path, kind: str) -> dict[str, Any]:
-    """Results of ``foxlm loss`` or ``foxlm needle``, which is ``kind``.
-
-    Raises:
-        ValueError: the file holds something else.
-        OSError: it cannot be read.
-    """
+    """Results of ``foxlm loss`` or ``foxlm needle``, which is ``kind``; a ValueError where the file holds others."""
     content = parse_json(path)
-    if not isinstance(content, dict) or content.get("kind") != kind or not content.keys() >= set(_FIELDS[kind]):
+    if not isinstance(content, dict) or content.get("kind") != kind:
         raise ValueError(f"{path} holds no results of foxlm {kind}")
     return content
 
@@ -83,11 +73,7 @@ def _whole(text: str) -> int:
 
 @contextmanager
 def reading(*paths: Path) -> Iterator[None]:
-    """Where old results are read: what they lack is said of the file, and is no error of the program.
-
-    Raises:
-        ValueError: something is missing in one of ``paths`` or of another kind, or was refused in the block.
-    """
+    """Where old results are read: what they lack is a ValueError that names ``paths``, and no error of the program."""
     path = ", ".join(map(str, paths))
     try:
         yield
@@ -119,6 +105,14 @@ def fingerprint(source: str) -> str | None:
                 weights.seek(sample * max(0, size - _SAMPLE_BYTES) // (_SAMPLES - 1))
                 found.update(weights.read(_SAMPLE_BYTES))
     return found.hexdigest()[:16]
+
+
+def require_least(options: Any, **least: int) -> None:
+    """Refuse a field of ``options`` that is less than what is given for its name; None is accepted."""
+    for name, lowest in least.items():
+        value = getattr(options, name)
+        if value is not None and value < lowest:
+            raise ValueError(f"{name} must be at least {lowest}, got {value}")
 
 
 def require_same(old: Mapping[str, Any], new: Mapping[str, Any], where: str) -> None:

@@ -69,27 +69,22 @@ def _files(path: Path) -> list[Path]:
 
 
 def _texts(path: Path) -> Iterator[str]:
+    where, wanted = str(path), "UTF-8 text"
     try:
-        if path.suffix != ".jsonl":
-            # Some editors begin a file with a byte order mark.
-            yield path.read_text(encoding="utf-8-sig")
-            return
-        with path.open(encoding="utf-8-sig") as lines:
-            for number, line in enumerate(lines, 1):
+        # Some editors begin a file with a byte order mark.
+        with path.open(encoding="utf-8-sig") as file:
+            if path.suffix != ".jsonl":
+                yield file.read()
+                return
+            for number, line in enumerate(file, 1):
                 if line.strip():
-                    yield _text_of(line, f"{path}, line {number}")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is not UTF-8 text: {error}") from None
-
-
-def _text_of(line: str, where: str) -> str:
-    try:
-        text = json.loads(line)["text"]
-        # Fails for half of a surrogate pair, which JSON can write and no tokenizer reads.
-        text.encode()
+                    where, wanted = f"{path}, line {number}", 'a JSON object with a string "text"'
+                    text = json.loads(line)["text"]
+                    # Fails for half of a surrogate pair, which JSON can write and no tokenizer reads.
+                    text.encode()
+                    yield text
     except (AttributeError, LookupError, RecursionError, TypeError, ValueError) as error:
-        raise ValueError(f'{where}: must be a JSON object with a string "text" ({error})') from None
-    return text
+        raise ValueError(f"{where}: must be {wanted} ({error})") from None
 
 
 def rows(

@@ -17,11 +17,7 @@ _MOST_NUMBERS = 12
 
 
 def plot_needle(report: Mapping[str, Any]) -> Figure:
-    """Share of needles found and loss of their answers, by length and depth, with the trained length marked.
-
-    Args:
-        report: as `measure_needle` returns it.
-    """
+    """What `measure_needle` returned: share of needles found and loss of their answers, by length and depth."""
     settings, trained = report["settings"], report["trained_length"]
     lengths, depths, found = grid(report["cells"], "found")
     loss = grid(report["cells"], "loss")[2]
@@ -47,12 +43,10 @@ def plot_needle(report: Mapping[str, Any]) -> Figure:
 
 
 def _heat_map(axes: Axes, values: np.ndarray, top: float, colors: str, form: str, label: str) -> None:
-    image = axes.imshow(values, vmin=0.0, vmax=top, cmap=colors, aspect="auto")
+    y, x = (np.arange(cells + 1) - 0.5 for cells in values.shape)
+    image = axes.pcolormesh(x, y, values, vmin=0.0, vmax=top, cmap=colors, edgecolors="white", linewidth=0.8)
+    axes.invert_yaxis()
     axes.set_facecolor("#e4e7eb")
-    # Cells of one value would run into each other.
-    for draw, cells in ((axes.axhline, values.shape[0]), (axes.axvline, values.shape[1])):
-        for edge in range(1, cells):
-            draw(edge - 0.5, color="white", linewidth=0.8)
     axes.figure.colorbar(image, ax=axes, label=label)
     if values.shape[1] > _MOST_NUMBERS:
         return

@@ -22,11 +22,7 @@ _LEFT_OUT = 1 / 256
 
 
 def plot_loss_by_position(report: dict[str, Any]) -> Figure:
-    """Mean loss in bins of positions with 95% intervals, below it the paired differences to the first model.
-
-    Args:
-        report: as `measure_losses` returns it.
-    """
+    """What `measure_losses` returned: mean losses by position, below them the paired differences to the first model."""
     edges, models = report["settings"]["edges"], summarize(report)
     # Of short rows as many bins as can be told apart.
     from_token = max(_LEFT_OUT * edges[-1], min(16, edges[-1] / 8))
@@ -50,7 +46,11 @@ def plot_loss_by_position(report: dict[str, Any]) -> Figure:
         axes[0].set_ylim(low, high)
         axes[0].set_ylabel("loss (nats per token)")
         axes[0].set_title("Loss by position")
-        _mark_trained_lengths(axes, edges, models)
+        lengths = [model["trained_length"] for model in models]
+        for length in sorted({length for length in lengths if length and edges[0] < length < edges[-1]}):
+            color = "#444444" if len(set(lengths)) == 1 else COLORS[lengths.index(length) % len(COLORS)]
+            for one in axes:
+                one.axvline(length, color=color, linestyle="--", label=f"trained length {short_length(length)}")
         axes[0].legend(fontsize=9, frameon=True, framealpha=0.85, edgecolor="none")
         if rows > 1:
             axes[1].axhline(0.0, color=COLORS[0], linewidth=1.2)
@@ -85,14 +85,3 @@ def _draw(
     if np.isfinite(low).any():
         axes.fill_between(edges, [*low, low[-1]], [*high, high[-1]], step="post", color=color, alpha=0.12, linewidth=0)
     return mean
-
-
-def _mark_trained_lengths(axes: Sequence[Axes], edges: Sequence[int], models: Sequence[Mapping[str, Any]]) -> None:
-    """A dashed line at each that the plot reaches beyond, in the color of its first model where they differ."""
-    lengths = [model["trained_length"] for model in models]
-    for length in sorted(set(lengths) - {None}):
-        if edges[0] < length < edges[-1]:
-            color = "#444444" if len(set(lengths)) == 1 else COLORS[lengths.index(length) % len(COLORS)]
-            for one in axes:
-                label = f"trained length {short_length(length)}"
-                one.axvline(length, color=color, linestyle=(0, (4, 3)), linewidth=1.2, label=label)

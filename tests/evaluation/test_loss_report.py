@@ -223,7 +223,7 @@ def test_a_fox_model_of_real_text(tmp_path: Path, folder: Path) -> None:
             "models must have different names, got slow, slow",
         ),
         (["{slow}", "--text", "{text}", "--length", "64", "--name", "a", "--name", "b"], "name must be given once"),
-        (["{slow}", "--text", "{text}", "--length", "64", "--rows", "0"], "rows at least 1, got 0 and 0"),
+        (["{slow}", "--text", "{text}", "--length", "64", "--rows", "0"], "rows must be at least 1, got 0"),
         (["{slow}", "--text", "{text}", "--length", "64", "--chunk", "-1"], "chunk must be at least 0"),
         (["{slow}", "--text", "{text}", "--length", "64", "--dtype", "int8"], "dtype must be auto or one of"),
         (["{slow}", "--text", "{text}", "--length", "64", "--device", "tpu"], "device must be auto, cpu"),
@@ -255,7 +255,7 @@ def test_names_that_would_share_a_file_of_losses_are_refused(folder: Path, tmp_p
     with pytest.raises(ValueError, match=r"losses-a_b\.npy"):
         measure_losses(options(folder, tmp_path, "slow", "fast", names=("a/b", "a_b"), save_losses=True))
     assert not list(tmp_path.iterdir())
-    with pytest.raises(ValueError, match="name must not be empty"):
+    with pytest.raises(ValueError, match="give a --name for each, not empty"):
         measure_losses(options(folder, tmp_path, "slow", names=("",)))
 
 

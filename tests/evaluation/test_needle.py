@@ -99,7 +99,7 @@ def test_chat_asks_by_the_template(tmp_path: Path) -> None:
     report = measure_needle(options(talking, tmp_path / "out", **fields))
     (sample,) = report["cells"][0]["samples"]
     assert not sample["found"] and 0.5 < sample["accuracy"] < 1
-    prompt = byte_tokenizer().decode(maker("chat").prompt(0, 600, 0.5).tokens)
+    prompt = byte_tokenizer().decode(maker("chat").prompt(0, 600, 0.5)[0])
     assert prompt.startswith("<user> ") and prompt.endswith("the best thing to do in San Francisco?\n<bot> ")
     result = invoke(save_recalling(tmp_path / "base"), "--mode", "chat", "--out", tmp_path / "no")
     assert result.exit_code == 1 and "mode chat needs a tokenizer with a chat template" in result.stderr
@@ -111,20 +111,20 @@ def test_prompts_have_their_length_and_the_needle_its_depth(mode: str) -> None:
     for sample in (0, 1, 5):
         needle = draw_needle(0, sample)
         for depth in (0.0, 0.2, 0.5, 1.0):
-            prompt = made.prompt(sample, 3000, depth)
-            text = byte_tokenizer().decode(prompt.tokens)
+            prompt, follows = made.prompt(sample, 3000, depth)
+            text = byte_tokenizer().decode(prompt)
             hidden = (
                 f"\n{needle.question} Answer: {needle.statement}\n" if mode == "easy" else f"\n{needle.statement}\n"
             )
-            assert len(prompt.tokens) == 3000 and text.count(hidden) == 1
+            assert len(prompt) == 3000 and text.count(hidden) == 1
             before, after = text.split(hidden)
             hay = len(text) - len(hidden) - (len(after) - after.index("\n\nThere is an important"))
             assert depth * hay - 120 <= len(before) <= depth * hay + 10
             assert depth in (0.0, 1.0) or before.endswith((".", "\n"))
-            answer = byte_tokenizer().decode(prompt.answer)
+            answer = byte_tokenizer().decode(follows)
             assert answer == (needle.statement if mode == "chat" else f" {needle.answer}.")
     least = made.least(3)
-    assert len(made.prompt(2, least, 0.5).tokens) == least
+    assert len(made.prompt(2, least, 0.5)[0]) == least
 
 
 def test_needles_differ_and_repeat_with_the_seed() -> None:
@@ -175,7 +175,7 @@ def test_what_is_written_is_what_generate_writes(tmp_path: Path) -> None:
     near = load_model(save_recalling(tmp_path / "near", window=120))
     prompt = maker().prompt(1, 700, 0.0)
     (scored,) = module.ask(near, byte_tokenizer(), [prompt], ["nothing"], 9)
-    ids = torch.from_numpy(prompt.tokens)[None]
+    ids = torch.from_numpy(prompt[0])[None]
     assert scored["written"] == byte_tokenizer().decode(near.generate(ids, max_new_tokens=9, do_sample=False)[0, 700:])
     assert scored["written"] and not scored["found"]
 
@@ -190,7 +190,7 @@ def test_an_interrupted_run_goes_on_with_the_next_cell(
         if len(asked) == 3:
             asked.append("stop")
             raise KeyboardInterrupt
-        asked.append(len(prompts[0].tokens))
+        asked.append(len(prompts[0][0]))
         return ask(model, tokenizer, prompts, *args)
 
     monkeypatch.setattr(module, "ask", counted)
