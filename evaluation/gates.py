@@ -30,11 +30,8 @@ def decay_times(log_f: Tensor) -> Tensor:
 
 def decay_time_table(layers: Sequence[AttentionInputs]) -> Tensor:
     """`decay_times` of every layer: ``[L, H]`` float64, one column per query head."""
-    rows = []
-    for layer in layers:
-        times, heads = decay_times(layer.log_f), layer.q.shape[2]
-        rows.append(times.repeat_interleave(heads // len(times)))
-    return torch.stack(rows)
+    groups = [layer.q.shape[2] // layer.log_f.shape[2] for layer in layers]
+    return torch.stack([decay_times(x.log_f).repeat_interleave(n) for x, n in zip(layers, groups, strict=True)])
 
 
 def skipped_shares(
@@ -115,23 +112,10 @@ def first_read(layer: AttentionInputs, log_eps: float, rule: Rule) -> Tensor:
     return first.repeat_interleave(layer.q.shape[2] // first.shape[1], dim=1)
 
 
-def in_tiles(first: Tensor) -> Tensor:
-    """First key that each query reads in the kernels' blocks, ``[..., T]``, of the first that the rule keeps.
-
-    What `first_read` finds where no gate is a hard reset and no kernel searches, without searching again.
-    """
-    blocks = _blocks_minimum(first) // PRUNED_KEYS * PRUNED_KEYS
-    return blocks.repeat_interleave(PRUNED_QUERIES, dim=-1)[..., : first.shape[-1]]
-
-
 def share_of_tiles_skipped(first: Tensor) -> Tensor:
     """Share of the kernels' tiles that attention skips, ``[B, H]`` float64, of what `first_read` gave."""
-    return share_skipped(_blocks_minimum(first), first.shape[-1], PRUNED_QUERIES, PRUNED_KEYS)
-
-
-def _blocks_minimum(first: Tensor) -> Tensor:
-    padding = first[..., -1:].expand(*first.shape[:-1], -first.shape[-1] % PRUNED_QUERIES)
-    return torch.cat([first, padding], dim=-1).unflatten(-1, (-1, PRUNED_QUERIES)).amin(-1)
+    # No query of a block reads a key before the first that the block's first query reads.
+    return share_skipped(first[..., ::PRUNED_QUERIES], first.shape[-1], PRUNED_QUERIES, PRUNED_KEYS)
 
 
 def attention_weights(layer: AttentionInputs, head: int, sequence: int = 0) -> Tensor:
@@ -168,15 +152,14 @@ def _reach(layer: AttentionInputs, share: float, rows: int) -> Tensor:
     query = torch.linspace(length // 2, length - 1, min(rows, length - length // 2), device=layer.q.device).long()
     c, first = accumulate(layer.log_f)
     bias = Decay(c[..., query], c, first[..., query], query).bias().float()
+    seen = torch.arange(length, device=query.device) <= query[:, None]
     group, reach = heads // layer.k.shape[2], []
     for head in range(heads):
         weights = layer.scale * layer.q[:, query, head].float() @ layer.k[:, :, head // group].float().mT
         weights = (weights + bias[:, head * bias.shape[1] // heads]).softmax(-1)
         weights[..., 0] = 0.0
-        # What is within a distance, from the query backwards; keys after it add nothing to the query's own key.
-        nearest = query[:, None] - torch.arange(length, device=query.device)
-        within = torch.zeros_like(weights).scatter_add_(-1, nearest.clamp(min=0).expand_as(weights), weights)
-        within = within.cumsum(-1)
-        distance = (within < share * within[..., -1:]).sum(-1)
+        # From each key on; keys after the query add nothing.
+        within = weights.flip(-1).cumsum(-1).flip(-1)
+        distance = (seen & (within < share * within[..., :1])).sum(-1)
         reach.append(distance.double().mean().clamp(min=1.0))
     return torch.stack(reach)

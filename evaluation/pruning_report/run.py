@@ -3,6 +3,7 @@
 import json
 import math
 import time
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -19,10 +20,11 @@ from foxlm.modeling.configuration_fox import FoxConfig
 from foxlm.modeling.layers.block import FoxDecoderLayer
 
 from ..flops import forward_flops, shares_of_flops
-from ..loading import load_model, load_tokenizer, model_name, pruning_changes
+from ..loading import load_model, load_tokenizer, model_name
 from ..provenance import provenance
 from ..recording import AttentionInputs, record_attention
-from ..results import parse_json, reading, write_whole
+from ..requirements import require_matplotlib
+from ..results import parse_json, reading, require_folder, write_whole
 from ..text import check_tokens, documents, rows
 from .measure import Findings, Plan, measure
 from .summary import KIND, SCHEMA, jsonable, summarize
@@ -36,9 +38,7 @@ DEFAULT_LENGTH = 2048
 _PREFIXES = (8, 4, 2, 1)
 _CACHE_POINTS = 24
 _SHOWN_QUERIES = 300
-
-Bounds = list[Any]
-"""`LogitBounds` of each layer, or None."""
+_CONFIGURATION = ("hidden_size", "qk_norm", "forget_gate", "forget_gate_heads", "acp_eps", "acp_rule")
 
 
 @dataclass(frozen=True)
@@ -82,19 +82,11 @@ class Options:
             raise ValueError(f"--seed must be in [0, 2**32), got {self.seed}")
         if not self.text.exists():
             raise ValueError(f"--text must be a file or a folder, {self.text} does not exist")
-        check_out(self.out, self.overwrite)
-
-
-def check_out(out: Path, overwrite: bool) -> None:
-    """Refuse what would be lost.
-
-    Raises:
-        ValueError: ``out`` is a file, or a folder with a report that is not to be replaced.
-    """
-    if out.exists() and not out.is_dir():
-        raise ValueError(f"--out must be a folder, got the file {out}")
-    if (out / JSON_NAME).exists() and not overwrite:
-        raise ValueError(f"{out} holds a report already; --overwrite replaces it, another --out leaves it there")
+        require_folder(self.out)
+        if (self.out / JSON_NAME).exists() and not self.overwrite:
+            raise ValueError(
+                f"{self.out} holds a report already; --overwrite replaces it, another --out leaves it there"
+            )
 
 
 def run_report(options: Options) -> dict[str, Any]:
@@ -108,73 +100,66 @@ def run_report(options: Options) -> dict[str, Any]:
         OSError: something cannot be read or written.
     """
     began = time.monotonic()
-    eps, rule = _pruned_by(options)
-    tokenizer = _tokenizer(options.model)
+    _require_gates(options.model)
+    tokenizer = None
+    # Token numbers need none; text without one is refused where it is read.
+    with suppress(ValueError):
+        tokenizer = load_tokenizer(options.model)
     length = _length(options, tokenizer)
     texts = list(rows(options.text, tokenizer, length, options.count, options.join))
     model = load_model(options.model, device=options.device, dtype=options.dtype, eps=options.eps, rule=options.rule)
+    eps, rule = model.config.acp_eps, model.config.acp_rule
+    if eps is None and options.eps != "model":
+        raise ValueError(f"--eps must be positive for this report, got {options.eps}")
+    eps = DEFAULT_EPS if eps is None else eps
     low, high = min(int(x.min()) for x in texts), max(int(x.max()) for x in texts)
     check_tokens(low, high, model.config.vocab_size, "--text")
     # Now, not when the report is written: a checkout can move on meanwhile.
     run = provenance(str(model.device), options.seed, ("triton",))
     plan = _plan(options, eps, rule, length)
-    findings = _measure(model, texts, plan)
-    report: dict[str, Any] = {"schema": SCHEMA, "kind": KIND, "run": run, "model": _model_facts(options.model, model)}
-    report["settings"] = {
-        "text": options.text.name,
-        "length": length,
-        "rows": len(texts),
-        "tokens": length * len(texts),
-        "joined": options.join,
-        "eps": eps,
-        "rule": rule,
-        "log_eps": plan.log_eps,
-        "own": plan.own,
-        "sampled_rows": plan.spread,
-        "adversarial_rows": plan.adversarial,
+    summary = summarize(_measure(model, texts, plan), plan)
+    report = {
+        "schema": SCHEMA,
+        "kind": KIND,
+        "run": run | {"seconds": time.monotonic() - began},
+        "model": _model_facts(options.model, model),
+        "settings": {
+            "text": options.text.name,
+            "length": length,
+            "rows": len(texts),
+            "tokens": length * len(texts),
+            "joined": options.join,
+            "eps": eps,
+            "rule": rule,
+            "log_eps": plan.log_eps,
+            "own": plan.own,
+            "sampled_rows": plan.spread,
+            "adversarial_rows": plan.adversarial,
+        },
+        **summary,
+        "cost": _cost(model.config, summary, plan),
     }
-    report |= summarize(findings, plan)
-    report["cost"] = _cost(model, report)
-    report["run"]["seconds"] = time.monotonic() - began
-    options.out.mkdir(parents=True, exist_ok=True)
     report = jsonable(report)
     write_whole(options.out / JSON_NAME, json.dumps(report, allow_nan=False, separators=(",", ":")) + "\n")
     return report
 
 
-def _pruned_by(options: Options) -> tuple[float, Rule]:
-    """``eps`` and ``rule`` that the report looks at closely."""
-    config = read_config(options.model)
+def _require_gates(source: str) -> None:
+    config = read_config(source)
     if not isinstance(config, FoxConfig):
-        raise ValueError(
-            f"{options.model} is a {config.model_type} model without forget gates; foxlm report is for FoX"
-        )
+        raise ValueError(f"{source} is a {config.model_type} model without forget gates; foxlm report is for FoX")
     if config.forget_gate == "none":
-        raise ValueError(f"{options.model} has no forget gates (forget_gate='none'): nothing decays or can be pruned")
-    changes = pruning_changes(options.eps, options.rule)
-    if "acp_eps" in changes and changes["acp_eps"] is None:
-        raise ValueError(f"--eps must be positive for this report, got {options.eps}")
-    eps = changes.get("acp_eps", config.acp_eps)
-    return DEFAULT_EPS if eps is None else float(eps), cast(Rule, changes.get("acp_rule", config.acp_rule))
-
-
-def _tokenizer(source: str) -> PreTrainedTokenizerBase | None:
-    try:
-        return load_tokenizer(source)
-    except ValueError:
-        # Token numbers need none; text without one is refused where it is read.
-        return None
+        raise ValueError(f"{source} has no forget gates (forget_gate='none'): nothing decays or can be pruned")
 
 
 def _length(options: Options, tokenizer: PreTrainedTokenizerBase | None) -> int:
     if options.length is not None:
         return options.length
-    longest = total = 0
+    length = 0
     for document in documents(options.text, tokenizer):
-        longest, total = max(longest, len(document)), total + len(document)
-        if (total if options.join else longest) >= DEFAULT_LENGTH:
+        length = length + len(document) if options.join else max(length, len(document))
+        if length >= DEFAULT_LENGTH:
             return DEFAULT_LENGTH
-    length = total if options.join else longest
     if length < PRUNED_QUERIES:
         raise ValueError(f"{options.text} has {length} tokens in a row, at least {PRUNED_QUERIES} are needed")
     return length
@@ -191,7 +176,6 @@ def _plan(options: Options, eps: float, rule: Rule, length: int) -> Plan:
         rule=rule,
         lengths=tuple(sorted({max(1, length // part) for part in _PREFIXES})),
         cache_lengths=tuple(sorted({-(-length * (i + 1) // _CACHE_POINTS) for i in range(_CACHE_POINTS)})),
-        room=length,
         spread=options.sampled,
         seed=options.seed,
         shown=np.unique(np.linspace(0, length - 1, min(length, _SHOWN_QUERIES)).astype(np.int64)),
@@ -202,19 +186,17 @@ def _plan(options: Options, eps: float, rule: Rule, length: int) -> Plan:
 def _measure(model: PreTrainedModel, texts: list[np.ndarray], plan: Plan) -> list[list[Findings]]:
     """Findings of each text and layer. A layer's tensors are gone before the next one's are there."""
     base = model.base_model
-    bounds: Bounds = [cast(FoxDecoderLayer, layer).logit_bounds(model.dtype) for layer in base.layers]
-    findings: list[list[Findings]] = [[] for _ in texts]
-    total = len(texts) * len(bounds)
-    with tqdm(total=total, desc="measuring", unit="layer") as bar:
-        for row, text in enumerate(texts):
-            found = findings[row]
+    bounds = [cast(FoxDecoderLayer, layer).logit_bounds(model.dtype) for layer in base.layers]
+    findings: list[list[Findings]] = []
 
-            def take(layer: AttentionInputs, found=found, first=row == 0) -> None:
-                found.append(measure(layer, bounds[layer.layer], plan, details=first))
-                bar.update()
+    def take(layer: AttentionInputs) -> None:
+        findings[-1].append(measure(layer, bounds[layer.layer], plan))
+        bar.update()
 
-            with record_attention(model, take):
-                base(input_ids=torch.from_numpy(text)[None].to(model.device), use_cache=False)
+    with tqdm(total=len(texts) * len(bounds), desc="measuring", unit="layer") as bar, record_attention(model, take):
+        for text in texts:
+            findings.append([])
+            base(input_ids=torch.from_numpy(text)[None].to(model.device), use_cache=False)
     return findings
 
 
@@ -223,39 +205,28 @@ def _model_facts(source: str, model: PreTrainedModel) -> dict[str, Any]:
     heads, kv_heads, head_dim = config.heads
     return {
         "source": model_name(source),
-        "parameters": sum(parameter.numel() for parameter in model.parameters()),
+        "parameters": model.num_parameters(),
         "layers": config.num_hidden_layers,
         "heads": heads,
         "kv_heads": kv_heads,
         "head_dim": head_dim,
-        "hidden_size": config.hidden_size,
-        "qk_norm": config.qk_norm,
         "rope": any(config.has_rope(layer) for layer in range(config.num_hidden_layers)),
-        "forget_gate": config.forget_gate,
-        "forget_gate_heads": config.forget_gate_heads,
         "dtype": str(model.dtype).removeprefix("torch."),
-        "acp_eps": config.acp_eps,
-        "acp_rule": config.acp_rule,
+        **{name: getattr(config, name) for name in _CONFIGURATION},
     }
 
 
-def _cost(model: PreTrainedModel, report: dict[str, Any]) -> dict[str, Any]:
-    settings = report["settings"]
-    length, rule = settings["length"], settings["rule"]
-    kept = 1.0 - float(report["skipped"]["tiles"][rule][settings["own"]].mean())
-    flops = forward_flops(model.config, length)
+def _cost(config: Any, summary: dict[str, Any], plan: Plan) -> dict[str, Any]:
     by_length = []
-    for tokens, skipped in zip(report["by_length"]["lengths"], report["by_length"]["tiles"][rule], strict=True):
-        shares = shares_of_flops(forward_flops(model.config, tokens), 1.0 - skipped)
-        by_length.append({"length": tokens, "kept": 1.0 - skipped, **shares})
-    return {"flops": flops, "kept": kept, "by_length": by_length}
+    for tokens, skipped in zip(plan.lengths, summary["by_length"]["tiles"][plan.rule], strict=True):
+        flops = forward_flops(config, tokens)
+        by_length.append({"length": tokens, "kept": 1.0 - skipped, **shares_of_flops(flops, 1.0 - skipped)})
+    # The last length is the whole text.
+    return {"flops": flops, "kept": by_length[-1]["kept"], "by_length": by_length}
 
 
 def read_report(path: Path) -> dict[str, Any]:
-    """What `run_report` wrote.
-
-    Args:
-        path: ``report.json``, or its folder.
+    """What `run_report` wrote to ``path``, ``report.json`` or its folder.
 
     Raises:
         ValueError: it is something else.
@@ -263,7 +234,7 @@ def read_report(path: Path) -> dict[str, Any]:
     """
     path = path / JSON_NAME if path.is_dir() else path
     report = parse_json(path)
-    if not isinstance(report, dict) or report.get("kind") != KIND or report.get("schema") != SCHEMA:
+    if not isinstance(report, dict) or (report.get("kind"), report.get("schema")) != (KIND, SCHEMA):
         raise ValueError(f"{path} must be a report.json of foxlm report, schema {SCHEMA}")
     return report
 
@@ -275,8 +246,6 @@ def draw(report: dict[str, Any], out: Path) -> Path:
         ImportError: matplotlib is not installed.
         ValueError: the report is damaged.
     """
-    from ..requirements import require_matplotlib
-
     require_matplotlib()
     from .page import render
 

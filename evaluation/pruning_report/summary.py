@@ -1,7 +1,7 @@
 """Findings of all layers and texts, put together as the report's JSON: all that its page needs."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -9,7 +9,7 @@ import numpy as np
 from foxlm.modeling.cache.paged import PAGE
 
 from ..gates import RULES
-from .measure import GRAINS, Findings, Plan
+from .measure import GRAINS, Case, Findings, Plan
 
 SCHEMA = 1
 KIND = "pruning-report"
@@ -31,96 +31,79 @@ def summarize(findings: Sequence[Sequence[Findings]], plan: Plan) -> dict[str, A
         ``gates``, ``skipped``, ``by_length``, ``check``, ``cache`` and ``kept_region``; shares and logs per
         layer and head are arrays ``[..., L, H]``, means over texts.
     """
-    means = np.array([[layer.log_f_mean for layer in text] for text in findings]).mean(0)
+
+    def means(name: str) -> dict[str, dict[str, np.ndarray]]:
+        """``[N, L, H]`` by grain and rule, of a field of `Case`."""
+        shares = _each(findings, lambda layer: [[getattr(layer.cases[g, r], name) for r in RULES] for g in GRAINS])
+        by_grain = np.moveaxis(shares.mean(0), 0, 3)
+        return {grain: dict(zip(RULES, by_rule, strict=True)) for grain, by_rule in zip(GRAINS, by_grain, strict=True)}
+
+    by_length = means("by_length")
     with np.errstate(divide="ignore"):
-        times = 1.0 / np.abs(means)
-    heads = choose_heads(times)
+        times = 1.0 / np.abs(_each(findings, lambda layer: layer.log_f_mean).mean(0))
     return {
         "gates": _gates(findings, times),
-        "skipped": _by_grain(findings, "skipped"),
+        "skipped": means("skipped"),
         "by_length": {"lengths": plan.lengths}
-        | {
-            grain: {rule: shares.mean((1, 2)) for rule, shares in of_rule.items()}
-            for grain, of_rule in _by_grain(findings, "by_length").items()
-        },
+        | {grain: {rule: by_length[grain][rule].mean((1, 2)) for rule in RULES} for grain in GRAINS},
         "check": _check(findings, plan),
         "cache": _cache(findings, plan),
-        "kept_region": _kept_region(findings[0], plan, heads, times),
+        "kept_region": [
+            {
+                "kind": kind,
+                "layer": layer,
+                "head": head,
+                "decay_time": times[layer, head],
+                "queries": plan.shown,
+                **{grain: findings[0][layer].kept[grain][head] for grain in GRAINS},
+            }
+            for kind, layer, head in choose_heads(times)
+        ],
     }
 
 
-def _by_grain(findings: Sequence[Sequence[Findings]], name: str) -> dict[str, dict[str, np.ndarray]]:
-    """``[N, L, H]`` means over texts, by grain and rule."""
-    return {
-        grain: {
-            rule: np.array([[getattr(layer, name)[grain, rule] for layer in text] for text in findings])
-            .mean(0)
-            .transpose(1, 0, 2)
-            for rule in RULES
-        }
-        for grain in GRAINS
-    }
+def _each(findings: Sequence[Sequence[Findings]], value: Callable[[Findings], Any]) -> np.ndarray:
+    """``value`` of each text and layer, ``[texts, L, ...]``."""
+    return np.array([[value(layer) for layer in text] for text in findings])
 
 
 def _gates(findings: Sequence[Sequence[Findings]], times: np.ndarray) -> dict[str, Any]:
     """Decay times: ``-1 / mean(log f)`` of each head, and quantiles of ``-1 / log f`` over tokens."""
-    quantiles = []
-    for layer in range(len(findings[0])):
-        log_f = np.concatenate([text[layer].log_f for text in findings])
-        with np.errstate(divide="ignore"):
-            quantiles.append(np.quantile(1.0 / np.abs(log_f), QUANTILES, axis=0, method="nearest"))
-    return {"decay_times": times, "quantiles_at": QUANTILES, "quantiles": np.stack(quantiles, axis=1)}
+    log_f = np.concatenate(_each(findings, lambda layer: layer.log_f), axis=1)
+    with np.errstate(divide="ignore"):
+        quantiles = np.quantile(1.0 / np.abs(log_f), QUANTILES, axis=1, method="nearest")
+    return {"decay_times": times, "quantiles_at": QUANTILES, "quantiles": quantiles}
 
 
 def _check(findings: Sequence[Sequence[Findings]], plan: Plan) -> dict[str, Any]:
     """Whether any row lost more than ``eps``; figures are natural logs of attention weights."""
     every = [layer for text in findings for layer in text]
-    cases, scatter = [], {}
+    cases = []
     for rule in RULES:
         for grain in GRAINS:
-            those = [layer.dropped[grain, rule] for layer in every]
-            largest = np.array([one.largest for one in those]).max((0, 2))
-            violations = np.array([one.violations for one in those]).sum((0, 2))
-            for index, value in enumerate(plan.log_eps):
-                cases.append(
-                    {
-                        "rule": rule,
-                        "grain": grain,
-                        "log_eps": value,
-                        "largest": largest[index],
-                        "violations": int(violations[index]),
-                    }
-                )
-        scatter[rule] = _scatter([layer.dropped["pairs", rule] for layer in every])
-    own = np.array([[layer.dropped["tiles", plan.rule].largest[plan.own] for layer in text] for text in findings])
+            largest = np.max([layer.cases[grain, rule].largest for layer in every], (0, 2))
+            violations = np.sum([layer.cases[grain, rule].violations for layer in every], (0, 2))
+            cases += [
+                {"rule": rule, "grain": grain, "log_eps": value, "largest": most, "violations": int(count)}
+                for value, most, count in zip(plan.log_eps, largest, violations, strict=True)
+            ]
     violations = sum(one["violations"] for one in cases)
     return {
         "passed": violations == 0,
         "violations": violations,
         "rows": sum(layer.rows for layer in every),
         "cases": cases,
-        "scatter": scatter,
-        "largest": own.max(0),
-        "quantiles": _quantiles_lost(every, plan),
+        "scatter": {rule: _scatter([layer.cases["pairs", rule] for layer in every]) for rule in RULES},
+        "largest": _each(findings, lambda layer: layer.cases["tiles", plan.rule].largest[plan.own]).max(0),
     }
 
 
-def _quantiles_lost(every: Sequence[Findings], plan: Plan) -> dict[str, Any]:
-    """Of rows drawn evenly, without those that were chosen as the worst."""
-    lost = np.concatenate([layer.dropped["tiles", plan.rule].lost[:, : plan.spread].ravel() for layer in every])
-    dropping = np.sort(lost[np.isfinite(lost)])
-    at = (0.5, 0.9, 0.99)
-    values = [float(np.quantile(dropping, share)) for share in at] if dropping.size else [-math.inf] * len(at)
-    return {"at": at, "values": values, "rows": int(lost.size), "dropping": int(dropping.size)}
-
-
-def _scatter(those: Sequence[Any]) -> dict[str, np.ndarray]:
+def _scatter(cases: Sequence[Case]) -> dict[str, np.ndarray]:
     """``proven`` and ``lost`` of rows that drop something: those that lost most, and others evenly."""
-    proven = np.concatenate([one.proven.ravel() for one in those])
-    lost = np.concatenate([one.lost.ravel() for one in those])
-    drops = np.isfinite(proven) & ~np.isneginf(lost)
-    proven, lost = proven[drops], lost[drops]
+    proven = np.concatenate([case.proven.ravel() for case in cases])
+    lost = np.concatenate([case.lost.ravel() for case in cases])
     order = np.argsort(-lost, kind="stable")
+    order = order[np.isfinite(proven[order]) & ~np.isneginf(lost[order])]
     top, rest = order[: _DRAWN // 4], order[_DRAWN // 4 :]
     chosen = np.concatenate([top, rest[:: max(1, len(rest) // (_DRAWN - _DRAWN // 4))]])
     return {"proven": proven[chosen], "lost": lost[chosen]}
@@ -128,55 +111,30 @@ def _scatter(those: Sequence[Any]) -> dict[str, np.ndarray]:
 
 def _cache(findings: Sequence[Sequence[Findings]], plan: Plan) -> dict[str, Any]:
     """What a freeing cache holds; ``pages`` is ``[L, G]`` at the end, all others are of all layers."""
-    pages = np.array([[layer.pages for layer in text] for text in findings]).mean(0)
+    pages = _each(findings, lambda layer: layer.pages).mean(0)
     page_bytes = findings[0][0].page_bytes
     full = np.array([-(-length // PAGE) for length in plan.cache_lengths])
-    heads = pages.shape[0] * pages.shape[2]
     return {
         "page": PAGE,
         "page_bytes": page_bytes,
         "lengths": plan.cache_lengths,
         "held_bytes": pages.sum((0, 2)) * page_bytes,
-        "full_bytes": full * heads * page_bytes,
+        "full_bytes": full * pages[:, 0].size * page_bytes,
         "full_pages": int(full[-1]),
         "pages": pages[:, -1],
     }
 
 
-Head = tuple[str, int, int]
-"""Kind, layer and index."""
-
-
-def choose_heads(decay_times: np.ndarray) -> list[Head]:
+def choose_heads(decay_times: np.ndarray) -> list[tuple[str, int, int]]:
     """A head that forgets fast, a medium one, and the slowest: their kind, layer and index.
 
     Args:
         decay_times: ``[L, H]`` tokens; may hold ``inf``.
     """
-    order = np.argsort(decay_times, axis=None, kind="stable")
-    picked = (("fast", len(order) // 4), ("medium", (3 * len(order)) // 4), ("slowest", len(order) - 1))
-    found: dict[int, Head] = {}
-    for kind, place in picked:
-        layer, head = divmod(int(order[place]), decay_times.shape[1])
-        # With few heads two kinds may be one; the last name says more.
-        found[int(order[place])] = (kind, layer, head)
-    return list(found.values())
-
-
-def _kept_region(
-    text: Sequence[Findings], plan: Plan, heads: Sequence[Head], times: np.ndarray
-) -> list[dict[str, Any]]:
-    return [
-        {
-            "kind": kind,
-            "layer": layer,
-            "head": head,
-            "decay_time": times[layer, head],
-            "queries": plan.shown,
-            **{grain: text[layer].kept[grain][head] for grain in GRAINS},
-        }
-        for kind, layer, head in heads
-    ]
+    order = np.argsort(decay_times, axis=None, kind="stable").tolist()
+    # With few heads two kinds may be one; the last name says more.
+    kinds = {order[len(order) // 4]: "fast", order[3 * len(order) // 4]: "medium", order[-1]: "slowest"}
+    return [(kind, *divmod(place, decay_times.shape[1])) for place, kind in kinds.items()]
 
 
 def jsonable(value: Any) -> Any:

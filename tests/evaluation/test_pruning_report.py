@@ -19,9 +19,8 @@ from foxlm.cli import app
 from foxlm.conversion.graft import graft
 from foxlm.evaluation.demo.tokenizer import byte_tokenizer
 from foxlm.evaluation.flops import forward_flops, shares_of_flops
-from foxlm.evaluation.gates import RULES, first_read, in_tiles, kept_from
+from foxlm.evaluation.gates import RULES, first_read, kept_from
 from foxlm.evaluation.pruning_report import measure as measuring
-from foxlm.evaluation.pruning_report.cache import held_pages
 from foxlm.evaluation.pruning_report.dropped import ProvenBounds, choose_rows, log_dropped
 from foxlm.evaluation.pruning_report.page import render
 from foxlm.evaluation.pruning_report.run import Options, read_report, run_report
@@ -97,7 +96,6 @@ def plan(rule: Rule = "tight", length: int = LENGTH, **overrides: Any) -> measur
         "rule": rule,
         "lengths": (length // 4, length),
         "cache_lengths": (length,),
-        "room": length,
     }
     return measuring.Plan(**(fields | overrides))
 
@@ -128,7 +126,7 @@ def test_no_row_loses_more_than_is_proven(variant: str, rule: Rule) -> None:
         attentions = model(ids, output_attentions=True, use_cache=False).attentions
     dropping = 0
     for layer, weights in zip(layers, attentions, strict=True):
-        firsts = [kept_from(layer, -10.0, rule)[0], first_read(layer, -10.0, rule)[0]]
+        firsts = torch.stack([kept_from(layer, -10.0, rule)[0], first_read(layer, -10.0, rule)[0]])
         bounds = ProvenBounds(layer)
         rows = torch.arange(300).expand(4, -1)
         for first, lost in zip(firsts, log_dropped(layer, bounds, rows, firsts), strict=True):
@@ -149,7 +147,7 @@ def test_weights_below_any_number_are_told_apart() -> None:
             attention.forget_gate.bias.fill_(-8.0)
     layer = recorded(model, tokens(1, 300))[0]
     first = (torch.arange(300) - 200).clamp(min=0).expand(4, -1)
-    (lost,) = log_dropped(layer, ProvenBounds(layer), torch.full((4, 1), 299), [first])
+    (lost,) = log_dropped(layer, ProvenBounds(layer), torch.full((4, 1), 299), first[None])
     assert (lost < -1000.0).all() and lost.isfinite().all()
 
 
@@ -158,18 +156,19 @@ def test_what_tiles_read_is_what_attention_searches(variant: str) -> None:
     for layer in recorded(spread_model(variant), tokens(1, 333)):
         for rule in RULES:
             kept = kept_from(layer, -5.0, rule)
-            assert torch.equal(in_tiles(kept), first_read(layer, -5.0, rule))
+            read = [block.amin(-1, keepdim=True).expand_as(block) // 64 * 64 for block in kept.split(128, dim=-1)]
+            assert torch.equal(torch.cat(read, dim=-1), first_read(layer, -5.0, rule))
             assert kept.max() > PRUNED_KEYS
 
 
 def test_rows_are_drawn_from_everywhere_and_the_worst_are_added() -> None:
     bound = torch.full((2, 1000), -math.inf, dtype=torch.float64)
     bound[0, 17], bound[1, 981] = -10.5, -10.1
-    rows = choose_rows([bound, bound.flip(1)], spread=50, adversarial=1, seed=0, length=1000, heads=2)
+    rows = choose_rows(torch.stack([bound, bound.flip(1)]), spread=50, adversarial=1, seed=0)
     assert rows.shape == (2, 52)
     assert torch.equal(rows[:, :50] // 20, torch.arange(50).expand(2, -1))
     assert rows[:, 50:].tolist() == [[17, 982], [981, 18]]
-    assert torch.equal(choose_rows([], 1000, 1, 0, 300, 2), torch.arange(300).expand(2, -1))
+    assert torch.equal(choose_rows(torch.zeros(1, 2, 300), 1000, 1, 0), torch.arange(300).expand(2, -1))
 
 
 def test_check_finds_a_bound_that_is_broken(
@@ -178,9 +177,9 @@ def test_check_finds_a_bound_that_is_broken(
     """Negative control: a search that takes all logits for zero. The command says so and exits with 1."""
 
     def without_logits(layer: AttentionInputs, log_eps: float, rule: Rule) -> Tensor:
-        return kept_from(layer._replace(q=layer.q * 0.0, logit_bound=torch.zeros(1)), log_eps, rule)[0]
+        return kept_from(layer._replace(q=layer.q * 0.0, logit_bound=torch.zeros(1)), log_eps, rule)
 
-    monkeypatch.setattr(measuring, "first_kept_by_model", without_logits)
+    monkeypatch.setattr(measuring, "kept_from", without_logits)
     done = invoke("report", byte_model, "--text", text, "--length", 300, "--out", tmp_path)
     assert done.exit_code == 1
     assert "error: THE BOUND IS VIOLATED" in done.stderr
@@ -196,28 +195,30 @@ def test_what_is_no_number_is_no_success(monkeypatch: pytest.MonkeyPatch) -> Non
     for name in ("q", "k"):
         bad = layer._replace(**{name: getattr(layer, name).clone().index_fill_(1, torch.tensor(7), math.nan)})
         with pytest.raises(ValueError, match=r"layer 0: (queries|keys) are not finite"):
-            measuring.measure(bad, None, plan(length=200), details=False)
+            measuring.measure(bad, None, plan(length=200))
     monkeypatch.setattr(
-        measuring, "log_dropped", lambda layer, bounds, rows, firsts: [rows.double() * math.nan for _ in firsts]
+        measuring, "log_dropped", lambda layer, bounds, rows, firsts: rows * torch.full((len(firsts), 1, 1), math.nan)
     )
-    found = measuring.measure(layer, None, plan(length=200), details=False)
-    assert all((one.violations > 0).all() for one in found.dropped.values())
+    found = measuring.measure(layer, None, plan(length=200))
+    assert all((one.violations > 0).all() for one in found.cases.values())
 
 
 def test_shares_are_those_counted_by_hand() -> None:
     layer = recorded(spread_model(), tokens(1, 256))[0]
-    found = measuring.measure(layer, None, plan(length=256), details=False)
+    found = measuring.measure(layer, None, plan(length=256))
     for rule in RULES:
         kept = kept_from(layer, -10.0, rule)[0]
         pairs = kept.double().sum(-1) / (256 * 257 / 2)
-        np.testing.assert_allclose(found.skipped["pairs", rule][1], pairs, rtol=1e-12)
-        np.testing.assert_allclose(found.by_length["pairs", rule][1], pairs, rtol=1e-12)
+        np.testing.assert_allclose(found.cases["pairs", rule].skipped[1], pairs, rtol=1e-12)
+        np.testing.assert_allclose(found.cases["pairs", rule].by_length[1], pairs, rtol=1e-12)
         read = first_read(layer, -10.0, rule)[0, :, ::128] // 64
-        np.testing.assert_allclose(found.skipped["tiles", rule][1], read.double().sum(-1) / (2 + 4), rtol=1e-12)
+        np.testing.assert_allclose(found.cases["tiles", rule].skipped[1], read.double().sum(-1) / (2 + 4), rtol=1e-12)
         prefix = layer._replace(q=layer.q[:, :64], k=layer.k[:, :64], log_f=layer.log_f[:, :64])
         kept = kept_from(prefix, -10.0, rule)[0]
-        np.testing.assert_allclose(found.by_length["pairs", rule][0], kept.double().sum(-1) / (64 * 65 / 2), rtol=1e-12)
-    assert found.skipped["pairs", "tight"].max() > 0.5
+        np.testing.assert_allclose(
+            found.cases["pairs", rule].by_length[0], kept.double().sum(-1) / (64 * 65 / 2), rtol=1e-12
+        )
+    assert found.cases["pairs", "tight"].skipped.max() > 0.5
 
 
 @pytest.mark.parametrize("rule", RULES)
@@ -236,11 +237,11 @@ def test_held_pages_are_those_of_the_cache(variant: str, rule: Rule) -> None:
         layers = recorded(model, ids)
         for layer, block, cached in zip(layers, model.model.layers, cache.layers, strict=True):
             bounds = cast(FoxDecoderLayer, block).logit_bounds(torch.float64)
-            found = held_pages(layer, bounds, (length,), EPS, rule, LENGTH)
+            pages = measuring.held_pages(layer, bounds, (length,), EPS, rule, LENGTH)
             held = cast(PagedForgettingLayer, cached)
-            assert found.pages.tolist() == (held.pages[0] >= 0).sum(-1)[None].tolist()
+            assert pages.tolist() == (held.pages[0] >= 0).sum(-1)[None].tolist()
             page = held.keys[0].nbytes + held.values[0].nbytes + held.c[0].nbytes
-            assert found.page_bytes == page
+            assert measuring.page_bytes(layer) == page
             freed += int(held.start.sum())
     assert freed > 0 or variant == "llama"
 
