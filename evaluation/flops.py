@@ -19,7 +19,8 @@ def forward_flops(config: FoxConfig, tokens: int) -> dict[str, float]:
     """
     config = copy.deepcopy(config)
     with torch.device("meta"):
-        model = FoxForCausalLM(config)
+        # Moved too: after transformers has loaded a model, `torch.linspace` may leave biases of gates on the CPU.
+        model = FoxForCausalLM(config).to("meta")
         ids = torch.zeros(1, tokens, dtype=torch.int64)
     model.set_attn_implementation("eager")
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
