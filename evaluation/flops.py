@@ -50,14 +50,8 @@ def shares_of_flops(flops: dict[str, float], kept: float) -> dict[str, dict[str,
         share of all FLOPs that pruning leaves; ``speedup``, its inverse: the gain if all ran at one rate.
     """
     found = {}
-    for part in ("forward", "forward_backward"):
-        linear, attention = _operations(flops, part)
+    for part, factors in (("forward", (1.0, 1.0)), ("forward_backward", (LINEAR_TRAINING, ATTENTION_TRAINING))):
+        linear, attention = factors[0] * flops["linear"], factors[1] * flops["attention"]
         left = (linear + kept * attention) / (linear + attention)
         found[part] = {"attention_share": attention / (linear + attention), "left": left, "speedup": 1.0 / left}
     return found
-
-
-def _operations(flops: dict[str, float], part: str) -> tuple[float, float]:
-    if part == "forward":
-        return flops["linear"], flops["attention"]
-    return LINEAR_TRAINING * flops["linear"], ATTENTION_TRAINING * flops["attention"]

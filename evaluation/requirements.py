@@ -3,16 +3,7 @@
 from importlib.util import find_spec
 
 
-def require_lm_eval() -> None:
-    """Raise `ImportError`, saying how to install it, unless lm-eval is there."""
-    _require("lm_eval", "lm-eval")
-
-
-def require_matplotlib() -> None:
-    """Raise `ImportError`, saying how to install it, unless matplotlib is there."""
-    _require("matplotlib", "matplotlib")
-
-
-def _require(module: str, name: str) -> None:
-    if find_spec(module) is None:
-        raise ImportError(f"{name} is not installed; it comes with: pip install 'foxlm[eval]'")
+def require(package: str) -> None:
+    """Raise `ImportError`, saying how to install it, unless ``package`` is there."""
+    if find_spec(package.replace("-", "_")) is None:
+        raise ImportError(f"{package} is not installed; it comes with: pip install 'foxlm[eval]'")

@@ -1,8 +1,6 @@
 """`foxlm bench attention`: one attention layer, forward and backward, beside baselines."""
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -10,7 +8,8 @@ from torch import Tensor
 from ..gates import decay_of, search
 from .attentions import Implementation, defined_tiles
 from .correctness import Gradients, Reference, Sample
-from .inputs import EPS, LOG_EPS, Case, Inputs, make_inputs
+from .inputs import Case, Inputs, make_inputs
+from .models import EPS, LOG_EPS
 from .results import Row
 from .runner import MissingError, Variant
 from .timing import Matmul, device_times, peak_bytes
@@ -33,80 +32,60 @@ _EXTRA_TILES = 0.02
 _MOST_ROUNDS_OF_LONG = 3
 
 
-@dataclass(frozen=True)
-class Settings:
-    """How to measure.
-
-    Attributes:
-        device: ``"cuda"`` or ``"cpu"``.
-        dtype: of queries, keys and values.
-        seed: of the inputs and of the rows that are checked.
-    """
-
-    device: str
-    dtype: torch.dtype = torch.bfloat16
-    seed: int = 0
-
-
-def synthetic(case: Case, implementations: Sequence[Implementation], settings: Settings) -> Iterator[Variant]:
+def synthetic(
+    case: Case, implementations: Sequence[Implementation], device: str, dtype: torch.dtype, seed: int = 0
+) -> Iterator[Variant]:
     """The variants of one shape; of this library also where nothing can be pruned, which shows what pruning costs."""
-    inputs = make_inputs(case, settings.device, settings.dtype, settings.seed)
-    yield from variants(case, inputs, implementations, settings, {})
+    inputs = make_inputs(case, device, dtype, seed)
+    yield from variants(case, inputs, implementations, seed)
     if case != LONG_CASE:
         pruned = [one for one in implementations if one.is_ours and one.rule is not None]
-        yield from variants(case, inputs.open(), pruned, settings, {"open_gates": True}, matmul=False)
+        yield from variants(case, inputs.open(), pruned, seed, open_gates=True)
 
 
 def variants(
-    case: Case,
-    inputs: Inputs,
-    implementations: Sequence[Implementation],
-    settings: Settings,
-    facts: dict[str, Any],
-    matmul: bool = True,
+    case: Case, inputs: Inputs, implementations: Sequence[Implementation], seed: int = 0, open_gates: bool = False
 ) -> Iterator[Variant]:
-    """A variant for each of ``implementations``, and before them a large matmul to compare rates with."""
-    facts = {"case": str(case), "kv_heads": case.kv_heads or case.heads} | facts
-    ceiling = _Ceiling(facts, settings)
-    if matmul:
+    """A variant for each of ``implementations``, and before them a large matmul to compare rates with.
+
+    Args:
+        case: shape of ``inputs``.
+        inputs: of all implementations.
+        implementations: what is measured.
+        seed: of the rows that are checked.
+        open_gates: the gates of ``inputs`` are open, which rows then say; there is no matmul.
+    """
+    facts: Row = {"case": str(case), "kv_heads": case.kv_heads or case.heads}
+    facts |= {"open_gates": True} if open_gates else {}
+    ceiling = None if open_gates else _Ceiling(facts, inputs.layer.q.device.type, inputs.layer.q.dtype)
+    if ceiling is not None:
         # What was compiled for other shapes would count against the limit of recompilations.
         torch.compiler.reset()
         yield ceiling
-    checker = _Checker(inputs, settings.seed)
+    sample = Sample.of(inputs, seed)
+    references: dict[bool, Reference] = {}
     for one in implementations:
-        yield _Attention(one, case, inputs, settings, facts, checker, ceiling if matmul else None)
+        if one.gated not in references:
+            references[one.gated] = Reference(inputs if one.gated else inputs.open(), sample)
+        yield _Attention(one, case, inputs, facts, references[one.gated], ceiling)
 
 
 class _Ceiling:
     """The large matmul."""
 
-    def __init__(self, facts: Row, settings: Settings) -> None:
+    def __init__(self, facts: Row, device: str, dtype: torch.dtype) -> None:
         self.facts = {"name": "matmul"} | facts
         self.tflops: float | None = None
-        self._settings = settings
+        self._device, self._dtype = device, dtype
 
     def check(self, row: Row) -> None:
-        self._matmul = Matmul(self._settings.device, self._settings.dtype)
+        self._matmul = Matmul(self._device, self._dtype)
 
     def time(self, rounds: int) -> dict[str, list[float]]:
-        return {"forward": device_times(self._matmul, rounds, self._settings.device)}
+        return {"forward": device_times(self._matmul, rounds, self._device)}
 
     def derive(self, row: Row) -> None:
         self.tflops = row["forward"]["dense_tflops"] = self._matmul.flops / row["forward"]["ms"] / 1e9
-
-
-class _Checker:
-    """References of the inputs, with their gates and without, each made when it is first needed."""
-
-    def __init__(self, inputs: Inputs, seed: int) -> None:
-        self.sample = Sample.of(inputs, seed)
-        self._inputs = inputs
-        self._references: dict[bool, Reference] = {}
-
-    def reference(self, gated: bool) -> Reference:
-        if gated not in self._references:
-            self._references[gated] = Reference(self._inputs if gated else self._inputs.open(), self.sample)
-        return self._references[gated]
 
 
 class Calls:
@@ -118,9 +97,10 @@ class Calls:
         self._attend = implementation.prepare(layer)
         q, k, v, self._dout = (self._laid_out(x) for x in (layer.q, layer.k, layer.v, inputs.dout))
         self._leaves = {"q": q, "k": k, "v": v, "log_f": layer.log_f.detach()}
-        self._wanted = [name for name in self._leaves if name != "log_f" or implementation.gate_gradient]
-        for name in self._wanted:
-            self._leaves[name].requires_grad_()
+        named = self._leaves.items()
+        self._wanted = {name: x for name, x in named if name != "log_f" or implementation.gate_gradient}
+        for leaf in self._wanted.values():
+            leaf.requires_grad_()
 
     def _laid_out(self, x: Tensor) -> Tensor:
         return x.transpose(1, 2).contiguous() if self._head_first else x.detach()
@@ -131,16 +111,13 @@ class Calls:
 
     def forward_backward(self) -> None:
         """A forward and a backward pass."""
-        self._gradients(self.forward(), self._dout)
-
-    def _gradients(self, out: Tensor, dout: Tensor) -> tuple[Tensor, ...]:
-        return torch.autograd.grad(out, [self._leaves[name] for name in self._wanted], dout)
+        torch.autograd.grad(self.forward(), list(self._wanted.values()), self._dout)
 
     def results(self, dout: Tensor) -> Gradients:
         """``out`` and gradients for the output gradient ``dout``, tokens before heads whatever the layout inside."""
         out = self.forward()
-        grads = dict(zip(self._wanted, self._gradients(out, self._laid_out(dout)), strict=True))
-        found = {"out": out.detach(), **grads}
+        grads = torch.autograd.grad(out, list(self._wanted.values()), self._laid_out(dout))
+        found = {"out": out.detach(), **dict(zip(self._wanted, grads, strict=True))}
         return {name: x.transpose(1, 2) for name, x in found.items()} if self._head_first else found
 
 
@@ -149,51 +126,42 @@ class _Attention:
 
     def __init__(
         self,
-        implementation: Implementation,
+        one: Implementation,
         case: Case,
         inputs: Inputs,
-        settings: Settings,
         facts: Row,
-        checker: _Checker,
+        reference: Reference,
         ceiling: _Ceiling | None,
     ) -> None:
-        one = implementation
         name = one.name + (", open gates" if facts.get("open_gates") else "")
         self.facts = {"name": name, "rule": one.rule, "gated": one.gated, "gate_gradient": one.gate_gradient} | facts
-        self._one, self._case, self._inputs, self._settings = one, case, inputs, settings
-        self._checker, self._ceiling = checker, ceiling
+        self._one, self._case, self._inputs, self._reference, self._ceiling = one, case, inputs, reference, ceiling
+        self._device = inputs.layer.q.device.type
         self._calls: dict[str, Callable[[], object]] = {}
 
     def check(self, row: Row) -> str | None:
-        one, inputs, device = self._one, self._inputs, self._settings.device
-        missing = one.missing(device)
-        if missing is not None:
-            raise MissingError(missing)
-        calls = Calls(one, inputs)
-        found = calls.results(self._checker.sample.only(inputs.dout))
-        fault = self._checker.reference(one.gated).fault(found, 0.0 if one.rule is None else EPS, row)
+        one, layer = self._one, self._inputs.layer
+        if one.needs_gpu and self._device != "cuda":
+            raise MissingError("needs a GPU")
+        calls = Calls(one, self._inputs)
+        found = calls.results(self._reference.sample.only(self._inputs.dout))
+        fault = self._reference.fault(found, 0.0 if one.rule is None else EPS, row)
         del found
-        row["computed_tiles"] = one.computed_tiles(inputs.layer)
-        fault = fault or self._lost_pruning(row["computed_tiles"])
+        row["computed_tiles"] = computed = one.computed_tiles(layer)
+        self._calls = {"forward": calls.forward, "forward_backward": calls.forward_backward}
+        if one.is_ours and one.rule is not None:
+            rule, decay = one.rule, decay_of(layer)
+            self._calls["search"] = lambda: search(layer, decay, LOG_EPS, rule)
+            expected = defined_tiles(layer, rule)
+            if computed > expected + _EXTRA_TILES:
+                fault = fault or f"computes {computed:.1%} of the tiles, where its rule leaves {expected:.1%}"
         if fault is None:
-            row["peak_bytes"] = peak_bytes(calls.forward_backward, device, inputs.nbytes)
-            self._calls = {"forward": calls.forward, "forward_backward": calls.forward_backward}
-            if one.is_ours and one.rule is not None:
-                rule, decay = one.rule, decay_of(inputs.layer)
-                self._calls["search"] = lambda: search(inputs.layer, decay, LOG_EPS, rule)
+            row["peak_bytes"] = peak_bytes(calls.forward_backward, self._device, self._inputs.nbytes)
         return fault
-
-    def _lost_pruning(self, computed: float) -> str | None:
-        if not self._one.is_ours or self._one.rule is None:
-            return None
-        expected = defined_tiles(self._inputs.layer, self._one.rule)
-        if computed <= expected + _EXTRA_TILES:
-            return None
-        return f"computes {computed:.1%} of the tiles, where its rule leaves {expected:.1%}"
 
     def time(self, rounds: int) -> dict[str, list[float]]:
         rounds = min(rounds, _MOST_ROUNDS_OF_LONG) if self._case == LONG_CASE else rounds
-        return {part: device_times(call, rounds, self._settings.device) for part, call in self._calls.items()}
+        return {part: device_times(call, rounds, self._device) for part, call in self._calls.items()}
 
     def derive(self, row: Row) -> None:
         for part in ("forward", "forward_backward"):

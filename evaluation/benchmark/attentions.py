@@ -18,8 +18,8 @@ from foxlm.kernels.tiles import PRUNED_KEYS, PRUNED_QUERIES
 
 from ..gates import RULES, decay_of, first_read, kept_from, search, share_of_tiles_skipped
 from ..recording import AttentionInputs
-from .inputs import EPS, LOG_EPS
-from .models import ours
+from .models import EPS, LOG_EPS, ours
+from .runner import MissingError
 
 _FLEX_BLOCK = 128
 
@@ -40,7 +40,7 @@ class Implementation:
         head_first: whether it takes ``[B, H, T, D]`` instead of ``[B, T, H, D]``.
         rule: of pruning, None without.
         is_ours: whether it is this library's.
-        missing: why it cannot run on a device, None if it can.
+        needs_gpu: whether it, or its backward pass, runs on a GPU only.
     """
 
     name: str
@@ -50,7 +50,7 @@ class Implementation:
     head_first: bool = False
     rule: Rule | None = None
     is_ours: bool = False
-    missing: Callable[[str], str | None] = lambda device: None
+    needs_gpu: bool = False
 
     def computed_tiles(self, layer: AttentionInputs) -> float:
         """Computed-tile fraction: by this library's kernels what their search gives, else by definition."""
@@ -102,10 +102,8 @@ def _sdpa(name: str, backend: SDPBackend) -> Implementation:
 
         return attend
 
-    def missing(device: str) -> str | None:
-        return "needs a GPU" if backend == SDPBackend.CUDNN_ATTENTION and device != "cuda" else None
-
-    return Implementation(name, prepare, gated=False, gate_gradient=False, head_first=True, missing=missing)
+    needs_gpu = backend == SDPBackend.CUDNN_ATTENTION
+    return Implementation(name, prepare, gated=False, gate_gradient=False, head_first=True, needs_gpu=needs_gpu)
 
 
 def _flex(name: str, rule: Rule | None) -> Implementation:
@@ -126,10 +124,7 @@ def _flex(name: str, rule: Rule | None) -> Implementation:
 
         return lambda q, k, v, log_f: attend(q, k, v, score_mod=decay, **options)
 
-    def missing(device: str) -> str | None:
-        return None if device == "cuda" else "its backward pass needs a GPU"
-
-    return Implementation(name, prepare, gate_gradient=False, head_first=True, rule=rule, missing=missing)
+    return Implementation(name, prepare, gate_gradient=False, head_first=True, rule=rule, needs_gpu=True)
 
 
 def causal_block_mask(c: Tensor, first: Tensor | None) -> BlockMask:
@@ -160,6 +155,8 @@ def _causal(b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
 
 def _fla() -> Implementation:
     def prepare(layer: AttentionInputs) -> Attend:
+        if find_spec("fla") is None:
+            raise MissingError("flash-linear-attention is not installed")
         from fla.ops.forgetting_attn import parallel_forgetting_attn
 
         # It takes a gate for each query head.
@@ -168,12 +165,7 @@ def _fla() -> Implementation:
             q, k, v, log_f.repeat_interleave(shared, dim=2) if shared > 1 else log_f, scale=layer.scale
         )
 
-    def missing(device: str) -> str | None:
-        if find_spec("fla") is None:
-            return "flash-linear-attention is not installed"
-        return None if device == "cuda" else "needs a GPU"
-
-    return Implementation("flash-linear-attention", prepare, missing=missing)
+    return Implementation("flash-linear-attention", prepare, needs_gpu=True)
 
 
 OURS = tuple(_ours(rule) for rule in (None, *RULES))

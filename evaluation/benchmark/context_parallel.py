@@ -5,9 +5,9 @@ same seed; all together compute them, each of its tokens, and are compared with 
 timed, in calls that begin on idle GPUs, and in several in a row without waiting, as a model's layers are called.
 """
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 
 import torch
@@ -21,11 +21,11 @@ from foxlm.kernels.pruning.rules import Rule
 from ..recording import AttentionInputs
 from .attention import Calls
 from .attentions import OURS, Attend, Implementation, pruning_options
-from .inputs import EPS, Case, Inputs, make_inputs
-from .ranks import gathered
-from .results import Report, Results, Row
-from .runner import MissingError, Variant, failure, run
-from .tables import show_on_stderr
+from .inputs import Case, Inputs, make_inputs
+from .models import EPS, fault_of
+from .ranks import gathered, slowest
+from .results import Results, Row
+from .runner import MissingError, Report, failure, run
 from .timing import device_times, synchronize
 
 CASES, CPU_CASES = (Case(1, 24, 64, 131072),), (Case(1, 4, 16, 1024),)
@@ -73,16 +73,11 @@ class ContextRecipe:
 
 def measure_on_rank(rank: int, recipe: ContextRecipe, results: Results, out: Path) -> None:
     """Measure with all other ranks; rank 0 adds rows to ``results`` and keeps them in ``out``."""
-    report = Report(results, out if rank == 0 else None, show_on_stderr(results["kind"]) if rank == 0 else None)
+    report = Report(results, out if rank == 0 else None)
     context = ContextParallel(split=recipe.split)
     for case in recipe.cases:
-        run(_variants(case, recipe, context), report, recipe.rounds, recipe.device, collective=True)
-
-
-def _variants(case: Case, recipe: ContextRecipe, context: ContextParallel) -> Iterator[Variant]:
-    shared = _Case(case, recipe, context)
-    for part in _PARTS:
-        yield _Part(part, shared)
+        shared = _Case(case, recipe, context)
+        run([_Part(part, shared) for part in _PARTS], report, recipe.rounds, recipe.device, collective=True)
 
 
 class _Case:
@@ -90,40 +85,30 @@ class _Case:
 
     def __init__(self, case: Case, recipe: ContextRecipe, context: ContextParallel) -> None:
         self.case, self.recipe, self.context = case, recipe, context
-        self.one: Calls | None = None
-        self.together: Calls | None = None
-        self._found: Row | None = None
-        self._fault: str | None = None
-        self._missing: str | None = None
+        self.calls: dict[str, Calls] = {}
 
-    def check(self, row: Row) -> str | None:
-        """Compare them, once for all parts; adds what was found to ``row``."""
-        if self._found is None:
-            self._found = {}
-            self._fault = self._compare(self._found)
-        if self._missing is not None:
-            raise MissingError(f"one GPU cannot compute it: {self._missing}")
-        row |= self._found
-        return self._fault
-
-    def _compare(self, row: Row) -> str | None:
+    @cached_property
+    def compared(self) -> tuple[Row, str | None]:
+        """What is found once for both parts, and what is wrong, in words. Makes the ``calls`` to time."""
         found, reason = None, None
         try:
             found = self._on_one()
         except Exception as error:
             # For example too little memory. No rank waits for others here, and other cases are still measured.
             reason = failure(error)["reason"]
-        self._missing = next((one for one in gathered(reason) if one is not None), None)
-        if found is None or self._missing is not None:
-            return None
-        inputs, self.one, expected = found
+        reason = next((one for one in gathered(reason) if one is not None), None)
+        if found is None or reason is not None:
+            raise MissingError(f"one GPU cannot compute it: {reason}")
+        inputs, one, expected = found
         shards, layer = self.context.shards(self.case.tokens), inputs.layer
         q, k, v, log_f, dout = (shards.take(x) for x in (layer.q, layer.k, layer.v, layer.log_f, inputs.dout))
         part = Inputs(layer._replace(q=q, k=k, v=v, log_f=log_f), dout)
-        self.together = Calls(self._shared(), part)
-        fault = compare(self.together, dout, {name: shards.take(x) for name, x in expected.items()}, self.recipe, row)
-        row["traffic"] = self._traffic(self.together)
-        return fault
+        together = Calls(self._shared(), part)
+        row: Row = {}
+        fault = compare(together, dout, {name: shards.take(x) for name, x in expected.items()}, self.recipe, row)
+        row["traffic"] = self._traffic(together)
+        self.calls = {"one": one, "together": together}
+        return row, fault
 
     def _on_one(self) -> tuple[Inputs, Calls, dict[str, Tensor]]:
         """The whole sequence on this rank alone."""
@@ -161,11 +146,13 @@ class _Part:
         self._part, self._shared = part, shared
 
     def check(self, row: Row) -> str | None:
-        return self._shared.check(row)
+        found, fault = self._shared.compared
+        row |= found
+        return fault
 
     def time(self, rounds: int) -> dict[str, list[float]]:
         times: dict[str, list[float]] = {}
-        for who, calls in (("one", self._shared.one), ("together", self._shared.together)):
+        for who, calls in self._shared.calls.items():
             call = getattr(calls, self._part)
             for name, count in ((who, 1), (f"{who}_in_a_row", IN_A_ROW)):
                 own = [_ms_from_idle(call, count, self._shared.recipe.device) for _ in range(_WARM_UP + rounds)]
@@ -196,10 +183,9 @@ def compare(
     row |= {"errors": dict(zip(expected, whole.tolist(), strict=True)), "errors_of_heads": worst}
     row |= {"worst_error": max(worst.values()), "limit": recipe.limit, "deterministic": bool(same)}
     for name, error in worst.items():
-        # Not the other way round: a NaN is within no limit.
-        if not error <= recipe.limit:
-            what = "output" if name == "out" else f"gradient of {name}"
-            return f"{what} is off by {error:.1e} in the worst head, {recipe.limit:.1e} allowed"
+        what = "output" if name == "out" else f"gradient of {name}"
+        if (fault := fault_of(f"{what} of the worst head is", error, recipe.limit)) is not None:
+            return fault
     return None
 
 
@@ -243,8 +229,3 @@ def _ms_from_idle(call: Callable[[], object], count: int, device: str) -> float:
 def fastest(of_ranks: list[list[float]]) -> list[float]:
     """Of calls that each rank makes by itself: those of the rank with the smallest sum."""
     return min(of_ranks, key=sum)
-
-
-def slowest(of_ranks: list[list[float]]) -> list[float]:
-    """Of calls that all ranks make together: of each call, the rank that is done last."""
-    return [max(of_call) for of_call in zip(*of_ranks, strict=True)]

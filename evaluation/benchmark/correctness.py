@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from .inputs import Inputs
-from .models import FACTOR
+from .models import FACTOR, fault_of
 from .results import Row
 
 _LAST, _SCATTERED = 32, 32
@@ -53,15 +53,10 @@ class Sample:
 
 
 class Reference:
-    """Compares attention with the sampled rows in float64.
-
-    Args:
-        inputs: whose gates count; for attention without gates `Inputs.open`.
-        sample: which rows.
-    """
+    """Compares attention with the rows of ``sample`` in float64; attention without gates on `Inputs.open`."""
 
     def __init__(self, inputs: Inputs, sample: Sample) -> None:
-        self._sample = sample
+        self.sample = sample
         self._exact = [attend_densely(inputs, sample, head, torch.float64) for head in sample.heads]
         # How near torch comes in the dtype of the inputs.
         rounded = [attend_densely(inputs, sample, head, inputs.layer.q.dtype) for head in sample.heads]
@@ -82,16 +77,15 @@ class Reference:
         errors: dict[str, float] = {}
         limits: dict[str, float] = {}
         fault = None
-        for head, exact, rounding in zip(self._sample.heads, self._exact, self._rounding, strict=True):
+        for head, exact, rounding in zip(self.sample.heads, self._exact, self._rounding, strict=True):
             for name, x in found.items():
-                of_head = x[self._sample.batch, :, head * x.shape[2] // found["out"].shape[2]]
-                error = relative_error(of_head[self._sample.rows] if name in ("out", "q") else of_head, exact[name])
+                of_head = x[self.sample.batch, :, head * x.shape[2] // found["out"].shape[2]]
+                error = relative_error(of_head[self.sample.rows] if name in ("out", "q") else of_head, exact[name])
                 limit = FACTOR * (rounding[name] + eps) + _FLOAT32_SUMS
-                # Not the other way round: a NaN is within no limit.
-                if not error <= limit and fault is None:
-                    what = "output" if name == "out" else f"gradient of {name}"
-                    fault = f"{what} of head {head} is off by {error:.1e}, {limit:.1e} allowed"
-                if name not in errors or not error <= errors[name]:
+                what = "output" if name == "out" else f"gradient of {name}"
+                fault = fault or fault_of(f"{what} of head {head} is", error, limit)
+                # Also if it is NaN.
+                if not error <= errors.get(name, -1.0):
                     errors[name], limits[name] = error, limit
         row |= {"errors": errors, "limits": limits}
         return fault

@@ -190,57 +190,48 @@ class Session:
         return sum(layer.keys.nbytes + layer.values.nbytes for layer in self.cache.layers)
 
 
+class _Batch:
+    """Sequences that several models and caches take in, and what their check and rows have in common."""
+
+    def __init__(self, models: Models, workload: Workload, batch: int, tokens: int) -> None:
+        # What was compiled for other shapes would count against the limit of recompilations.
+        torch.compiler.reset()
+        self.models, self.device, self.check = models, workload.device, LogitsCheck()
+        self.ids = workload.ids(models["foxlm"].config.vocab_size, batch, tokens)
+        self.facts: Row = {"batch": batch, "text_rows": len(torch.unique(self.ids, dim=0))}
+
+
 class _Generation:
-    """What a prompt and a decoding step have in common.
+    """What a prompt and a decoding step have in common."""
 
-    Args:
-        one: what generates.
-        models: by family.
-        ids: ``[B, T]`` tokens.
-        check: of all variants with these tokens.
-        device: where the models are.
-        facts: of the row.
-    """
-
-    def __init__(
-        self, one: Generator, models: Models, ids: Tensor, check: LogitsCheck, device: str, facts: Row
-    ) -> None:
-        self.facts = {"name": one.name, "family": one.family, "cache": one.cache, "rule": one.rule} | facts
-        self._one, self._model, self._ids, self._device = one, models[one.family], ids, device
-        self._logits = check
-
-    def _weights(self) -> int:
-        return sum(parameter.nbytes for parameter in self._model.parameters())
-
-    def _fault(self, ids: Tensor, found: Tensor, row: Row) -> str | None:
-        return self._logits.fault(self._one.family, self._model, ids, found, self._one.rule, row)
+    def __init__(self, one: Generator, batch: _Batch, facts: Row) -> None:
+        self.facts = (
+            {"name": one.name, "family": one.family, "cache": one.cache, "rule": one.rule} | batch.facts | facts
+        )
+        self._one, self._model, self._ids, self._device = one, batch.models[one.family], batch.ids, batch.device
+        self._weights = sum(parameter.nbytes for parameter in self._model.parameters())
+        self._fault = partial(batch.check.fault, one.family, self._model, rule=one.rule)
 
 
 def prefill_variants(
     batch: int, tokens: int, models: Models, generators: Sequence[Generator], workload: Workload, chunk: int
 ) -> Iterator[Variant]:
     """Ways to take in ``batch`` prompts of ``tokens`` tokens; chunked ones only where a prompt has several chunks."""
-    # What was compiled for other shapes would count against the limit of recompilations.
-    torch.compiler.reset()
-    fox = models["foxlm"]
-    ids, check = workload.ids(fox.config.vocab_size, batch, tokens), LogitsCheck()
+    prompts = _Batch(models, workload, batch, tokens)
     tiles: dict[Rule | None, float] = {}
     for one in generators:
         if not one.chunked or tokens > chunk:
             if one.family == "foxlm" and one.rule not in tiles:
-                tiles[one.rule] = computed_tiles(fox, ids, one.rule)
-            facts: Row = {"batch": batch, "tokens": tokens, "text_rows": len(torch.unique(ids, dim=0))}
-            facts |= {"computed_tiles": tiles[one.rule] if one.family == "foxlm" else None}
-            yield _Prefill(one, models, ids, check, workload.device, facts, chunk)
+                tiles[one.rule] = computed_tiles(models["foxlm"], prompts.ids, one.rule)
+            facts = {"tokens": tokens, "computed_tiles": tiles[one.rule] if one.family == "foxlm" else None}
+            yield _Prefill(one, prompts, facts, chunk)
 
 
 class _Prefill(_Generation):
     """From an empty cache until the first token is there, as the first step of `generate`."""
 
-    def __init__(
-        self, one: Generator, models: Models, ids: Tensor, check: LogitsCheck, device: str, facts: Row, chunk: int
-    ) -> None:
-        super().__init__(one, models, ids, check, device, facts)
+    def __init__(self, one: Generator, batch: _Batch, facts: Row, chunk: int) -> None:
+        super().__init__(one, batch, facts)
         self._chunk = chunk
         self._forward = torch.compile(self._model, dynamic=False) if one.compiled else self._model
 
@@ -252,12 +243,12 @@ class _Prefill(_Generation):
     def check(self, row: Row) -> str | None:
         ids = self._ids[:, :CHECKED_TOKENS]
         found, _ = self._fill(ids, min(self._chunk, max(1, ids.shape[1] // _CHECKED_CHUNKS)))
-        fault = self._fault(ids, found[:, None], row)
+        fault = self._fault(ids, found[:, None], row=row)
         if fault is None:
             # The first call compiles.
             row["stored_bytes"] = self._fill(self._ids, self._chunk)[1].stored_bytes()
             release_memory(self._device)
-            row["peak_bytes"] = peak_bytes(lambda: self._fill(self._ids, self._chunk), self._device, self._weights())
+            row["peak_bytes"] = peak_bytes(lambda: self._fill(self._ids, self._chunk), self._device, self._weights)
         return fault
 
     def time(self, rounds: int) -> dict[str, list[float]]:
@@ -272,32 +263,19 @@ def decode_variants(
     batch: int, models: Models, generators: Sequence[Generator], workload: Workload, tokens: int, new: int, rounds: int
 ) -> Iterator[Variant]:
     """Ways to decode ``batch`` sequences after ``tokens`` tokens, by ``rounds`` timed rounds of ``new`` steps."""
-    torch.compiler.reset()
-    ids = workload.ids(models["foxlm"].config.vocab_size, batch, tokens + CHECKED_STEPS)
-    check = LogitsCheck()
-    facts = {"batch": batch, "text_rows": len(torch.unique(ids, dim=0))}
+    contexts = _Batch(models, workload, batch, tokens + CHECKED_STEPS)
+    # One length for check and timing: steps are compiled for one shape.
+    length = rounded_up(tokens + max(CHECKED_STEPS, _WARM_UP_STEPS + 1 + rounds * new))
     for one in generators:
-        # One length for check and timing: steps are compiled for one shape.
-        length = rounded_up(tokens + max(CHECKED_STEPS, _WARM_UP_STEPS + 1 + rounds * new))
-        yield _Decode(one, models, ids, check, workload.device, facts, new, length)
+        yield _Decode(one, contexts, new, length)
 
 
 class _Decode(_Generation):
     """One more token after a context. Each pass fills a new cache: two may not fit side by side."""
 
-    def __init__(
-        self,
-        one: Generator,
-        models: Models,
-        ids: Tensor,
-        check: LogitsCheck,
-        device: str,
-        facts: Row,
-        new: int,
-        length: int,
-    ) -> None:
-        compiled = one.cache != "dynamic" and device == "cuda"
-        super().__init__(one, models, ids, check, device, facts | {"compiled": compiled})
+    def __init__(self, one: Generator, batch: _Batch, new: int, length: int) -> None:
+        compiled = one.cache != "dynamic" and batch.device == "cuda"
+        super().__init__(one, batch, {"compiled": compiled})
         self._new, self._length = new, length
         # One graph of one shape, replayed as a CUDA graph.
         options: dict[str, Any] = {"mode": "reduce-overhead", "fullgraph": True, "dynamic": False}
@@ -315,7 +293,7 @@ class _Decode(_Generation):
             for token in ids[:, context:].split(1, dim=1):
                 session.ids.copy_(token)
                 found.append(session.step().clone())
-        return self._fault(ids, torch.stack(found, dim=1), row)
+        return self._fault(ids, torch.stack(found, dim=1), row=row)
 
     def time(self, rounds: int) -> dict[str, list[float]]:
         before = torch.cuda.memory_allocated() if self._device == "cuda" else 0
@@ -326,7 +304,7 @@ class _Decode(_Generation):
             session.advance(_WARM_UP_STEPS)
             after = torch.cuda.memory_allocated() if self._device == "cuda" else 0
             self._memory = {
-                "peak_bytes": peak_bytes(session.advance, self._device, self._weights() + after - before),
+                "peak_bytes": peak_bytes(session.advance, self._device, self._weights + after - before),
                 "stored_bytes": session.stored_bytes(),
             }
             steps = wall_times(lambda: session.advance(self._new), rounds, self._device, warm_up=0)

@@ -5,27 +5,20 @@ heads of a trained model forget within a hundred tokens and some hardly ever; so
 head's decay time.
 """
 
-import math
 import re
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from ..flops import ATTENTION_TRAINING
 from ..recording import AttentionInputs, record_attention
+from .models import Workload, spread_decay_times
 
-if TYPE_CHECKING:
-    from .models import Workload
-
-# Attention weight that a row may lose by pruning: below bfloat16's own rounding.
-LOG_EPS = -10.0
-EPS = math.exp(LOG_EPS)
-# Decay times in tokens, the range of the many and of the few.
-_SHORT, _LONG = (1.0, 100.0), (1e3, 1e6)
-_SHARE_LONG = 0.2
 _GATE_NOISE = 0.5
+# Of a recorded layer.
+_TENSORS = ("q", "k", "v", "log_f")
 
 
 @dataclass(frozen=True)
@@ -84,20 +77,6 @@ class Inputs(NamedTuple):
         return self._replace(layer=self.layer._replace(log_f=torch.zeros_like(self.layer.log_f)))
 
 
-def spread_decay_times(heads: int) -> Tensor:
-    """``[heads]`` float64 decay times in tokens, ascending.
-
-    A fifth of the heads, at least one, forgets in 1e3 to 1e6 tokens and the others in 1 to 100, evenly spread in the
-    logarithm: with random times the computed tiles would differ by percents from seed to seed.
-    """
-    long = max(1, int(_SHARE_LONG * heads))
-
-    def spread(low: float, high: float, count: int) -> Tensor:
-        return low * (high / low) ** ((torch.arange(count, dtype=torch.float64) + 0.5) / max(count, 1))
-
-    return torch.cat([spread(*_SHORT, heads - long), spread(*_LONG, long)])
-
-
 def make_inputs(case: Case, device: str, dtype: torch.dtype, seed: int) -> Inputs:
     """Draw the inputs of ``case``; each log gate is ``-exp(0.5 n) / tau`` with ``n`` normal and ``tau`` of its head."""
     generator = torch.Generator(device).manual_seed(seed)
@@ -118,7 +97,7 @@ def make_inputs(case: Case, device: str, dtype: torch.dtype, seed: int) -> Input
 
 
 def record_inputs(
-    workload: "Workload", rows: int, length: int, dtype: torch.dtype
+    workload: Workload, rows: int, length: int, dtype: torch.dtype
 ) -> tuple[Case, Inputs, dict[str, Any]]:
     """What enters attention in every layer of a model that reads ``rows`` rows of ``length`` tokens, as one batch.
 
@@ -157,6 +136,3 @@ def record_inputs(
     facts = workload.facts() | {"layers": batch // rows, "rows": rows, "length": length}
     layer = AttentionInputs(0, q, k, v, log_f, parts[0].scale, parts[0].centers, bound)
     return Case(batch, heads, head_dim, tokens, k.shape[2]), Inputs(layer, dout), facts
-
-
-_TENSORS = ("q", "k", "v", "log_f")

@@ -3,6 +3,7 @@
 import contextlib
 import copy
 import itertools
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,6 @@ from ..loading import DTYPES, load_model, load_tokenizer, model_name
 from ..skipped_share import skipped_share
 from ..text import check_tokens
 from ..text import rows as rows_of_text
-from .inputs import EPS, spread_decay_times
 from .results import Row
 
 PRESET = "pro-760m"
@@ -33,6 +33,12 @@ CPU_SIZES: dict[str, Any] = {
     "num_hidden_layers": 2,
     "num_attention_heads": 4,
 }
+# Attention weight that a row may lose by pruning: below bfloat16's own rounding.
+LOG_EPS = -10.0
+EPS = math.exp(LOG_EPS)
+# Decay times in tokens, the range of the many and of the few.
+_SHORT, _LONG = (1.0, 100.0), (1e3, 1e6)
+_SHARE_LONG = 0.2
 # How much worse than bfloat16 with dense attention results may be.
 FACTOR = 4.0
 # Context of the check, which has a dense reference.
@@ -128,6 +134,20 @@ class Workload:
         return {"preset": None, "model": model_name(self.model), "text": self.text.name}
 
 
+def spread_decay_times(heads: int) -> Tensor:
+    """``[heads]`` float64 decay times in tokens, ascending.
+
+    A fifth of the heads, at least one, forgets in 1e3 to 1e6 tokens and the others in 1 to 100, evenly spread in the
+    logarithm: with random times the computed tiles would differ by percents from seed to seed.
+    """
+    long = max(1, int(_SHARE_LONG * heads))
+
+    def spread(low: float, high: float, count: int) -> Tensor:
+        return low * (high / low) ** ((torch.arange(count, dtype=torch.float64) + 0.5) / max(count, 1))
+
+    return torch.cat([spread(*_SHORT, heads - long), spread(*_LONG, long)])
+
+
 def build_fox(preset: str, sizes: dict[str, Any], device: str, dtype: torch.dtype = torch.float32) -> FoxForCausalLM:
     """A new FoX with its gates, always float32, around the benchmark's decay times."""
     # On the device itself: billions of random numbers take a CPU a minute.
@@ -180,6 +200,11 @@ def computed_tiles(model: FoxForCausalLM, ids: Tensor, rule: Rule | None) -> flo
     return 1.0 - sum(0.0 if one is None else one.item() for one in skipped) / len(skipped)
 
 
+def fault_of(what: str, error: float, limit: float) -> str | None:
+    """``what`` with how far it is off, in words; None within the limit, which a NaN never is."""
+    return None if error <= limit else f"{what} off by {error:.1e}, {limit:.1e} allowed"
+
+
 class LogitsCheck:
     """Compares logits of models on the same tokens with those of dense attention in float32."""
 
@@ -187,7 +212,7 @@ class LogitsCheck:
         self._references: dict[tuple[str, int, int], tuple[Tensor, float]] = {}
 
     def fault(
-        self, family: str, model: PreTrainedModel, ids: Tensor, found: Tensor, rule: Rule | None, row: Row
+        self, family: str, model: PreTrainedModel, ids: Tensor, found: Tensor, *, rule: Rule | None, row: Row
     ) -> str | None:
         """What is wrong, in words; None if nothing is. Adds ``error`` and ``limit`` to ``row``.
 
@@ -206,8 +231,7 @@ class LogitsCheck:
         error = largest_error(found, exact)
         limit = FACTOR * (rounding + (0.0 if rule is None else EPS))
         row |= {"error": error, "limit": limit}
-        # Not the other way round: a NaN is within no limit.
-        return None if error <= limit else f"logits are off by {error:.1e}, {limit:.1e} allowed"
+        return fault_of("logits are", error, limit)
 
 
 @torch.no_grad()

@@ -21,11 +21,7 @@ Found = TypeVar("Found")
 
 
 class RankError(RuntimeError):
-    """A process raised or died; ``detail`` is its traceback, if it left one."""
-
-    def __init__(self, message: str, detail: str) -> None:
-        super().__init__(message)
-        self.detail = detail
+    """A process raised or died; its cause has the traceback."""
 
 
 def run_ranks(function: Callable[..., None], ranks: int, device: str, *arguments: Any) -> None:
@@ -51,10 +47,10 @@ def run_ranks(function: Callable[..., None], ranks: int, device: str, *arguments
             while not context.join(grace_period=_GRACE):
                 pass
         except mp.ProcessRaisedException as error:
-            raise RankError(f"rank {error.error_index} of {ranks}: {_last_line(error.msg)}", error.msg) from None
+            raise RankError(f"rank {error.error_index} of {ranks}: {_last_line(error.msg)}") from error
         except mp.ProcessExitedException as error:
             how = f"was ended by {error.signal_name}" if error.signal_name else f"exited with {error.exit_code}"
-            raise RankError(f"rank {error.error_index} of {ranks} {how}", "") from None
+            raise RankError(f"rank {error.error_index} of {ranks} {how}") from error
         finally:
             for process in context.processes:
                 if process.is_alive():
@@ -67,6 +63,11 @@ def gathered(of_rank: Found) -> list[Found]:
     everyone: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(everyone, of_rank)
     return everyone
+
+
+def slowest(of_ranks: list[list[float]]) -> list[float]:
+    """Of calls that all ranks make together: of each call, the rank that is done last."""
+    return [max(of_call) for of_call in zip(*of_ranks, strict=True)]
 
 
 def _last_line(traceback: str) -> str:

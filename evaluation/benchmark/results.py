@@ -1,17 +1,16 @@
 """Results of benchmarks as JSON: how they begin, grow row by row, and are read again."""
 
 import json
-import math
 import shlex
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from ..provenance import provenance
-from ..results import parse_json, write_whole
+from ..results import parse_json
 
 SCHEMA = 2
 KINDS = ("attention", "context", "train", "prefill", "decode")
@@ -30,37 +29,7 @@ _SAME_RUN = ("device", "commit", "torch", "triton", "cuda", "cudnn")
 Results = dict[str, Any]
 Row = dict[str, Any]
 """One measured variant: facts, ``status`` (``measured``, ``wrong``, ``missing``, ``failed``, or ``unfinished``) with a
-``reason``, and by name a `Timing` for each thing that was timed."""
-
-
-class Report:
-    """Results that are written whenever a row changes.
-
-    Attributes:
-        results: ``schema``, ``kind``, ``run``, ``settings`` and ``rows``.
-    """
-
-    def __init__(self, results: Results, out: Path | None, show: Callable[[Row], None] | None = None) -> None:
-        """``out`` is None on ranks that write nothing; ``show`` displays a row that was measured."""
-        self.results, self._out, self._show = results, out, show
-
-    def new_row(self, facts: Mapping[str, Any]) -> Row:
-        """A row, kept from now on, that is to be filled in."""
-        row = {**facts, "status": "unfinished", "reason": "the run ended before it was measured"}
-        self.results["rows"].append(row)
-        self.save()
-        return row
-
-    def show(self, row: Row) -> None:
-        """Keep what is known, and show a row."""
-        self.save()
-        if self._show is not None:
-            self._show(row)
-
-    def save(self) -> None:
-        """Keep what is known."""
-        if self._out is not None:
-            write_whole(self._out, to_json(self.results) + "\n")
+``reason``, and by name the timing of each thing that was timed, as of `timing_of`."""
 
 
 def new_results(kind: str, device: str, seed: int, commit: str | None, settings: Mapping[str, Any]) -> Results:
@@ -101,15 +70,8 @@ def _without_folders(argument: str) -> str:
 
 def to_json(results: Any) -> str:
     """As JSON, with null for NaN and infinities."""
-    return json.dumps(_finite(results), indent=1, allow_nan=False)
-
-
-def _finite(x: Any) -> Any:
-    if isinstance(x, dict):
-        return {name: _finite(value) for name, value in x.items()}
-    if isinstance(x, (list, tuple)):
-        return [_finite(value) for value in x]
-    return None if isinstance(x, float) and not math.isfinite(x) else x
+    finite = json.loads(json.dumps(results), parse_constant=lambda name: None)
+    return json.dumps(finite, indent=1, allow_nan=False)
 
 
 def read(path: Path) -> Results:

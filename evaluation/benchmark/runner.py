@@ -4,11 +4,14 @@ All variants are timed in a first pass, right after their checks, and once more 
 show as a spread. What interrupts a run leaves the rows that were measured before.
 """
 
+import sys
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import Any, Protocol
 
-from .results import PASSES, Report, Row
+from ..results import write_whole
+from .results import PASSES, Results, Row, to_json
+from .tables import line
 from .timing import release_memory, timing_of
 
 # Compilers' errors can quote whole programs.
@@ -42,6 +45,32 @@ class Variant(Protocol):
         """Add what follows from the times."""
 
 
+class Report:
+    """Results that are written whenever a row changes.
+
+    Args:
+        results: ``schema``, ``kind``, ``run``, ``settings`` and ``rows``.
+        out: where they are kept; None on ranks that write and show nothing.
+    """
+
+    def __init__(self, results: Results, out: Path | None) -> None:
+        self.results, self._out = results, out
+
+    def new_row(self, facts: Row) -> Row:
+        """A row, kept from now on, that is to be filled in."""
+        row = {**facts, "status": "unfinished", "reason": "the run ended before it was measured"}
+        self.results["rows"].append(row)
+        self.save()
+        return row
+
+    def save(self, row: Row | None = None) -> None:
+        """Keep what is known, and show ``row`` on stderr."""
+        if self._out is not None:
+            write_whole(self._out, to_json(self.results) + "\n")
+            if row is not None:
+                print(line(self.results["kind"], row), file=sys.stderr, flush=True)
+
+
 def run(variants: Iterable[Variant], report: Report, rounds: int, device: str, collective: bool = False) -> None:
     """Check and time ``variants``; their rows go to ``report`` as soon as they are known.
 
@@ -52,51 +81,40 @@ def run(variants: Iterable[Variant], report: Report, rounds: int, device: str, c
         device: ``"cuda"`` or ``"cpu"``.
         collective: whether several ranks run this together: an error on one of them then ends all.
     """
-    measurements = []
+    measurements: list[tuple[Variant, Row, list[dict[str, list[float]]]]] = []
     for variant in variants:
-        one = _Measurement(variant, report.new_row(variant.facts), rounds, device, collective)
-        one.guarded(first=True)
-        report.show(one.row)
-        measurements.append(one)
+        measurements.append((variant, report.new_row(variant.facts), []))
+        _measure(*measurements[-1], rounds, device, collective)
+        report.save(measurements[-1][1])
     for _ in range(PASSES - 1):
         for one in measurements:
-            if one.row["status"] == "measured":
-                one.guarded(first=False)
+            if one[1]["status"] == "measured":
+                _measure(*one, rounds, device, collective)
                 report.save()
 
 
-@dataclass
-class _Measurement:
-    variant: Variant
-    row: Row
-    rounds: int
-    device: str
-    collective: bool
-    passes: list[dict[str, list[float]]] = field(default_factory=list)
-
-    def guarded(self, first: bool) -> None:
-        """Measure once; what that raises becomes part of the row, so that the other variants are still measured."""
-        try:
-            self._measure(first)
-        except MissingError as error:
-            self.row |= {"status": "missing", "reason": str(error)}
-        except Exception as error:
-            if self.collective:
-                raise
-            self.row |= failure(error)
-        release_memory(self.device)
-
-    def _measure(self, first: bool) -> None:
-        fault = self.variant.check(self.row) if first else None
-        if fault is not None:
-            self.row |= {"status": "wrong", "reason": fault}
-            return
-        release_memory(self.device)
-        self.passes.append(self.variant.time(self.rounds))
-        self.row |= {part: asdict(timing_of([one[part] for one in self.passes])) for part in self.passes[0]}
-        self.row.pop("reason", None)
-        self.row["status"] = "measured"
-        self.variant.derive(self.row)
+def _measure(
+    variant: Variant, row: Row, passes: list[dict[str, list[float]]], rounds: int, device: str, collective: bool
+) -> None:
+    """Add a pass; what that raises becomes part of ``row``, so that the other variants are still measured."""
+    try:
+        fault = None if passes else variant.check(row)
+        if fault is None:
+            release_memory(device)
+            passes.append(variant.time(rounds))
+            row |= {part: timing_of([one[part] for one in passes]) for part in passes[0]}
+            row.pop("reason", None)
+            row["status"] = "measured"
+            variant.derive(row)
+        else:
+            row |= {"status": "wrong", "reason": fault}
+    except MissingError as error:
+        row |= {"status": "missing", "reason": str(error)}
+    except Exception as error:
+        if collective:
+            raise
+        row |= failure(error)
+    release_memory(device)
 
 
 def failure(error: BaseException) -> dict[str, Any]:

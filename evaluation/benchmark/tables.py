@@ -1,7 +1,6 @@
 """What tables of benchmarks show of a row, by kind."""
 
-import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from ..tables import digits, percent, table
@@ -170,23 +169,14 @@ def _origin(results: Results) -> str:
     sizes = "".join(f"{name} {value}; " for name, value in (settings.get("changed") or {}).items())
     parameters = next((x["parameters"] for x in (settings, *results["rows"]) if "parameters" in x), None)
     sizes += "" if parameters is None else f"{parameters / 1e6:.3g}M parameters; "
+    spreads = [
+        part["spread"]
+        for row in results["rows"]
+        for part in row.values()
+        if isinstance(part, dict) and "spread" in part
+    ]
     return (
         f"{subject}{sizes}{run['device']}; {versions}; foxlm {run['foxlm']}, commit {commit[:12]}{changes}; "
         f"{settings['dtype']}; eps = {settings['eps']:.2g}; medians of {PASSES} x {settings['rounds']} calls, at most "
-        f"{percent(max(_spreads(results['rows']), default=0.0))} apart."
+        f"{percent(max(spreads, default=0.0))} apart."
     )
-
-
-def _spreads(rows: object) -> Iterator[float]:
-    if isinstance(rows, dict):
-        if "spread" in rows:
-            yield rows["spread"]
-        rows = list(rows.values())
-    if isinstance(rows, list):
-        for part in rows:
-            yield from _spreads(part)
-
-
-def show_on_stderr(kind: str) -> Callable[[Row], None]:
-    """Show rows on stderr as they are measured."""
-    return lambda row: print(line(kind, row), file=sys.stderr, flush=True)

@@ -3,7 +3,6 @@
 import gc
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -14,26 +13,16 @@ _WARM_UP = 2
 _MATMUL_SIDE = {"cuda": 8192, "cpu": 256}
 
 
-@dataclass(frozen=True)
-class Timing:
-    """How long a call took, in milliseconds.
+def timing_of(passes: list[list[float]]) -> dict[str, float]:
+    """The timing of a call from the milliseconds of each round of each pass.
 
-    Attributes:
-        ms, p20, p80: median and percentiles over all rounds.
-        spread: relative difference of the medians of the passes. What is smaller is noise.
+    Returns:
+        ``ms``, ``p20`` and ``p80``, median and percentiles over all rounds, and ``spread``, the relative difference of
+        the medians of the passes. What is smaller is noise.
     """
-
-    ms: float
-    p20: float
-    p80: float
-    spread: float
-
-
-def timing_of(passes: list[list[float]]) -> Timing:
-    """The timing of a call from the milliseconds of each round of each pass."""
     p20, median, p80 = np.percentile(np.concatenate(passes), [20, 50, 80]).tolist()
     medians = [float(np.median(one)) for one in passes]
-    return Timing(median, p20, p80, (max(medians) - min(medians)) / median)
+    return {"ms": median, "p20": p20, "p80": p80, "spread": (max(medians) - min(medians)) / median}
 
 
 def device_times(call: Callable[[], object], rounds: int, device: str, warm_up: int = _WARM_UP) -> list[float]:

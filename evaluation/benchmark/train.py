@@ -6,9 +6,10 @@ them noisy.
 """
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -18,8 +19,7 @@ from foxlm.kernels.pruning.rules import Rule
 
 from ..flops import training_flops
 from .attentions import with_names
-from .inputs import EPS
-from .models import CHECKED_TOKENS, FACTOR, Workload, computed_tiles, ours, rules_of, set_pruning
+from .models import CHECKED_TOKENS, EPS, FACTOR, Workload, computed_tiles, fault_of, ours, rules_of, set_pruning
 from .results import Row
 from .runner import Variant
 from .timing import Matmul, device_times, peak_bytes
@@ -100,7 +100,7 @@ def variants(recipe: Recipe) -> Iterator[Variant]:
     model = recipe.build()
     ids = recipe.workload.ids(model.config.vocab_size, 1, recipe.tokens)
     trainer = Trainer(model, ids, autocast=True)
-    reference = _Reference(trainer)
+    reference = _dense_check(trainer)
     facts = facts_of(model, recipe) | {"gpus": 1}
     if recipe.compiled:
         compile_regions(model)
@@ -116,13 +116,6 @@ def facts_of(model: FoxForCausalLM, recipe: Recipe) -> Row:
     parameters = sum(parameter.numel() for parameter in model.parameters())
     flops = training_flops(model.config, recipe.tokens)
     return {"parameters": parameters, "model_flops": flops, "matmul_tflops": rate}
-
-
-def derive_rates(row: Row, tokens: int) -> None:
-    """``tokens_per_second`` and ``mfu`` from the time of a step of ``tokens`` tokens on each GPU."""
-    seconds = row["step"]["ms"] / 1e3
-    row["tokens_per_second"] = row["gpus"] * tokens / seconds
-    row["mfu"] = row["model_flops"] / seconds / row["matmul_tflops"] / 1e12
 
 
 def compile_regions(model: FoxForCausalLM) -> None:
@@ -175,57 +168,89 @@ class Trainer:
         return sum(x.nbytes for x in (*self.model.parameters(), *state))
 
 
-class _Reference:
-    """Gradients of the attention layers' weights for the first tokens, by dense attention in float32."""
+class GradientCheck:
+    """How far gradients are from exact ones, relative to their norm.
 
-    def __init__(self, trainer: Trainer) -> None:
-        model = trainer.model
-        set_pruning(model, None)
-        chosen = model.config._attn_implementation
-        model.set_attn_implementation("eager")
-        self._exact = _gradients(trainer, compiled=False, autocast=False)
-        self._rounding = _errors(_gradients(trainer, compiled=False, autocast=True), self._exact)
-        model.set_attn_implementation(chosen)
+    Args:
+        exact: gradients by name of the weight.
+        rounded: the same with weights and matmuls in bfloat16: their errors give the limits.
+        groups: names of weights whose gradients are taken together, by what the group is called.
+    """
 
-    def fault(self, trainer: Trainer, step: Step, row: Row) -> str | None:
-        """What is wrong with the gradients of ``step``, in words. Adds ``errors`` and ``limits`` to ``row``."""
-        errors = _errors(_gradients(trainer, step.compiled, autocast=True), self._exact)
-        eps = 0.0 if step.rule is None else EPS
-        limits = {part: FACTOR * (rounding + eps) for part, rounding in self._rounding.items()}
-        row |= {"errors": errors, "limits": limits}
-        for part, error in errors.items():
-            # Not the other way round: a NaN is within no limit.
-            if not error <= limits[part]:
-                return f"gradients of the {part} are off by {error:.1e}, {limits[part]:.1e} allowed"
-        return None
+    def __init__(self, exact: Gradients, rounded: Gradients, groups: dict[str, list[str]]) -> None:
+        self._exact, self._groups = exact, groups
+        self._rounding = self._errors(rounded)
+
+    def compare(self, found: Gradients, rule: Rule | None) -> tuple[dict[str, float], dict[str, float]]:
+        """Errors and limits by group; an error is NaN where a gradient is missing."""
+        eps = 0.0 if rule is None else EPS
+        return self._errors(found), {group: FACTOR * (rounding + eps) for group, rounding in self._rounding.items()}
+
+    def _errors(self, found: Gradients) -> dict[str, float]:
+        return {group: self._distance(found, names) for group, names in self._groups.items()}
+
+    def _distance(self, found: Gradients, names: list[str]) -> float:
+        if not all(name in found for name in names):
+            return math.nan
+        off = sum((found[name] - self._exact[name]).double().square().sum().item() for name in names)
+        return math.sqrt(off / sum(self._exact[name].double().square().sum().item() for name in names))
 
 
-class _SingleStep:
-    """A training step on one device."""
+def _dense_check(trainer: Trainer) -> GradientCheck:
+    """Of the attention layers' weights, for the first tokens, by dense attention in float32."""
+    model = trainer.model
+    set_pruning(model, None)
+    chosen = model.config._attn_implementation
+    model.set_attn_implementation("eager")
+    exact, rounded = (_gradients(trainer, compiled=False, autocast=autocast) for autocast in (False, True))
+    model.set_attn_implementation(chosen)
+    gates = [name for name in exact if ".forget_gate." in name]
+    groups = {"projections": [name for name in exact if name not in gates], "forget gates": gates}
+    return GradientCheck(exact, rounded, {part: names for part, names in groups.items() if names})
 
-    def __init__(self, step: Step, trainer: Trainer, reference: _Reference, recipe: Recipe, facts: Row) -> None:
+
+class MeasuredStep:
+    """What steps on one device and on several have in common."""
+
+    def __init__(self, step: Step, recipe: Recipe, facts: Row) -> None:
         self.facts = {"name": step.name, "rule": step.rule, "compiled": step.compiled} | facts
-        self._step, self._trainer, self._reference, self._recipe = step, trainer, reference, recipe
+        self.step, self.recipe = step, recipe
 
-    def check(self, row: Row) -> str | None:
-        set_pruning(self._trainer.model, self._step.rule)
-        fault = self._reference.fault(self._trainer, self._step, row)
-        self._trainer.model.zero_grad(set_to_none=True)
-        if fault is None:
-            call = self._call()
-            # The first call compiles, and makes the optimizer's state.
-            call()
-            row["peak_bytes"] = peak_bytes(call, self._recipe.workload.device, self._trainer.resident_bytes())
-        return fault
-
-    def _call(self) -> Callable[[], None]:
-        return lambda: self._trainer.step(self._step)
-
-    def time(self, rounds: int) -> dict[str, list[float]]:
-        return {"step": device_times(self._call(), rounds, self._recipe.workload.device, warm_up=1)}
+    def times(self, trainer: Trainer, rounds: int) -> list[float]:
+        """Milliseconds of each of ``rounds`` steps on this device."""
+        return device_times(partial(trainer.step, self.step), rounds, self.recipe.workload.device, warm_up=1)
 
     def derive(self, row: Row) -> None:
-        derive_rates(row, self._recipe.tokens)
+        """``tokens_per_second`` of all GPUs, each with a sequence, and ``mfu``, from the time of a step."""
+        seconds = row["step"]["ms"] / 1e3
+        row["tokens_per_second"] = row["gpus"] * self.recipe.tokens / seconds
+        row["mfu"] = row["model_flops"] / seconds / row["matmul_tflops"] / 1e12
+
+
+class _SingleStep(MeasuredStep):
+    """A training step on one device."""
+
+    def __init__(self, step: Step, trainer: Trainer, reference: GradientCheck, recipe: Recipe, facts: Row) -> None:
+        super().__init__(step, recipe, facts)
+        self._trainer, self._reference = trainer, reference
+
+    def check(self, row: Row) -> str | None:
+        set_pruning(self._trainer.model, self.step.rule)
+        found = _gradients(self._trainer, self.step.compiled, autocast=True)
+        errors, limits = self._reference.compare(found, self.step.rule)
+        row |= {"errors": errors, "limits": limits}
+        faults = [fault_of(f"gradients of the {part} are", error, limits[part]) for part, error in errors.items()]
+        fault = next((one for one in faults if one is not None), None)
+        del found
+        if fault is None:
+            call = partial(self._trainer.step, self.step)
+            # The first call compiles, and makes the optimizer's state.
+            call()
+            row["peak_bytes"] = peak_bytes(call, self.recipe.workload.device, self._trainer.resident_bytes())
+        return fault
+
+    def time(self, rounds: int) -> dict[str, list[float]]:
+        return {"step": self.times(self._trainer, rounds)}
 
 
 def _gradients(trainer: Trainer, compiled: bool, autocast: bool) -> Gradients:
@@ -235,19 +260,3 @@ def _gradients(trainer: Trainer, compiled: bool, autocast: bool) -> Gradients:
     grads = {name: grad for name, grad in named if grad is not None}
     model.zero_grad(set_to_none=True)
     return grads
-
-
-def _errors(found: Gradients, exact: Gradients) -> dict[str, float]:
-    """Relative distance of gradients, of the forget gates and of everything else; NaN where one is missing."""
-    parts: dict[str, list[str]] = {}
-    for name in exact:
-        parts.setdefault("forget gates" if ".forget_gate." in name else "projections", []).append(name)
-    return {part: distance(found, exact, names) for part, names in parts.items()}
-
-
-def distance(found: Gradients, exact: Gradients, names: list[str]) -> float:
-    """Relative distance of the named gradients together; NaN where one is missing."""
-    if not all(name in found for name in names):
-        return math.nan
-    off = sum((found[name] - exact[name]).double().square().sum().item() for name in names)
-    return math.sqrt(off / sum(exact[name].double().square().sum().item() for name in names))

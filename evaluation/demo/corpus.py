@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+from numpy.lib.stride_tricks import sliding_window_view
 
 # Not program text a reader would write: tables that repeat each other across files (a held-out code page is
 # all but a copy of a training one), generated files, other people's packages, and tests, which some systems
@@ -53,10 +54,7 @@ def is_held_out(name: str) -> bool:
 
 
 def load_corpus(root: Path | None = None) -> Corpus:
-    """Read the ``*.py`` files below ``root``, split into training and held-out files.
-
-    Args:
-        root: folder to read; the running interpreter's standard library by default.
+    """Read the ``*.py`` files below ``root``, by default of the running interpreter's standard library.
 
     Raises:
         ValueError: there is not at least one file of each kind (an interpreter whose library is in an archive).
@@ -64,10 +62,8 @@ def load_corpus(root: Path | None = None) -> Corpus:
     root = Path(sysconfig.get_paths()["stdlib"]) if root is None else root
     names = sorted(path.relative_to(root).as_posix() for path in root.rglob("*.py") if path.is_file())
     files = [SourceFile(name, (root / name).read_bytes()) for name in names if _wanted(name)]
-    corpus = Corpus(
-        train=[file for file in files if not is_held_out(file.name)],
-        held_out=[file for file in files if is_held_out(file.name)],
-    )
+    train = [file for file in files if not is_held_out(file.name)]
+    corpus = Corpus(train, [file for file in files if is_held_out(file.name)])
     if not corpus.train or not corpus.held_out:
         raise ValueError(
             f"root must hold Python sources to train on and to hold out, got {len(corpus.train)} and "
@@ -83,9 +79,8 @@ def _wanted(name: str) -> bool:
 
 def to_tokens(files: list[SourceFile]) -> np.ndarray:
     """``[N]`` uint16: the bytes of all files, `SEPARATOR` before each."""
-    separator = np.array([SEPARATOR], dtype=np.uint16)
-    parts = [part for file in files for part in (separator, np.frombuffer(file.data, np.uint8).astype(np.uint16))]
-    return np.concatenate(parts)
+    parts = [part for file in files for part in ([SEPARATOR], np.frombuffer(file.data, np.uint8))]
+    return np.concatenate(parts, dtype=np.uint16, casting="unsafe")
 
 
 def windows(files: list[SourceFile], length: int, count: int) -> np.ndarray:
@@ -103,11 +98,10 @@ def windows(files: list[SourceFile], length: int, count: int) -> np.ndarray:
     Raises:
         ValueError: no file fills a window.
     """
-    streams = [to_tokens([file]).astype(np.int64) for file in files]
-    cut = [
-        stream[start : start + length] for stream in streams for start in range(0, len(stream) - length + 1, length - 1)
-    ]
+    streams = [to_tokens([file]) for file in files]
+    cut = [sliding_window_view(stream, length)[:: length - 1] for stream in streams if len(stream) >= length]
     if not cut:
         raise ValueError(f"length must be at most that of the longest file, got {length}")
-    chosen = np.unique(np.linspace(0, len(cut) - 1, min(count, len(cut))).round().astype(int))
-    return np.stack([cut[index] for index in chosen])
+    found = np.concatenate(cut)
+    chosen = np.unique(np.linspace(0, len(found) - 1, min(count, len(found))).round().astype(int))
+    return found[chosen].astype(np.int64)

@@ -15,56 +15,18 @@ from transformers.utils import logging
 
 from ..lm_eval.options import Options as EvalOptions
 from ..lm_eval.run import evaluate
+from ..loading import resolve_device
 from ..pruning_report.run import Options as ReportOptions
 from ..pruning_report.run import draw, run_report
-from ..requirements import require_lm_eval, require_matplotlib
-from ..results import write_json
+from ..requirements import require
+from ..results import require_folder, write_json, write_whole
 from .bigram import BigramModel
-from .corpus import SourceFile, load_corpus, to_tokens, windows
+from .corpus import load_corpus, to_tokens, windows
 from .tokenizer import byte_tokenizer
 from .train import GPU_RECIPE, QUICK_RECIPE, Recipe, bits_per_byte, train
 
 RESULTS = "demo.json"
 PROMPTS = ("def read_", "import os\n\n\nclass ")
-
-
-@dataclass(frozen=True)
-class Options:
-    """What the command line asks for.
-
-    Attributes:
-        out: folder for everything the demo writes.
-        minutes: training time.
-        steps: optimizer steps instead of a time.
-        seed: of weights, training windows, questions and sampling.
-        device: ``"auto"``, ``"cpu"`` or ``"cuda"``.
-        quick: a much smaller model, and little of everything: shows that all parts work, not what they reach.
-    """
-
-    out: Path = Path("foxlm-demo")
-    minutes: float = 2.0
-    steps: int | None = None
-    seed: int = 0
-    device: str = "auto"
-    quick: bool = False
-
-    def __post_init__(self) -> None:
-        if self.device not in ("auto", "cpu", "cuda"):
-            raise ValueError(f"--device must be auto, cpu or cuda, got {self.device!r}")
-        if self.device == "cuda" and not torch.cuda.is_available():
-            raise ValueError("--device is cuda, but torch sees no CUDA GPU; use auto or cpu")
-        if not 0 < self.minutes <= 24 * 60:
-            raise ValueError(f"--minutes must be a positive number up to a day's 1440, got {self.minutes}")
-        if self.steps is not None and self.steps < 1:
-            raise ValueError(f"--steps must be a positive integer, got {self.steps}")
-        if not 0 <= self.seed < 2**32:
-            raise ValueError(f"--seed must be in [0, 2**32), got {self.seed}")
-        if self.out.exists() and not self.out.is_dir():
-            raise ValueError(f"--out must be a folder, got the file {self.out}")
-        if self.out.is_dir() and any(self.out.iterdir()) and not (self.out / RESULTS).is_file():
-            raise ValueError(
-                f"--out must be a new or empty folder, or one of an earlier demo; {self.out} holds other files"
-            )
 
 
 @dataclass(frozen=True)
@@ -82,33 +44,44 @@ class _Amounts:
 _QUICK = _Amounts(scored_windows=8, bytes_of_a_file=512, report_length=128, report_rows=1, questions=4, new_tokens=8)
 
 
-def run_demo(options: Options) -> dict[str, Any]:
-    """Run the demo and write into ``options.out``.
+def run_demo(out: Path, *, minutes: float, steps: int | None, seed: int, device: str, quick: bool) -> None:
+    """Run the demo and write ``model/``, what ``foxlm report`` and ``foxlm eval`` write, and ``demo.json``.
 
-    ``model/``, ``report.html`` and ``report.json`` of ``foxlm report``, ``eval/`` of ``foxlm eval``, ``held_out.jsonl``
-    that both read, and ``demo.json``.
-
-    Returns:
-        What ``demo.json`` holds.
+    Args:
+        out: folder for all of it: new, empty, or of an earlier demo.
+        minutes: training time.
+        steps: optimizer steps instead of a time.
+        seed: of weights, training windows, questions and sampling.
+        device: ``"auto"``, ``"cpu"`` or ``"cuda"``.
+        quick: a much smaller model, and little of everything: shows that all parts work, not what they reach.
 
     Raises:
         ImportError: lm-eval or matplotlib is missing.
-        ValueError: there is no text to train on.
+        ValueError: an argument cannot be, or there is no text to train on.
         RuntimeError: a part failed.
     """
-    require_lm_eval()
-    require_matplotlib()
+    if device not in ("auto", "cpu", "cuda"):
+        raise ValueError(f"--device must be auto, cpu or cuda, got {device!r}")
+    if device == "cuda" and not torch.cuda.is_available():
+        raise ValueError("--device is cuda, but torch sees no CUDA GPU; use auto or cpu")
+    if not 0 < minutes <= 24 * 60:
+        raise ValueError(f"--minutes must be a positive number up to a day's 1440, got {minutes}")
+    if steps is not None and steps < 1:
+        raise ValueError(f"--steps must be a positive integer, got {steps}")
+    if not 0 <= seed < 2**32:
+        raise ValueError(f"--seed must be in [0, 2**32), got {seed}")
+    require_folder(out)
+    if out.is_dir() and any(out.iterdir()) and not (out / RESULTS).is_file():
+        raise ValueError(f"--out must be a new or empty folder, or one of an earlier demo; {out} holds other files")
+    require("lm-eval")
+    require("matplotlib")
     began = time.monotonic()
     logging.set_verbosity_error()
     logging.disable_progress_bar()
-    device = options.device
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    recipe = QUICK_RECIPE if options.quick else GPU_RECIPE if device == "cuda" else Recipe()
-    amounts = _QUICK if options.quick else _Amounts()
-    steps = 12 if options.quick and options.steps is None else options.steps
-    out, folder = options.out, options.out / "model"
-    out.mkdir(parents=True, exist_ok=True)
+    device, folder = resolve_device(device), out / "model"
+    recipe = QUICK_RECIPE if quick else GPU_RECIPE if device == "cuda" else Recipe()
+    amounts = _QUICK if quick else _Amounts()
+    steps = 12 if quick and steps is None else steps
     # Marks the folder as the demo's own, also if this run is interrupted.
     write_json(out / RESULTS, {"complete": False})
 
@@ -121,18 +94,21 @@ def run_demo(options: Options) -> dict[str, Any]:
     held_out = windows(corpus.held_out, recipe.length, amounts.scored_windows)
     bigram = BigramModel(to_tokens(corpus.train)).bits_per_byte(held_out)
     _say(f"byte bigrams: {bigram:.3f} held-out bits per byte")
-    training = train(corpus, recipe, device, options.seed, minutes=options.minutes, steps=steps)
-    training.model.save_pretrained(folder)
+    trained, training = train(corpus, recipe, device, seed, minutes=minutes, steps=steps)
+    trained.save_pretrained(folder)
     byte_tokenizer().save_pretrained(folder)
 
     model = AutoModelForCausalLM.from_pretrained(folder).to(device).eval()
     fox = bits_per_byte(model, held_out, recipe.batch, lambda parts: tqdm(parts, desc="scoring", unit="batch"))
     _say(f"FoX, saved and loaded: {fox:.3f} held-out bits per byte")
-    samples = [_generate(model, folder, prompt, amounts.new_tokens, options.seed) for prompt in PROMPTS]
+    samples = [_generate(model, folder, prompt, amounts.new_tokens, seed) for prompt in PROMPTS]
     for prompt, sample in zip(PROMPTS, samples, strict=True):
         _say(f"--- it goes on with {prompt!r}:\n{prompt}{sample}\n---")
 
-    text = _write_text(out / "held_out.jsonl", corpus.held_out, amounts.bytes_of_a_file)
+    # The first bytes of each file, which both of the following read.
+    text = out / "held_out.jsonl"
+    texts = [file.data[: amounts.bytes_of_a_file].decode("utf-8", errors="ignore") for file in corpus.held_out]
+    write_whole(text, "".join(json.dumps({"text": one}) + "\n" for one in texts if one))
     report = run_report(
         ReportOptions(
             model=str(folder),
@@ -142,19 +118,19 @@ def run_demo(options: Options) -> dict[str, Any]:
             count=amounts.report_rows,
             join=True,
             device=device,
-            seed=options.seed,
+            seed=seed,
             overwrite=True,
         )
     )
     page = draw(report, out)
-    scores = _evaluate(folder, text, out / "eval", amounts.questions, device, options.seed)
+    scores = _evaluate(folder, text, out / "eval", amounts.questions, device, seed)
     results = {
         "complete": True,
-        "quick": options.quick,
+        "quick": quick,
         "seconds": time.monotonic() - began,
         "corpus": counts,
         "parameters": model.num_parameters(),
-        "training": training.facts,
+        "training": training,
         "held_out_bits_per_byte": {"fox": fox, "bigram": bigram},
         "samples": samples,
         "scores": scores,
@@ -163,7 +139,6 @@ def run_demo(options: Options) -> dict[str, Any]:
     write_json(out / RESULTS, results)
     _say(f"lm-eval: {100 * scores['foxlm_next_lines']['acc_mutual_info']:.1f}% of the right lines (chance 25%)")
     _say(f"done in {results['seconds']:.0f} s: {page}, {folder}")
-    return results
 
 
 def _generate(model: Any, folder: Path, prompt: str, new_tokens: int, seed: int) -> str:
@@ -172,13 +147,6 @@ def _generate(model: Any, folder: Path, prompt: str, new_tokens: int, seed: int)
     inputs = tokenizer(prompt, return_tensors="pt").to(model.device)
     tokens = model.generate(**inputs, max_new_tokens=new_tokens, do_sample=True, temperature=0.6, top_p=0.95, top_k=0)
     return tokenizer.decode(tokens[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
-
-
-def _write_text(path: Path, files: list[SourceFile], count: int) -> Path:
-    """The first ``count`` bytes of each file."""
-    texts = [file.data[:count].decode("utf-8", errors="ignore") for file in files]
-    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts if text), encoding="utf-8")
-    return path
 
 
 def _evaluate(folder: Path, text: Path, out: Path, questions: int, device: str, seed: int) -> dict[str, Any]:
@@ -190,10 +158,8 @@ def _evaluate(folder: Path, text: Path, out: Path, questions: int, device: str, 
         raise KeyboardInterrupt
     if outcome.failed:
         raise RuntimeError(f"lm-eval's tasks failed; see {out}")
-    scores: dict[str, Any] = {}
-    for row in outcome.rows:
-        scores.setdefault(row.task, {})[row.metric] = row.value
-    return scores
+    tasks = {row.task for row in outcome.rows}
+    return {task: {row.metric: row.value for row in outcome.rows if row.task == task} for task in sorted(tasks)}
 
 
 def _say(line: str) -> None:

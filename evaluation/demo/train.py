@@ -73,14 +73,12 @@ class RandomWindows(Dataset):
 
     Args:
         tokens: ``[N]`` the whole text.
-        length: tokens per window.
+        length: tokens per window, at most ``N``.
         count: number of windows.
         seed: of the places.
     """
 
     def __init__(self, tokens: np.ndarray, length: int, count: int, seed: int) -> None:
-        if len(tokens) < length:
-            raise ValueError(f"length must be at most the {len(tokens)} tokens of the text, got {length}")
         self.tokens, self.length = tokens, length
         self.starts = np.random.default_rng(seed).integers(0, len(tokens) - length + 1, size=count)
 
@@ -91,12 +89,6 @@ class RandomWindows(Dataset):
         start = self.starts[index]
         window = torch.from_numpy(self.tokens[start : start + self.length].astype(np.int64))
         return {"input_ids": window, "labels": window}
-
-
-def held_out_rows(held_out: np.ndarray) -> list[dict[str, Tensor]]:
-    """Held-out windows, ``[N, T]``, as examples in which separators are not scored."""
-    rows = torch.from_numpy(held_out)
-    return [{"input_ids": row, "labels": row.masked_fill(row >= SEPARATOR, IGNORED)} for row in rows]
 
 
 class TimeLimit(TrainerCallback):
@@ -112,14 +104,6 @@ class TimeLimit(TrainerCallback):
     def on_step_end(self, args, state, control, **kwargs):
         if time.monotonic() > self.deadline:
             self.hit = control.should_training_stop = True
-
-
-@dataclass(frozen=True)
-class Training:
-    """A trained model, in evaluation mode, and ``facts`` of its training for the report; losses in bits per byte."""
-
-    model: FoxForCausalLM
-    facts: dict[str, Any]
 
 
 def build_model(recipe: Recipe) -> FoxForCausalLM:
@@ -141,7 +125,9 @@ def build_model(recipe: Recipe) -> FoxForCausalLM:
     )
 
 
-def train(corpus: Corpus, recipe: Recipe, device: str, seed: int, *, minutes: float, steps: int | None) -> Training:
+def train(
+    corpus: Corpus, recipe: Recipe, device: str, seed: int, *, minutes: float, steps: int | None
+) -> tuple[FoxForCausalLM, dict[str, Any]]:
     """Train a new model.
 
     Args:
@@ -151,6 +137,9 @@ def train(corpus: Corpus, recipe: Recipe, device: str, seed: int, *, minutes: fl
         seed: of the weights and the training windows.
         minutes: time to fill; the pace is measured first. Not read where ``steps`` is given.
         steps: number of optimizer steps, for a run that can be repeated exactly.
+
+    Returns:
+        The model, in evaluation mode, and facts of its training, with losses in bits per byte.
     """
     set_seed(seed)
     model = build_model(recipe).to(device)
@@ -158,8 +147,8 @@ def train(corpus: Corpus, recipe: Recipe, device: str, seed: int, *, minutes: fl
     if steps is None:
         steps = _steps_within(60.0 * minutes, model, recipe)
     dataset = RandomWindows(to_tokens(corpus.train), recipe.length, steps * recipe.batch, seed)
-    held_out = held_out_rows(windows(corpus.held_out, recipe.length, recipe.evaluation_windows))
-    every = max(1, steps // recipe.evaluations)
+    rows = torch.from_numpy(windows(corpus.held_out, recipe.length, recipe.evaluation_windows))
+    held_out = [{"input_ids": row, "labels": row.masked_fill(row >= SEPARATOR, IGNORED)} for row in rows]
     arguments = TrainingArguments(
         # Nothing is saved by Trainer itself; it only insists on a folder.
         output_dir=tempfile.gettempdir(),
@@ -172,7 +161,7 @@ def train(corpus: Corpus, recipe: Recipe, device: str, seed: int, *, minutes: fl
         bf16=device == "cuda",
         use_cpu=device == "cpu",
         eval_strategy="steps",
-        eval_steps=every,
+        eval_steps=max(1, steps // recipe.evaluations),
         logging_steps=max(1, steps // 12),
         save_strategy="no",
         report_to="none",
@@ -180,13 +169,12 @@ def train(corpus: Corpus, recipe: Recipe, device: str, seed: int, *, minutes: fl
         seed=seed,
         dataloader_pin_memory=False,
     )
-    optimizer = MuonAndAdamW(model, recipe.muon_lr, recipe.adamw_lr, recipe.weight_decay)
     trainer = Trainer(
         model,
         arguments,
         train_dataset=dataset,
         eval_dataset=cast(Dataset, held_out),
-        optimizers=(optimizer, None),
+        optimizers=(MuonAndAdamW(model, recipe.muon_lr, recipe.adamw_lr, recipe.weight_decay), None),
         callbacks=[limit],
     )
     began = time.monotonic()
@@ -198,7 +186,7 @@ def train(corpus: Corpus, recipe: Recipe, device: str, seed: int, *, minutes: fl
     facts |= {"batch": recipe.batch, "length": recipe.length, "stopped_early": limit.hit}
     for name, key in (("train_bits_per_byte", "loss"), ("held_out_bits_per_byte", "eval_loss")):
         facts[name] = [(x["step"], x[key] / math.log(2)) for x in trainer.state.log_history if key in x]
-    return Training(model.eval(), facts)
+    return model.eval(), facts
 
 
 def _steps_within(seconds: float, model: FoxForCausalLM, recipe: Recipe) -> int:

@@ -1,7 +1,6 @@
 """lm-eval's messages: into a file, but for the few that a user must see."""
 
 import logging
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
@@ -55,18 +54,3 @@ def in_a_line(error: BaseException) -> str:
     if not isinstance(error, ValueError | OSError | ImportError) or not message:
         message = f"{type(error).__name__}: {message}".removesuffix(": ")
     return message if len(message) <= _REASON_LENGTH else f"{message[: _REASON_LENGTH - 3]}..."
-
-
-@contextmanager
-def one_process() -> Iterator[None]:
-    """lm-eval's bootstrap in this process: by itself it forks one that may hold a GPU."""
-    name = "DISABLE_MULTIPROC"
-    before = os.environ.get(name)
-    os.environ[name] = "1"
-    try:
-        yield
-    finally:
-        if before is None:
-            del os.environ[name]
-        else:
-            os.environ[name] = before

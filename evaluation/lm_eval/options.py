@@ -4,7 +4,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from ..loading import DTYPES, pruning_changes, resolve_device
-from .suites import RULER, SUITES
+from .suites import RULER, SUITES, Suite
 
 
 @dataclass(frozen=True)
@@ -51,7 +51,7 @@ class Options:
     overwrite: bool = False
 
     def checked(self) -> "Options":
-        """The same with the suite's defaults.
+        """The same with the tasks of the suite, and its defaults.
 
         Raises:
             ValueError: an option cannot be; the message names it.
@@ -77,11 +77,12 @@ class Options:
             raise ValueError(f"--dtype must be auto or one of {', '.join(DTYPES)}, got {self.dtype!r}")
         resolve_device(self.device)
         pruning_changes(self.eps, self.rule)
-        suite = SUITES.get(self.suite or "")
-        lengths = self.lengths or (suite.lengths if suite else (4096,))
-        tasks = (*(suite.tasks if suite else ()), *self.tasks)
+        suite = SUITES.get(self.suite or "", Suite(()))
+        lengths = self.lengths or suite.lengths
+        tasks = tuple(dict.fromkeys((*suite.tasks, *self.tasks)))
         if self.max_length is not None and self.max_length < max(lengths) and set(tasks) & set(RULER):
             raise ValueError(
                 f"--max-length must be at least {max(lengths)}, the longest of --lengths, got {self.max_length}"
             )
-        return replace(self, lengths=lengths)
+        shots = suite.shots if self.shots is None else self.shots
+        return replace(self, lengths=lengths, tasks=tasks, limit=self.limit or suite.limit, shots=shots)

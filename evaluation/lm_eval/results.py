@@ -8,7 +8,7 @@ from numbers import Real
 from pathlib import Path
 from typing import Any
 
-from ..results import parse_json, write_whole
+from ..results import parse_json, require_folder, write_whole
 from ..tables import table as markdown_table
 from .suites import Unit
 
@@ -46,8 +46,7 @@ def earlier_results(folder: Path, overwrite: bool) -> dict[str, dict[str, Any]]:
     Raises:
         ValueError: there is a file, or results that `foxlm eval` did not write.
     """
-    if folder.exists() and not folder.is_dir():
-        raise ValueError(f"--out must be a folder, got the file {folder}")
+    require_folder(folder)
     found: dict[str, dict[str, Any]] = {}
     for path in sorted(folder.glob("results_*.json")):
         try:
@@ -76,10 +75,9 @@ def check_same_settings(earlier: dict[str, dict[str, Any]], unit: Unit, settings
     """
     for name, content in earlier.items():
         before = content["foxlm"]["settings"]
-        keys = [*before, *(key for key in settings if key not in before)]
         differing = [
             f"{key} was {before.get(key)} and is {settings.get(key)}"
-            for key in keys
+            for key in before | settings
             if before.get(key) != settings.get(key) and (key not in OF_A_TASK or name == unit.file)
         ]
         if differing:
@@ -98,15 +96,8 @@ def rows_of(content: dict[str, Any]) -> list[Row]:
             if not comma or metric.endswith("_stderr") or not isinstance(value, Real):
                 continue
             stderr = values.get(f"{metric}_stderr,{kept}")
-            rows.append(
-                Row(
-                    task,
-                    metric if kept == "none" else f"{metric} ({kept})",
-                    float(value),
-                    float(stderr) if isinstance(stderr, Real) else None,
-                    samples,
-                )
-            )
+            name = metric if kept == "none" else f"{metric} ({kept})"
+            rows.append(Row(task, name, float(value), float(stderr) if isinstance(stderr, Real) else None, samples))
     return rows
 
 
@@ -147,15 +138,10 @@ def _plain(value: Any) -> Any:
 
 def table(rows: Sequence[Row]) -> str:
     """Rows as a table; tasks that failed come after it."""
-    cells = [
-        (
-            row.task,
-            row.metric,
-            f"{row.value:.4f}" + ("" if row.stderr is None else f" ± {row.stderr:.4f}"),
-            "" if row.n is None else str(row.n),
-        )
-        for row in rows
-        if row.failed is None
-    ]
+    cells = []
+    for row in rows:
+        if row.failed is None:
+            value = f"{row.value:.4f}" + ("" if row.stderr is None else f" ± {row.stderr:.4f}")
+            cells.append((row.task, row.metric, value, "" if row.n is None else str(row.n)))
     shown = [markdown_table(("task", "metric", "value", "n"), cells)] if cells else []
     return "\n".join([*shown, *(f"failed: {row.task}: {row.failed}" for row in rows if row.failed is not None)])

@@ -5,11 +5,9 @@ some of its tasks search forever, and others ask about nothing.
 """
 
 import math
-import random
 import statistics
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager, redirect_stderr
+from contextlib import redirect_stderr
 from importlib import import_module
 from typing import Any
 
@@ -24,22 +22,23 @@ _DRAWS = 5
 def check_length(task: str, length: int, tokenizer: PreTrainedTokenizerBase) -> None:
     """Raise `ValueError` if the shortest prompt of a task has more than ``length`` tokens, answer included.
 
+    It draws random numbers.
+
     Args:
         task: of `foxlm.evaluation.lm_eval.suites.RULER`.
         length: tokens wanted.
         tokenizer: of the model.
     """
-    with _own_random_state():
-        if task == "ruler_vt":
-            shortest = _shortest_variable_tracking(tokenizer)
-        elif task == "ruler_cwe":
-            shortest = _shortest_common_words(length, tokenizer)
-        elif task == "ruler_fwe":
-            from lm_eval.tasks.ruler import fwe_utils
+    if task == "ruler_vt":
+        shortest = _shortest_variable_tracking(tokenizer)
+    elif task == "ruler_cwe":
+        shortest = _shortest_common_words(length, tokenizer)
+    elif task == "ruler_fwe":
+        from lm_eval.tasks.ruler import fwe_utils
 
-            shortest = _count(tokenizer, fwe_utils.TEMPLATE.format(context="")) + 50
-        else:
-            return  # The others say so themselves.
+        shortest = _count(tokenizer, fwe_utils.TEMPLATE.format(context="")) + 50
+    else:
+        return  # The others say so themselves.
     if shortest > length:
         raise ValueError(f"{task} needs about {shortest} tokens at least with this tokenizer, got --lengths {length}")
 
@@ -67,16 +66,6 @@ def _shortest_common_words(length: int, tokenizer: PreTrainedTokenizerBase) -> i
 
 def _count(tokenizer: PreTrainedTokenizerBase, text: str) -> int:
     return len(tokenizer(text, verbose=False)["input_ids"])
-
-
-@contextmanager
-def _own_random_state() -> Iterator[None]:
-    """What is drawn inside changes nothing of what is drawn after."""
-    state = random.getstate()
-    try:
-        yield
-    finally:
-        random.setstate(state)
 
 
 def check_questions(task: str, length: int, questions: Any) -> None:

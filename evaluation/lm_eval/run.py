@@ -1,5 +1,6 @@
 """Evaluate a model on lm-eval's tasks, one at a time: what fails is named, what is done is kept."""
 
+import os
 import random
 import time
 import traceback
@@ -18,10 +19,10 @@ from foxlm.conversion.pretrained import read_config
 
 from ..loading import load_model, load_tokenizer, position_limit, pruning_used
 from ..provenance import provenance
-from ..requirements import require_lm_eval
+from ..requirements import require
 from ..text import texts
 from . import ruler
-from .logs import LOGGER, cut_prompts, in_a_line, logged_to, one_process
+from .logs import LOGGER, cut_prompts, in_a_line, logged_to
 from .model import as_lm_eval, check_tokenizer, fingerprint, own_max_length
 from .offline import go_offline_if_unreachable, short_timeouts
 from .options import Options
@@ -36,7 +37,7 @@ from .results import (
     write_json,
     write_samples,
 )
-from .suites import MADE_HERE, OWN_TEXT, SUITES, Unit, check_names, units_of
+from .suites import MADE_HERE, OWN_TEXT, Unit, check_names, units_of
 
 # Definitions of foxlm's own tasks.
 TASKS = Path(__file__).parent / "tasks"
@@ -75,7 +76,7 @@ def evaluate(options: Options, say: Callable[[str], None]) -> Outcome:
         OSError: the model cannot be read, or results not written.
     """
     options = options.checked()
-    require_lm_eval()
+    require("lm-eval")
     # Before lm-eval's index of tasks, which takes ten seconds.
     read_config(options.model)
     earlier = earlier_results(options.out, overwrite=False)
@@ -118,12 +119,8 @@ class _Run:
         from lm_eval.tasks import TaskManager
 
         self.options, self.say = options, say
-        suite = SUITES.get(options.suite or "")
         self.text = None if options.text is None else _checksum(options.text)
-        names = (*(suite.tasks if suite else ()), *options.tasks, *(OWN_TEXT if self.text else ()))
-        self.units = units_of(names, options.lengths or ())
-        self.limit = options.limit or (suite.limit if suite else None)
-        self.shots = options.shots if options.shots is not None or suite is None else suite.shots
+        self.units = units_of((*options.tasks, *(OWN_TEXT if self.text else ())), options.lengths or ())
         self.unreachable: dict[str, str] = {}
         # lm-eval hands this to what makes the data of RULER's tasks and of those of one's own text.
         self.metadata: dict[str, Any] = {"tokenizer": options.model, "text": str(options.text), "seed": options.seed}
@@ -165,8 +162,8 @@ class _Run:
             "seed": self.options.seed,
             "lm_eval": version("lm_eval"),
             "max_length": self.max_length(unit),
-            "limit": self.limit,
-            "shots": self.shots,
+            "limit": self.options.limit,
+            "shots": self.options.shots,
             "text": self.text if unit.task in OWN_TEXT else None,
         }
 
@@ -215,10 +212,11 @@ class _Run:
             max_length=self.max_length(unit),
             cache=self.options.cache,
         )
-        with one_process():
-            results = lm_evaluate(
-                lm=lm, task_dict=loaded, limit=self.limit, bootstrap_iters=_BOOTSTRAP, log_samples=True
-            )
+        # lm-eval's bootstrap in this process: by itself it forks one that may hold a GPU.
+        os.environ["DISABLE_MULTIPROC"] = "1"
+        results = lm_evaluate(
+            lm=lm, task_dict=loaded, limit=self.options.limit, bootstrap_iters=_BOOTSTRAP, log_samples=True
+        )
         if unit.length is not None:
             ruler.keep_real(results, unit.task, unit.length)
         # What lm-eval's own command line adds, and readers of its files look for.
@@ -228,7 +226,7 @@ class _Run:
                 "model_args": {"pretrained": self.options.model},
                 "batch_size": self.options.batch_size,
                 "device": str(self.model.device),
-                "limit": self.limit,
+                "limit": self.options.limit,
                 "bootstrap_iters": _BOOTSTRAP,
             },
             "date": time.time(),
@@ -240,13 +238,19 @@ class _Run:
         """The task with its data, drawn anew from the seed, so that it does not depend on what ran before."""
         if unit.task in self.unreachable:
             raise OSError(self.unreachable[unit.task])
-        seed = self.options.seed
+        seed, given = self.options.seed, self.options.shots
+        if unit.length is not None:
+            if self.positions is not None and unit.length > self.positions:
+                raise ValueError(
+                    f"the model has learned positions for {self.positions} tokens, got --lengths {unit.length}"
+                )
+            ruler.check_length(unit.task, unit.length, self.tokenizer)
+            ruler.prepare(unit.task, seed)
         random.seed(seed)
         np.random.seed(seed)
         torch.manual_seed(seed)
         self.metadata.pop("max_seq_lengths", None)
         if unit.length is not None:
-            self._check_length(unit.task, unit.length)
             self.metadata["max_seq_lengths"] = [unit.length]
         try:
             with short_timeouts():
@@ -258,18 +262,12 @@ class _Run:
         for task in loaded["tasks"].values():
             shots = task.get_config("num_fewshot")
             # As lm-eval's command line does it: 0 in a task's definition means that it has no examples to give.
-            if shots != 0 and (self.shots is not None or shots is None):
-                task.set_config(key="num_fewshot", value=self.shots or 0)
+            if shots != 0 and (given is not None or shots is None):
+                task.set_config(key="num_fewshot", value=given or 0)
             task.set_fewshot_seed(seed=seed)
             if unit.length is not None:
                 ruler.check_questions(unit.task, unit.length, task.eval_docs)
         return loaded
-
-    def _check_length(self, task: str, length: int) -> None:
-        if self.positions is not None and length > self.positions:
-            raise ValueError(f"the model has learned positions for {self.positions} tokens, got --lengths {length}")
-        ruler.check_length(task, length, self.tokenizer)
-        ruler.prepare(task, self.options.seed)
 
 
 def _checksum(path: Path) -> str:

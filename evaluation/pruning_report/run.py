@@ -23,7 +23,7 @@ from ..flops import forward_flops, shares_of_flops
 from ..loading import load_model, load_tokenizer, model_name
 from ..provenance import provenance
 from ..recording import AttentionInputs, record_attention
-from ..requirements import require_matplotlib
+from ..requirements import require
 from ..results import parse_json, reading, require_folder, write_whole
 from ..text import check_tokens, documents, rows
 from .measure import Findings, Plan, measure
@@ -246,7 +246,7 @@ def draw(report: dict[str, Any], out: Path) -> Path:
         ImportError: matplotlib is not installed.
         ValueError: the report is damaged.
     """
-    require_matplotlib()
+    require("matplotlib")
     from .page import render
 
     path = out / PAGE_NAME

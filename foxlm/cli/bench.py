@@ -14,7 +14,7 @@ from foxlm.cli.errors import PASS_THROUGH, CommandLine, deprecated
 
 if TYPE_CHECKING:
     from foxlm.evaluation.benchmark.models import Workload
-    from foxlm.evaluation.benchmark.results import Report
+    from foxlm.evaluation.benchmark.runner import Report
 
 app = CommandLine(
     # Each paragraph one line: the terminal wraps them.
@@ -100,7 +100,6 @@ def attention(
     _check(device, out, {"--rounds": [rounds]})
     _require_one_of("--dtype", dtype, list(DTYPES))
     implementations = chosen(only or [])
-    settings = measured.Settings(device, DTYPES[dtype], seed)
     shapes = [(Case.parse(one), implementations) for one in case or []]
     if model is None and text is None:
         if join or rows is not None or length is not None:
@@ -111,7 +110,7 @@ def attention(
             pruned = [one for one in implementations if one in OURS and one.rule is not None]
             shapes.append((measured.LONG_CASE, pruned))
         facts: dict[str, Any] = {}
-        cases = [partial(measured.synthetic, one, those, settings) for one, those in shapes]
+        cases = [partial(measured.synthetic, one, those, device, DTYPES[dtype], seed) for one, those in shapes]
     else:
         if shapes or long:
             raise ValueError("--case and --long are of synthetic inputs, got them with --model or --text")
@@ -119,8 +118,8 @@ def attention(
         _require_positive({"--rows": [count], "--length": [tokens]})
         workload = _workload(device, seed, model=model, text=text, join=join)
         typer.echo("reading the text", err=True)
-        recorded, inputs, facts = record_inputs(workload, count, tokens, settings.dtype)
-        cases = [partial(measured.variants, recorded, inputs, implementations, settings, {})]
+        recorded, inputs, facts = record_inputs(workload, count, tokens, DTYPES[dtype])
+        cases = [partial(measured.variants, recorded, inputs, implementations, seed)]
     with _report("attention", out, device, seed, commit, as_json, {"dtype": dtype, "rounds": rounds} | facts) as report:
         for variants in cases:
             run(variants(), report, rounds, device)
@@ -245,10 +244,9 @@ def train(
             report.new_row({"name": "all steps", "gpus": 1}).update(failure(error))
         release_memory(device)
         if gpus > 1:
-            from foxlm.evaluation.benchmark import train_multi_gpu as multi
+            from foxlm.evaluation.benchmark.train_multi_gpu import measure_on_rank
 
-            shared = multi.MultiRecipe(recipe, gpus, rounds, multi.fully_sharded)
-            _run_ranks(multi.measure_on_rank, gpus, device, shared, report, out)
+            _run_ranks(measure_on_rank, gpus, device, (recipe, rounds), report, out)
 
 
 @app.command()
@@ -394,12 +392,13 @@ def _report(
 
     Exits with 130 if it was interrupted, with 1 if a row of this library was not measured.
     """
-    from foxlm.evaluation.benchmark.inputs import EPS
-    from foxlm.evaluation.benchmark.results import Report, new_results, to_json
-    from foxlm.evaluation.benchmark.tables import render, show_on_stderr
+    from foxlm.evaluation.benchmark.models import EPS
+    from foxlm.evaluation.benchmark.results import new_results, to_json
+    from foxlm.evaluation.benchmark.runner import Report
+    from foxlm.evaluation.benchmark.tables import render
 
     results = new_results(kind, device, seed, commit, {"eps": EPS, **settings})
-    report = Report(results, out, show_on_stderr(kind))
+    report = Report(results, out)
     # SIGTERM as Ctrl-C: what was measured is kept and printed.
     before = signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:

@@ -24,6 +24,6 @@ def demo(
     ] = False,
 ) -> None:
     """Train a small FoX on Python's own sources, then evaluate it and report on it. No network needed."""
-    from foxlm.evaluation.demo.run import Options, run_demo
+    from foxlm.evaluation.demo.run import run_demo
 
-    run_demo(Options(out=out, minutes=minutes, steps=steps, seed=seed, device=device, quick=quick))
+    run_demo(out, minutes=minutes, steps=steps, seed=seed, device=device, quick=quick)

@@ -125,9 +125,9 @@ def lm_eval(context: typer.Context) -> None:
 
     Plain lm_eval loads a FoX folder only with trust_remote_code=True.
     """
-    from foxlm.evaluation.requirements import require_lm_eval
+    from foxlm.evaluation.requirements import require
 
-    require_lm_eval()
+    require("lm-eval")
     from lm_eval.__main__ import cli_evaluate
 
     # argparse names the program by argv[0].

@@ -22,7 +22,7 @@ def tokens(batch: int = 2, length: int = 40) -> torch.Tensor:
 def test_bigram_by_hand() -> None:
     # After a: b, b, c. After b: a. The separator starts the text with a.
     stream = np.array([SEPARATOR, 97, 98, 97, 98, 97, 99], dtype=np.uint16)
-    model = BigramModel(stream, k=1.0)
+    model = BigramModel(stream)
     assert model.bits[97, 98] == pytest.approx(-math.log2(3 / 259))
     assert model.bits[97, 99] == pytest.approx(-math.log2(2 / 259))
     assert model.bits[98, 97] == pytest.approx(-math.log2(3 / 258))
@@ -31,8 +31,6 @@ def test_bigram_by_hand() -> None:
     np.testing.assert_allclose((2.0**-model.bits).sum(1), 1.0)
     held_out = np.array([[97, 98, SEPARATOR, 97]])
     assert model.bits_per_byte(held_out) == pytest.approx((model.bits[97, 98] + model.bits[SEPARATOR, 97]) / 2)
-    with pytest.raises(ValueError, match="k must be positive, got 0"):
-        BigramModel(stream, k=0)
 
 
 def test_corpus_split_is_disjoint_and_depends_on_names_alone() -> None:

@@ -3,8 +3,7 @@
 from collections.abc import Iterable
 from typing import Any
 
-from foxlm.evaluation.benchmark.results import Report
-from foxlm.evaluation.benchmark.runner import Variant, run
+from foxlm.evaluation.benchmark.runner import Report, Variant, run
 
 
 def rows_of(variants: Iterable[Variant], rounds: int = 1) -> list[dict[str, Any]]:

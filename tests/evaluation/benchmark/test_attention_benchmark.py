@@ -14,18 +14,17 @@ from torch import Tensor
 from benchmark_rows import rows_of
 from foxlm import FoxForCausalLM, forgetting_attention
 from foxlm.evaluation.benchmark import attentions
-from foxlm.evaluation.benchmark.attention import Settings, synthetic, variants
+from foxlm.evaluation.benchmark.attention import synthetic, variants
 from foxlm.evaluation.benchmark.attentions import BASELINES, OURS, Implementation, chosen, defined_tiles
 from foxlm.evaluation.benchmark.correctness import Sample, attend_densely
-from foxlm.evaluation.benchmark.inputs import Case, Inputs, make_inputs, record_inputs, spread_decay_times
-from foxlm.evaluation.benchmark.models import Workload
+from foxlm.evaluation.benchmark.inputs import Case, Inputs, make_inputs, record_inputs
+from foxlm.evaluation.benchmark.models import Workload, spread_decay_times
 from foxlm.evaluation.gates import RULES
 from foxlm.evaluation.recording import AttentionInputs, record_attention
 from models import tiny_config
 from naive import naive_attention
 
 CASE = Case(2, 4, 16, 300)
-SETTINGS = Settings("cpu", torch.float32)
 
 
 def inputs_of(case: Case = CASE, dtype: torch.dtype = torch.float32) -> Inputs:
@@ -34,7 +33,7 @@ def inputs_of(case: Case = CASE, dtype: torch.dtype = torch.float32) -> Inputs:
 
 def measured(implementation: Implementation, inputs: Inputs | None = None) -> dict[str, Any]:
     inputs = inputs_of() if inputs is None else inputs
-    (row,) = rows_of(variants(CASE, inputs, [implementation], SETTINGS, {}, matmul=False))
+    _, row = rows_of(variants(CASE, inputs, [implementation]))
     return row
 
 
@@ -105,8 +104,8 @@ def test_attention_of_a_model_is_what_enters_it(variant: str, tmp_path: Path) ->
     if isinstance(layer.logit_bound, Tensor):
         bounds = [fox.model.layers[n // 2].self_attn.logit_bound(torch.float32).expand(4) for n in range(4)]
         torch.testing.assert_close(layer.logit_bound, torch.stack(bounds))
-    there = [one for one in (*OURS, *BASELINES) if one.missing("cpu") is None]
-    for row in rows_of(variants(case, inputs, there, SETTINGS, {}, matmul=False)):
+    there = [one for one in (*OURS, *BASELINES) if not one.needs_gpu]
+    for row in rows_of(variants(case, inputs, there)):
         assert row["status"] == "measured", row
 
 
@@ -258,11 +257,11 @@ def test_what_fails_is_recorded_and_the_others_go_on() -> None:
         raise RuntimeError("out of memory\nand a long story")
 
     broken = Implementation("broken", fails)
-    absent = Implementation("absent", fails, missing=lambda device: f"not on {device}")
-    matmul, *rows = rows_of(synthetic(CASE, [broken, absent, ours("tight")], SETTINGS))
+    absent = Implementation("absent", fails, needs_gpu=True)
+    matmul, *rows = rows_of(synthetic(CASE, [broken, absent, ours("tight")], "cpu", torch.float32))
     assert [one["status"] for one in rows] == ["failed", "missing", "measured", "measured"]
     assert rows[0]["reason"] == "RuntimeError: out of memory" and rows[0]["detail"].endswith("and a long story")
-    assert rows[1]["reason"] == "not on cpu"
+    assert rows[1]["reason"] == "needs a GPU"
     dense = CASE.flops(backward=False) / rows[2]["forward"]["ms"] / 1e9
     assert rows[2]["forward"]["dense_tflops"] == pytest.approx(dense)
     computed = dense * rows[2]["computed_tiles"]
@@ -281,11 +280,10 @@ def test_implementations_are_chosen_by_a_part_of_their_names() -> None:
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
 def test_all_that_is_installed_is_measured() -> None:
-    from foxlm.evaluation.benchmark.results import Report
-    from foxlm.evaluation.benchmark.runner import run
+    from foxlm.evaluation.benchmark.runner import Report, run
 
     report = Report({"rows": []}, None)
-    run(synthetic(Case(1, 4, 64, 1024), chosen([]), Settings("cuda")), report, 2, "cuda")
+    run(synthetic(Case(1, 4, 64, 1024), chosen([]), "cuda", torch.bfloat16), report, 2, "cuda")
     for one in report.results["rows"]:
         assert one["status"] in ("measured", "missing"), one
         assert one["status"] == "missing" or one["name"] == "matmul" or one["peak_bytes"] > 0

@@ -16,10 +16,10 @@ from foxlm.evaluation.benchmark.context_parallel import (
     fastest,
     measure_on_rank,
     relative_errors,
-    slowest,
 )
-from foxlm.evaluation.benchmark.inputs import EPS, Case
-from foxlm.evaluation.benchmark.ranks import RankError, run_ranks
+from foxlm.evaluation.benchmark.inputs import Case
+from foxlm.evaluation.benchmark.models import EPS
+from foxlm.evaluation.benchmark.ranks import RankError, run_ranks, slowest
 from foxlm.evaluation.benchmark.results import read
 
 CASES = (Case(1, 4, 16, 256), Case(1, 5, 8, 200))
@@ -81,7 +81,7 @@ def test_control_what_is_wrong_is_not_timed_and_what_fails_leaves_the_rest(tmp_p
         run_ranks(measure_on_rank, 2, "cpu", recipe, results, tmp_path / "results.json")
     rows = read(tmp_path / "results.json")["rows"]
     assert [one["status"] for one in rows] == [*["wrong"] * 2, *["measured"] * 2, *["missing"] * 2, "unfinished"]
-    assert "together" not in rows[0] and rows[0]["reason"].startswith("output is off by ")
+    assert "together" not in rows[0] and rows[0]["reason"].startswith("output of the worst head is off by ")
     assert rows[0]["errors_of_heads"]["out"] > 10 * rows[0]["limit"]
     assert "ZeroDivisionError" in rows[4]["reason"]
 

@@ -15,8 +15,7 @@ from foxlm import FoxForCausalLM
 from foxlm.evaluation.benchmark import generation
 from foxlm.evaluation.benchmark.attentions import with_names
 from foxlm.evaluation.benchmark.generation import DECODERS, PREFILLERS, Generator, Session, build_models, greedy_step
-from foxlm.evaluation.benchmark.inputs import EPS
-from foxlm.evaluation.benchmark.models import CPU_SIZES, Workload, computed_tiles, largest_error
+from foxlm.evaluation.benchmark.models import CPU_SIZES, EPS, Workload, computed_tiles, largest_error
 from foxlm.evaluation.gates import RULES, kept_from
 from foxlm.evaluation.recording import record_attention
 from foxlm.kernels.pruning.rules import share_skipped
@@ -179,8 +178,7 @@ def test_models_have_the_same_sizes() -> None:
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
 def test_decoding_is_compiled_and_replayed() -> None:
-    from foxlm.evaluation.benchmark.results import Report
-    from foxlm.evaluation.benchmark.runner import run
+    from foxlm.evaluation.benchmark.runner import Report, run
 
     workload = Workload("cuda", sizes=WORKLOAD.sizes)
     report = Report({"rows": []}, None)
