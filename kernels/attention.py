@@ -1,4 +1,4 @@
-"""The public function: forgetting attention over whole sequences, on whatever device the inputs are."""
+"""The public function: forgetting attention over whole sequences, on the device of the inputs."""
 
 import warnings
 from typing import Literal, overload
@@ -73,9 +73,9 @@ def forgetting_attention(
 
     ``O_i = sum_j P_ij v_j`` with ``P = softmax_j(scale * q_i . k_j + sum_{j < l <= i} log f_l)`` over ``j <= i``
     (Forgetting Transformer, arXiv 2503.02130). The queries are the last ``Tq`` of the ``Tk`` tokens.
-    Memory is linear in ``Tk``. On an NVIDIA GPU, for heads up to 256 and types up to float32, this runs on Triton
-    kernels, which are bitwise deterministic; elsewhere in PyTorch. Differentiable once, in reverse mode, in ``q``,
-    ``k``, ``v`` and ``log_f``. Forward mode, second derivatives and torch.func's transforms raise
+    Memory is linear in ``Tk``. On an NVIDIA GPU, for head dimensions up to 256 and float16, bfloat16 or float32, this
+    runs on Triton kernels, which are bitwise deterministic; elsewhere in PyTorch. Differentiable once, in reverse mode,
+    in ``q``, ``k``, ``v`` and ``log_f``. Forward mode, second derivatives and torch.func's transforms raise
     `NotImplementedError` (a model has all of them with ``attn_implementation="eager"``).
 
     Args:
@@ -97,8 +97,9 @@ def forgetting_attention(
             attention weight in total, in ``(0, 1)``; ``exp(-10)`` in its paper. None leaves out nothing.
         rule: how that is proven, ``"tight"`` or ``"paper"``: see `foxlm.kernels.pruning.rules`.
         logit_bound: ``U`` of the rule ``paper``, a bound of ``|scale * q . k|``, a number, ``[H]`` or ``[B, H]``,
-            finite and at least 0; found by default. If it is too small by ``x``, rows may lose up to ``exp(2 x) eps``.
-            On a GPU its values are not checked: where they are not as said, nothing is left out.
+            finite and at least 0; computed from q and k by default. If it is too small by ``x``, rows may lose up to
+            ``exp(2 x) eps``. Values on a GPU are not checked: where they are negative, NaN or infinite, nothing is
+            pruned.
         return_lse: also return the log-sum-exp of each row's logits.
         return_kv_start: also return the first key that each query keeps.
         return_first: the older name of ``return_kv_start``.
@@ -123,7 +124,7 @@ def forgetting_attention(
         return_kv_start = True
     check_inputs(q, k, v, log_f)
     check_options(scale=scale, dropout=dropout)
-    # A rule that is unknown is an error without pruning too.
+    # An unknown rule is refused even where eps is None.
     check_rule(0.5 if eps is None else eps, rule)
     if cu_seqlens is not None:
         check_packing(cu_seqlens, len(q), k.shape[1])

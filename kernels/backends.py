@@ -1,7 +1,7 @@
 """Where attention runs: in PyTorch, which is the definition, or on Triton kernels. `backend_of` chooses, once per call.
 
-Everything that depends on the device is a function of a `Backend`. The modules that implement them do not ask where
-they run, and those in PyTorch import no Triton, which has no build for macOS and Windows.
+Everything that depends on the device is a function of a `Backend`. The modules that implement them do not choose
+backends, and those in PyTorch import no Triton, which has no build for macOS and Windows.
 """
 
 from collections.abc import Callable
@@ -23,7 +23,7 @@ except ImportError:
 HAS_TRITON = triton is not None
 
 if HAS_TRITON:
-    from .portable.decode import decode_attention, decodes
+    from .portable.decode import can_decode, decode_attention
     from .portable.scan import sum_gates as triton_sum_gates
     from .pruning.search import search_kv_start as triton_search_kv_start
     from .triton_attention import backward_pass as triton_backward_pass
@@ -35,7 +35,7 @@ _TRITON_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
 
 class Backend(NamedTuple):
-    """One way to compute forgetting attention, of which functions with the same name take and return the same.
+    """The functions of one backend; a function has the same signature and contract in every backend.
 
     Attributes:
         sum_gates: running sums of log gates, and the resets among them: `decay.sum_gates`.
@@ -43,9 +43,9 @@ class Backend(NamedTuple):
         attention: attention over a `Decay`, with autograd: `reference.reference_attention`.
         forward, backward: its two passes, for a caller that takes care of gradients: `reference.forward_pass` and
             `reference.backward_pass`.
-        decodes: whether `decode` takes ``[B, Tq, H, D]`` queries and keys of ``G`` heads, by their shapes.
-        decode: attention of few queries over a cache, without gradients: `portable.decode.decode_attention`; None where
-            `attention` is what there is for any number of queries.
+        can_decode: whether `decode` supports the shapes: queries ``[B, Tq, H, D]`` and ``G`` key/value heads.
+        decode: attention of few queries over a cache, without gradients: `portable.decode.decode_attention`; None if
+            the backend has no decode kernel and `attention` is used instead.
     """
 
     sum_gates: Callable[..., tuple[Tensor, Tensor]]
@@ -53,7 +53,7 @@ class Backend(NamedTuple):
     attention: Callable[..., tuple[Tensor, Tensor]]
     forward: Callable[..., tuple[Tensor, Tensor]]
     backward: Callable[..., tuple[Tensor, Tensor, Tensor, Tensor, Tensor]]
-    decodes: Callable[[Tensor, int], bool]
+    can_decode: Callable[[Tensor, int], bool]
     decode: Callable[..., tuple[Tensor, Tensor]] | None
 
 
@@ -63,9 +63,10 @@ PYTORCH = Backend(
     attention=reference_attention,
     forward=forward_pass,
     backward=backward_pass,
-    decodes=lambda q, kv_heads: False,
+    can_decode=lambda q, kv_heads: False,
     decode=None,
 )
+# Without Triton `backend_of` never returns it.
 TRITON = PYTORCH
 if HAS_TRITON:
     TRITON = Backend(
@@ -74,13 +75,13 @@ if HAS_TRITON:
         attention=triton_attention,
         forward=triton_forward_pass,
         backward=triton_backward_pass,
-        decodes=decodes,
+        can_decode=can_decode,
         decode=decode_attention,
     )
 
 
 def backend_of(q: Tensor) -> Backend:
-    """The backend for queries ``q``, ``[..., D]``, or keys like them.
+    """The backend for queries ``q``, ``[..., D]``, or for keys of the same dtype, device and head dimension.
 
     `TRITON` for heads of up to 256 in float16, bfloat16 or float32, on an NVIDIA GPU of compute capability 8.0 or more
     or anywhere in Triton's interpreter, where Triton is installed; else `PYTORCH`.

@@ -2,8 +2,8 @@
 
 transformers loads a model's code from files of one folder that import each other by ``from .module import name``. The
 modules that `modeling_fox` needs, found by their relative imports, are joined by folder: those of ``kernels/hopper``
-are sections of one file, ``kernels_hopper.py``. Imports between sections of a file are dropped, those between files
-rewritten, and those under ``if TYPE_CHECKING`` left out, with what only they need.
+are sections of one file, ``kernels_hopper_triton.py``. Imports between sections of a file are dropped, those between
+files rewritten, and those under ``if TYPE_CHECKING`` left out, with what only they need.
 
 Modules share a file if nothing changes by it: a file holds its modules in an order in which each finds what it imports,
 no module that needs Triton is imported with one that does not, and no two define the same name (see `clashes`). What

@@ -177,7 +177,7 @@ class FoxModel(FoxPreTrainedModel):
         heads, kv_heads, head_dim = self.config.heads
         q = self.norm.weight[:1].expand(*tokens, heads, head_dim)
         runs_fox = cache.is_initialized and self.config._attn_implementation == DEFAULT_IMPLEMENTATION
-        return runs_fox and backend_of(q).decodes(q, kv_heads)
+        return runs_fox and backend_of(q).can_decode(q, kv_heads)
 
     def _shards(self, context: "ContextParallel", length: int, cache: Cache | None) -> "ShardedSequence":
         if cache is not None:

@@ -1,7 +1,7 @@
 """How every benchmark measures: each variant is checked before it is timed, and each row shown and kept at once.
 
 All variants are timed in a first pass, right after their checks, and once more in a second one, so that drifting clocks
-show as a spread. What interrupts a run leaves the rows that were measured before.
+show as a spread. An interrupted run keeps the rows measured so far.
 """
 
 import sys

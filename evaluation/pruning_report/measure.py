@@ -11,7 +11,7 @@ from torch import Tensor
 
 from foxlm.kernels.decay import accumulate
 from foxlm.kernels.pruning.key_stats import empty_summary, extend_summary
-from foxlm.kernels.pruning.rules import Rule, bounds_to_come, first_dead_block, share_skipped
+from foxlm.kernels.pruning.rules import Rule, future_query_bounds, first_needed_block, share_skipped
 from foxlm.modeling.cache.paged import PAGE, LogitBounds, PagedForgettingLayer
 
 from ..gates import RULES, first_read, kept_from, share_of_tiles_skipped
@@ -197,9 +197,9 @@ def held_pages(
         token = length - 1 - PagedForgettingLayer.rollback_window
         if bounds is not None and token >= PAGE:
             norm, logit = (x.to(c.device) for x in bounds)
-            to_come = bounds_to_come((norm, logit), layer.q.shape[2], k.shape[-1])
+            to_come = future_query_bounds((norm, logit), layer.q.shape[2], k.shape[-1])
             then = c[..., token]
-            dead = first_dead_block(then, summary, to_come, token // PAGE, eps=eps, rule=rule, keys=room)[0].cpu()
+            dead = first_needed_block(then, summary, to_come, token // PAGE, eps=eps, rule=rule, keys=room)[0].cpu()
         pages.append(-(-length // PAGE) - dead)
     return torch.stack(pages)
 

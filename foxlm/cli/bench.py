@@ -54,11 +54,9 @@ Rounds = Annotated[int, typer.Option(help="Timed calls in each of two passes.")]
 Only = Annotated[
     list[str] | None, typer.Option(metavar="NAME", help="Part of a name in the table; may be repeated; all by default.")
 ]
-Device = Annotated[str, typer.Option(help="cuda, or cpu to see that all parts work: tiny sizes, figures of no use.")]
-Seed = Annotated[int, typer.Option(help="Of all that is drawn at random.")]
-Commit = Annotated[
-    str | None, typer.Option(help="The commit that is measured, where foxlm lies in no checkout that could tell.")
-]
+Device = Annotated[str, typer.Option(help="cuda, or cpu for a smoke test on tiny sizes, whose timings mean nothing.")]
+Seed = Annotated[int, typer.Option(help="Random seed.")]
+Commit = Annotated[str | None, typer.Option(help="The commit to record where foxlm does not run from a git checkout.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print the results as JSON instead of a table.")]
 # Of options that were removed in this release.
 Removed = Annotated[str | None, typer.Option(hidden=True)]
@@ -103,7 +101,7 @@ def attention(
     shapes = [(Case.parse(one), implementations) for one in case or []]
     if model is None and text is None:
         if join or rows is not None or length is not None:
-            raise ValueError("--length, --rows and --join are of --model and --text, got them without")
+            raise ValueError("--length, --rows and --join require --model and --text, got them without")
         of_device = [measured.CPU_CASE] if device == "cpu" else measured.CASES
         shapes = shapes or [(one, implementations) for one in of_device]
         if long:
@@ -137,7 +135,7 @@ def context(
         ),
     ] = None,
     rule: Annotated[
-        str, typer.Option(help="Of pruning, by which keys need not be fetched: tight or paper; none moves all.")
+        str, typer.Option(help="Pruning rule by which keys need not be sent: tight, paper, or none (all are sent).")
     ] = "tight",
     split: Annotated[
         str,

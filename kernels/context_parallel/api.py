@@ -56,7 +56,7 @@ def context_parallel_attention(
             f"q, k and v must have this rank's {tokens} of {length} tokens, got {q.shape[1]} and {k.shape[1]}"
         )
     check_options(scale=scale, dropout=dropout)
-    # A rule that is unknown is an error without pruning too.
+    # An unknown rule is refused even where eps is None.
     check_rule(0.5 if eps is None else eps, rule)
     starts = real = None
     if cu_seqlens is not None:

@@ -51,7 +51,7 @@ def forward_producer(
     work_count = 0
     i_work = gl.atomic_add(work.WORK_COUNTER, 1, sem="relaxed", scope="gpu")
     while i_work < total:
-        # Drawn one work tile ahead, so that no role waits for the counter.
+        # The next index is prefetched, which hides the latency of the atomic.
         next_work = gl.atomic_add(work.WORK_COUNTER, 1, sem="relaxed", scope="gpu")
         group = i_work // (sizes.NM * HEAD_SWIZZLE) * HEAD_SWIZZLE
         heads = gl.minimum(sizes.HEADS - group, HEAD_SWIZZLE)

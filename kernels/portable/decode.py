@@ -20,7 +20,7 @@ from .decode_search import DecodeInputs, DecodePruning, search_blocks
 LARGEST_ROWS, LARGEST_QUERIES = 64, 16
 
 
-def decodes(q: Tensor, kv_heads: int) -> bool:
+def can_decode(q: Tensor, kv_heads: int) -> bool:
     """Whether `decode_attention` takes queries ``q`` ``[B, Tq, H, D]`` over keys of ``kv_heads``: few enough."""
     queries, heads = q.shape[1:3]
     return queries <= LARGEST_QUERIES and queries * (heads // kv_heads) <= LARGEST_ROWS
@@ -43,8 +43,8 @@ def decode_attention(
 ) -> tuple[Tensor, Tensor]:
     """Attention of few queries over ``decay``, without gradients, by GPU kernels that read each block kept once.
 
-    As `reference_attention`, for what `decodes` accepts. The cache is either dense, and may be longer than the sequence
-    (keys after the last query's are not read), or paged: 64 tokens of a key/value head to a page.
+    As `reference_attention`, for what `can_decode` accepts. The cache is either dense, and may be longer than the
+    sequence (keys after the last query's are not read), or paged: 64 tokens of a key/value head to a page.
 
     Args:
         q: ``[B, Tq, H, D]`` queries; float16, bfloat16 or float32.

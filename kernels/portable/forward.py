@@ -40,7 +40,7 @@ def _key_decay_kernel(C_K, RELATIVE, BASE, ck_b, ck_h, HF, TK, NB):
     o_n = i_base * BASE_BLOCK + tl.arange(0, BASE_BLOCK)
     p_ck = C_K + (i_bg // HF).to(tl.int64) * ck_b + (i_bg % HF).to(tl.int64) * ck_h
     c = tl.load(p_ck + o_n, mask=o_n < TK, other=INF) * LOG2_E
-    # Sums only fall, so the least is that of the last key that is not hidden.
+    # c never increases, so the minimum over the block is at its last visible key.
     base = tl.min(c, 0)
     base = tl.where(base == INF, 0.0, base)
     tl.store(RELATIVE + i_bg.to(tl.int64) * TK + o_n, (c - base).to(tl.float32), mask=o_n < TK)
@@ -152,7 +152,7 @@ def _forward_kernel(
         m_s = (o_n[None, :] <= last[:, None]) & (o_n[None, :] >= kv_start[:, None])
         b_s = tl.where(m_s, b_s, -INF)
         new_maximum = tl.maximum(maximum, tl.max(b_s, 1))
-        # A row without a visible key so far: any finite shift leaves its weights at zero.
+        # A row without a visible key so far has maximum -inf: 0 as the shift avoids NaN.
         shift = tl.where(new_maximum == -INF, 0.0, new_maximum)
         b_p = tl.exp2(b_s - shift[:, None])
         rescale = tl.exp2(maximum - shift)

@@ -18,9 +18,10 @@ definition (`may_drop`), and once in Triton (`predicates.may_drop`), for all ker
 analysis; `prune` is what attention runs, on a GPU by the kernels of `search`.
 
 **In floating point** the guarantee is about the exact attention weights of ``q``, ``k``, ``log_f`` as they are given:
-attention rounds with pruning as it does without. Every number that a rule reads is rounded to the safe side, by what
-it, and all that is still done with it, may be off (`rounding`). ``u``, half of ``finfo.eps``, is 2^-24 for inputs up
-to float32, in which kernels compute (PyTorch, and sums of gates everywhere, are float64), and 2^-53 for float64.
+attention rounds with pruning as it does without. Every value that a rule reads is rounded towards keeping keys, by
+a bound of its own rounding error and that of every later operation on it (`rounding`). ``u``, half of ``finfo.eps``, is
+2^-24 for inputs up to float32, in which kernels compute (PyTorch, and sums of gates everywhere, are float64), and 2^-53
+for float64.
 
 * Inputs in half precision are exact in float32. A dot product of ``D`` terms, in any order, is off by at most
   ``D u |q| |k|``, a length by ``(D / 2 + 2) u`` of itself (by as much again if squares underflow, since lengths count
@@ -58,7 +59,9 @@ Rule = Literal["paper", "tight"]
 
 
 class PruningRule(str, Enum):
-    """How it is proven that a query may drop keys. A rule is its entry here and a branch in each `may_drop`."""
+    """How it is proven that a query may drop keys. To add a rule, add a member here and a branch in both `may_drop`
+    functions.
+    """
 
     TIGHT = "tight"
     PAPER = "paper"
@@ -196,7 +199,8 @@ def prune(
 
     Args:
         decay: of ``Tq`` queries over ``Tk`` keys; with resets, packing and padding.
-        q, k, eps, rule, logit_bound: as for `first_kept`; q and k finite, also where they are padding; k may be wider.
+        q, k, eps, rule, logit_bound: as for `first_kept`; q and k finite, also where they are padding; k may have a
+            wider dtype than q (see `centered`).
         scale: multiplies the logits.
         search: that of the `Backend`.
 
@@ -219,8 +223,8 @@ def centered(k: Tensor) -> Tensor:
 
     Subtracting one vector from all keys of a head shifts all logits of a row alike, which changes no attention weight.
     So the rules may be given these keys in place of ``k``. Without QK-norm keys have a large part in common, and the
-    bound ``scale |q| max |k|`` pays for it: in SmolLM2 40 nats, 27 of the centered keys. Of the first 64 because they
-    are there before anything can be dropped.
+    bound ``scale |q| max |k|`` is loosened by it: in SmolLM2 it is 40 nats, and 27 nats with centered keys. Of the
+    first 64 because they are there before anything can be dropped.
     """
     k = k.to(torch.promote_types(k.dtype, torch.float32))
     return k - k[:, :PRUNED_KEYS].mean(1, keepdim=True)
@@ -258,12 +262,12 @@ def query_bounds(q: Tensor, diagonal_key: Tensor, scale: float) -> tuple[Tensor,
 
 
 def margin_dtype(k: Tensor) -> torch.dtype:
-    """Whose rounding counts for keys ``k``."""
+    """The dtype whose rounding error sets the margins for keys ``k``."""
     return torch.promote_types(k.dtype, torch.float32)
 
 
 def raised(c: Tensor, keys: int) -> Tensor:
-    """``c`` of `QueryBounds` from running sums over at most so many keys."""
+    """Upper bound of running sums over at most ``keys`` keys, with the margin for rounding: ``c`` of `QueryBounds`."""
     margin = decay_margin(keys)
     return c * (1.0 - margin) + 32.0 * margin
 
@@ -305,8 +309,9 @@ def most_droppable(rule: PruningRule, query: QueryBounds, keys: KeySummary, most
     return low
 
 
-def bounds_to_come(bounds: tuple[Tensor, Tensor], heads: int, head_dim: int) -> tuple[Tensor, Tensor]:
-    """``norm`` and ``diagonal`` of `QueryBounds`, ``[H, 1]`` float64, of queries of which only bounds are known.
+def future_query_bounds(bounds: tuple[Tensor, Tensor], heads: int, head_dim: int) -> tuple[Tensor, Tensor]:
+    """``norm`` and ``diagonal`` of `QueryBounds`, ``[H, 1]`` float64, of future queries, of which only upper bounds are
+    known.
 
     Args:
         bounds: ``scale |q|`` and ``-scale q . k`` with its diagonal key of any such query are at most these, ``[H]`` or
@@ -321,7 +326,7 @@ def bounds_to_come(bounds: tuple[Tensor, Tensor], heads: int, head_dim: int) -> 
     return norm, -logit_bound
 
 
-def first_dead_block(
+def first_needed_block(
     c: Tensor,
     summary: KeySummary,
     bounds: tuple[Tensor, Tensor],
@@ -339,7 +344,7 @@ def first_dead_block(
     Args:
         c: ``[B, Hf]`` float64 running sum at some token.
         summary: of the keys.
-        bounds: of any query from that token on, as `bounds_to_come` gives them.
+        bounds: of any query from that token on, as `future_query_bounds` gives them.
         blocks: how many blocks lie wholly before that token.
         eps: as for `first_kept`.
         rule: as for `first_kept`.
@@ -391,7 +396,7 @@ def _kept(
     c_q, c_k = (_per_query_head(x, heads) for x in (decay.query, decay.key))
     norm, diagonal = query_bounds(q, k.index_select(1, decay.last), scale)
     k_norm = _per_query_head(k.double().norm(dim=-1).transpose(1, 2), heads).masked_fill(torch.isposinf(c_k), 0.0)
-    # A hidden key goes with the last one before it that is not.
+    # A hidden key (c = +inf) takes the running sum of the last visible key before it.
     keys = KeySummary(c_k.cummin(-1).values, torch.logcumsumexp(-c_k, dim=-1), k_norm.cummax(-1).values)
     bound = None
     if rule.reads_bound:

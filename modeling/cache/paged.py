@@ -21,7 +21,7 @@ from transformers.utils.import_utils import is_torchdynamo_compiling
 
 from ...kernels.decay import Decay, accumulate
 from ...kernels.pruning.key_stats import KeySummary, Running, empty_summary, extend_summary, running_before
-from ...kernels.pruning.rules import Rule, bounds_to_come, first_dead_block
+from ...kernels.pruning.rules import Rule, first_needed_block, future_query_bounds
 from ..token_layout import TokenLayout, refuse_overflow
 from ..versions import CACHE
 from .page_pool import PAGE, PagePool, fixed_address
@@ -89,7 +89,7 @@ class PagedForgettingLayer(PagePool, CacheLayerMixin):
     def take_bounds(self, bounds: LogitBounds | None) -> None:
         """As `FoxPagedCache.take_bounds`, of this layer."""
         if self._evicted_for > 0:
-            # What is evictable for some bounds is so for smaller ones.
+            # Pages that are evictable under some bounds are so under smaller ones.
             old, new = (None if x is None else torch.cat(x).cpu() for x in (self.bounds, bounds))
             if old is None or new is None or new.shape != old.shape or (new > old).any():
                 raise ValueError(
@@ -232,8 +232,8 @@ class PagedForgettingLayer(PagePool, CacheLayerMixin):
         if self._bounds_to_come is None:
             query, logit = (x.to(c_then.device) for x in self.bounds)
             heads = self.group * self.pages.shape[1]
-            self._bounds_to_come = bounds_to_come((query, logit), heads, self.keys.shape[-1])
-        start = first_dead_block(
+            self._bounds_to_come = future_query_bounds((query, logit), heads, self.keys.shape[-1])
+        start = first_needed_block(
             c_then,
             self.summary,
             self._bounds_to_come,
@@ -332,7 +332,8 @@ class FoxPagedCache(Cache):
     ``acp_eps=None`` nothing is evicted. The last 32 tokens can be cropped; cropping more raises.
 
     In a loop of your own with a compiled step, call `reserve` before each step, outside of what is compiled;
-    `generate` and the model itself do where they are not compiled. A step without room gives NaN.
+    `generate` and the model itself do where they are not compiled. A compiled step for which `reserve` made no room
+    returns NaN.
 
     Args:
         config: of the model.

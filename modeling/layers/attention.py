@@ -72,7 +72,7 @@ class FoxAttention(FusableProjections):
         self.scaling = self.head_dim**-0.5
         self.attention_dropout = config.attention_dropout
         self.is_causal = True
-        # For a layer without its model, which otherwise computes the angles once for all layers.
+        # For a standalone layer; a model computes the angles once for all of its layers.
         if self.use_rope:
             self.rotary_emb = FoxRotaryEmbedding(config)
 
@@ -137,7 +137,7 @@ class FoxAttention(FusableProjections):
         cache = one_cache(cache, past_key_values)
         if layout is None:
             self.check_hidden_states(hidden_states)
-            self._check_alone(hidden_states, cache)
+            self._check_standalone(hidden_states, cache)
             layout = token_layout(
                 (hidden_states.shape[0], hidden_states.shape[1]),
                 hidden_states.device,
@@ -152,7 +152,7 @@ class FoxAttention(FusableProjections):
                 hidden_states, layout.positions[None] if position_ids is None else position_ids
             )
         cache_layer = None if cache is None else layer_of(cache, self.layer_idx)
-        # The first tokens have no keys to search, and no pages yet.
+        # On the first call the cache is empty: nothing to search, and no page is allocated.
         has_past = cache_layer is not None and cache_layer.is_initialized
         fused = self.project(hidden_states)
         q, k, v = self._queries_keys_values(hidden_states, fused, layout, cache_layer, position_embeddings)
@@ -165,7 +165,7 @@ class FoxAttention(FusableProjections):
         from ..attention_backends import ALL_ATTENTION_FUNCTIONS, eager_attention_forward
 
         backend, view = backend_of(q), None
-        few = has_past and self._few_queries(q, k, backend)
+        few = has_past and self._can_use_decode_kernels(q, k, backend)
         q, k, v = (x.transpose(1, 2) for x in (q, k, v))
         if layout.shards is not None:
             c, kv_start = layout.shards.accumulate(log_f, layout.starts, backend)
@@ -238,19 +238,19 @@ class FoxAttention(FusableProjections):
                 f"hidden_states must be [B, T, {size}] with at least one token, got shape {list(hidden_states.shape)}"
             )
 
-    def _check_alone(self, hidden_states: Tensor, cache: Cache | None) -> None:
-        """Raise a `ValueError` unless a layer without its model can take these."""
+    def _check_standalone(self, hidden_states: Tensor, cache: Cache | None) -> None:
+        """Raise a `ValueError` unless a standalone layer can take these."""
         if cache is not None:
             check_cache(cache, self.config, len(hidden_states), self.layer_idx + 1)
             if isinstance(cache, FoxPagedCache):
                 raise ValueError(
-                    f"{CACHE} must be a DynamicCache or a StaticCache for a layer without its model: "
+                    f"{CACHE} must be a DynamicCache or a StaticCache for a standalone layer: "
                     "the pages of a FoxPagedCache are those of all layers"
                 )
 
     @property
     def implementation(self) -> str:
-        """The attention implementation; the configuration of a layer without its model may name none."""
+        """The attention implementation; the configuration of a standalone layer may name none."""
         return self.config._attn_implementation or DEFAULT_IMPLEMENTATION
 
     @property
@@ -291,13 +291,13 @@ class FoxAttention(FusableProjections):
         rope_type = (self.config.rope_parameters or {}).get("rope_type")
         return self.use_rope and rope_type in ("yarn", "longrope")
 
-    def _few_queries(self, q: Tensor, k: Tensor, backend: "Backend") -> bool:
+    def _can_use_decode_kernels(self, q: Tensor, k: Tensor, backend: "Backend") -> bool:
         """Whether the decode kernels take these queries and new keys, ``[B, Tq, H, D]`` and ``[B, T, G, D]``."""
         differentiable = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad)
         dropout = self.training and self.attention_dropout > 0.0
         if self.implementation != DEFAULT_IMPLEMENTATION or differentiable or dropout:
             return False
-        return backend.decodes(q, k.shape[2])
+        return backend.can_decode(q, k.shape[2])
 
 
 def _without_padding(decay: Decay, view: CacheView | None, layout: TokenLayout) -> tuple[Decay, Tensor | None]:
@@ -309,6 +309,6 @@ def _without_padding(decay: Decay, view: CacheView | None, layout: TokenLayout) 
         return skip_padding(decay, real), real
     if layout.shards is not None:
         return layout.shards.hide_padding(decay, real), real
-    # The mask may have the length of a static cache, where the keys are those so far.
+    # The mask may be as long as a static cache: cut it to the keys so far.
     real = real[:, : decay.key.shape[-1]]
     return hide_padding(decay, real), real

@@ -353,12 +353,12 @@ def test_what_it_takes():
     def q(queries: int, heads: int, head_dim: int, dtype: torch.dtype = torch.float16) -> Tensor:
         return torch.empty(1, queries, heads, head_dim, dtype=dtype, device=DEVICE)
 
-    def decodes(q: Tensor) -> bool:
-        return backend_of(q).decodes(q, 2)
+    def can_decode(q: Tensor) -> bool:
+        return backend_of(q).can_decode(q, 2)
 
-    assert decodes(q(1, 2, 64)) and decodes(q(16, 8, 256, torch.float32))
+    assert can_decode(q(1, 2, 64)) and can_decode(q(16, 8, 256, torch.float32))
     for taken in (q(17, 2, 64), q(16, 10, 64), q(1, 2, 257), q(1, 2, 64, torch.float64)):
-        assert not decodes(taken)
+        assert not can_decode(taken)
 
 
 def test_errors():

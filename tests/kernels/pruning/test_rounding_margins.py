@@ -15,7 +15,7 @@ from foxlm.kernels.backends import HAS_TRITON, backend_of
 from foxlm.kernels.decay import Decay
 from foxlm.kernels.pruning.key_stats import KeySummary, empty_summary, extend_summary
 from foxlm.kernels.pruning.rounding import logit_margin
-from foxlm.kernels.pruning.rules import Rule, bounds_to_come, first_dead_block, first_kept, prune
+from foxlm.kernels.pruning.rules import Rule, first_kept, first_needed_block, future_query_bounds, prune
 from kernel_device import DEVICES, INTERPRETED
 from one_rank import Alone
 from thresholds import BLOCK, SCALE, Threshold, on_threshold
@@ -94,9 +94,9 @@ def by_paging(case: Threshold, rule: Rule, device: str) -> Tensor:
     q, k, decay = moved(case, device)
     summary, last = summary_of(k, decay.key), k.shape[1] - 1
     bounds = [x.to(device) for x in (SCALE * case.q[0, 0].double().norm(dim=-1), bound_of_all(case))]
-    to_come = bounds_to_come((bounds[0], bounds[1]), q.shape[2], HEAD_DIM)
+    to_come = future_query_bounds((bounds[0], bounds[1]), q.shape[2], HEAD_DIM)
     options: Any = {"eps": EPS, "rule": rule, "keys": last + 1}
-    dead = first_dead_block(decay.key[..., -1], summary, to_come, last // BLOCK, **options)
+    dead = first_needed_block(decay.key[..., -1], summary, to_come, last // BLOCK, **options)
     first = (BLOCK * dead[0].cpu()).long().repeat_interleave(q.shape[2] // k.shape[2])
     return torch.maximum(first, case.decay.kv_start[0, :, 0])
 
