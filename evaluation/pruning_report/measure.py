@@ -11,7 +11,7 @@ from torch import Tensor
 
 from foxlm.kernels.decay import accumulate
 from foxlm.kernels.pruning.key_stats import empty_summary, extend_summary
-from foxlm.kernels.pruning.rules import Rule, future_query_bounds, first_needed_block, share_skipped
+from foxlm.kernels.pruning.rules import Rule, first_needed_block, future_query_bounds, share_skipped
 from foxlm.modeling.cache.paged import PAGE, LogitBounds, PagedForgettingLayer
 
 from ..gates import RULES, first_read, kept_from, share_of_tiles_skipped
