@@ -188,7 +188,7 @@ def test_training_on_two_ranks_is_measured(tmp_path: Path) -> None:
         (["attention", "--dtype", "int8"], "--dtype must be one of bfloat16, float16, float32, got"),
         (["attention", "--case", "1x2"], "--case must be four positive integers BxHxDxT such as"),
         (["attention", "--out", "/"], "--out must be a file, got the folder /"),
-        (["attention", "--rows", "2"], "--length, --rows and --join are of --model and --text"),
+        (["attention", "--rows", "2"], "--length, --rows and --join require --model and --text"),
         (["train", "--tokens", "-1"], "--tokens must be a positive integer, got -1"),
         (["train", "--layers", "0"], "--layers must be a positive integer, got 0"),
         (["train", "--hidden-size", "-64"], "--hidden-size must be a positive integer, got -64"),
