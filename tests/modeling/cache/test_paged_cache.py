@@ -1,4 +1,4 @@
-"""The cache that frees dead pages: what it frees is dead, what it holds is bounded, and outputs stay what they were."""
+"""The evicting cache: evicted pages are proven unneeded, held memory is bounded, and outputs do not change."""
 
 import copy
 from typing import Any, cast

@@ -1,6 +1,6 @@
 """What an eager forward pass asks of the host: few operators for each layer, and none that grow with what is cached.
 
-On a GPU eager inference waits for the host, which needs tens of microseconds for each operator. They are counted here
+On a GPU eager inference is launch-bound: the host needs tens of microseconds for each operator. They are counted here
 as PyTorch dispatches them on a CPU, without those of attention itself, which is kernels there. Views are not counted.
 """
 

@@ -94,7 +94,7 @@ def output_and_gradients(
     out, lse = function(*inputs, **options)
     if cotangents is None:
         cotangents = draw_cotangents(inputs[0])
-    # A row that sees nothing has log-sum-exp -inf, a constant: its cotangent must change nothing.
+    # A fully masked row has log-sum-exp -inf, a constant: its cotangent must change nothing.
     cotangents = [d.to(x) for d, x in zip(cotangents, (out, lse), strict=True)]
     gradients = torch.autograd.grad([out, lse], inputs, cotangents, materialize_grads=True)
     names = ("dq", "dk", "dv", "dlog_f")

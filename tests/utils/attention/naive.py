@@ -31,7 +31,7 @@ def naive_attention(
     q = q.double()
     k, v, f = (_per_query_head(x.double(), heads) for x in (k, v, log_f.double().exp()))
 
-    # What a query that sees nothing returns: rows that no sequence fills stay so.
+    # The output of a fully masked row: rows that no sequence fills keep it.
     out = q * 0.0
     lse = out.sum(-1) - math.inf
     for b in range(batch):

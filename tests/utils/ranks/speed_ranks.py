@@ -38,7 +38,7 @@ def losing_a_part(model: FoxForCausalLM, mesh: DeviceMesh) -> None:
 def failing_by_length(q: Tensor, k: Tensor, v: Tensor, log_f: Tensor, *, length: int, **options) -> Tensor:
     """Context parallelism that is right but at two lengths.
 
-    At `LOST_AT`, the head that forgets slowest sees nothing of what comes before rank 1's tokens, there or later; at
+    At `LOST_AT`, the head that forgets slowest attends to no key before rank 1's tokens, there or later; at
     `KILLED_AT` rank 1 dies as if the system had killed it.
     """
     if options["context"].rank == 1:
