@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from .decay import sum_gates
+from .elementwise.gated_norm import gated_norm
 from .pruning.rules import search_kv_start
 from .reference import backward_pass, forward_pass, reference_attention
 from .tiles import LARGEST_HEAD_DIM
@@ -23,6 +24,7 @@ except ImportError:
 HAS_TRITON = triton is not None
 
 if HAS_TRITON:
+    from .elementwise.triton_gated_norm import gated_norm as triton_gated_norm
     from .portable.decode import can_decode, decode_attention
     from .portable.scan import sum_gates as triton_sum_gates
     from .pruning.search import search_kv_start as triton_search_kv_start
@@ -46,6 +48,7 @@ class Backend(NamedTuple):
         can_decode: whether `decode` supports the shapes: queries ``[B, Tq, H, D]`` and ``G`` key/value heads.
         decode: attention of few queries over a cache, without gradients: `portable.decode.decode_attention`; None if
             the backend has no decode kernel and `attention` is used instead.
+        gated_norm: RMSNorm of the output of each head and the output gate: `elementwise.gated_norm.gated_norm`.
     """
 
     sum_gates: Callable[..., tuple[Tensor, Tensor]]
@@ -55,6 +58,7 @@ class Backend(NamedTuple):
     backward: Callable[..., tuple[Tensor, Tensor, Tensor, Tensor, Tensor]]
     can_decode: Callable[[Tensor, int], bool]
     decode: Callable[..., tuple[Tensor, Tensor]] | None
+    gated_norm: Callable[..., Tensor]
 
 
 PYTORCH = Backend(
@@ -65,6 +69,7 @@ PYTORCH = Backend(
     backward=backward_pass,
     can_decode=lambda q, kv_heads: False,
     decode=None,
+    gated_norm=gated_norm,
 )
 # Without Triton `backend_of` never returns it.
 TRITON = PYTORCH
@@ -77,6 +82,7 @@ if HAS_TRITON:
         backward=triton_backward_pass,
         can_decode=can_decode,
         decode=decode_attention,
+        gated_norm=triton_gated_norm,
     )
 
 

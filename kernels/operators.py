@@ -1,10 +1,12 @@
-"""What all operators of this library share: their namespace, contiguous rows, and no second derivative."""
+"""What all operators of this library share: their namespace, contiguous rows, and no second derivative; and when a
+kernel may be launched without being an operator."""
 
 import re
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 
-from .validation import ONLY_REVERSE_MODE
+from .validation import ONLY_REVERSE_MODE, is_transformed
 
 # Two copies of this code can live in one process under different package names: each names its operators after its
 # own, because registering a name twice replaces the first silently. Such a name may hold ASCII only.
@@ -19,3 +21,11 @@ def maybe_contiguous(x: Tensor) -> Tensor:
 def refuse_second_derivative(ctx, *grads: Tensor):
     """Autograd rule of an operator that is itself a gradient."""
     raise NotImplementedError(ONLY_REVERSE_MODE)
+
+
+def may_launch(*inputs: Tensor) -> bool:
+    """Whether a kernel that is no operator may be launched on these: no compiler, tracer, transform of torch.func or
+    tensor class has to see what happens to them."""
+    if torch.compiler.is_compiling() or torch.jit.is_tracing():
+        return False
+    return all(type(x) in (Tensor, nn.Parameter) and not is_transformed(x) for x in inputs)

@@ -19,6 +19,7 @@ from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs
 
 from ...kernels.decay import Decay, accumulate, hide_padding, skip_padding
+from ...kernels.elementwise.gated_norm import ACTIVATIONS
 from ...kernels.pruning.rules import PruningRule
 from ..arguments import DECODER_ARGUMENTS, refuse_unknown
 from ..cache.layer_types import ForgettingLayer, check_cache, layer_of
@@ -29,7 +30,7 @@ from ..configuration_fox import DEFAULT_IMPLEMENTATION, FoxConfig
 from ..token_layout import TokenLayout, token_layout
 from ..versions import CACHE, one_cache
 from .forget_gate import make_forget_gate
-from .fused_projections import FusableProjections
+from .fused_projections import FusableProjections, has_hooks
 from .logit_bounds import qk_norm_bounds
 from .norm import FoxRMSNorm
 from .rotary import FoxRotaryEmbedding, apply_rotary
@@ -37,6 +38,9 @@ from .token_shift import FoxTokenShift
 
 if TYPE_CHECKING:
     from ...kernels.backends import Backend
+
+# By the class of the module that computes them.
+_FUSED_ACTIVATIONS = {type(ACT2FN[name]): name for name in ACTIVATIONS}
 
 
 class FoxAttention(FusableProjections):
@@ -184,13 +188,27 @@ class FoxAttention(FusableProjections):
         options = {"real": real, "view": view, "shards": layout.shards, "backend": backend}
         out, weights = attend(self, q, k, v, None, decay=decay, scaling=self.scaling, dropout=dropout, **options)
 
+        return self.o_proj(self._normalize_and_gate(out, hidden_states, fused)), weights
+
+    def _normalize_and_gate(self, out: Tensor, hidden_states: Tensor, fused: dict[str, Tensor]) -> Tensor:
+        """Output norm and output gate, where the configuration has them: ``[B, T, H, D] -> [B, T, H * D]``.
+
+        Args:
+            out: of attention.
+            hidden_states: ``[B, T, hidden]``.
+            fused: as for `_queries_keys_values`.
+        """
+        if not self.config.use_output_gate:
+            return (self.output_norm(out) if self.config.use_output_norm else out).flatten(-2)
+        gate = fused["output_gate"] if fused else self.output_gate(hidden_states)
         if self.config.use_output_norm:
+            activation = _FUSED_ACTIVATIONS.get(type(self.output_gate_act))
+            # A module that was put in place of one of the two, or a hook on it, is to see what is its own.
+            own = isinstance(self.output_norm, FoxRMSNorm) and activation is not None
+            if own and not (has_hooks(self.output_norm) or has_hooks(self.output_gate_act)):
+                return self.output_norm(out, gate, activation).flatten(-2)
             out = self.output_norm(out)
-        out = out.flatten(-2)
-        if self.config.use_output_gate:
-            gate = fused["output_gate"] if fused else self.output_gate(hidden_states)
-            out = out * self.output_gate_act(gate)
-        return self.o_proj(out), weights
+        return out.flatten(-2) * self.output_gate_act(gate)
 
     def _queries_keys_values(
         self,

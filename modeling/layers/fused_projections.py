@@ -212,8 +212,13 @@ def _is_matmul(module: Any) -> bool:
         return False
     if "forward" in module.__dict__ and not _is_tensor_parallel(module):
         return False
+    return not has_hooks(module)
+
+
+def has_hooks(module: nn.Module) -> bool:
+    """Whether somebody sees or changes what ``module`` takes or returns."""
     hooks = (module._forward_hooks, module._forward_pre_hooks)
-    return not any((*hooks, _module._global_forward_hooks, _module._global_forward_pre_hooks))
+    return any((*hooks, _module._global_forward_hooks, _module._global_forward_pre_hooks))
 
 
 def _is_tensor_parallel(module: Any) -> bool:

@@ -4,9 +4,9 @@ import torch
 from torch import Tensor, nn
 
 from ...kernels.decay import running_max
+from ...kernels.elementwise.gated_norm import recompute_if_large
 from ..cache.layer_types import ForgettingLayer
 from ..token_layout import TokenLayout
-from .norm import recompute_if_large
 
 
 class FoxTokenShift(nn.Module):

@@ -34,6 +34,7 @@ from foxlm.kernels.context_parallel.kernels import (
 )
 from foxlm.kernels.context_parallel.partition import NAMED_SPLITS, TokenSplit, split_tables
 from foxlm.kernels.context_parallel.row_copy import Place, Rows, Runs
+from foxlm.kernels.elementwise.triton_gated_norm import gated_norm
 from foxlm.kernels.portable.decode import decode_attention
 
 # Shared memory that one program can have, in KiB.
@@ -173,6 +174,28 @@ def test_kernels_between_ranks_fit(dtype, capability, tmp_path):
             copy_rows(rows, rows, runs._replace(device=torch.from_numpy(runs.table)), add=add)
     names = ["needs", "ends", "carry", "window", "window", "copy", "copy"]
     assert [kernel.metadata.name for kernel in kernels] == [f"_{name}_kernel" for name in names]
+    for kernel in kernels:
+        assert kernel.metadata.target.arch == capability
+        used = resources(kernel, tmp_path)
+        assert used["REG"] * 32 * kernel.metadata.num_warps <= REGISTERS
+        assert used["STACK"] == 0, kernel.metadata.name
+
+
+@pytest.mark.parametrize("capability", ARCHITECTURES)
+@pytest.mark.parametrize("head_dim", [64, 80, 256])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+def test_gated_norm_fits_and_compiles_once(dtype, head_dim, capability, tmp_path):
+    """One kernel for each pass, whatever the number of tokens."""
+    weight = torch.ones(3 * head_dim, dtype=dtype)
+    with compiling_only(capability) as compiled:
+        for tokens in (1, 16, 300, 4096):
+            x = torch.empty(2, tokens, 3, head_dim, dtype=dtype, requires_grad=True)
+            gate = torch.empty(2, tokens, 4 * head_dim * 3, dtype=dtype)[..., head_dim * 3 : head_dim * 6]
+            out = gated_norm(x, weight, 1e-6, gate, "silu")
+            torch.autograd.grad(out, x, torch.empty_like(out))
+    kernels = {kernel.hash: kernel for kernel in compiled}.values()
+    assert {kernel.metadata.name for kernel in kernels} == {"_gated_norm_kernel", "_gated_norm_backward_kernel"}
+    assert len(kernels) == 2
     for kernel in kernels:
         assert kernel.metadata.target.arch == capability
         used = resources(kernel, tmp_path)

@@ -16,6 +16,7 @@ import torch
 from attention_inputs import draw_inputs, forgetting_attention, padding_mask
 from foxlm.kernels import triton_attention
 from foxlm.kernels.decay import Decay, accumulate
+from foxlm.kernels.elementwise.triton_gated_norm import gated_norm
 from foxlm.kernels.portable.decode import decode_attention
 from foxlm.kernels.pruning.key_stats import KeySummary
 
@@ -35,6 +36,11 @@ def main(gluon: bool) -> None:
     forgetting_attention(*packed, cu_seqlens=torch.tensor([0, 70, 300], device="cuda"))
     for queries, heads in ((1, (2, 2, 2)), (3, (4, 2, 4))):
         decode(queries, heads)
+    for head_dim, dtype in ((64, torch.bfloat16), (80, torch.float32)):
+        x, gate = (torch.randn(2, 300, 3, head_dim, device="cuda", dtype=dtype, requires_grad=True) for _ in range(2))
+        weight = torch.ones(3 * head_dim, device="cuda", dtype=dtype, requires_grad=True)
+        torch.autograd.grad(gated_norm(x, weight, 1e-6, gate.flatten(-2)).sum(), [x, weight, gate])
+        torch.autograd.grad(gated_norm(x, weight, 1e-6).sum(), [x, weight])
     print("every kernel ran")
 
 

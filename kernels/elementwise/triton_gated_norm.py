@@ -1,0 +1,224 @@
+"""RMSNorm and the output gate after it in Triton: one kernel forward and one backward, everything inside in float32.
+
+    n = x / sqrt(mean(x^2) + eps)          y = w n a,  a = act(g)
+    dn = dy a w                            dx = (dn - n mean(dn n)) / sqrt(mean(x^2) + eps)
+    dg = dy w n act'(g)                    dw = sum over tokens of dy a n
+
+(names: `triton_common`). A program has ``BLOCK_N`` tokens of one head; backward, several times as many, whose part of
+the weight's gradient it sums: sums of programs are added up afterwards, in an order that does not depend on the device.
+Backward reads whole heads, so that it computes the norm again: only inputs are saved. Launched without the dispatcher,
+which costs the host more than the kernel takes.
+"""
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ..operators import may_launch
+from ..triton_common import INF, LN_2, LOG2_E, load_rows
+from .gated_norm import gated_norm as gated_norm_in_pytorch
+
+# Elements and tokens of a program's tile, and programs of a backward pass: what keeps a large GPU busy.
+_TILE = 2048
+_TOKENS = 32
+_PROGRAMS = 1024
+# float32(log2 e) is that much less than log2 e.
+_LOG2_E_LOW = tl.constexpr(1.92596298909109e-08)
+
+
+@triton.jit
+def _sigmoid(x):
+    """As exact as torch's: what rounding the argument of ``exp2`` leaves out, which a large one shows, is put back."""
+    high = -x * LOG2_E
+    low = tl.fma(-x, LOG2_E, -high) - x * _LOG2_E_LOW
+    low = tl.where(tl.abs(high) < 200.0, low, 0.0)
+    e = tl.exp2(high)
+    return tl.div_rn(1.0, 1.0 + tl.where(e < INF, e + e * (low * LN_2), e))
+
+
+@triton.jit
+def _activate(b_g, ACTIVATION: tl.constexpr):
+    """The activation and its derivative."""
+    b_s = _sigmoid(b_g)
+    if ACTIVATION == "silu":
+        return b_g * b_s, b_s * (1.0 + b_g * (1.0 - b_s))
+    else:
+        return b_s, b_s * (1.0 - b_s)
+
+
+@triton.jit
+def _reciprocal_norm(b_x, eps, D: tl.constexpr):
+    return tl.div_rn(1.0, tl.sqrt_rn(tl.sum(b_x * b_x, 1) / D + eps))
+
+
+@triton.jit(do_not_specialize=["N"])
+def _gated_norm_kernel(
+    X, x_n, x_h,
+    GATE, g_n,
+    WEIGHT,
+    OUT,
+    eps,
+    N,
+    H,
+    D: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    ACTIVATION: tl.constexpr,
+):  # fmt: skip
+    i_h = tl.program_id(0) % H
+    o_n = (tl.program_id(0) // H) * BLOCK_N + tl.arange(0, BLOCK_N)
+    o_d = tl.arange(0, BLOCK_D)
+    m_n = o_n < N
+    b_w = tl.load(WEIGHT + i_h * D + o_d, mask=o_d < D, other=0.0).to(tl.float32)
+    b_x = load_rows(X + i_h.to(tl.int64) * x_h, o_n, x_n, m_n, D, BLOCK_D, True).to(tl.float32)
+    b_out = b_x * _reciprocal_norm(b_x, eps, D)[:, None] * b_w[None, :]
+    if GATE is not None:
+        b_g = load_rows(GATE + i_h * D, o_n, g_n, m_n, D, BLOCK_D, True).to(tl.float32)
+        b_a, _ = _activate(b_g, ACTIVATION)
+        b_out *= b_a
+    p_out = OUT + (o_n.to(tl.int64) * H + i_h)[:, None] * D + o_d[None, :]
+    tl.store(p_out, b_out.to(OUT.dtype.element_ty), mask=m_n[:, None] & (o_d[None, :] < D))
+
+
+@triton.jit(do_not_specialize=["N", "ROWS"])
+def _gated_norm_backward_kernel(
+    D_OUT,
+    X, x_n, x_h,
+    GATE, g_n,
+    WEIGHT,
+    DX,
+    D_GATE,
+    D_WEIGHT,
+    eps,
+    N,
+    ROWS,
+    H,
+    D: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    ACTIVATION: tl.constexpr,
+):  # fmt: skip
+    i_h, i_part = tl.program_id(0) % H, tl.program_id(0) // H
+    o_d = tl.arange(0, BLOCK_D)
+    b_w = tl.load(WEIGHT + i_h * D + o_d, mask=o_d < D, other=0.0).to(tl.float32)
+    b_dw = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
+    for i_n in range(i_part * ROWS, tl.minimum((i_part + 1) * ROWS, N), BLOCK_N):
+        o_n = i_n + tl.arange(0, BLOCK_N)
+        m_n = o_n < N
+        b_x = load_rows(X + i_h.to(tl.int64) * x_h, o_n, x_n, m_n, D, BLOCK_D, True).to(tl.float32)
+        b_dy = load_rows(D_OUT + i_h * D, o_n, H * D, m_n, D, BLOCK_D, True).to(tl.float32)
+        b_r = _reciprocal_norm(b_x, eps, D)[:, None]
+        b_norm = b_x * b_r
+        o_out = (o_n.to(tl.int64) * H + i_h)[:, None] * D + o_d[None, :]
+        m_out = m_n[:, None] & (o_d[None, :] < D)
+        if GATE is not None:
+            b_g = load_rows(GATE + i_h * D, o_n, g_n, m_n, D, BLOCK_D, True).to(tl.float32)
+            b_a, b_da = _activate(b_g, ACTIVATION)
+            b_dg = b_dy * b_norm * b_w[None, :] * b_da
+            tl.store(D_GATE + o_out, b_dg.to(D_GATE.dtype.element_ty), mask=m_out)
+            b_dy *= b_a
+        b_dw += b_dy * b_norm
+        b_dn = b_dy * b_w[None, :]
+        b_dx = b_r * (b_dn - b_norm * (tl.sum(b_dn * b_norm, 1) / D)[:, None])
+        tl.store(DX + o_out, b_dx.to(DX.dtype.element_ty), mask=m_out)
+    tl.store(D_WEIGHT + tl.program_id(0).to(tl.int64) * D + o_d, tl.sum(b_dw, 0), mask=o_d < D)
+
+
+def gated_norm(
+    x: Tensor, weight: Tensor, eps: float, gate: Tensor | None = None, activation: str = "sigmoid"
+) -> Tensor:
+    """`gated_norm` of the module of that name, with one rounding, at the end; of a gate of the dtype of ``x``.
+
+    Where torch must see every operation, and for second derivatives, that itself.
+    """
+    tensors = (x, weight) if gate is None else (x, weight, gate)
+    if not may_launch(*tensors) or (gate is not None and gate.dtype != x.dtype):
+        return gated_norm_in_pytorch(x, weight, eps, gate, activation)
+    if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
+        return _GatedNorm.apply(x, weight, gate, eps, activation)
+    return _forward(x, weight, gate, eps, activation)
+
+
+class _GatedNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(x: Tensor, weight: Tensor, gate: Tensor | None, eps: float, activation: str) -> Tensor:
+        return _forward(x, weight, gate, eps, activation)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        x, weight, gate, ctx.eps, ctx.activation = inputs
+        ctx.save_for_backward(x, weight, gate)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight, gate = ctx.saved_tensors
+        if not torch.is_grad_enabled():
+            return *_backward(grads[0], x, weight, gate, ctx.eps, ctx.activation), None, None
+        # For second derivatives.
+        inputs = [i for i, needed in enumerate(ctx.needs_input_grad[:3]) if needed]
+        out = gated_norm_in_pytorch(x, weight, ctx.eps, gate, ctx.activation)
+        found = torch.autograd.grad(out, [ctx.saved_tensors[i] for i in inputs], grads[0], create_graph=True)
+        by_input = dict(zip(inputs, found, strict=True))
+        return *(by_input.get(i) for i in range(3)), None, None
+
+
+def _arguments(
+    x: Tensor, weight: Tensor, gate: Tensor | None, eps: float, activation: str
+) -> tuple[int, int, int, dict[str, Any]]:
+    """Tokens, heads, tokens of a tile, and what both kernels take."""
+    size = x.shape[-1]
+    heads = weight.numel() // size
+    # Views, unless the batch does not lie in memory token after token.
+    x = x.reshape(-1, heads, size)
+    if x.stride(-1) != 1:
+        x = x.contiguous()
+    if gate is not None:
+        gate = gate.reshape(-1, heads * size)
+        gate = gate if gate.stride(-1) == 1 else gate.contiguous()
+    block_d = triton.next_power_of_2(size)
+    block_n = min(_TOKENS, max(1, _TILE // block_d))
+    arguments = dict(
+        X=x, x_n=x.stride(0), x_h=x.stride(1),
+        GATE=gate, g_n=0 if gate is None else gate.stride(0),
+        WEIGHT=weight.contiguous(),
+        eps=eps,
+        N=len(x),
+        H=heads,
+        D=size,
+        BLOCK_N=block_n,
+        BLOCK_D=block_d,
+        ACTIVATION=activation,
+    )  # fmt: skip
+    return len(x), heads, block_n, arguments
+
+
+def _forward(x: Tensor, weight: Tensor, gate: Tensor | None, eps: float, activation: str) -> Tensor:
+    out = torch.empty_like(x, memory_format=torch.contiguous_format)
+    if x.numel() == 0:
+        return out
+    tokens, heads, block_n, arguments = _arguments(x, weight, gate, eps, activation)
+    with torch.cuda.device_of(x):
+        _gated_norm_kernel[(triton.cdiv(tokens, block_n) * heads,)](**arguments, OUT=out)
+    return out
+
+
+def _backward(
+    d_out: Tensor, x: Tensor, weight: Tensor, gate: Tensor | None, eps: float, activation: str
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    dx = torch.empty_like(x, memory_format=torch.contiguous_format)
+    d_gate = None if gate is None else torch.empty_like(gate, memory_format=torch.contiguous_format)
+    if x.numel() == 0:
+        return dx, torch.zeros_like(weight), d_gate
+    tokens, heads, block_n, arguments = _arguments(x, weight, gate, eps, activation)
+    blocks = triton.cdiv(tokens, block_n)
+    rows = triton.cdiv(blocks, min(blocks, triton.cdiv(_PROGRAMS, heads))) * block_n
+    parts = triton.cdiv(tokens, rows)
+    d_weight = torch.empty(parts, weight.numel(), dtype=torch.float32, device=x.device)
+    with torch.cuda.device_of(x):
+        _gated_norm_backward_kernel[(parts * heads,)](
+            **arguments, D_OUT=d_out.contiguous(), DX=dx, D_GATE=d_gate, D_WEIGHT=d_weight, ROWS=rows
+        )
+    return dx, d_weight.sum(0).to(weight.dtype), d_gate
