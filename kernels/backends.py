@@ -26,6 +26,7 @@ HAS_TRITON = triton is not None
 if HAS_TRITON:
     from .elementwise.triton_gated_norm import gated_norm as triton_gated_norm
     from .portable.decode import can_decode, decode_attention
+    from .portable.decode_append import append_tokens
     from .portable.scan import sum_gates as triton_sum_gates
     from .pruning.search import search_kv_start as triton_search_kv_start
     from .triton_attention import backward_pass as triton_backward_pass
@@ -49,6 +50,8 @@ class Backend(NamedTuple):
         decode: attention of few queries over a cache, without gradients: `portable.decode.decode_attention`; None if
             the backend has no decode kernel and `attention` is used instead.
         gated_norm: RMSNorm of the output of each head and the output gate: `elementwise.gated_norm.gated_norm`.
+        append: take the tokens of a decoding step into a layer's cache: `portable.decode_append.append_tokens`; None if
+            the cache is to do so by operators of its own.
     """
 
     sum_gates: Callable[..., tuple[Tensor, Tensor]]
@@ -59,6 +62,7 @@ class Backend(NamedTuple):
     can_decode: Callable[[Tensor, int], bool]
     decode: Callable[..., tuple[Tensor, Tensor]] | None
     gated_norm: Callable[..., Tensor]
+    append: Callable[..., tuple[Tensor, Tensor]] | None
 
 
 PYTORCH = Backend(
@@ -70,6 +74,7 @@ PYTORCH = Backend(
     can_decode=lambda q, kv_heads: False,
     decode=None,
     gated_norm=gated_norm,
+    append=None,
 )
 # Without Triton `backend_of` never returns it.
 TRITON = PYTORCH
@@ -83,6 +88,7 @@ if HAS_TRITON:
         can_decode=can_decode,
         decode=decode_attention,
         gated_norm=triton_gated_norm,
+        append=append_tokens,
     )
 
 

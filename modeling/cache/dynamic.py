@@ -91,13 +91,14 @@ class DynamicForgettingLayer(DynamicLayer):
         """How many sequences it holds; None before any token."""
         return self.keys.shape[0] if self.get_seq_length() else None
 
-    def append_gates(self, log_f: Tensor, layout: TokenLayout, backend: "Backend") -> None:
+    def append_gates(self, log_f: Tensor, layout: TokenLayout, backend: "Backend", few: bool = False) -> None:
         """Take in the gates of new tokens, before their keys and values.
 
         Args:
             log_f: ``[B, T, Hf]`` log gates of the new tokens.
             layout: of the new tokens.
             backend: that of the layer's queries.
+            few: whether the kernels of decoding take so few queries; these may take in the gates with the keys.
         """
         past, carry = 0, None
         if self.gates is not None:

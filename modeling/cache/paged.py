@@ -25,7 +25,7 @@ from ...kernels.pruning.rules import Rule, first_needed_block, future_query_boun
 from ..token_layout import TokenLayout, refuse_overflow
 from ..versions import CACHE
 from .page_pool import PAGE, PagePool, fixed_address
-from .static import StateSizes, state_sizes
+from .static import NewGates, StateSizes, gates_for_kernel, state_sizes
 from .view import CacheView
 
 if TYPE_CHECKING:
@@ -99,8 +99,11 @@ class PagedForgettingLayer(PagePool, CacheLayerMixin):
             return
         self.bounds, self._bounds_to_come = bounds, None
 
-    def append_gates(self, log_f: Tensor, layout: TokenLayout, backend: "Backend") -> None:
+    def append_gates(self, log_f: Tensor, layout: TokenLayout, backend: "Backend", few: bool = False) -> None:
         """As `StaticForgettingLayer.append_gates`."""
+        self._new = gates_for_kernel(log_f, layout, backend, few)
+        if self._new is not None:
+            return
         batch, _, gates = log_f.shape
         if "c" not in self.recent:
             self.cumulative_length = fixed_address(self.cumulative_length.to(log_f.device))
@@ -159,6 +162,9 @@ class PagedForgettingLayer(PagePool, CacheLayerMixin):
             raise RuntimeError("FoxPagedCache is for inference: run the model under torch.no_grad()")
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
+        if isinstance(self._new, NewGates):
+            self._new = self._append_by_kernel(self._new, key_states, value_states)
+            return self.keys, self.values
         if few:
             self.write_tokens(key_states, value_states, self._new.query, self._new.last)
             self._summarize(self._new.query, key_states, self._new.last[0])
@@ -169,6 +175,25 @@ class PagedForgettingLayer(PagePool, CacheLayerMixin):
             result = self._append(key_states, value_states)
         self.cumulative_length.add_(key_states.shape[2])
         return result
+
+    def _append_by_kernel(self, new: NewGates, key_states: Tensor, value_states: Tensor) -> Decay:
+        layout = new.layout
+        c, first = new.append(
+            key_states,
+            value_states,
+            new.log_f,
+            layout.positions,
+            layout.real,
+            keys=self.keys,
+            values=self.values,
+            c=self.c,
+            last=(self.recent["c"], self.recent["first"]),
+            summary=self.summary,
+            running=self.running,
+            length=self.cumulative_length,
+            pages=self.pages,
+        )
+        return Decay(c, c, first, layout.positions)
 
     def decay(self, few: bool, own_block: bool = False) -> tuple[Decay, CacheView | None]:
         """As `DynamicForgettingLayer.decay`."""

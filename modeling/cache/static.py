@@ -1,7 +1,7 @@
 """The layer of a static cache, for compiled decoding and exported programs; and what all kinds of layers share."""
 
-from collections.abc import Iterable
-from typing import TYPE_CHECKING, Any, cast
+from collections.abc import Callable, Iterable
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -46,8 +46,31 @@ def state_sizes(config: "FoxConfig") -> StateSizes:
     return config.num_forget_gates, heads, tuple(name for name, used in switches.items() if used)
 
 
-def check_gates(new: Decay | None) -> None:
-    """Refuse keys without gates: ``new`` is the decay of the tokens to be appended, or None.
+class NewGates(NamedTuple):
+    """Gates that `append_gates` leaves to `update`, which takes them in by one kernel with keys and values.
+
+    Attributes:
+        log_f, layout: as given to `append_gates`.
+        append: that of the `Backend`.
+    """
+
+    log_f: Tensor
+    layout: TokenLayout
+    append: Callable[..., tuple[Tensor, Tensor]]
+
+
+def gates_for_kernel(log_f: Tensor, layout: TokenLayout, backend: "Backend", few: bool) -> NewGates | None:
+    """The gates of a decoding step, if a kernel is to take them in.
+
+    Compiled steps take the operators, which torch.compile fuses with what is around them.
+    """
+    if not few or backend.append is None or is_torchdynamo_compiling():
+        return None
+    return NewGates(log_f, layout, backend.append)
+
+
+def check_gates(new: Decay | NewGates | None) -> None:
+    """Refuse keys without gates: ``new`` is what `append_gates` has left, or None.
 
     Raises:
         ValueError: there are none.
@@ -76,7 +99,7 @@ class StaticForgettingLayer(StaticLayer):
     is_croppable = False
 
     summary: tuple[KeySummary, Running] | None
-    _new: Decay | None
+    _new: Decay | NewGates | None
 
     def __new__(cls, *args: Any, **kwargs: Any) -> "StaticForgettingLayer":
         # Not in __init__, which exporters do not call.
@@ -117,9 +140,12 @@ class StaticForgettingLayer(StaticLayer):
             for buffer in self._buffers():
                 torch._dynamo.mark_static_address(buffer)
 
-    def append_gates(self, log_f: Tensor, layout: TokenLayout, backend: "Backend") -> None:
+    def append_gates(self, log_f: Tensor, layout: TokenLayout, backend: "Backend", few: bool = False) -> None:
         """As `DynamicForgettingLayer.append_gates`: before `update`, which moves the length that is read here."""
         assert self.gates is not None, "called after lazy_initialization"
+        self._new = gates_for_kernel(log_f, layout, backend, few and self.summary is not None)
+        if self._new is not None:
+            return
         all_c, last_c, last_first = self.gates
         if is_torchdynamo_exporting():
             last_c, last_first = self._unless_restarted(last_c), self._unless_restarted(last_first)
@@ -132,19 +158,40 @@ class StaticForgettingLayer(StaticLayer):
 
     def update(self, key_states: Tensor, value_states: Tensor, few: bool = False) -> tuple[Tensor, Tensor]:
         """As `DynamicForgettingLayer.update`."""
-        check_gates(self._new)
+        new = self._new
+        check_gates(new)
+        if isinstance(new, NewGates):
+            self._new = self._append_by_kernel(new, key_states, value_states)
+            return self.keys, self.values
         keys, values = super().update(key_states, value_states)
-        if self.summary is not None and self._new is not None:
+        if self.summary is not None and new is not None:
             summary, running = self.summary
-            new = self._new.query, key_states.detach(), self._new.last[0]
-            for held, x in zip(running, extend_summary(summary, running, *new), strict=True):
+            tokens = new.query, key_states.detach(), new.last[0]
+            for held, x in zip(running, extend_summary(summary, running, *tokens), strict=True):
                 held.copy_(x)
         return keys, values
+
+    def _append_by_kernel(self, new: NewGates, key_states: Tensor, value_states: Tensor, **buffers: Any) -> Decay:
+        """Take in the tokens of a decoding step.
+
+        Args:
+            new: their gates.
+            key_states, value_states: ``[B, G, T, D]``.
+            buffers: beside or instead of those of this class, as `Backend.append` takes them.
+        """
+        assert self.gates is not None and self.summary is not None, "asked in append_gates"
+        c, *last = self.gates
+        summary, running = self.summary
+        given = {"keys": self.keys, "values": self.values, "c": c, "last": last, "length": self.cumulative_length}
+        given |= {"summary": summary, "running": running, **buffers}
+        layout = new.layout
+        new_c, first = new.append(key_states, value_states, new.log_f, layout.positions, layout.real, **given)
+        return Decay(new_c, c, first, layout.positions)
 
     def decay(self, few: bool, own_block: bool = False) -> tuple[Decay, CacheView | None]:
         """As `DynamicForgettingLayer.decay`; the keys are the whole buffer."""
         decay, self._new = self._new, None
-        assert decay is not None, "called once after append_gates and update"
+        assert isinstance(decay, Decay), "called once after append_gates and update"
         if not few or self.summary is None:
             return decay, None
         return decay, CacheView(self.summary[0])

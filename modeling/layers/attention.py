@@ -178,7 +178,7 @@ class FoxAttention(FusableProjections):
             c, kv_start = accumulate(log_f, starts=layout.starts, sum_gates=backend.sum_gates)
             decay = Decay(c, c, kv_start, layout.positions)
         else:
-            cache_layer.append_gates(log_f, layout, backend)
+            cache_layer.append_gates(log_f, layout, backend, few)
             k, v = cache.update(k, v, self.layer_idx, few=few)
             decay, view = cache_layer.decay(few, own_block=self._bound_needs_keys())
         decay, real = _without_padding(decay, view, layout)

@@ -15,7 +15,7 @@ from attention_inputs import attention, draw_inputs, output_and_gradients
 from foxlm.kernels import backends
 from foxlm.kernels.backends import HAS_TRITON
 from foxlm.kernels.decay import Decay
-from foxlm.kernels.pruning.key_stats import KeySummary
+from foxlm.kernels.pruning.key_stats import KeySummary, empty_summary
 from foxlm.kernels.tiles import Tiles, choose_tiles
 from kernel_device import INTERPRETED
 
@@ -36,6 +36,7 @@ from foxlm.kernels.context_parallel.partition import NAMED_SPLITS, TokenSplit, s
 from foxlm.kernels.context_parallel.row_copy import Place, Rows, Runs
 from foxlm.kernels.elementwise.triton_gated_norm import gated_norm
 from foxlm.kernels.portable.decode import decode_attention
+from foxlm.kernels.portable.decode_append import append_tokens
 
 # Shared memory that one program can have, in KiB.
 SHARED_MEMORY = {80: 163, 86: 99, 89: 99, 90: 227, 100: 227}
@@ -151,6 +152,39 @@ def test_decoding_fits(dtype, head_dim, capability, tmp_path):
             used = resources(kernel, tmp_path)
             assert used["REG"] * 32 * kernel.metadata.num_warps <= REGISTERS
             assert used["STACK"] <= STACK, f"{heads}: {used}"
+
+
+def append_to_a_cache(room: int, tokens: int, head_dim: int, dtype: torch.dtype, paged: bool) -> None:
+    """With a gate for each of two key/value heads; and padding, if dense."""
+    k = torch.empty(2, tokens, 4, head_dim, dtype=dtype).transpose(1, 2)[:, 2:]
+    c = torch.empty(2, 2, room, dtype=torch.float64)
+    keys, ring = torch.empty(2, 2, room, head_dim, dtype=dtype), c[..., 0].clone()
+    options: dict[str, Any] = {"real": torch.empty(2, tokens, dtype=torch.bool)}
+    if paged:
+        keys, c, ring = keys.view(-1, 64, head_dim), c.view(-1, 1, 64), torch.empty(2, 2, 64, dtype=torch.float64)
+        options = {"pages": torch.empty(2, 2, room // 64, dtype=torch.int32)}
+    summary, running = empty_summary(ring, k, room)
+    options |= {"keys": keys, "values": keys, "c": c, "last": (ring, ring.long()), "summary": summary}
+    log_f, positions = torch.empty(2, tokens, 2), torch.arange(1 + tokens)[1:]
+    append_tokens(k, k, log_f, positions, running=running, length=torch.tensor(0), **options)
+
+
+@pytest.mark.parametrize("capability", ARCHITECTURES)
+@pytest.mark.parametrize(("head_dim", "dtype"), [(40, torch.bfloat16), (256, torch.float32)], ids=str)
+def test_appending_fits_and_compiles_once_for_caches_of_all_lengths(dtype, head_dim, capability, tmp_path):
+    for tokens, paged in ((1, False), (16, True)):
+        with compiling_only(capability) as kernels:
+            for room in (1024, 64, 3200) if paged else (1024, 1000, 1001):
+                append_to_a_cache(room, tokens, head_dim, dtype, paged)
+            append_to_a_cache(1024, max(2, tokens - 3), head_dim, dtype, paged)
+        kernel, *others, fewer_tokens = kernels
+        assert all(x is kernel for x in others)
+        assert (fewer_tokens is kernel) == (tokens > 1)
+        assert kernel.metadata.name == "_decode_append_kernel" and kernel.metadata.target.arch == capability
+        used = resources(kernel, tmp_path)
+        assert used["REG"] * 32 * kernel.metadata.num_warps <= REGISTERS
+        assert used["STACK"] <= 64, used
+        assert "__assertfail" in kernel.asm["ptx"]
 
 
 @pytest.mark.parametrize("capability", [80, 90])

@@ -103,6 +103,29 @@ def test_operators_of_a_layer(kind: str, parts: list[int], operators: int, waits
     assert found[0] <= operators and found[1] <= waits, found
 
 
+@pytest.mark.parametrize(("kind", "operators"), [("static", 27), ("paged", 33)])
+def test_a_decoding_step_is_taken_in_by_one_launch(kind: str, operators: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In place of so many operators."""
+    launches = []
+
+    def append(k: Tensor, v: Tensor, log_f: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
+        launches.append(k.shape)
+        shape = log_f.mT.shape
+        return torch.empty(shape, dtype=torch.float64), torch.empty(shape, dtype=torch.int64)
+
+    def decode(q: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
+        return torch.empty_like(q), torch.empty(0)
+
+    now = backends.backend_of(torch.empty(0))._replace(can_decode=lambda q, heads: q.shape[1] == 1, decode=decode)
+    found = []
+    for backend in (now, now._replace(append=append)):
+        monkeypatch.setattr(backends, "backend_of", lambda q, backend=backend: backend)
+        found.append(for_each_layer(kind, [300, 1, 1])[0])
+    assert found[0] - found[1] >= operators, found
+    # Of one layer and of two, in two steps of a token.
+    assert launches == [(1, 2, 1, 8)] * 6
+
+
 def test_an_operator_more_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
     """Negative control: norms of small operators, as they are where gradients are wanted."""
     expected, _ = for_each_layer("dynamic", [300, 1, 1])
