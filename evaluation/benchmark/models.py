@@ -209,27 +209,27 @@ class LogitsCheck:
     """Compares logits of models on the same tokens with those of dense attention in float32."""
 
     def __init__(self) -> None:
-        self._references: dict[tuple[str, int, int], tuple[Tensor, float]] = {}
+        self._references: dict[tuple[str, int, bytes], tuple[Tensor, float]] = {}
 
     def fault(
-        self, family: str, model: PreTrainedModel, ids: Tensor, found: Tensor, *, rule: Rule | None, row: Row
+        self, family: str, model: PreTrainedModel, ids: Tensor, found: Tensor, *, eps: float, row: Row
     ) -> str | None:
         """What is wrong, in words; None if nothing is. Adds ``error`` and ``limit`` to ``row``.
 
         Args:
-            family: of the model: those of one family share a reference, and their tokens.
+            family: of the model: those of one family share references.
             model: in bfloat16.
             ids: ``[B, T]`` tokens.
             found: ``[B, N, V]`` logits of the last ``N`` of them.
-            rule: of pruning, which may take ``EPS`` of the weight from each row.
+            eps: attention weight that pruning may take from each row.
             row: of what is checked.
         """
-        key = (family, *ids.shape)
+        key = (family, found.shape[1], ids.cpu().numpy().tobytes())
         if key not in self._references:
             self._references[key] = dense_logits(model, ids, found.shape[1])
         exact, rounding = self._references[key]
         error = largest_error(found, exact)
-        limit = FACTOR * (rounding + (0.0 if rule is None else EPS))
+        limit = FACTOR * (rounding + eps)
         row |= {"error": error, "limit": limit}
         return fault_of("logits are", error, limit)
 
@@ -241,15 +241,15 @@ def dense_logits(model: PreTrainedModel, ids: Tensor, count: int) -> tuple[Tenso
     Returns:
         ``[B, count, V]`` float32, and the `largest_error` of the same in the model's bfloat16.
     """
+    config = copy.deepcopy(model.config)
+    if isinstance(model, FoxForCausalLM):
+        config.acp_eps = None
     results = []
-    for float32 in (True, False):
-        # A copy in both cases: FoX keeps its gates in float32, and `to` would not.
-        dense = copy.deepcopy(model)
-        if float32:
-            dense.float()
-        dense.set_attn_implementation("eager")
-        if isinstance(dense, FoxForCausalLM):
-            dense.config.acp_eps = None
+    for dtype in (torch.float32, model.dtype):
+        # A new model: one that has generated may hold what cannot be copied.
+        with torch.device(model.device):
+            dense = type(model)._from_config(config, dtype=dtype, attn_implementation="eager").eval()
+        dense.load_state_dict(model.state_dict())
         results.append(dense(input_ids=ids, use_cache=False, logits_to_keep=count).logits)
         del dense
     exact, rounded = results

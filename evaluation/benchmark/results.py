@@ -13,7 +13,8 @@ from ..provenance import provenance
 from ..results import parse_json
 
 SCHEMA = 2
-KINDS = ("attention", "context", "train", "prefill", "decode")
+# The last two are those of earlier versions.
+KINDS = ("attention", "context", "train", "generate", "prefill", "decode")
 PASSES = 2
 # Of results of schema 1: the list of groups, and in each of them (or in the results themselves) the list of rows.
 _OLD_ROWS = {
@@ -23,6 +24,8 @@ _OLD_ROWS = {
     "prefill": ("prompts", "ways"),
     "decode": ("batches", "decoders"),
 }
+# What a row's rate is taken from: the first of these that it has.
+_RATED = ("step", "first_token", "first")
 # What must agree for results to be shown in one table.
 _SAME_RUN = ("device", "commit", "torch", "triton", "cuda", "cudnn")
 
@@ -54,8 +57,8 @@ def new_results(kind: str, device: str, seed: int, commit: str | None, settings:
         if run["commit"] != "none":
             raise ValueError(f"--commit must not be given in a checkout, which is at {run['commit']}; got {commit!r}")
         run["commit"] = commit
-    given = sys.argv[sys.argv.index(kind) + 1 :] if kind in sys.argv else []
-    run["command"] = shlex.join(["foxlm", "bench", kind, *map(_without_folders, given)])
+    given = sys.argv[sys.argv.index("bench") + 1 :] if "bench" in sys.argv else [kind]
+    run["command"] = shlex.join(["foxlm", "bench", *map(_without_folders, given)])
     run |= {"cuda": torch.version.cuda or "none", "cudnn": torch.backends.cudnn.version() or "none"}
     run["on_gpu"] = device == "cuda"
     return {"schema": SCHEMA, "kind": kind, "run": run, "settings": dict(settings), "rows": []}
@@ -66,6 +69,25 @@ def _without_folders(argument: str) -> str:
     option, equals, value = argument.partition("=") if argument.startswith("--") else ("", "", argument)
     path = Path(value)
     return f"{option}{equals}{path.name if path.is_absolute() or (len(path.parts) > 1 and path.exists()) else value}"
+
+
+def add_ratios(rows: list[Row]) -> None:
+    """Add ``over_X`` to rows with ``against``, which maps X to a name: the rate over that of the row of this name.
+
+    Batch and tokens of both rows are the same. Where one of them is not measured there is no ratio.
+    """
+
+    def time_of(row: Row) -> float | None:
+        return next((row[name]["ms"] for name in _RATED if name in row), None) if row["status"] == "measured" else None
+
+    by_facts = {(row["name"], row.get("batch"), row.get("tokens")): row for row in rows if "against" in row}
+    for row in by_facts.values():
+        for what, name in row["against"].items():
+            other = by_facts.get((name, row.get("batch"), row.get("tokens")))
+            own, others = time_of(row), None if other is None else time_of(other)
+            # The difference of two calls may be lost in noise.
+            if own is not None and others is not None and min(own, others) > 0.0:
+                row[f"over_{what}"] = others / own
 
 
 def to_json(results: Any) -> str:

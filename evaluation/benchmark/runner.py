@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from ..results import write_whole
-from .results import PASSES, Results, Row, to_json
+from .results import PASSES, Results, Row, add_ratios, to_json
 from .tables import line
 from .timing import release_memory, timing_of
 
@@ -65,13 +65,21 @@ class Report:
 
     def save(self, row: Row | None = None) -> None:
         """Keep what is known, and show ``row`` on stderr."""
+        add_ratios(self.results["rows"])
         if self._out is not None:
             write_whole(self._out, to_json(self.results) + "\n")
             if row is not None:
                 print(line(self.results["kind"], row), file=sys.stderr, flush=True)
 
 
-def run(variants: Iterable[Variant], report: Report, rounds: int, device: str, collective: bool = False) -> None:
+def run(
+    variants: Iterable[Variant],
+    report: Report,
+    rounds: int,
+    device: str,
+    collective: bool = False,
+    passes: int = PASSES,
+) -> None:
     """Check and time ``variants``; their rows go to ``report`` as soon as they are known.
 
     Args:
@@ -80,13 +88,14 @@ def run(variants: Iterable[Variant], report: Report, rounds: int, device: str, c
         rounds: timed calls in each pass.
         device: ``"cuda"`` or ``"cpu"``.
         collective: whether several ranks run this together: an error on one of them then ends all.
+        passes: how often each is timed.
     """
     measurements: list[tuple[Variant, Row, list[dict[str, list[float]]]]] = []
     for variant in variants:
         measurements.append((variant, report.new_row(variant.facts), []))
         _measure(*measurements[-1], rounds, device, collective)
         report.save(measurements[-1][1])
-    for _ in range(PASSES - 1):
+    for _ in range(passes - 1):
         for one in measurements:
             if one[1]["status"] == "measured":
                 _measure(*one, rounds, device, collective)

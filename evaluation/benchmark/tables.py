@@ -49,6 +49,22 @@ def _attention_name(row: Row) -> str:
     return row["name"] + (" (no gate gradient)" if no_gradient else "")
 
 
+def _name(row: Row) -> str:
+    """Without the part, which the table says."""
+    return row["name"].removeprefix(f"{row.get('part')}: ")
+
+
+def _beside(row: Row) -> str | None:
+    """The rate over that of another call of the same model."""
+    if "over_own" not in row:
+        return None
+    return f"{digits(row['over_own'])} x {row['against']['own'].partition(': ')[2]}"
+
+
+def _seconds(ms: float) -> str:
+    return digits(ms / 1e3)
+
+
 def _on(row: Row) -> str:
     return "1 GPU" if row.get("gpus", 1) == 1 else f"{row['gpus']} GPUs, {row['layout']}"
 
@@ -56,6 +72,9 @@ def _on(row: Row) -> str:
 _CASE: Column = ("B x H x D x T", _of("case", lambda case: case.replace("x", " x ")))
 _TILES: Column = ("computed tiles", _of("computed_tiles", percent))
 _PEAK: Column = ("peak GB", _of("peak_bytes", _gigabytes))
+_TOKENS: Column = ("tokens", _of("tokens", _rate))
+_RATIOS: list[Column] = [("rate over Llama's", _of("over_llama", digits)), ("over ours", _beside)]
+_FIRST_CALL: Column = ("first call: s more", _of("compile_seconds", digits))
 COLUMNS: dict[str, list[Column]] = {
     "attention": [
         ("implementation", _attention_name),
@@ -69,31 +88,48 @@ COLUMNS: dict[str, list[Column]] = {
         _PEAK,
     ],
     "train": [
-        ("training step", _of("name")),
+        ("training step", _name),
         ("on", _on),
         _TILES,
         ("ms", _of("step.ms", digits)),
         ("tokens/s", _of("tokens_per_second", _rate)),
         ("MFU", _of("mfu", percent)),
         _PEAK,
+        *_RATIOS,
     ],
     "prefill": [
-        ("prompt", _of("name")),
+        ("prompt", _name),
         ("batch", _of("batch")),
-        ("tokens", _of("tokens", _rate)),
+        _TOKENS,
         _TILES,
-        ("first token ms", _of("first_token.ms", digits)),
+        ("ms", _of("first_token.ms", digits)),
         ("prompt tokens/s", _of("tokens_per_second", _rate)),
+        *_RATIOS,
+        _FIRST_CALL,
         _PEAK,
         ("KV cache GB", _of("stored_bytes", _gigabytes)),
     ],
     "decode": [
-        ("decoding", lambda row: row["name"] + (", compiled" if row["compiled"] else "")),
+        ("decoding", lambda row: _name(row) + (", compiled" if row["compiled"] else "")),
         ("batch", _of("batch")),
-        ("step ms", _of("step.ms", digits)),
+        _TOKENS,
+        ("ms a token", _of("step.ms", digits)),
         ("tokens/s", _of("tokens_per_second", _rate)),
+        *_RATIOS,
+        ("first token s", _of("first_token.ms", _seconds)),
+        ("whole call: ms a token", _of("call_ms_a_token", digits)),
+        _FIRST_CALL,
         _PEAK,
         ("KV cache GB", _of("stored_bytes", _gigabytes)),
+    ],
+    "start": [
+        ("new process", _name),
+        _TOKENS,
+        ("first s", _of("first.ms", _seconds)),
+        ("again s", _of("again.ms", _seconds)),
+        *_RATIOS,
+        ("import s", _of("import_seconds", digits)),
+        ("load s", _of("load_seconds", digits)),
     ],
     "context": [
         ("part", _of("name")),
@@ -117,6 +153,12 @@ _LEGENDS = {
     "prefill": "From an empty cache until the first token. Chunked prefill takes {chunk:,} tokens of each sequence at "
     "a time.",
     "decode": "Wall time of a step after {tokens:,} tokens, mean of {new} steps.",
+    "generate": "Calls as people write them, with their time on the host; eager but for what says compiled. Decoding: "
+    "model.generate after so many tokens; ms a token is the difference of calls of {new} and of twice as many tokens, "
+    "over {new}; the first token is a call for one, with its prompt; a whole call gives {new} with theirs; the first "
+    "call compiles and captures, its seconds are those beyond a later one's. Prompts: model(ids, use_cache=True, "
+    "logits_to_keep=1), or generate in chunks of {chunk:,} of each sequence. New processes: from a loaded model to 16 "
+    "tokens, or one forward and backward pass. Training: one sequence, AdamW, float32 weights, bfloat16 matmuls.",
     "context": "One sequence over {gpus} GPUs, split {split}, rule {rule}: calls from idle GPUs, and "
     "{calls_in_a_row} in a row without waiting. All GPUs take as long as the slowest; one GPU is the fastest of them "
     "with the whole sequence. Moved: bytes of keys, values and gate sums that all receive in a forward pass. Errors "
@@ -124,16 +166,16 @@ _LEGENDS = {
 }
 
 
-def cells(kind: str, row: Row) -> list[str]:
-    """What the table shows of a row."""
-    return [show(row) or "-" for _, show in COLUMNS[kind]]
+# Whose tables have no columns in which nothing is shown.
+_SPARSE = ("generate", "prefill", "decode", "train")
 
 
 def line(kind: str, row: Row) -> str:
     """A row for whoever watches a measurement."""
     if row["status"] != "measured":
         return _note(row)
-    first, *others = zip(COLUMNS[kind], cells(kind, row), strict=True)
+    columns = COLUMNS[row.get("part", kind)]
+    first, *others = [(column, column[1](row) or "-") for column in columns]
     return "; ".join([first[1], *(f"{name} {cell}" for (name, _), cell in others if cell != "-")])
 
 
@@ -151,7 +193,10 @@ def render(results: Results) -> str:
     parts.append(_origin(results))
     if measured:
         settings = {"chunk": 0, "tokens": 0, **results["settings"]}
-        parts += [table([name for name, _ in COLUMNS[kind]], [cells(kind, row) for row in measured])]
+        by_part: dict[str, list[Row]] = {}
+        for row in measured:
+            by_part.setdefault(row.get("part", kind), []).append(row)
+        parts += [_table(kind, part, of_part) for part, of_part in by_part.items()]
         parts += [_LEGENDS[kind].format(**settings)]
     notes = [_note(row) for row in rows if row["status"] != "measured"]
     sequences = {(row["batch"], row["text_rows"]) for row in rows if "text_rows" in row}
@@ -161,9 +206,16 @@ def render(results: Results) -> str:
     return "\n\n".join([*parts, *(["\n".join(f"* {note}" for note in notes)] if notes else [])])
 
 
+def _table(kind: str, part: str, rows: list[Row]) -> str:
+    columns = [(name, show) for name, show in COLUMNS[part] if kind not in _SPARSE or any(map(show, rows))]
+    return table([name for name, _ in columns], [[show(row) or "-" for _, show in columns] for row in rows])
+
+
 def _origin(results: Results) -> str:
     run, settings = results["run"], results["settings"]
-    versions = ", ".join(f"{name} {run[name]}" for name in ("torch", "triton", "cuda", "cudnn"))
+    versions = ", ".join(
+        f"{name} {run[name]}" for name in ("torch", "transformers", "triton", "cuda", "cudnn") if name in run
+    )
     commit, changes, _ = run["commit"].partition("+changes")
     subject = "".join(f"{settings[name]}; " for name in ("model", "text", "preset") if settings.get(name))
     sizes = "".join(f"{name} {value}; " for name, value in (settings.get("changed") or {}).items())

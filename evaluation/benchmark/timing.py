@@ -70,6 +70,11 @@ def release_memory(device: str) -> None:
         torch.cuda.empty_cache()
 
 
+def allocated_bytes(device: str) -> int:
+    """Bytes of all tensors on the GPU; 0 on a CPU."""
+    return torch.cuda.memory_allocated() if device == "cuda" else 0
+
+
 def peak_bytes(call: Callable[[], object], device: str, resident: int) -> int | None:
     """Peak memory of ``call``; None on a CPU.
 

@@ -6,7 +6,7 @@ them noisy.
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial
@@ -91,8 +91,8 @@ class Recipe:
         return model
 
 
-def variants(recipe: Recipe) -> Iterator[Variant]:
-    """Training steps of one model on one device.
+def variants(recipe: Recipe, steps: Sequence[Step] | None = None) -> Iterator[Variant]:
+    """Training steps of one model on one device, by default all of the ``recipe``.
 
     Raises:
         ValueError, OSError: model or text cannot be read, or the model has dropout.
@@ -104,7 +104,7 @@ def variants(recipe: Recipe) -> Iterator[Variant]:
     facts = facts_of(model, recipe) | {"gpus": 1}
     if recipe.compiled:
         compile_regions(model)
-    for step in recipe.steps(model.config):
+    for step in recipe.steps(model.config) if steps is None else steps:
         with torch.autocast(recipe.workload.device, torch.bfloat16):
             tiles = {"computed_tiles": computed_tiles(model, ids, step.rule)}
         yield _SingleStep(step, trainer, reference, recipe, facts | tiles)

@@ -1,7 +1,6 @@
-"""``foxlm bench``: the speed of attention, training, prefill and decoding, measured on this machine."""
+"""``foxlm bench``: the speed of attention, training and generation, measured on this machine."""
 
 import contextlib
-import itertools
 import signal
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
@@ -14,16 +13,16 @@ from foxlm.cli.errors import PASS_THROUGH, CommandLine, deprecated
 
 if TYPE_CHECKING:
     from foxlm.evaluation.benchmark.models import Workload
-    from foxlm.evaluation.benchmark.runner import Report
+    from foxlm.evaluation.benchmark.runner import Report, Variant
 
 app = CommandLine(
     # Each paragraph one line: the terminal wraps them.
-    help="Measure the speed of forgetting attention, training, prefill and decoding on this machine.\n\n"
+    help="Measure the speed of forgetting attention, training and generation on this machine.\n\n"
     "The results of each variant are checked before it is timed, and a variant that fails the check has no time. Each "
     "row is shown on stderr and kept in the JSON file as soon as it is measured; an interrupted run keeps its rows. At "
     "the end a table is printed. Times are medians of two passes over all variants. Needs an NVIDIA GPU; --device cpu "
     "only shows that all parts work.\n\n"
-    "A model of your own: foxlm bench prefill --model my-fox --text book.txt",
+    "A model of your own: foxlm bench generate --model my-fox --text book.txt",
 )
 
 Preset = Annotated[
@@ -247,103 +246,81 @@ def train(
             _run_ranks(measure_on_rank, gpus, device, (recipe, rounds), report, out)
 
 
+@app.command("prefill", hidden=True)
+@app.command("decode", hidden=True)
 @app.command()
-def prefill(
-    out: Annotated[Path, typer.Option(help="JSON file for the results.")] = Path("speed-prefill.json"),
+def generate(
+    context: typer.Context,
+    out: Annotated[Path, typer.Option(help="JSON file for the results.")] = Path("speed-generate.json"),
     preset: Preset = None,
     layers: Layers = None,
     model: Model = None,
     text: Text = None,
     join: Join = False,
     tokens: Annotated[
-        list[int] | None, typer.Option(help="Tokens of each prompt; may be repeated; 4096 and 16384, or 256 on a CPU.")
+        list[int] | None,
+        typer.Option(
+            help="Tokens of contexts, prompts and the training step; may be repeated; 14336, 4096 and 16384, and "
+            "16384, or 256 on a CPU."
+        ),
     ] = None,
-    batch: Annotated[list[int] | None, typer.Option(help="Prompts; may be repeated; 1 and 8, or 1 on a CPU.")] = None,
-    chunk: Annotated[
-        int | None, typer.Option(help="Tokens of a chunk of chunked prefill; 4096, or 64 on a CPU.")
+    batch: Annotated[list[int] | None, typer.Option(help="Sequences; may be repeated; 1 and 8.")] = None,
+    new: Annotated[
+        int | None, typer.Option(help="Tokens that a call generates, and half of what a longer one does; 64.")
     ] = None,
-    compiled: Annotated[bool, typer.Option("--compile", help="Compiled models too, which takes minutes.")] = False,
-    rounds: Rounds = 3,
-    only: Only = None,
-    device: Device = "cuda",
-    seed: Seed = 0,
-    commit: Commit = None,
-    as_json: AsJson = False,
-) -> None:
-    """The time to the first token, and prompt tokens per second, of a whole model beside a plain Llama.
-
-    By length and number of prompts, by pruning, at once and by chunked prefill. The model is a preset with synthetic
-    gates, or yours; the Llama has its sizes. Exits with 1 if one of FoX is wrong or fails.
-    """
-    from foxlm.evaluation.benchmark import generation as measured
-    from foxlm.evaluation.benchmark.attentions import with_names
-    from foxlm.evaluation.benchmark.runner import run
-
-    on_cpu = device == "cpu"
-    lengths = tokens or (measured.CPU_PREFILL_TOKENS if on_cpu else measured.PREFILL_TOKENS)
-    batches = batch or (measured.CPU_PREFILL_BATCHES if on_cpu else measured.PREFILL_BATCHES)
-    chunk = (measured.CPU_CHUNK if on_cpu else measured.CHUNK) if chunk is None else chunk
-    _check(device, out, {"--tokens": lengths, "--batch": batches, "--chunk": [chunk], "--rounds": [rounds]})
-    known = (*measured.PREFILLERS, *(measured.COMPILED_PREFILLERS if compiled else ()))
-    generators = with_names(known, only or [])
-    workload = _workload(device, seed, preset, layers, model, text, join)
-    models = measured.build_models(workload, generators)
-    generators = measured.usable(models["foxlm"], generators)
-    for length in lengths:
-        # Too short a text is found now, not after the other lengths.
-        workload.ids(models["foxlm"].config.vocab_size, 1, length)
-    facts = _model_facts(workload, models) | {"chunk": chunk, "rounds": rounds}
-    with _report("prefill", out, device, seed, commit, as_json, facts) as report:
-        for length, size in itertools.product(lengths, batches):
-            variants = measured.prefill_variants(size, length, models, generators, workload, chunk)
-            run(variants, report, rounds, device)
-
-
-@app.command()
-def decode(
-    out: Annotated[Path, typer.Option(help="JSON file for the results.")] = Path("speed-decode.json"),
-    preset: Preset = None,
-    layers: Layers = None,
-    model: Model = None,
-    text: Text = None,
-    join: Join = False,
-    tokens: Annotated[int | None, typer.Option(help="Tokens before the first step; 14336, or 256 on a CPU.")] = None,
-    batch: Annotated[list[int] | None, typer.Option(help="Sequences; may be repeated; 1 and 8 by default.")] = None,
-    new: Annotated[int, typer.Option(help="Steps in a timed round.")] = 32,
-    rounds: Rounds = 3,
+    chunk: Annotated[int | None, typer.Option(help="Tokens of a chunk of a prompt; 4096, or 64 on a CPU.")] = None,
+    compiled: Annotated[
+        bool | None,
+        typer.Option(
+            "--compile/--no-compile", help="Rows that torch.compile takes a minute for, such as Llama's static."
+        ),
+    ] = None,
+    quick: Annotated[
+        bool, typer.Option("--quick", help="A minute: fewer tokens and rounds, nothing compiled, no new processes.")
+    ] = False,
     only: Only = None,
     largest_batch: RemovedFlag = False,
+    rounds: Annotated[int | None, typer.Option(help="Timed rounds in each of two passes; 3, or 2 if quick.")] = None,
     device: Device = "cuda",
     seed: Seed = 0,
     commit: Commit = None,
     as_json: AsJson = False,
 ) -> None:
-    """The time of one more token after a long context, by cache and pruning, beside a plain Llama.
+    """The calls that people write: generate by each cache, prompts, new processes and a training step, beside a Llama.
 
-    The model is a preset with synthetic gates, or yours; the Llama has its sizes. Exits with 1 if one of FoX is wrong
-    or fails.
+    Of each call of generate the milliseconds a token, by calls of N and 2N tokens, and apart from it the seconds until
+    the first token and those of compiling. The model is a preset with synthetic gates, or yours; the Llama has its
+    sizes. --only takes a part ("decode", "prefill", "start", "train") or any other part of a name. Exits with 1 if a
+    row of FoX is wrong or fails.
     """
     from foxlm.evaluation.benchmark import generation as measured
-    from foxlm.evaluation.benchmark.attentions import with_names
-    from foxlm.evaluation.benchmark.runner import run
+    from foxlm.evaluation.benchmark.public_calls import Sizes, chosen, groups, usable
 
     _refuse_removed(
         {"--largest-batch": largest_batch or None}, "searched for the most sequences that fit; try sizes by --batch"
     )
-    if tokens is None:
-        tokens = measured.CPU_DECODE_TOKENS if device == "cpu" else measured.DECODE_TOKENS
-    batches = batch or measured.DECODE_BATCHES
-    _check(device, out, {"--tokens": [tokens], "--new": [new], "--rounds": [rounds], "--batch": batches})
-    generators = with_names(measured.DECODERS, only or [])
+    part = context.info_name if context.info_name in ("prefill", "decode") else None
+    if part is not None:
+        deprecated(f"foxlm bench {part}", f"foxlm bench generate --only {part}")
+    on_cpu = device == "cpu"
+    new = (measured.CPU_NEW if on_cpu else measured.QUICK_NEW if quick else measured.NEW) if new is None else new
+    chunk = (measured.CPU_CHUNK if on_cpu else measured.CHUNK) if chunk is None else chunk
+    rounds = (2 if quick else 3) if rounds is None else rounds
+    positive = {"--tokens": tokens or [], "--batch": batch or [], "--new": [new], "--chunk": [chunk]}
+    _check(device, out, positive | {"--rounds": [rounds]})
+    sizes = Sizes(new, chunk, tuple(tokens or ()), tuple(batch or ()))
+    if on_cpu and not only and compiled is None:
+        compiled = False
+    rows = chosen(only or [], quick=quick, compiled=compiled, part=part)
     workload = _workload(device, seed, preset, layers, model, text, join)
-    models = measured.build_models(workload, generators)
-    generators = measured.usable(models["foxlm"], generators)
-    workload.ids(models["foxlm"].config.vocab_size, 1, tokens + measured.CHECKED_STEPS)
-    facts = _model_facts(workload, models) | {"tokens": tokens, "new": new, "rounds": rounds}
-    with _report("decode", out, device, seed, commit, as_json, facts) as report:
-        for size in batches:
-            variants = measured.decode_variants(size, models, generators, workload, tokens, new, rounds)
-            run(variants, report, rounds, device)
+    models = measured.build_models(workload, [one for one in rows if isinstance(one, measured.Call)])
+    rows = usable(models["foxlm"].config, rows)
+    # Too short a text is found now, not after minutes.
+    workload.ids(models["foxlm"].config.vocab_size, 1, max(one[2] for one in sizes.contexts(device)))
+    facts = _model_facts(workload, models) | {"new": new, "chunk": chunk, "rounds": rounds}
+    with _report("generate", out, device, seed, commit, as_json, facts) as report:
+        for variants, passes in groups(rows, models, workload, sizes):
+            _run_group(variants, report, rounds, device, passes)
 
 
 @app.command()
@@ -418,6 +395,16 @@ def _report(
     ours = [row for row in results["rows"] if row.get("family", "foxlm") == "foxlm" and not _is_baseline(row)]
     if any(row["status"] != "measured" for row in ours):
         raise typer.Exit(1)
+
+
+def _run_group(variants: "Iterator[Variant]", report: "Report", rounds: int, device: str, passes: int) -> None:
+    """Measure ``variants``; what is raised between them, such as for a model that does not fit, ends no other group."""
+    from foxlm.evaluation.benchmark.runner import failure, run
+
+    try:
+        run(variants, report, rounds, device, passes=passes)
+    except Exception as error:
+        report.new_row({"name": "the rest of a group"}).update(failure(error))
 
 
 def _is_baseline(row: Mapping[str, Any]) -> bool:

@@ -33,8 +33,7 @@ COMMANDS: dict[str, tuple[str, list[str]]] = {
     "report": ("fox", ["report", "MODEL", *READ]),
     "bench attention": ("fox", ["bench", "attention", "--length", "9999", *BENCH]),
     "bench train": ("fox", ["bench", "train", "--tokens", "9999", *BENCH]),
-    "bench prefill": ("fox", ["bench", "prefill", "--tokens", "9999", "--only", "foxlm", *BENCH]),
-    "bench decode": ("fox", ["bench", "decode", "--tokens", "9999", "--only", "foxlm", *BENCH]),
+    "bench generate": ("fox", ["bench", "generate", "--tokens", "9999", "--only", "decode: foxlm", *BENCH]),
 }
 
 

@@ -70,8 +70,8 @@ def test_attention_that_is_wrong_prints_no_time(tmp_path: Path, monkeypatch: pyt
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_an_interrupted_run_keeps_and_prints_its_rows(number: int, tmp_path: Path) -> None:
     out = tmp_path / "results.json"
-    arguments = ["decode", "--device", "cpu", "--tokens", "40", "--batch", "1", "--rounds", "50", "--new", "1"]
-    arguments += ["--only", "ACP tight", "--out", str(out)]
+    arguments = ["generate", "--device", "cpu", "--tokens", "40", "--batch", "1", "--rounds", "50", "--new", "1"]
+    arguments += ["--only", "decode: foxlm", "--out", str(out)]
     process = subprocess.Popen(
         [sys.executable, "-m", "foxlm", "bench", *arguments],
         stdout=subprocess.PIPE,
@@ -88,7 +88,7 @@ def test_an_interrupted_run_keeps_and_prints_its_rows(number: int, tmp_path: Pat
     assert process.returncode == 130, stderr
     rows = json.loads(out.read_text())["rows"]
     assert rows[0]["status"] == "measured" and rows[-1]["status"] == "unfinished"
-    assert "| foxlm, ACP tight " in stdout and "* interrupted" in stdout
+    assert "| foxlm " in stdout and "* interrupted" in stdout
     assert f"interrupted; what was measured is in {out}" in stderr
 
 
@@ -99,8 +99,8 @@ def test_the_commands_measure_a_model_and_text(tmp_path: Path, monkeypatch: pyte
     for command, arguments in (
         ("attention", ("--length", "150", "--rows", "2", "--only", "foxlm")),
         ("train", ("--tokens", "100", "--only", "tight")),
-        ("prefill", ("--tokens", "200", "--only", "tight", "--batch", "6")),
-        ("decode", ("--tokens", "60", "--new", "1", "--batch", "1", "--only", "tight, static")),
+        ("generate", ("--tokens", "200", "--only", "prefill: foxlm", "--batch", "6")),
+        ("decode", ("--tokens", "60", "--new", "1", "--batch", "1", "--only", "foxlm, static")),
     ):
         monkeypatch.setattr("sys.argv", ["foxlm", "bench", command, *given, *arguments, "--out", str(out)])
         result = invoke(command, *given, *arguments, "--out", str(out), "--json")
@@ -114,7 +114,7 @@ def test_the_commands_measure_a_model_and_text(tmp_path: Path, monkeypatch: pyte
         assert "Figures of no use" in drawn and "mine; text.npy; " in drawn
         if command == "attention":
             assert {(one["case"], one["kv_heads"]) for one in results["rows"]} == {("4x4x8x150", 2)}
-        if command == "prefill":
+        if command == "generate":
             assert results["rows"][0]["text_rows"] == 4 and "4 different rows of text, which repeat" in drawn
 
 
@@ -123,11 +123,12 @@ def test_a_model_without_forget_gates_is_measured_as_what_it_is_or_refused(tmp_p
     out = ("--out", str(tmp_path / "results.json"))
     result = invoke("attention", *given, *out)
     assert result.exit_code == 1 and "--model must have forget gates to be measured" in result.stderr
-    result = invoke("decode", *given, *out, "--only", "tight")
-    assert result.exit_code == 1 and "--model has no forget gates" in result.stderr
-    result = invoke("prefill", *given, *out, "--tokens", "100", "--only", "foxlm", "--json")
+    result = invoke("generate", *given, *out, "--only", "paged")
+    assert result.exit_code == 1 and "the FoX has no forget gates" in result.stderr
+    result = invoke("generate", *given, *out, "--tokens", "100", "--only", "prefill: foxlm", "--json")
     assert result.exit_code == 0, result.output
-    assert [one["name"] for one in json.loads(result.stdout)["rows"]] == ["foxlm", "foxlm, chunked prefill"]
+    names = ["prefill: foxlm", "prefill: foxlm, chunked prefill"]
+    assert [one["name"] for one in json.loads(result.stdout)["rows"]] == names
     result = invoke("train", *given, *out, "--tokens", "100", "--json")
     assert result.exit_code == 0, result.output
     assert [one["name"] for one in json.loads(result.stdout)["rows"]] == ["foxlm"]
@@ -152,7 +153,7 @@ def test_what_is_no_fox_or_too_short_is_refused_in_one_line(tmp_path: Path) -> N
         (tmp_path / "nothing", text, (), "nothing"),
     ):
         out = ("--out", str(tmp_path / "results.json"))
-        result = invoke("prefill", "--model", str(source), "--text", str(read), *more, *out)
+        result = invoke("generate", "--only", "prefill", "--model", str(source), "--text", str(read), *more, *out)
         assert result.exit_code == 1 and message in result.stderr, result.stderr
         # After the bar of transformers, which ends no line.
         assert result.stderr.splitlines()[-1].startswith("error: ") and not (tmp_path / "results.json").exists()
@@ -180,6 +181,29 @@ def test_training_on_two_ranks_is_measured(tmp_path: Path) -> None:
     assert "| 2 GPUs, FSDP2 |" in render(results)
 
 
+@pytest.mark.parametrize("old", ["prefill", "decode"])
+def test_an_old_command_measures_its_part_and_names_the_new_one(old: str, tmp_path: Path) -> None:
+    arguments = ("--layers", "1", "--tokens", "32", "--batch", "1", "--new", "1", "--only", "Llama", "--no-compile")
+    result = invoke(old, *arguments, "--out", str(tmp_path / "results.json"), "--json")
+    assert result.exit_code == 0, result.output
+    assert f"foxlm bench {old} is deprecated" in result.stderr and f"foxlm bench generate --only {old}" in result.stderr
+    assert [row["name"] for row in json.loads(result.stdout)["rows"]] == [f"{old}: Llama"]
+
+
+def test_what_is_raised_between_variants_ends_no_other_group(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def raising(*arguments: Any) -> Any:
+        yield from ()
+        raise torch.OutOfMemoryError("no room")
+
+    monkeypatch.setattr("foxlm.evaluation.benchmark.public_calls.call_variants", raising)
+    names = ("--only", "prefill: Llama", "--only", "train: foxlm")
+    arguments = ("--layers", "1", "--tokens", "32", *names, "--no-compile", "--out", str(tmp_path / "results.json"))
+    result = invoke("generate", *arguments)
+    assert result.exit_code == 1
+    assert "* the rest of a group: failed: OutOfMemoryError: no room" in result.stdout
+    assert "| training step |" in result.stdout and "Figures of no use" in result.stdout
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -202,15 +226,15 @@ def test_training_on_two_ranks_is_measured(tmp_path: Path) -> None:
         (["train", "--model", "x"], "--model and --text go together, got --model without --text"),
         (["train", "--text", "x"], "--model and --text go together, got --text without --model"),
         (["train", "--heads", "2", "--model", "x", "--text", "y"], "--heads is of new models, got it with --model x"),
-        (["decode", "--new", "0"], "--new must be a positive integer, got 0"),
-        (["decode", "--batch", "0"], "--batch must be a positive integer, got 0"),
-        (["decode", "--only", "vLLM"], "--only must be part of one of ['foxlm', "),
-        (["decode", "--largest-batch"], "--largest-batch was removed; it searched for the most sequences that fit"),
-        (["decode", "--model", "x", "--preset", "pro-125m"], "--preset is of new models, got it with"),
-        (["decode", "--join"], "--join is of --text, got it without"),
-        (["prefill", "--chunk", "0"], "--chunk must be a positive integer, got 0"),
-        (["prefill", "--tokens", "64", "--tokens", "-3"], "--tokens must be a positive integer, got -3"),
-        (["prefill", "--only", "compiled"], "--only must be part of one of ['foxlm', "),
+        (["generate", "--new", "0"], "--new must be a positive integer, got 0"),
+        (["generate", "--batch", "0"], "--batch must be a positive integer, got 0"),
+        (["generate", "--only", "vLLM"], "--only must be part of one of ['decode: foxlm', "),
+        (["generate", "--largest-batch"], "--largest-batch was removed; it searched for the most sequences that fit"),
+        (["generate", "--model", "x", "--preset", "pro-125m"], "--preset is of new models, got it with"),
+        (["generate", "--join"], "--join is of --text, got it without"),
+        (["generate", "--chunk", "0"], "--chunk must be a positive integer, got 0"),
+        (["generate", "--tokens", "64", "--tokens", "-3"], "--tokens must be a positive integer, got -3"),
+        (["generate", "--only", "Llama, static", "--no-compile"], "--no-compile leaves nothing of --only to measure"),
         (["table", "no-such-file.json"], "No such file"),
         (["table", "x.json", "--readme", "README.md"], "--readme was removed; it wrote tables into a page"),
         (["plot", "no-such-file.json", "--out", "x.svg"], "foxlm bench plot was removed; foxlm bench table"),
