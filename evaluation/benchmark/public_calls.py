@@ -4,6 +4,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+import torch
+
 from foxlm.modeling.configuration_fox import FoxConfig
 
 from . import train
@@ -13,6 +15,7 @@ from .generation import CALLS, CPU_TOKENS, DECODE_TOKENS, PROMPTS, Call, Models,
 from .models import Workload
 from .results import PASSES
 from .runner import Variant
+from .timing import release_memory
 
 
 @dataclass(frozen=True)
@@ -47,7 +50,7 @@ def chosen(
 
     Args:
         names: parts of names; all for none.
-        quick: without names, leave out new processes and what is compiled.
+        quick: without names, leave out new processes, training and what is compiled.
         compiled: whether what is compiled is measured; by default with names, and where it is not ``quick``.
         part: the only one that counts.
 
@@ -56,7 +59,7 @@ def chosen(
     """
     found = with_names([one for one in MEASURED if one.name.startswith(part or "")], names)
     if quick and not names:
-        found = [one for one in found if not isinstance(one, Start)]
+        found = [one for one in found if isinstance(one, Call)]
     if not (bool(names) or not quick if compiled is None else compiled):
         found = [one for one in found if not getattr(one, "compiled", False)]
     if not found:
@@ -130,6 +133,8 @@ def groups(
             yield call_variants(of_group, models, workload, batch, tokens, sizes.new, sizes.chunk), PASSES
     config: Any = models["foxlm"].config
     models.clear()
+    torch.compiler.reset()
+    release_memory(workload.device)
     starts = [one for one in measured if isinstance(one, Start)]
     if starts:
         yield start_variants(starts, workload), 1

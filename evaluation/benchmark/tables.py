@@ -90,6 +90,7 @@ COLUMNS: dict[str, list[Column]] = {
     "train": [
         ("training step", _name),
         ("on", _on),
+        _TOKENS,
         _TILES,
         ("ms", _of("step.ms", digits)),
         ("tokens/s", _of("tokens_per_second", _rate)),

@@ -276,7 +276,7 @@ def generate(
         ),
     ] = None,
     quick: Annotated[
-        bool, typer.Option("--quick", help="A minute: fewer tokens and rounds, nothing compiled, no new processes.")
+        bool, typer.Option("--quick", help="A minute: fewer tokens and rounds, generation alone, nothing compiled.")
     ] = False,
     only: Only = None,
     largest_batch: RemovedFlag = False,
