@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from .decay import sum_gates
+from .devices import capability_of
 from .elementwise.gated_norm import gated_norm
 from .pruning.rules import search_kv_start
 from .reference import backward_pass, forward_pass, reference_attention
@@ -105,4 +106,5 @@ def backend_of(q: Tensor) -> Backend:
 def _runs_triton(x: Tensor) -> bool:
     if INTERPRETED:
         return True
-    return x.is_cuda and torch.version.cuda is not None and torch.cuda.get_device_capability(x.device) >= (8, 0)
+    capability = capability_of(x)
+    return capability is not None and capability >= (8, 0)

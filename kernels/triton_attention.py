@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from .decay import Decay
+from .devices import capability_of
 from .operators import NAMESPACE, maybe_contiguous, refuse_second_derivative
 from .portable.backward import backward
 from .portable.forward import forward
@@ -69,8 +70,7 @@ def backward_pass(
 
 
 def _tiles(q: Tensor):
-    capability = torch.cuda.get_device_capability(q.device) if q.is_cuda else (0, 0)
-    return choose_tiles(q.shape[-1], q.dtype, capability)
+    return choose_tiles(q.shape[-1], q.dtype, capability_of(q) or (0, 0))
 
 
 @torch.library.custom_op(f"{NAMESPACE}::triton_forward", mutates_args=())

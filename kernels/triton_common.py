@@ -68,6 +68,24 @@ LN_2 = tl.constexpr(0.6931471805599453)
 INF = tl.constexpr(float("inf"))
 INT32_MAX = tl.constexpr(2147483647)
 
+# Triton compiles a kernel anew for an integer that is 1, for one that is a multiple of 16, and for a pointer aligned to
+# 16 bytes. Sizes of a model and strides of queries, keys and values deserve that; what follows does not, since it
+# changes from batch to batch: lengths, numbers of blocks, strides that are lengths, and tensors that may be parts of
+# others. Names are those of parameters; a kernel need not have them all.
+VARYING_SIZES = (
+    "T", "TQ", "TK", "HEADS", "KV_HEADS", "NB", "NC", "NG", "NM", "NN", "NR", "STEPS", "WORK_TILES",
+    "c_b", "c_h", "ck_b", "ck_h", "cq_b", "cq_h", "decays_b", "decays_h", "dl_b", "dl_h", "f_b",
+    "largest_b", "largest_h", "real_b", "s_b", "s_h", "starts_b",
+)  # fmt: skip
+PARTS_OF_TENSORS = (
+    "BASE", "C", "C_K", "C_Q", "DC", "DELTA", "DIAGONAL", "DIAGONAL_BLOCK", "DQ_SCALE", "D_LSE", "END", "GREATEST",
+    "HEAD_ORDER", "HELD_FROM", "KV_START", "LARGEST", "LAST", "LEAST", "LOG_DECAYS", "LOG_F", "LOG_SUM", "LSE",
+    "M_END", "M_FULL_END", "NORM", "PAGES", "REAL", "RELATIVE", "ROW_BOUND", "ROW_TERM", "SHIFT", "STARTS",
+    "WORK_COUNTER",
+)  # fmt: skip
+# Decorates a kernel, so that one compilation serves all lengths and batches.
+kernel = triton.jit(do_not_specialize=VARYING_SIZES, do_not_specialize_on_alignment=PARTS_OF_TENSORS)
+
 
 @triton.jit
 def load_rows(p, o_rows, stride, m_rows, D: tl.constexpr, BLOCK_D: tl.constexpr, HAS_MASK: tl.constexpr):

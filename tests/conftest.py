@@ -28,6 +28,7 @@ def small_chunks_interpreted() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         if os.environ.get("TRITON_INTERPRET") == "1":
             patch.setattr("foxlm.kernels.portable.scan._CHUNK", 64)
+            patch.setattr("foxlm.kernels.pruning.search._SCAN", 16)
         yield
 
 

@@ -36,6 +36,7 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from ..decay import Decay
+from ..devices import multiprocessors_of
 from ..portable.block_ranges import heaviest_first, kv_start_ranges, query_ranges
 from ..tiles import Tile, cdiv
 from .backward_d64 import hopper_backward_d64_kernel
@@ -129,8 +130,7 @@ def hopper_backward(
             maxnreg=168,
         )
     else:
-        processors = torch.cuda.get_device_properties(q.device).multi_processor_count if q.is_cuda else 1
-        hopper_backward_d64_kernel[(min(work_tiles, processors),)](
+        hopper_backward_d64_kernel[(min(work_tiles, multiprocessors_of(q) or 1),)](
             **arguments,
             k_desc=describe_by_token(k, _TILE_KEYS // 2),
             v_desc=describe_by_token(v, _TILE_KEYS // 2),

@@ -8,7 +8,7 @@ from torch import Tensor
 from ..decay import Decay
 from ..portable.backward_rows import MAXIMA_KEYS, row_norms, running_maxima
 from ..tiles import cdiv
-from ..triton_common import INF, LOG2_E
+from ..triton_common import INF, LOG2_E, kernel
 from .backward_common import ROW_SUM_SCALE
 
 # Room for the rounding of bounds, and of the matmuls that they bound.
@@ -25,7 +25,7 @@ def _exponent(x):
     return (tl.minimum(tl.maximum(x, 1e-17), 1e18).to(tl.int32, bitcast=True) + 0x7FFFFF) >> 23
 
 
-@triton.jit
+@kernel
 def _finite_keys_kernel(C_K, C_FINITE, ck_b, ck_h, HF, TK, BLOCK_N: tl.constexpr):
     """Running sums of a block of keys, ``[B, HF, TK]``; for hidden keys the least of the block, 0 if all are hidden."""
     i_bg, i_n = tl.program_id(0), tl.program_id(1)
@@ -37,7 +37,7 @@ def _finite_keys_kernel(C_K, C_FINITE, ck_b, ck_h, HF, TK, BLOCK_N: tl.constexpr
     tl.store(C_FINITE + i_bg.to(tl.int64) * TK + o_n, tl.where(c == INF, least, c), mask=o_n < TK)
 
 
-@triton.jit
+@kernel
 def _tile_rows_kernel(
     D_OUT, OUT, C_Q, LSE, D_LSE, KV_START, MAXIMA, ROWS, SUMS, ROW_SUMS,
     do_b, do_t, do_h, o_b, o_t, o_h, cq_b, cq_h, dl_b, dl_h, s_b, s_h,
@@ -97,7 +97,7 @@ def _tile_rows_kernel(
     tl.store(p + 6 * BLOCK_M, kv_start)
 
 
-@triton.jit
+@kernel
 def _hopper_backward_finish_kernel(
     SUMS,
     ROWS,

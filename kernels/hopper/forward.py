@@ -56,6 +56,7 @@ import torch
 from torch import Tensor
 
 from ..decay import Decay
+from ..devices import capability_of, multiprocessors_of
 from ..portable.block_ranges import heaviest_first, kv_start_ranges
 from ..portable.forward import key_decay
 from ..tiles import HOPPER_FORWARD, cdiv
@@ -68,9 +69,7 @@ def hopper_forward_takes(q: Tensor, k: Tensor, v: Tensor, dropout: float) -> boo
     """Whether `hopper_forward` computes this: on sm_90, 16-bit, heads of 64 or 128, without dropout."""
     return (
         dropout == 0.0
-        and q.is_cuda
-        and torch.version.cuda is not None
-        and torch.cuda.get_device_capability(q.device) == (9, 0)
+        and capability_of(q) == (9, 0)
         and q.dtype in (torch.float16, torch.bfloat16)
         and q.dtype == k.dtype == v.dtype
         and q.shape[-1] in HOPPER_FORWARD
@@ -93,7 +92,7 @@ def hopper_forward(q: Tensor, k: Tensor, v: Tensor, decay: Decay, scale: float) 
     relative, base = key_decay(decay.key)
     least, greatest = kv_start_ranges(decay.kv_start, decay.last, heads, QUERIES)
     blocks = cdiv(queries, QUERIES * shape.consumers)
-    programs = min(blocks * batch * heads, torch.cuda.get_device_properties(q.device).multi_processor_count)
+    programs = min(blocks * batch * heads, multiprocessors_of(q) or 1)
     hopper_forward_kernel[(programs,)](
         q_descriptor=describe_by_head(q, QUERIES),
         k_descriptor=describe_by_head(k, shape.keys),

@@ -4,7 +4,7 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier, tma
 
-from ..triton_common import BASE_BLOCK, INF, LOG2_E
+from ..triton_common import BASE_BLOCK, INF, LOG2_E, PARTS_OF_TENSORS, VARYING_SIZES
 from .forward_consumer import forward_consumer
 from .forward_state import (
     CONSUMER_ROWS,
@@ -172,41 +172,11 @@ def forward_bias_producer(
         i_bh = get_field(buffers.work_tiles, work_count % 2, WORK_HEAD)
 
 
-# No specialization on sizes, nor on the alignment of tensors that may be parts of others: a length that comes for the
-# first time must not compile anew.
-_SIZES = [
-    "ck_b",
-    "ck_h",
-    "s_b",
-    "s_h",
-    "HEADS",
-    "NM",
-    "NR",
-    "TQ",
-    "TK",
-    "NB",
-    "H",
-    "KV_GROUP",
-    "HF",
-    "GATE_GROUP",
-    "START_GROUP",
-]
-_TENSORS = [
-    "C_Q",
-    "C_K",
-    "RELATIVE",
-    "BASE",
-    "LSE",
-    "KV_START",
-    "LAST",
-    "HEAD_ORDER",
-    "LEAST",
-    "GREATEST",
-    "WORK_COUNTER",
-]
+# Beside what varies, sizes of the model that were not specialized when the kernel was tuned.
+_SIZES = (*VARYING_SIZES, "H", "KV_GROUP", "HF", "GATE_GROUP", "START_GROUP")
 
 
-@gluon.jit(do_not_specialize=_SIZES, do_not_specialize_on_alignment=_TENSORS)
+@gluon.jit(do_not_specialize=_SIZES, do_not_specialize_on_alignment=PARTS_OF_TENSORS)
 def hopper_forward_kernel(
     q_descriptor, k_descriptor, v_descriptor, out_descriptor, C_Q, C_K, RELATIVE, BASE, LSE, KV_START, LAST,
     HEAD_ORDER, LEAST, GREATEST, WORK_COUNTER,

@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 import triton
 import triton.language as tl
 
-from ..triton_common import INF, LOG2_E, load_rows, split_fp64
+from ..triton_common import INF, LOG2_E, kernel, load_rows, split_fp64
 from .backward_rows import RowStatistics
 from .forward import dropout_scale
 
@@ -131,7 +131,7 @@ def _backward_tile(
     return dk, dv, dc
 
 
-@triton.jit
+@kernel
 def backward_kernel(
     Q, K, V, D_OUT, C_Q, C_K, KV_START, LAST, DELTA, SHIFT, ROW_TERM, BASE, DQ_SCALE, ROW_BOUND, M_END, M_FULL_END,
     HEAD_ORDER, SEED, DQ, DK, DV, DC, ROW_SUMS,
@@ -214,7 +214,7 @@ def backward_kernel(
     tl.store(DV + o_out, dv.to(DV.dtype.element_ty), mask=m_out)
 
 
-@triton.jit
+@kernel
 def backward_finish_kernel(
     SUMS,
     DQ_SCALE,

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ..decay import Decay
 from ..tiles import Tile, cdiv, padded_head_dim
-from ..triton_common import INF, LN_2, LOG2_E, load_rows, split_fp64
+from ..triton_common import INF, LN_2, LOG2_E, kernel, load_rows, split_fp64
 
 # Keys are reduced to their largest in groups of so many, by programs of so many rows.
 MAXIMA_KEYS, _MAXIMA_ROWS = 16, 128
@@ -29,7 +29,7 @@ def row_norms(x):
     return largest * tl.sqrt(tl.sum(scaled * scaled, 1))
 
 
-@triton.jit
+@kernel
 def _maxima_kernel(
     K, V, MAXIMA,
     k_b, k_t, k_h, v_b, v_t, v_h,
@@ -97,7 +97,7 @@ def _at_least_bound(bound):
     return tl.where(bound < _LEAST_BOUND, _LEAST_BOUND, bound)
 
 
-@triton.jit
+@kernel
 def _backward_rows_kernel(
     OUT, D_OUT, LSE, D_LSE, C_Q, MAXIMA, DELTA, SHIFT, ROW_TERM, BASE, DQ_SCALE, ROW_BOUND, LAST,
     o_b, o_t, o_h, do_b, do_t, do_h, dl_b, dl_h, cq_b, cq_h,

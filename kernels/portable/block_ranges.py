@@ -8,16 +8,16 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..tiles import Tile, cdiv, next_power_of_2
-from ..triton_common import INT32_MAX
+from ..tiles import Tile, cdiv
+from ..triton_common import INT32_MAX, kernel
 
-# Up to so many heads, one program finds their order.
+# Up to so many heads, a program for each finds its place; every one of them adds up the work of all.
 _ORDERED_HEADS = 128
 # Blocks of keys of a program of `_query_range_kernel`, and blocks of queries that it looks at at a time.
 _RANGE_CHUNK = 64
 
 
-@triton.jit
+@kernel
 def _kv_start_range_kernel(KV_START, LAST, LEAST, GREATEST, s_b, s_h, H, START_GROUP, TQ, NM, BLOCK_M: tl.constexpr):
     """Least and greatest ``kv_start`` of a block of queries."""
     i_bh, i_m = tl.program_id(0), tl.program_id(1)
@@ -60,7 +60,7 @@ def kv_start_ranges(kv_start: Tensor, last: Tensor, heads: int, block: int) -> t
     return least, greatest
 
 
-@triton.jit
+@kernel
 def _query_range_kernel(
     LEAST,
     GREATEST,
@@ -128,18 +128,28 @@ def query_ranges(least: Tensor, greatest: Tensor, last: Tensor, keys: int, tile:
 
 
 @triton.jit
-def _head_order_kernel(LEAST, HEAD_ORDER, HEADS, NM, BLOCK_HEADS: tl.constexpr, BLOCK: tl.constexpr):
-    """Heads by rising sums of ``LEAST``; one launch, where a sum and a sort in PyTorch are eight."""
-    o_h = tl.arange(0, BLOCK_HEADS)
-    totals = tl.zeros([BLOCK_HEADS], tl.int64)
+def _sums_of_rows(LEAST, o_h, HEADS, NM, HEADS_AT_ONCE: tl.constexpr, BLOCK: tl.constexpr):
+    """Sums of ``LEAST`` over the blocks of each of the heads ``o_h``, ``[HEADS_AT_ONCE]`` int64."""
+    totals = tl.zeros([HEADS_AT_ONCE], tl.int64)
     for begin in range(0, NM, BLOCK):
         o_m = begin + tl.arange(0, BLOCK)
         m_least = (o_h[:, None] < HEADS) & (o_m[None, :] < NM)
         totals += tl.sum(tl.load(LEAST + o_h[:, None] * NM + o_m[None, :], mask=m_least, other=0).to(tl.int64), 1)
-    is_before = o_h[None, :] < o_h[:, None]
-    is_heavier = (totals[None, :] < totals[:, None]) | ((totals[None, :] == totals[:, None]) & is_before)
-    rank = tl.sum((is_heavier & (o_h[None, :] < HEADS)).to(tl.int32), 1)
-    tl.store(HEAD_ORDER + rank, o_h.to(tl.int64), mask=o_h < HEADS)
+    return totals
+
+
+@kernel
+def _head_order_kernel(LEAST, HEAD_ORDER, HEADS, NM, HEADS_AT_ONCE: tl.constexpr, BLOCK: tl.constexpr):
+    """Heads by rising sums of ``LEAST``, a program for each; one launch, where PyTorch needs eight for sum and sort."""
+    i_h = tl.program_id(0)
+    own = tl.sum(_sums_of_rows(LEAST, i_h + tl.zeros([1], tl.int32), HEADS, NM, 1, BLOCK), 0)
+    rank = 0
+    for begin in range(0, HEADS, HEADS_AT_ONCE):
+        o_h = begin + tl.arange(0, HEADS_AT_ONCE)
+        totals = _sums_of_rows(LEAST, o_h, HEADS, NM, HEADS_AT_ONCE, BLOCK)
+        is_heavier = (totals < own) | ((totals == own) & (o_h < i_h))
+        rank += tl.sum((is_heavier & (o_h < HEADS)).to(tl.int32), 0)
+    tl.store(HEAD_ORDER + rank, i_h.to(tl.int64))
 
 
 def heaviest_first(least: Tensor) -> Tensor:
@@ -155,13 +165,13 @@ def heaviest_first(least: Tensor) -> Tensor:
     if heads > _ORDERED_HEADS:
         return least.sum(-1).argsort(stable=True)
     order = torch.empty(heads, dtype=torch.int64, device=least.device)
-    _head_order_kernel[(1,)](
+    _head_order_kernel[(heads,)](
         LEAST=least,
         HEAD_ORDER=order,
         HEADS=heads,
         NM=blocks,
-        BLOCK_HEADS=next_power_of_2(heads),
+        HEADS_AT_ONCE=32,
         BLOCK=128,
-        num_warps=8,
+        num_warps=4,
     )
     return order

@@ -18,12 +18,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..devices import multiprocessors_of
 from ..tiles import next_power_of_2, padded_head_dim
 from ..triton_common import INF, LN_2, LOG2_E, dot_precision, load_rows
-from .decode_search import KEY_BLOCK, DecodeInputs
+from .decode_search import KEY_BLOCK, DecodeInputs, decode_kernel
 
-# Heads whose numbers of blocks are summed at a time.
-_SCAN = 1024
+# Heads whose numbers of blocks are summed at a time: one compilation for all batches.
+_SCAN = 128
 # Programs where there are no multiprocessors to count.
 _INTERPRETED_PROGRAMS = 5
 
@@ -90,7 +91,7 @@ def _merge_partials(
     return maximum, total, b_o
 
 
-@triton.jit
+@decode_kernel
 def _decode_attend_kernel(
     Q, K, V, C_Q, C_K, KV_START, LAST, REAL, PAGES, RANGES, PARTIALS, OUT, LSE,
     q_b, q_t, q_h, k_b, k_t, k_h, v_b, v_t, v_h, cq_b, cq_h, ck_b, ck_h, s_b, s_h, real_b,
@@ -262,11 +263,6 @@ def _decode_attend_kernel(
         i_bg += 1
 
 
-@functools.cache
-def _multiprocessors(device: torch.device) -> int:
-    return torch.cuda.get_device_properties(device).multi_processor_count
-
-
 def attend_blocks(
     inputs: DecodeInputs, ranges: Tensor, out: Tensor, lse: Tensor, scale: float, tile: DecodeTile
 ) -> None:
@@ -287,7 +283,8 @@ def attend_blocks(
     kv_total, padded_dim = batch * kv_heads, padded_head_dim(head_dim)
     padded_rows = next_power_of_2(rows)
     padded_rows = max(16, padded_rows) if tile.dot else padded_rows
-    programs = _multiprocessors(q.device) * tile.programs if q.is_cuda else _INTERPRETED_PROGRAMS
+    processors = multiprocessors_of(q)
+    programs = _INTERPRETED_PROGRAMS if processors is None else processors * tile.programs
     programs = min(programs, kv_total * blocks)
     slots = programs + kv_total
     partials = torch.empty(slots * rows * (padded_dim + 2), dtype=torch.float32, device=q.device)
@@ -325,7 +322,7 @@ def attend_blocks(
         IS_ONE_GATE=gates <= kv_heads or heads == kv_heads,
         IS_MASKED=queries > 1 or (start_heads > kv_heads and heads > kv_heads),
         PRECISION=dot_precision(q),
-        SCAN=min(_SCAN, max(16, next_power_of_2(kv_total))),
+        SCAN=_SCAN,
         MERGED=max(1, min(32, 1024 * tile.warps // (padded_rows * padded_dim))),
         num_warps=tile.warps,
         num_stages=tile.stages,

@@ -18,9 +18,13 @@ from ..pruning.key_stats import KeySummary
 from ..pruning.predicates import lengths, may_drop, raised
 from ..pruning.rounding import decay_margin, logit_margin
 from ..tiles import PRUNED_KEYS, cdiv, next_power_of_2, padded_head_dim
-from ..triton_common import INF, INT32_MAX
+from ..triton_common import INF, INT32_MAX, PARTS_OF_TENSORS, VARYING_SIZES
 
 KEY_BLOCK = tl.constexpr(PRUNED_KEYS)
+# As `triton_common.kernel`, but for one query, the usual case, divisions by their number go.
+decode_kernel = triton.jit(
+    do_not_specialize=[x for x in VARYING_SIZES if x != "TQ"], do_not_specialize_on_alignment=PARTS_OF_TENSORS
+)
 # Boundaries that one step of the search looks at, for all rows together.
 _CANDIDATES = 256
 
@@ -88,7 +92,7 @@ class DecodePruning(NamedTuple):
     summary: KeySummary | None
 
 
-@triton.jit
+@decode_kernel
 def _decode_search_kernel(
     Q, K, C_Q, KV_START, LAST, PAGES, HELD_FROM, C, LOG_DECAYS, LARGEST, BOUND, RANGES,
     q_b, q_t, q_h, k_b, k_t, k_h, cq_b, cq_h, s_b, s_h, c_b, c_h, decays_b, decays_h, largest_b, largest_h, bound_b,

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from ..decay import Decay
 from ..tiles import Tile, cdiv, padded_head_dim
-from ..triton_common import BASE_BLOCK, INF, LN_2, LOG2_E, dot_precision, load_rows, split_fp64
+from ..triton_common import BASE_BLOCK, INF, LN_2, LOG2_E, dot_precision, kernel, load_rows, split_fp64
 from .block_ranges import heaviest_first, kv_start_ranges
 
 
@@ -33,7 +33,7 @@ def dropout_scale(SEED, i_bh, o_m, o_n, TQ, TK, dropout):
     return tl.where(tl.rand(tl.load(SEED), offset) < dropout, 0.0, 1.0 / (1.0 - dropout))
 
 
-@triton.jit
+@kernel
 def _key_decay_kernel(C_K, RELATIVE, BASE, ck_b, ck_h, HF, TK, NB):
     """The results of `key_decay` for a block of keys."""
     i_bg, i_base = tl.program_id(0), tl.program_id(1)
@@ -87,7 +87,7 @@ def _key_bias(p_relative, p_base, o_n, n, base, BLOCK_N: tl.constexpr):
         return tl.where(o_n < n + BASE_BLOCK, first, second) - relative
 
 
-@triton.jit
+@kernel
 def _forward_kernel(
     Q, K, V, C_Q, C_K, RELATIVE, BASE, KV_START, LAST, LEAST, GREATEST, HEAD_ORDER, SEED, OUT, LSE,
     q_b, q_t, q_h, k_b, k_t, k_h, v_b, v_t, v_h, cq_b, cq_h, ck_b, ck_h, s_b, s_h,

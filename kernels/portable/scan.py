@@ -18,7 +18,7 @@ from ..decay import LOG_ZERO_GATE
 from ..decay import sum_gates as sum_gates_in_pytorch
 from ..operators import NAMESPACE
 from ..tiles import cdiv
-from ..triton_common import larger
+from ..triton_common import kernel, larger
 from ..validation import is_transformed
 
 _CHUNK = 1024
@@ -67,7 +67,7 @@ def _sum_before(TOTALS, i_chunk, BLOCK: tl.constexpr):
     return tl.sum(total, 0)
 
 
-@triton.jit
+@kernel
 def _gate_totals_kernel(
     LOG_F, STARTS, TOTALS, RESETS,
     f_b, f_t, f_h, starts_b, starts_t,
@@ -83,7 +83,7 @@ def _gate_totals_kernel(
     tl.store(RESETS + i_row * NC + i_chunk, tl.max(resets, 0))
 
 
-@triton.jit
+@kernel
 def _gate_scan_kernel(
     LOG_F, STARTS, TOTALS, RESETS, C, KV_START,
     f_b, f_t, f_h, starts_b, starts_t,
@@ -114,7 +114,7 @@ def _load_reversed(DC, i_chunk, i_row, c_b, c_h, c_t, T, HF, BLOCK_T: tl.constex
     return tl.load(DC + i_b * c_b + i_gate * c_h + o_t.to(tl.int64) * c_t, mask=o_t >= 0, other=0.0), o_t
 
 
-@triton.jit
+@kernel
 def _gradient_totals_kernel(DC, TOTALS, c_b, c_h, c_t, T, HF, NC, BLOCK_T: tl.constexpr):
     """Sum of ``dc`` over a chunk counted from the end, ``[B * Hf, NC]`` float64."""
     i_row, i_chunk = tl.program_id(0), tl.program_id(1)
@@ -122,7 +122,7 @@ def _gradient_totals_kernel(DC, TOTALS, c_b, c_h, c_t, T, HF, NC, BLOCK_T: tl.co
     tl.store(TOTALS + i_row * NC + i_chunk, tl.sum(dc, 0))
 
 
-@triton.jit
+@kernel
 def _gradient_scan_kernel(
     DC, LOG_F, TOTALS, D_LOG_F,
     c_b, c_h, c_t, f_b, f_t, f_h,

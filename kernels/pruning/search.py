@@ -15,17 +15,18 @@ from torch import Tensor
 from ..decay import Decay
 from ..operators import NAMESPACE, maybe_contiguous
 from ..tiles import PRUNED_KEYS, PRUNED_QUERIES, padded_head_dim
-from ..triton_common import INF, INT32_MAX, larger, load_rows
+from ..triton_common import INF, INT32_MAX, kernel, larger, load_rows
 from .predicates import lengths, may_drop, query_bounds, raised
 from .rounding import decay_margin, log_allowed, logit_margin
 from .rules import PruningRule
 
 _QUERY_BLOCK = tl.constexpr(PRUNED_QUERIES)
 _KEY_BLOCK = tl.constexpr(PRUNED_KEYS)
-_SCAN = 1024
+# Blocks that a scan takes at a time: for any number of blocks, so that one compilation serves all lengths.
+_SCAN = 256
 
 
-@triton.jit
+@kernel
 def _norms_kernel(
     Q, K, LAST, NORM, DIAGONAL, LARGEST,
     q_b, q_t, q_h, k_b, k_t, k_h,
@@ -52,7 +53,7 @@ def _norms_kernel(
     tl.store(LARGEST + (b * G + g) * NB + block, tl.max(k_length, 0), mask=h % (H // G) == 0)
 
 
-@triton.jit
+@kernel
 def _block_decay_kernel(C, END, LOG_SUM, c_b, c_h, HF, TK, NB):
     """Of a block of keys: ``c`` at its last visible one, ``+inf`` for none, and ``log sum_j exp(c_last - c_j)``."""
     row, block = tl.program_id(0), tl.program_id(1)
@@ -75,7 +76,7 @@ def _join(end_a, sum_a, end_b, sum_b):
     return tl.where(hidden, end_a, end_b), tl.where(hidden, sum_a, joined)
 
 
-@triton.jit
+@kernel
 def _scan_decay_kernel(END, LOG_SUM, NB, BLOCK: tl.constexpr):
     """Join every block with all before it, in place."""
     row = tl.program_id(0)
@@ -96,7 +97,7 @@ def _scan_decay_kernel(END, LOG_SUM, NB, BLOCK: tl.constexpr):
         sum_before = tl.max(tl.where(index == BLOCK - 1, log_sum, -INF), 0) + tl.zeros([BLOCK], tl.float64)
 
 
-@triton.jit
+@kernel
 def _scan_largest_kernel(LARGEST, NB, BLOCK: tl.constexpr):
     """Running maximum over blocks, in place."""
     row = tl.program_id(0)
@@ -110,7 +111,7 @@ def _scan_largest_kernel(LARGEST, NB, BLOCK: tl.constexpr):
         before = tl.max(largest, 0) + tl.zeros([BLOCK], tl.float32)
 
 
-@triton.jit
+@kernel
 def _search_kernel(
     C_Q, END, LOG_SUM, LARGEST, NORM, DIAGONAL, BOUND, KV_START, LAST, DIAGONAL_BLOCK, STARTS, OUT,
     cq_b, cq_h, s_b, s_h, bound_b, bound_h,
@@ -290,17 +291,13 @@ def decay_by_blocks(c_k: Tensor, out: Tensor | None = None) -> tuple[Tensor, Ten
 def join_blocks(end: Tensor, log_sum: Tensor) -> None:
     """Join every block with all before it, in place; both contiguous."""
     blocks = end.shape[-1]
-    _scan_decay_kernel[(end.shape[0] * end.shape[1],)](end, log_sum, blocks, BLOCK=_scan_block(blocks))
+    _scan_decay_kernel[(end.shape[0] * end.shape[1],)](end, log_sum, blocks, BLOCK=_SCAN)
 
 
 def join_largest(largest: Tensor) -> None:
     """Join every block with all before it, in place; contiguous."""
     blocks = largest.shape[-1]
-    _scan_largest_kernel[(largest.shape[0] * largest.shape[1],)](largest, blocks, BLOCK=_scan_block(blocks))
-
-
-def _scan_block(blocks: int) -> int:
-    return min(_SCAN, max(16, triton.next_power_of_2(blocks)))
+    _scan_largest_kernel[(largest.shape[0] * largest.shape[1],)](largest, blocks, BLOCK=_SCAN)
 
 
 def norms(q: Tensor, k: Tensor, last: Tensor, scale: float, out: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:

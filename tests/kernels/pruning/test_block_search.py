@@ -212,7 +212,7 @@ def test_padding_does_not_keep_what_others_drop(device, rule):
 
 
 def test_more_blocks_than_a_scan_holds(device, monkeypatch):
-    """As a sequence of over 65,536 tokens has them."""
+    """As a sequence of over 16,384 tokens has them."""
     if HAS_TRITON:
         monkeypatch.setattr("foxlm.kernels.pruning.search._SCAN", 16)
     keys = 64 * 18 + 3

@@ -46,3 +46,20 @@ def compiling_only(capability: int) -> Iterator[list[Any]]:
     absent = mock.patch.object(triton.runtime.driver, "_active", _AbsentGPU(capability))
     with absent, mock.patch.object(JITFunction, "run", compile_only):
         yield compiled
+
+
+@contextlib.contextmanager
+def specializations(capability: int) -> Iterator[set[tuple[str, str]]]:
+    """Within, launching a kernel neither compiles nor runs it.
+
+    Yields:
+        Name and specialization of each kernel that would be compiled, as Triton tells compilations apart.
+    """
+    found: set[tuple[str, str]] = set()
+
+    def note(*, fn: Any, compile: dict[str, Any], **_: Any) -> bool:
+        found.add((fn.name.rpartition(".")[2], str(compile["key"])))
+        return True
+
+    with mock.patch.object(triton.knobs.runtime, "jit_cache_hook", note), compiling_only(capability):
+        yield found
