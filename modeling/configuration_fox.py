@@ -133,6 +133,8 @@ class FoxConfig(PreTrainedConfig):
         free_dead_cache (`bool`, defaults to `False`): Let `generate` use the evicting cache, `FoxPagedCache`, which
             frees the memory of keys that no later query can give more than `acp_eps` of its weight, on any device.
             Assisted decoding, which crops many tokens, does not use it.
+        decoding_graphs (`bool`, defaults to `True`): Let `generate` capture its steps in CUDA graphs, where the default
+            `attn_implementation` runs on GPU kernels: it then launches a step as a whole, without torch.compile.
         grafted_from (`str`, *optional*): The `model_type` of the Transformer whose weights the model started from, by
             `foxlm graft`. Nothing computed depends on it; the model card says it.
 
@@ -198,6 +200,7 @@ class FoxConfig(PreTrainedConfig):
     forget_aux_loss_coef: float | int = 0.0
     loss_chunk_size: int | None = None
     free_dead_cache: bool = False
+    decoding_graphs: bool = True
     grafted_from: str | None = None
     pad_token_id: int | None = None
     bos_token_id: int | None = None

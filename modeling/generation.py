@@ -14,6 +14,8 @@ from transformers.generation.configuration_utils import GenerationMode
 from .arguments import MASK_ARGUMENTS, refuse_unknown
 from .cache.paged import FoxPagedCache
 from .configuration_fox import FoxConfig
+from .decoding_graphs import decoding_graphs
+from .decoding_graphs import running as running_graphs
 from .layers.fused_projections import fuse_projections
 from .parallel.tensor_parallel import local_weights
 from .token_layout import LAYER_TYPE, padding_mask, refuse_overflow
@@ -59,11 +61,20 @@ class FoxGenerationMixin(GenerationMixin):
     # Its signature is that of what it wraps.
     @cast(Any, functools.wraps(GenerationMixin.generate, assigned=()))
     def generate(self, *args, **kwargs):
-        """As in [`~transformers.GenerationMixin.generate`], with fused projections and local weights."""
+        """As in [`~transformers.GenerationMixin.generate`], with fused projections and local weights.
+
+        On a GPU its steps are captured in CUDA graphs, unless the configuration says ``decoding_graphs=False``.
+        """
         if kwargs.get("cache_implementation") == "paged":
             self._refuse_continuous_batching()
-        with decoding_mode(cast(Any, self)):
+        with decoding_mode(cast(Any, self)), decoding_graphs(self):
             return super().generate(*args, **with_one_cache(kwargs))
+
+    def _valid_auto_compile_criteria(self, model_kwargs, generation_config) -> bool:
+        # Captured steps need no compilation; who passes a `compile_config` gets it.
+        if generation_config.compile_config is None and running_graphs(self) is not None:
+            return False
+        return super()._valid_auto_compile_criteria(model_kwargs, generation_config)
 
     @cast(Any, functools.wraps(GenerationMixin.prepare_inputs_for_generation, assigned=()))
     def prepare_inputs_for_generation(self, input_ids: Tensor, *args, **kwargs):
@@ -98,7 +109,8 @@ class FoxGenerationMixin(GenerationMixin):
         keys = length if cache is None else cache.get_mask_sizes(length, 0)[0]
         past = 0 if cache is None else cache.get_seq_length()
         mask = padding_mask(attention_mask, batch, past, length, keys, inputs_embeds.device)
-        if mask is not None and mask.all():
+        # A prompt's: a step does not wait for the device.
+        if mask is not None and isinstance(past, int) and mask.all():
             mask = None
         if isinstance(cache, FoxPagedCache):
             cache.reserve(length)
@@ -107,6 +119,8 @@ class FoxGenerationMixin(GenerationMixin):
     def _prepare_cache_for_generation(
         self, generation_config, model_kwargs, generation_mode, batch_size, max_cache_length
     ) -> None:
+        if (graphs := running_graphs(self)) is not None:
+            graphs.longest = max_cache_length
         assisted = generation_mode == GenerationMode.ASSISTED_GENERATION
         cache = model_kwargs.get(CACHE)
         if assisted and isinstance(cache, Cache) and int(cache.get_seq_length()) > 0:

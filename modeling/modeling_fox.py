@@ -5,6 +5,7 @@ from .versions import CACHE, cache_of, one_cache
 
 # isort: split
 
+from functools import partial
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
@@ -31,6 +32,7 @@ from .configuration_fox import (
     DEFAULT_IMPLEMENTATION,
     FoxConfig,
 )
+from .decoding_graphs import running as running_graphs
 from .generation import FoxGenerationMixin
 from .inputs import check_labels, check_logits_to_keep, check_tokens, embed, warn_of_missing_attentions
 from .layers.block import FoxDecoderLayer
@@ -235,6 +237,13 @@ class FoxForCausalLM(FoxPreTrainedModel, FoxGenerationMixin):
             torch.Size([1, 3, 50304])
         """
         refuse_unknown(FoxForCausalLM.forward, kwargs, DECODER_ARGUMENTS, LOSS_ARGUMENTS)
+        cache = one_cache(cache, past_key_values)
+        if not is_torchdynamo_compiling() and (graphs := running_graphs(self)) is not None:
+            plain = inputs_embeds is None and labels is None and use_cache is not False and not any(kwargs.values())
+            options = {"attention_mask": attention_mask, "position_ids": position_ids, "logits_to_keep": logits_to_keep}
+            logits = graphs.step(partial(FoxForCausalLM.forward, self), cache, input_ids, plain, **options)
+            if logits is not None:
+                return CausalLMOutputWithPast(logits=logits, **{CACHE: cache})
         targets = {name: kwargs.pop(name) for name in LOSS_ARGUMENTS if name in kwargs}
         check_logits_to_keep(logits_to_keep)
         coefficient = self.config.forget_aux_loss_coef if self.training and labels is not None else 0.0
@@ -244,7 +253,7 @@ class FoxForCausalLM(FoxPreTrainedModel, FoxGenerationMixin):
             input_ids=input_ids,
             attention_mask=attention_mask,
             position_ids=position_ids,
-            cache=one_cache(cache, past_key_values),
+            cache=cache,
             inputs_embeds=inputs_embeds,
             use_cache=use_cache,
             **kwargs,

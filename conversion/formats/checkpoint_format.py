@@ -118,7 +118,7 @@ def invalid_config_as_value_error() -> Iterator[None]:
 
 
 # Fields that concern speed, the training loss, provenance, or that another field replaces.
-_NOT_COMPUTED = {"acp_eps", "acp_rule", "free_dead_cache", "forget_aux_loss_coef", "loss_chunk_size"}
+_NOT_COMPUTED = {"acp_eps", "acp_rule", "free_dead_cache", "decoding_graphs", "forget_aux_loss_coef", "loss_chunk_size"}
 _NOT_COMPUTED |= {"grafted_from", "mlp_ratio"}
 
 

@@ -164,12 +164,15 @@ class StaticForgettingLayer(StaticLayer):
             self._new = self._append_by_kernel(new, key_states, value_states)
             return self.keys, self.values
         keys, values = super().update(key_states, value_states)
+        self._summarize(new, key_states)
+        return keys, values
+
+    def _summarize(self, new: Decay | None, key_states: Tensor) -> None:
         if self.summary is not None and new is not None:
             summary, running = self.summary
             tokens = new.query, key_states.detach(), new.last[0]
             for held, x in zip(running, extend_summary(summary, running, *tokens), strict=True):
                 held.copy_(x)
-        return keys, values
 
     def _append_by_kernel(self, new: NewGates, key_states: Tensor, value_states: Tensor, **buffers: Any) -> Decay:
         """Take in the tokens of a decoding step.

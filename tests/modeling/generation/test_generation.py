@@ -15,11 +15,18 @@ from foxlm.modeling import token_layout as layout_fox
 from foxlm.modeling.cache.dynamic import DynamicForgettingLayer
 from foxlm.modeling.versions import CACHE, cache_of
 from models import DECODING_VARIANTS, tiny_model, tokens
+from recorded_graphs import RecordedGraph, capture_on_this_device
 
 pytestmark = pytest.mark.versions
 
 MODELS = {variant: tiny_model(variant) for variant in DECODING_VARIANTS}
 NEW = 12
+
+
+@pytest.fixture(autouse=True, params=["eager", "captured"])
+def steps(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> type[RecordedGraph] | None:
+    """How decoding steps run: every test runs both ways."""
+    return capture_on_this_device(monkeypatch) if request.param == "captured" else None
 
 
 def generate(model: Any, ids: Tensor, **kwargs: Any) -> Tensor:

@@ -1,0 +1,428 @@
+"""Decoding by CUDA graphs: `generate` captures its own steps, so that a step is one launch instead of hundreds.
+
+A step of a few tokens runs hundreds of small kernels, which the GPU finishes long before the host has launched them.
+Within `generate` the first step of each shape runs as always; the second is captured, and from then on replayed. This
+needs no compilation. A captured step reads and writes fixed addresses:
+
+- its tokens, padding mask and positions are copied to buffers,
+- a growing cache lends its state to layers of fixed size (`cache.reserved`); other caches have theirs fixed,
+- weights stay where they are during `generate`.
+
+Graphs belong to a cache and die with it. If a caller passes the same cache to `generate` again, they serve as long as
+the model is what it was: see `_fingerprint`.
+"""
+
+import contextlib
+import contextvars
+import functools
+import threading
+import weakref
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple, cast
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules import module as _module
+from transformers.cache_utils import Cache
+from transformers.utils import logging
+
+from .cache.dynamic import DynamicForgettingLayer
+from .cache.paged import PagedForgettingLayer
+from .cache.reserved import ReservedForgettingLayer
+from .cache.static import StaticForgettingLayer, state_sizes
+from .configuration_fox import DEFAULT_IMPLEMENTATION
+from .parallel.tensor_parallel import is_sharded
+from .token_layout import LAYER_TYPE, padding_mask
+from .versions import CACHE
+
+logger = logging.get_logger(__name__)
+
+# A growing cache gets room for so many more tokens, or an eighth of what it holds, but not beyond what `generate` may
+# produce; and at least for `_LEAST_ROOM`. Each time it is used up, steps are captured anew.
+_ROOM, _LEAST_ROOM, _ROOM_MULTIPLE = 2048, 256, 64
+# Captures that must pay off by so many replays each, or no more are made: one takes as long as an eager step.
+_CAPTURES, _REPLAYS = 4, 4
+# Modules that do nothing but what their parameters, buffers and configuration say.
+_KNOWN_MODULES = ("torch.nn.modules.", "transformers.activations", __package__ or "")
+_INERT_HOOKS = "transformers.utils.output_capturing"
+
+# One capture at a time in a process.
+_CAPTURING = threading.Lock()
+# What `generate` calls are running in this thread, by the id of their model.
+_RUNNING: contextvars.ContextVar[dict[int, "DecodingGraphs"]] = contextvars.ContextVar("decoding_graphs")
+
+
+class StepGraph:
+    """A CUDA graph of one call."""
+
+    def __init__(self, device: torch.device, pool: Any) -> None:
+        """
+        Args:
+            device: of all tensors.
+            pool: memory of intermediate results, from `new_pool`; graphs that are not replayed at once may share one.
+        """
+        self._device, self._pool = device, pool
+        self._graph = torch.cuda.CUDAGraph()
+
+    @staticmethod
+    def new_pool() -> Any:
+        """Memory for intermediate results, freed with its last graph."""
+        return torch.cuda.graph_pool_handle()
+
+    def capture(self, call: Callable[[], Tensor]) -> Tensor:
+        """Record ``call`` without running it; returns its result, which every `replay` overwrites.
+
+        Unlike `torch.cuda.graph`, it does not give cached memory back, which would take longer than a step.
+        """
+        current, stream = torch.cuda.current_stream(self._device), _capture_stream(self._device)
+        stream.wait_stream(current)
+        # cuBLAS keeps a workspace for each stream: that of a graph must be the graph's own, and freed with it.
+        torch._C._cuda_clearCublasWorkspaces()
+        with _CAPTURING, torch.cuda.stream(stream):
+            # Other threads may go on using the device.
+            self._graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
+            try:
+                result = call()
+            finally:
+                self._graph.capture_end()
+                torch._C._cuda_clearCublasWorkspaces()
+        current.wait_stream(stream)
+        return result
+
+    def replay(self) -> None:
+        """Run it on the current stream."""
+        self._graph.replay()
+
+
+@functools.cache
+def _capture_stream(device: torch.device) -> torch.cuda.Stream:
+    return torch.cuda.Stream(device)
+
+
+class _Step(NamedTuple):
+    """The inputs of a captured step, at fixed addresses, and its logits."""
+
+    graph: StepGraph
+    inputs: dict[str, Tensor | None]
+    logits: Tensor
+
+
+def unsupported(model: Any) -> str | None:
+    """Why steps of ``model`` cannot be captured; None if they can."""
+    config = model.config
+    if config._attn_implementation != DEFAULT_IMPLEMENTATION:
+        return f"attn_implementation is {config._attn_implementation!r}, which has no decode kernel"
+    weights = [*model.parameters(), *model.buffers()]
+    if any(is_sharded(x) for x in weights):
+        return "its weights are sharded"
+    devices = {x.device for x in weights}
+    if len(devices) != 1:
+        return f"its weights are on several devices, {sorted(map(str, devices))}"
+    if _module._global_forward_hooks or _module._global_forward_pre_hooks:
+        return "hooks are registered for all modules"
+    for name, module in model.named_modules():
+        hooks = (*module._forward_hooks.values(), *module._forward_pre_hooks.values())
+        # Those of the model itself run before and after a step.
+        if name and any(getattr(hook, "__module__", None) != _INERT_HOOKS for hook in hooks):
+            return f"{name} has hooks, which a captured step would not call"
+        if "_hf_hook" in vars(module):
+            return f"{name or 'the model'} is moved to its device as it runs (accelerate)"
+    return None
+
+
+def runs_decode_kernels(model: Any, tokens: int = 1) -> bool:
+    """Whether a step of ``tokens`` tokens runs on decode kernels, where ``model`` is."""
+    from ..kernels.backends import backend_of
+
+    heads, kv_heads, head_dim = model.config.heads
+    q = torch.empty((), dtype=model.dtype, device=model.device).expand(1, tokens, heads, head_dim)
+    return backend_of(q).can_decode(q, kv_heads)
+
+
+class CacheGraphs:
+    """The captured steps of one cache, by shape.
+
+    Attributes:
+        lent: layers that take the place of those of a growing cache, while its steps are captured.
+    """
+
+    def __init__(self, model: Any) -> None:
+        self.lent: list[ReservedForgettingLayer] = []
+        self._sizes = state_sizes(model.config)
+        self._pool: Any = None
+        self._steps: dict[tuple, _Step] = {}
+        # Shapes of which a step has run, so that its kernels are compiled and loaded.
+        self._seen: set[tuple] = set()
+        self._buffers: list[Any] = []
+        self._captures = self._replays = 0
+        self._gave_up = False
+        # The length on the device, of a growing cache, and what the host knows it to be.
+        self._length: Tensor | None = None
+        self._known_length = -1
+
+    def step(self, run: "DecodingGraphs", cache: Cache, ids: Tensor, **options: Any) -> Tensor | None:
+        """Logits of a step; None where it must run as always.
+
+        Args:
+            run: the `generate` call.
+            cache: that these graphs are of.
+            ids: ``[B, T]`` int64 tokens.
+            options: ``attention_mask``, ``position_ids`` and ``logits_to_keep``.
+        """
+        if self._gave_up or not run.takes(ids.shape[1]) or not self._prepare(cache, ids.shape[1], run.longest):
+            self.give_back(cache)
+            return None
+        inputs = self._inputs(cache, ids, options["attention_mask"], options["position_ids"])
+        shapes = tuple(None if x is None else x.shape for x in inputs.values())
+        key = (*shapes, options["logits_to_keep"])
+        logits: Tensor | None
+        with torch.cuda.device_of(ids):
+            if key in self._steps:
+                logits = self._replay(self._steps[key], inputs)
+            elif key in self._seen:
+                logits = self._capture(run, cache, key, inputs)
+            else:
+                self._seen.add(key)
+                logits = self._call(run, cache, inputs, options["logits_to_keep"])
+        if logits is None:
+            self.give_back(cache)
+            return None
+        for layer in self.lent:
+            layer.tokens += ids.shape[1]
+        self._known_length += ids.shape[1]
+        return logits
+
+    def give_back(self, cache: Cache) -> None:
+        """Give a growing cache its layers back, if they are lent; graphs stay."""
+        if self.lent and cache.layers[0] is self.lent[0]:
+            cache.layers[: len(self.lent)] = [layer.give_back() for layer in self.lent]
+
+    def _prepare(self, cache: Cache, tokens: int, longest: int) -> bool:
+        """Have the cache's state at addresses that stay; False if that cannot be."""
+        layers = cache.layers
+        if self.lent and layers[0] is self.lent[0] and not self.lent[0].has_room(tokens):
+            self.give_back(cache)
+        if all(type(x) is DynamicForgettingLayer for x in layers):
+            if cache.offloading or not all(x.is_initialized and x.get_seq_length() for x in layers):
+                return False
+            self._lend(cache, tokens, longest)
+        elif not all(isinstance(x, StaticForgettingLayer | PagedForgettingLayer) and x.is_initialized for x in layers):
+            return False
+        if self.lent and self._known_length != self.lent[0].tokens:
+            assert self._length is not None, "made with the layers"
+            self._known_length = self.lent[0].tokens
+            self._length.fill_(self._known_length)
+        # Objects, not addresses, which may be used again; a graph of other buffers is never right again.
+        buffers = [x for layer in cache.layers for x in (layer.keys, layer.values, getattr(layer, "pages", None))]
+        if len(buffers) != len(self._buffers) or any(x is not y for x, y in zip(buffers, self._buffers, strict=True)):
+            self._buffers = buffers
+            self._steps.clear()
+        return True
+
+    def _lend(self, cache: Cache, tokens: int, longest: int) -> None:
+        """Put layers with room for more in the place of growing ones."""
+        held = cache.get_seq_length()
+        if len(self.lent) != len(cache.layers) or not all(
+            layer.fits(grown, tokens) for layer, grown in zip(self.lent, cache.layers, strict=True)
+        ):
+            wanted = min(longest - held, max(_ROOM, held // 8))
+            room = -(-(held + max(wanted, tokens, _LEAST_ROOM)) // _ROOM_MULTIPLE) * _ROOM_MULTIPLE
+            if self._length is None:
+                with torch.inference_mode(False):
+                    self._length = torch.zeros((), dtype=torch.int64, device=cache.layers[0].keys.device)
+            self.lent = []
+            for i, grown in enumerate(cache.layers):
+                self.lent.append(ReservedForgettingLayer(grown, room, self._sizes, self._length))
+                cache.layers[i] = self.lent[-1]
+            self._known_length = -1
+            return
+        for i, layer in enumerate(self.lent):
+            layer.take(cache.layers[i])
+            cache.layers[i] = layer
+
+    def _inputs(
+        self, cache: Cache, ids: Tensor, attention_mask: Tensor | dict | None, position_ids: Tensor | None
+    ) -> dict[str, Tensor | None]:
+        """What a step reads beside the cache: tokens, the padding mask over the whole buffers, positions."""
+        past = self.lent[0].tokens if self.lent else cache.get_seq_length()
+        keys = self.lent[0].max_cache_len if self.lent else cache.get_mask_sizes(ids.shape[1], 0)[0]
+        mask = padding_mask(attention_mask, ids.shape[0], past, ids.shape[1], keys, ids.device)
+        return {"input_ids": ids, "attention_mask": mask, "position_ids": position_ids}
+
+    def _replay(self, step: _Step, inputs: dict[str, Tensor | None]) -> Tensor:
+        for name, buffer in step.inputs.items():
+            if buffer is not None:
+                buffer.copy_(cast(Tensor, inputs[name]))
+        step.graph.replay()
+        self._replays += 1
+        # The next replay overwrites them.
+        return step.logits.clone()
+
+    def _capture(
+        self, run: "DecodingGraphs", cache: Cache, key: tuple, inputs: dict[str, Tensor | None]
+    ) -> Tensor | None:
+        if self._captures >= _CAPTURES and self._replays < _REPLAYS * self._captures:
+            self._gave_up = True
+            return None
+        with torch.inference_mode(False):
+            buffers = {name: None if x is None else x.clone() for name, x in inputs.items()}
+        if self._pool is None:
+            self._pool = StepGraph.new_pool()
+        graph = StepGraph(run.device, self._pool)
+        try:
+            logits = graph.capture(lambda: self._call(run, cache, buffers, key[-1]))
+        except RuntimeError as error:
+            self._gave_up = True
+            run.say(f"capturing a step failed: {str(error).splitlines()[0]}")
+            return None
+        self._captures += 1
+        self._steps[key] = _Step(graph, buffers, logits)
+        return self._replay(self._steps[key], inputs)
+
+    def _call(
+        self, run: "DecodingGraphs", cache: Cache, inputs: dict[str, Tensor | None], logits_to_keep: int
+    ) -> Tensor:
+        """Run the model's forward on the device's own length."""
+        mask = {LAYER_TYPE: inputs["attention_mask"]}
+        for layer in self.lent:
+            layer.in_step = True
+        try:
+            logits = run.forward(**(inputs | {"attention_mask": mask}), cache=cache, logits_to_keep=logits_to_keep)
+        finally:
+            for layer in self.lent:
+                layer.in_step, layer._new = False, None
+        if self.lent:
+            cast(Tensor, self._length).add_(cast(Tensor, inputs["input_ids"]).shape[1])
+        return logits
+
+
+class DecodingGraphs:
+    """One running call of `generate`, and the graphs of the caches that it uses.
+
+    Attributes:
+        device: of the model.
+        longest: tokens that a sequence may have when the call ends.
+    """
+
+    def __init__(self, model: Any, graphs: "weakref.WeakKeyDictionary[Cache, CacheGraphs]") -> None:
+        self.device, self.longest = model.device, 0
+        self._model, self._graphs, self._in_step = model, graphs, False
+        self._forward: Callable[..., Any] = model.forward
+        self._taken: dict[int, bool] = {}
+
+    def takes(self, tokens: int) -> bool:
+        """Whether a step of so many tokens can be captured."""
+        if tokens not in self._taken:
+            self._taken[tokens] = runs_decode_kernels(self._model, tokens)
+        return self._taken[tokens]
+
+    def step(
+        self, forward: Callable[..., Any], cache: Cache | None, input_ids: Tensor | None, plain: bool, **options: Any
+    ) -> Tensor | None:
+        """Logits of a step, ``[B, kept, V]``; None where it must run as always.
+
+        Args:
+            forward: the model's, which calls this.
+            cache, input_ids: its arguments.
+            plain: whether it has no others than these, the options, and ``use_cache=True``.
+            options: ``attention_mask``, ``position_ids`` and ``logits_to_keep``, likewise.
+        """
+        if self._in_step or not getattr(cache, "layers", None):
+            return None
+        assert cache is not None, "it has layers"
+        graphs = self._graphs.get(cache)
+        plain = plain and input_ids is not None and isinstance(options["logits_to_keep"], int)
+        if torch.is_autocast_enabled(self.device.type):
+            self.say("autocast casts weights at each step")
+            plain = False
+        if not plain or torch.is_grad_enabled() or cast(Tensor, input_ids).device != self.device:
+            if graphs is not None:
+                graphs.give_back(cache)
+            return None
+        if graphs is None:
+            graphs = self._graphs[cache] = CacheGraphs(self._model)
+        self._forward = forward
+        return graphs.step(self, cache, cast(Tensor, input_ids), **options)
+
+    def forward(self, cache: Cache, **inputs: Any) -> Tensor:
+        """The model's forward, which does not come back here; returns logits."""
+        self._in_step = True
+        try:
+            return self._forward(**{CACHE: cache}, use_cache=True, **inputs).logits
+        finally:
+            self._in_step = False
+
+    def say(self, reason: str) -> None:
+        """Warn, once, that steps run as always."""
+        _say(reason)
+
+    def end(self) -> None:
+        """Give all caches that outlive the call their own layers."""
+        for cache, graphs in list(self._graphs.items()):
+            graphs.give_back(cache)
+
+
+def _say(reason: str) -> None:
+    logger.warning_once(
+        f"decoding runs without CUDA graphs, and slower: {reason}. Set decoding_graphs=False in the configuration if "
+        "that is meant"
+    )
+
+
+# Of each model, the graphs of caches that callers keep, and the fingerprint of the model that they were captured of.
+_KEPT: "weakref.WeakKeyDictionary[nn.Module, tuple[Any, weakref.WeakKeyDictionary[Cache, CacheGraphs]]]" = (
+    weakref.WeakKeyDictionary()
+)
+
+
+def _fingerprint(model: Any) -> Any:
+    """All that a captured step depends on, beside values of weights and what its cache's graphs look at themselves.
+
+    None if there may be more: modules of other libraries, such as adapters, have state of their own.
+    """
+    modules = list(model.modules())
+    if any(not type(x).__module__.startswith(_KNOWN_MODULES) for x in modules):
+        return None
+    weights = [*model.parameters(), *model.buffers()]
+    config = model.config
+    return (
+        tuple((id(x), x.training, "forward" in vars(x)) for x in modules),
+        tuple((x.data_ptr(), x.dtype, x.shape, x.stride()) for x in weights),
+        (config.acp_eps, config.acp_rule, config._attn_implementation, torch.get_float32_matmul_precision()),
+    )
+
+
+@contextlib.contextmanager
+def decoding_graphs(model: Any) -> Iterator[None]:
+    """Within it, steps of ``model`` with a cache are captured and replayed, where they can be; `generate` enters it."""
+    if not model.config.decoding_graphs or not runs_decode_kernels(model):
+        yield
+        return
+    reason = unsupported(model)
+    if reason is not None:
+        _say(reason)
+        yield
+        return
+    fingerprint = _fingerprint(model)
+    known, graphs = _KEPT.get(model, (None, None))
+    if graphs is None or fingerprint is None or known != fingerprint:
+        graphs = weakref.WeakKeyDictionary()
+    run = DecodingGraphs(model, graphs)
+    token = _RUNNING.set(_RUNNING.get({}) | {id(model): run})
+    try:
+        yield
+    finally:
+        _RUNNING.reset(token)
+        run.end()
+        if fingerprint is None:
+            _KEPT.pop(model, None)
+        else:
+            _KEPT[model] = fingerprint, graphs
+
+
+def running(model: Any) -> DecodingGraphs | None:
+    """The call of `generate` that runs ``model``, in this thread, with graphs; None without."""
+    return _RUNNING.get({}).get(id(model))
+
+
+__all__ = ["CacheGraphs", "DecodingGraphs", "StepGraph", "decoding_graphs", "running"]
