@@ -41,6 +41,10 @@ class TokenLayout(NamedTuple):
     shards: "ShardedSequence | None" = None
     real_of_all_ranks: Tensor | None = None
 
+    def mask_gates(self, log_f: Tensor) -> Tensor:
+        """Log gates ``[B, T, Hf]`` with 0 in padding, which decays nothing."""
+        return log_f if self.real is None else log_f.masked_fill(~self.real[..., None], 0.0)
+
     def shard(self, shards: "ShardedSequence") -> "TokenLayout":
         """The layout of this rank's tokens."""
         real, starts = (None if x is None else shards.take(x) for x in (self.real, self.starts))

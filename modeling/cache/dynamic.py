@@ -95,7 +95,7 @@ class DynamicForgettingLayer(DynamicLayer):
         """Take in the gates of new tokens, before their keys and values.
 
         Args:
-            log_f: ``[B, T, Hf]`` log gates of the new tokens.
+            log_f: ``[B, T, Hf]`` log gates of the new tokens; those of padding do not count.
             layout: of the new tokens.
             backend: that of the layer's queries.
             few: whether the kernels of decoding take so few queries; these may take in the gates with the keys.
@@ -104,6 +104,7 @@ class DynamicForgettingLayer(DynamicLayer):
         if self.gates is not None:
             old_c, old_first = self.gates
             past, carry = old_c.shape[-1], (old_c[..., -1], old_first[..., -1])
+        log_f = layout.mask_gates(log_f)
         c, first = accumulate(log_f, past, carry, layout.starts, backend.sum_gates)
         if self.gates is None:
             self.gates = c, first.int()

@@ -113,6 +113,7 @@ class PagedForgettingLayer(PagePool, CacheLayerMixin):
             )
         last_c, last_first = (self.recent[name].index_select(-1, layout.slots[:1])[..., 0] for name in ("c", "first"))
         carry = last_c, last_first
+        log_f = layout.mask_gates(log_f)
         c, first = accumulate(log_f, self.cumulative_length, carry, layout.starts, backend.sum_gates)
         self._write_recent("c", c, -1, layout)
         self._write_recent("first", first, -1, layout)

@@ -164,6 +164,7 @@ class ReservedForgettingLayer(StaticForgettingLayer):
         if self._new is not None:
             return
         all_c, last_c, last_first, all_first = self.gates
+        log_f = layout.mask_gates(log_f)
         c, first = accumulate(log_f, self.cumulative_length, (last_c, last_first), layout.starts, backend.sum_gates)
         all_c.index_copy_(2, layout.positions, c)
         all_first.index_copy_(2, layout.positions, first.int())

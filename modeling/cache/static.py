@@ -150,6 +150,7 @@ class StaticForgettingLayer(StaticLayer):
         if is_torchdynamo_exporting():
             last_c, last_first = self._unless_restarted(last_c), self._unless_restarted(last_first)
         carry = last_c, last_first
+        log_f = layout.mask_gates(log_f)
         c, first = accumulate(log_f, self.cumulative_length, carry, layout.starts, backend.sum_gates)
         all_c.index_copy_(2, layout.positions, c)
         for held, new in zip(self.gates[1:], (c, first), strict=True):
@@ -183,13 +184,13 @@ class StaticForgettingLayer(StaticLayer):
             buffers: beside or instead of those of this class, as `Backend.append` takes them.
         """
         assert self.gates is not None and self.summary is not None, "asked in append_gates"
-        c, *last = self.gates
+        all_c, last_c, last_first = self.gates[:3]
         summary, running = self.summary
-        given = {"keys": self.keys, "values": self.values, "c": c, "last": last, "length": self.cumulative_length}
-        given |= {"summary": summary, "running": running, **buffers}
+        given = {"keys": self.keys, "values": self.values, "c": all_c, "last": (last_c, last_first)}
+        given |= {"summary": summary, "running": running, "length": self.cumulative_length, **buffers}
         layout = new.layout
-        new_c, first = new.append(key_states, value_states, new.log_f, layout.positions, layout.real, **given)
-        return Decay(new_c, c, first, layout.positions)
+        c, first = new.append(key_states, value_states, new.log_f, layout.positions, layout.real, **given)
+        return Decay(c, all_c, first, layout.positions)
 
     def decay(self, few: bool, own_block: bool = False) -> tuple[Decay, CacheView | None]:
         """As `DynamicForgettingLayer.decay`; the keys are the whole buffer."""

@@ -161,8 +161,6 @@ class FoxAttention(FusableProjections):
         fused = self.project(hidden_states)
         q, k, v = self._queries_keys_values(hidden_states, fused, layout, cache_layer, position_embeddings)
         log_f = self.log_forget_gates(hidden_states)
-        if layout.real is not None:
-            log_f = log_f.masked_fill(~layout.real[..., None], 0.0)
 
         # Imported when they are used, since importing the kernels takes time.
         from ...kernels.backends import backend_of
@@ -172,9 +170,10 @@ class FoxAttention(FusableProjections):
         few = has_past and self._can_use_decode_kernels(q, k, backend)
         q, k, v = (x.transpose(1, 2) for x in (q, k, v))
         if layout.shards is not None:
-            c, kv_start = layout.shards.accumulate(log_f, layout.starts, backend)
+            c, kv_start = layout.shards.accumulate(layout.mask_gates(log_f), layout.starts, backend)
             decay = Decay(c, c, kv_start, layout.positions)
         elif cache is None or cache_layer is None:
+            log_f = layout.mask_gates(log_f)
             c, kv_start = accumulate(log_f, starts=layout.starts, sum_gates=backend.sum_gates)
             decay = Decay(c, c, kv_start, layout.positions)
         else:
