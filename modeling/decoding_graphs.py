@@ -1,8 +1,8 @@
 """Decoding by CUDA graphs: `generate` captures its own steps, so that a step is one launch instead of hundreds.
 
 A step of a few tokens runs hundreds of small kernels, which the GPU finishes long before the host has launched them.
-Within `generate` the first step of each shape runs as always; the second is captured, and from then on replayed. This
-needs no compilation. A captured step reads and writes fixed addresses:
+Within `generate` a model's first step of each shape runs as always; the next is captured, and from then on replayed.
+This needs no compilation. A captured step reads and writes fixed addresses:
 
 - its tokens, padding mask and positions are copied to buffers,
 - a growing cache lends its state to layers of fixed size (`cache.reserved`); other caches have theirs fixed,
@@ -151,8 +151,6 @@ class CacheGraphs:
         self._sizes = state_sizes(model.config)
         self._pool: Any = None
         self._steps: dict[tuple, _Step] = {}
-        # Shapes of which a step has run, so that its kernels are compiled and loaded.
-        self._seen: set[tuple] = set()
         self._buffers: list[Any] = []
         self._captures = self._replays = 0
         self._gave_up = False
@@ -174,15 +172,15 @@ class CacheGraphs:
             return None
         inputs = self._inputs(cache, ids, options["attention_mask"], options["position_ids"])
         shapes = tuple(None if x is None else x.shape for x in inputs.values())
-        key = (*shapes, options["logits_to_keep"])
+        key = (type(cache.layers[0]), *shapes, options["logits_to_keep"])
         logits: Tensor | None
         with torch.cuda.device_of(ids):
             if key in self._steps:
                 logits = self._replay(self._steps[key], inputs)
-            elif key in self._seen:
+            elif key in run.seen:
                 logits = self._capture(run, cache, key, inputs)
             else:
-                self._seen.add(key)
+                run.seen.add(key)
                 logits = self._call(run, cache, inputs, options["logits_to_keep"])
         if logits is None:
             self.give_back(cache)
@@ -273,6 +271,7 @@ class CacheGraphs:
             logits = graph.capture(lambda: self._call(run, cache, buffers, key[-1]))
         except RuntimeError as error:
             self._gave_up = True
+            run.seen.discard(key)
             run.say(f"capturing a step failed: {str(error).splitlines()[0]}")
             return None
         self._captures += 1
@@ -302,10 +301,11 @@ class DecodingGraphs:
     Attributes:
         device: of the model.
         longest: tokens that a sequence may have when the call ends.
+        seen: shapes of which a step has run, so that its kernels are compiled and loaded.
     """
 
-    def __init__(self, model: Any, graphs: "weakref.WeakKeyDictionary[Cache, CacheGraphs]") -> None:
-        self.device, self.longest = model.device, 0
+    def __init__(self, model: Any, graphs: "weakref.WeakKeyDictionary[Cache, CacheGraphs]", seen: set[tuple]) -> None:
+        self.device, self.longest, self.seen = model.device, 0, seen
         self._model, self._graphs, self._in_step = model, graphs, False
         self._forward: Callable[..., Any] = model.forward
         self._taken: dict[int, bool] = {}
@@ -369,10 +369,15 @@ def _say(reason: str) -> None:
     )
 
 
-# Of each model, the graphs of caches that callers keep, and the fingerprint of the model that they were captured of.
-_KEPT: "weakref.WeakKeyDictionary[nn.Module, tuple[Any, weakref.WeakKeyDictionary[Cache, CacheGraphs]]]" = (
-    weakref.WeakKeyDictionary()
-)
+class _Kept(NamedTuple):
+    """What one call of `generate` leaves to the next: graphs of caches that callers keep, and `DecodingGraphs.seen`."""
+
+    fingerprint: Any
+    graphs: "weakref.WeakKeyDictionary[Cache, CacheGraphs]"
+    seen: set[tuple]
+
+
+_KEPT: "weakref.WeakKeyDictionary[nn.Module, _Kept]" = weakref.WeakKeyDictionary()
 
 
 def _fingerprint(model: Any) -> Any:
@@ -404,10 +409,10 @@ def decoding_graphs(model: Any) -> Iterator[None]:
         yield
         return
     fingerprint = _fingerprint(model)
-    known, graphs = _KEPT.get(model, (None, None))
-    if graphs is None or fingerprint is None or known != fingerprint:
-        graphs = weakref.WeakKeyDictionary()
-    run = DecodingGraphs(model, graphs)
+    kept = _KEPT.get(model)
+    if kept is None or fingerprint is None or kept.fingerprint != fingerprint:
+        kept = _Kept(fingerprint, weakref.WeakKeyDictionary(), set())
+    run = DecodingGraphs(model, kept.graphs, kept.seen)
     token = _RUNNING.set(_RUNNING.get({}) | {id(model): run})
     try:
         yield
@@ -417,7 +422,7 @@ def decoding_graphs(model: Any) -> Iterator[None]:
         if fingerprint is None:
             _KEPT.pop(model, None)
         else:
-            _KEPT[model] = fingerprint, graphs
+            _KEPT[model] = kept
 
 
 def running(model: Any) -> DecodingGraphs | None:

@@ -62,6 +62,10 @@ def test_the_first_step_runs_and_the_second_is_captured(cache: str, graphs: Any)
     assert torch.equal(found, plain(model, ids))
     # The prompt gives the first token; of nine steps one runs, and all others are replays of one capture.
     assert (graphs.captures, graphs.replays) == (1, NEW - 2)
+    # Its kernels are compiled now, so that a call on another cache captures at once.
+    again = generate(model, tokens(2, 9), cache=CACHES[cache](model.config))
+    assert torch.equal(again, plain(model, tokens(2, 9)))
+    assert (graphs.captures, graphs.replays) == (2, NEW - 2 + NEW - 1)
 
 
 def test_the_configuration_turns_them_off(graphs: Any) -> None:
@@ -177,9 +181,9 @@ def test_a_step_that_waits_for_the_device_runs_as_always(
     expected = plain(model, ids)
     forward = type(model.model.norm).forward
 
-    def waiting(self: Any, x: Tensor) -> Tensor:
+    def waiting(self: Any, x: Tensor, *rest: Any) -> Tensor:
         assert x.abs().max().item() >= 0.0
-        return forward(self, x)
+        return forward(self, x, *rest)
 
     monkeypatch.setattr(type(model.model.norm), "forward", waiting)
     assert torch.equal(generate(model, ids), expected)
