@@ -13,6 +13,7 @@ from torch import Tensor
 from .decay import sum_gates
 from .devices import capability_of
 from .elementwise.gated_norm import gated_norm
+from .elementwise.silu_product import silu_product
 from .pruning.rules import search_kv_start
 from .reference import backward_pass, forward_pass, reference_attention
 from .tiles import LARGEST_HEAD_DIM
@@ -26,6 +27,7 @@ HAS_TRITON = triton is not None
 
 if HAS_TRITON:
     from .elementwise.triton_gated_norm import gated_norm as triton_gated_norm
+    from .elementwise.triton_silu_product import silu_product as triton_silu_product
     from .portable.decode import can_decode, decode_attention
     from .portable.decode_append import append_tokens
     from .portable.scan import sum_gates as triton_sum_gates
@@ -53,6 +55,7 @@ class Backend(NamedTuple):
         gated_norm: RMSNorm of the output of each head and the output gate: `elementwise.gated_norm.gated_norm`.
         append: take the tokens of a decoding step into a layer's cache: `portable.decode_append.append_tokens`; None if
             the cache is to do so by operators of its own.
+        silu_product: the activation of a gated MLP: `elementwise.silu_product.silu_product`.
     """
 
     sum_gates: Callable[..., tuple[Tensor, Tensor]]
@@ -64,6 +67,7 @@ class Backend(NamedTuple):
     decode: Callable[..., tuple[Tensor, Tensor]] | None
     gated_norm: Callable[..., Tensor]
     append: Callable[..., tuple[Tensor, Tensor]] | None
+    silu_product: Callable[[Tensor, Tensor], Tensor]
 
 
 PYTORCH = Backend(
@@ -76,6 +80,7 @@ PYTORCH = Backend(
     decode=None,
     gated_norm=gated_norm,
     append=None,
+    silu_product=silu_product,
 )
 # Without Triton `backend_of` never returns it.
 TRITON = PYTORCH
@@ -90,6 +95,7 @@ if HAS_TRITON:
         decode=decode_attention,
         gated_norm=triton_gated_norm,
         append=append_tokens,
+        silu_product=triton_silu_product,
     )
 
 
@@ -99,8 +105,12 @@ def backend_of(q: Tensor) -> Backend:
     `TRITON` for heads of up to 256 in float16, bfloat16 or float32, on an NVIDIA GPU of compute capability 8.0 or more
     or anywhere in Triton's interpreter, where Triton is installed; else `PYTORCH`.
     """
-    takes = HAS_TRITON and q.dtype in _TRITON_DTYPES and q.shape[-1] <= LARGEST_HEAD_DIM
-    return TRITON if takes and _runs_triton(q) else PYTORCH
+    return elementwise_backend_of(q) if q.shape[-1] <= LARGEST_HEAD_DIM else PYTORCH
+
+
+def elementwise_backend_of(x: Tensor) -> Backend:
+    """`backend_of` for what knows no heads: `gated_norm` and `silu_product` of ``x``, ``[..., size]``."""
+    return TRITON if HAS_TRITON and x.dtype in _TRITON_DTYPES and _runs_triton(x) else PYTORCH
 
 
 def _runs_triton(x: Tensor) -> bool:

@@ -1,7 +1,9 @@
-"""What all operators of this library share: their namespace, contiguous rows, and no second derivative; and when a
-kernel may be launched without being an operator."""
+"""What all operators of this library share: their namespace, contiguous rows, and no second derivative; and for
+kernels that are no operators when they may be launched, and second derivatives."""
 
 import re
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -29,3 +31,18 @@ def may_launch(*inputs: Tensor) -> bool:
     if torch.compiler.is_compiling() or torch.jit.is_tracing():
         return False
     return all(type(x) in (Tensor, nn.Parameter) and not is_transformed(x) for x in inputs)
+
+
+def gradients_by_torch(
+    ctx: Any, function: Callable[..., Tensor], inputs: tuple[Tensor | None, ...], d_out: Tensor
+) -> tuple[Tensor | None, ...]:
+    """Gradients of ``function(*inputs)`` that can be differentiated again, for the backward pass of its kernel.
+
+    Args:
+        ctx: of the kernel's `torch.autograd.Function`, whose first inputs they are.
+    """
+    # Aliases: one input may have been computed from another, and that path is not this function's.
+    aliases = [None if x is None else x.view_as(x) for x in inputs]
+    needed = [x for x, needs in zip(aliases, ctx.needs_input_grad, strict=False) if needs and x is not None]
+    found = iter(torch.autograd.grad(function(*aliases), needed, d_out, create_graph=True))
+    return tuple(next(found) if needs else None for _, needs in zip(aliases, ctx.needs_input_grad, strict=False))

@@ -17,36 +17,17 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..operators import may_launch
-from ..triton_common import INF, LN_2, LOG2_E, load_rows
+from ..operators import gradients_by_torch, may_launch
+from ..triton_common import load_rows
+from .activations import activate
 from .gated_norm import gated_norm as gated_norm_in_pytorch
 
 # Elements and tokens of a program's tile, and programs of a backward pass: what keeps a large GPU busy.
 _TILE = 2048
 _TOKENS = 32
 _PROGRAMS = 1024
-# float32(log2 e) is that much less than log2 e.
-_LOG2_E_LOW = tl.constexpr(1.92596298909109e-08)
-
-
-@triton.jit
-def _sigmoid(x):
-    """As exact as torch's: what rounding the argument of ``exp2`` leaves out, which a large one shows, is put back."""
-    high = -x * LOG2_E
-    low = tl.fma(-x, LOG2_E, -high) - x * _LOG2_E_LOW
-    low = tl.where(tl.abs(high) < 200.0, low, 0.0)
-    e = tl.exp2(high)
-    return tl.div_rn(1.0, 1.0 + tl.where(e < INF, e + e * (low * LN_2), e))
-
-
-@triton.jit
-def _activate(b_g, ACTIVATION: tl.constexpr):
-    """The activation and its derivative."""
-    b_s = _sigmoid(b_g)
-    if ACTIVATION == "silu":
-        return b_g * b_s, b_s * (1.0 + b_g * (1.0 - b_s))
-    else:
-        return b_s, b_s * (1.0 - b_s)
+# The largest size of a row, which a program holds as a whole.
+_LARGEST = 16384
 
 
 @triton.jit
@@ -77,7 +58,7 @@ def _gated_norm_kernel(
     b_out = b_x * _reciprocal_norm(b_x, eps, D)[:, None] * b_w[None, :]
     if GATE is not None:
         b_g = load_rows(GATE + i_h * D, o_n, g_n, m_n, D, BLOCK_D, True).to(tl.float32)
-        b_a, _ = _activate(b_g, ACTIVATION)
+        b_a, _ = activate(b_g, ACTIVATION)
         b_out *= b_a
     p_out = OUT + (o_n.to(tl.int64) * H + i_h)[:, None] * D + o_d[None, :]
     tl.store(p_out, b_out.to(OUT.dtype.element_ty), mask=m_n[:, None] & (o_d[None, :] < D))
@@ -116,7 +97,7 @@ def _gated_norm_backward_kernel(
         m_out = m_n[:, None] & (o_d[None, :] < D)
         if GATE is not None:
             b_g = load_rows(GATE + i_h * D, o_n, g_n, m_n, D, BLOCK_D, True).to(tl.float32)
-            b_a, b_da = _activate(b_g, ACTIVATION)
+            b_a, b_da = activate(b_g, ACTIVATION)
             b_dg = b_dy * b_norm * b_w[None, :] * b_da
             tl.store(D_GATE + o_out, b_dg.to(D_GATE.dtype.element_ty), mask=m_out)
             b_dy *= b_a
@@ -130,12 +111,13 @@ def _gated_norm_backward_kernel(
 def gated_norm(
     x: Tensor, weight: Tensor, eps: float, gate: Tensor | None = None, activation: str = "sigmoid"
 ) -> Tensor:
-    """`gated_norm` of the module of that name, with one rounding, at the end; of a gate of the dtype of ``x``.
+    """`gated_norm` of the module of that name, with one rounding, at the end.
 
-    Where torch must see every operation, and for second derivatives, that itself.
+    That itself where torch must see every operation, for second derivatives, a gate of another dtype and huge rows.
     """
     tensors = (x, weight) if gate is None else (x, weight, gate)
-    if not may_launch(*tensors) or (gate is not None and gate.dtype != x.dtype):
+    other_gate = gate is not None and gate.dtype != x.dtype
+    if other_gate or x.shape[-1] > _LARGEST or not may_launch(*tensors):
         return gated_norm_in_pytorch(x, weight, eps, gate, activation)
     if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
         return _GatedNorm.apply(x, weight, gate, eps, activation)
@@ -157,12 +139,11 @@ class _GatedNorm(torch.autograd.Function):
         x, weight, gate = ctx.saved_tensors
         if not torch.is_grad_enabled():
             return *_backward(grads[0], x, weight, gate, ctx.eps, ctx.activation), None, None
-        # For second derivatives.
-        inputs = [i for i, needed in enumerate(ctx.needs_input_grad[:3]) if needed]
-        out = gated_norm_in_pytorch(x, weight, ctx.eps, gate, ctx.activation)
-        found = torch.autograd.grad(out, [ctx.saved_tensors[i] for i in inputs], grads[0], create_graph=True)
-        by_input = dict(zip(inputs, found, strict=True))
-        return *(by_input.get(i) for i in range(3)), None, None
+
+        def again(x: Tensor, weight: Tensor, gate: Tensor | None) -> Tensor:
+            return gated_norm_in_pytorch(x, weight, ctx.eps, gate, ctx.activation)
+
+        return *gradients_by_torch(ctx, again, (x, weight, gate), grads[0]), None, None
 
 
 def _arguments(
@@ -191,6 +172,7 @@ def _arguments(
         BLOCK_N=block_n,
         BLOCK_D=block_d,
         ACTIVATION=activation,
+        num_warps=min(16, max(4, block_d // 512)),
     )  # fmt: skip
     return len(x), heads, block_n, arguments
 

@@ -44,9 +44,9 @@ class FoxRMSNorm(nn.Module):
             # Under autocast it returns float32.
             return nn.functional.rms_norm(x, weight.shape, weight, self.eps).to(x.dtype)
         # Imported when they are used, since importing the kernels takes time.
-        from ...kernels.backends import backend_of
+        from ...kernels.backends import elementwise_backend_of
 
-        return backend_of(x).gated_norm(x, weight, self.eps, gate, activation)
+        return elementwise_backend_of(x).gated_norm(x, weight, self.eps, gate, activation)
 
     def extra_repr(self) -> str:
         return f"{tuple(self.weight.shape)}, eps={self.eps}"

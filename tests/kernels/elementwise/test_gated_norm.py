@@ -137,6 +137,13 @@ def test_inputs_as_they_lie_in_memory():
     torch.testing.assert_close(ours, theirs)
 
 
+@pytest.mark.parametrize("size", [1536, 8192])
+def test_rows_of_a_whole_layer(size):
+    """Of mixed dtypes, as norms in float32 beside a model in half precision are."""
+    x, weight = draw(1, 3, 1, size, dtype=torch.float16, shared=True, gated=False)
+    assert_as_exact_as_torch([x, weight.detach().float().requires_grad_()])
+
+
 def test_weights_of_another_dtype():
     x, weight, projections = draw(2, 9, 3, 48, dtype=torch.float16)
     weight = weight.detach().float().requires_grad_()
@@ -187,10 +194,16 @@ TRANSFORMS: dict[str, Callable[..., Any]] = {
 }
 
 
-def test_second_derivatives():
-    inputs = draw(1, 4, 2, 16)
-    ours, theirs = (second_derivatives(backend.gated_norm, inputs) for backend in (TRITON, PYTORCH))
-    torch.testing.assert_close(ours, theirs)
+@pytest.mark.parametrize("own_gate", [True, False])
+def test_second_derivatives(own_gate):
+    found = []
+    for backend in (TRITON, PYTORCH):
+        inputs = draw(1, 4, 2, 16)
+        if not own_gate:
+            # Computed from the norm's input, whose gradient must not count that path twice.
+            inputs[2] = nn.functional.pad(inputs[0].sin().flatten(-2), (16, 0))
+        found.append(second_derivatives(backend.gated_norm, inputs))
+    torch.testing.assert_close(*found)
 
 
 @pytest.mark.parametrize("transform", TRANSFORMS)

@@ -35,6 +35,7 @@ from foxlm.kernels.context_parallel.kernels import (
 from foxlm.kernels.context_parallel.partition import NAMED_SPLITS, TokenSplit, split_tables
 from foxlm.kernels.context_parallel.row_copy import Place, Rows, Runs
 from foxlm.kernels.elementwise.triton_gated_norm import gated_norm
+from foxlm.kernels.elementwise.triton_silu_product import silu_product
 from foxlm.kernels.portable.decode import decode_attention
 from foxlm.kernels.portable.decode_append import append_tokens
 
@@ -218,8 +219,8 @@ def test_kernels_between_ranks_fit(dtype, capability, tmp_path):
 @pytest.mark.parametrize("capability", ARCHITECTURES)
 @pytest.mark.parametrize("head_dim", [64, 80, 256])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
-def test_gated_norm_fits_and_compiles_once(dtype, head_dim, capability, tmp_path):
-    """One kernel for each pass, whatever the number of tokens."""
+def test_elementwise_kernels_fit_and_compile_once(dtype, head_dim, capability, tmp_path):
+    """One for each pass, whatever the number of tokens."""
     weight = torch.ones(3 * head_dim, dtype=dtype)
     with compiling_only(capability) as compiled:
         for tokens in (1, 16, 300, 4096):
@@ -227,9 +228,12 @@ def test_gated_norm_fits_and_compiles_once(dtype, head_dim, capability, tmp_path
             gate = torch.empty(2, tokens, 4 * head_dim * 3, dtype=dtype)[..., head_dim * 3 : head_dim * 6]
             out = gated_norm(x, weight, 1e-6, gate, "silu")
             torch.autograd.grad(out, x, torch.empty_like(out))
+            out = silu_product(x.flatten(-2), gate)
+            torch.autograd.grad(out, x, torch.empty_like(out))
     kernels = {kernel.hash: kernel for kernel in compiled}.values()
-    assert {kernel.metadata.name for kernel in kernels} == {"_gated_norm_kernel", "_gated_norm_backward_kernel"}
-    assert len(kernels) == 2
+    names = {f"_{name}{backward}_kernel" for name in ("gated_norm", "silu_product") for backward in ("", "_backward")}
+    assert {kernel.metadata.name for kernel in kernels} == names
+    assert len(kernels) == len(names)
     for kernel in kernels:
         assert kernel.metadata.target.arch == capability
         used = resources(kernel, tmp_path)

@@ -17,6 +17,7 @@ from attention_inputs import draw_inputs, forgetting_attention, padding_mask
 from foxlm.kernels import triton_attention
 from foxlm.kernels.decay import Decay, accumulate
 from foxlm.kernels.elementwise.triton_gated_norm import gated_norm
+from foxlm.kernels.elementwise.triton_silu_product import silu_product
 from foxlm.kernels.portable.decode import decode_attention
 from foxlm.kernels.pruning.key_stats import KeySummary
 
@@ -41,6 +42,7 @@ def main(gluon: bool) -> None:
         weight = torch.ones(3 * head_dim, device="cuda", dtype=dtype, requires_grad=True)
         torch.autograd.grad(gated_norm(x, weight, 1e-6, gate.flatten(-2)).sum(), [x, weight, gate])
         torch.autograd.grad(gated_norm(x, weight, 1e-6).sum(), [x, weight])
+        torch.autograd.grad(silu_product(x, gate).sum(), [x, gate])
     print("every kernel ran")
 
 
