@@ -121,13 +121,13 @@ def gated_norm(
         return gated_norm_in_pytorch(x, weight, eps, gate, activation)
     if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
         return _GatedNorm.apply(x, weight, gate, eps, activation)
-    return _forward(x, weight, gate, eps, activation)
+    return _norm_forward(x, weight, gate, eps, activation)
 
 
 class _GatedNorm(torch.autograd.Function):
     @staticmethod
     def forward(x: Tensor, weight: Tensor, gate: Tensor | None, eps: float, activation: str) -> Tensor:
-        return _forward(x, weight, gate, eps, activation)
+        return _norm_forward(x, weight, gate, eps, activation)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -138,7 +138,7 @@ class _GatedNorm(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, gate = ctx.saved_tensors
         if not torch.is_grad_enabled():
-            return *_backward(grads[0], x, weight, gate, ctx.eps, ctx.activation), None, None
+            return *_norm_backward(grads[0], x, weight, gate, ctx.eps, ctx.activation), None, None
 
         def again(x: Tensor, weight: Tensor, gate: Tensor | None) -> Tensor:
             return gated_norm_in_pytorch(x, weight, ctx.eps, gate, ctx.activation)
@@ -146,7 +146,7 @@ class _GatedNorm(torch.autograd.Function):
         return *gradients_by_torch(ctx, again, (x, weight, gate), grads[0]), None, None
 
 
-def _arguments(
+def _norm_arguments(
     x: Tensor, weight: Tensor, gate: Tensor | None, eps: float, activation: str
 ) -> tuple[int, int, int, dict[str, Any]]:
     """Tokens, heads, tokens of a tile, and what both kernels take."""
@@ -177,24 +177,24 @@ def _arguments(
     return len(x), heads, block_n, arguments
 
 
-def _forward(x: Tensor, weight: Tensor, gate: Tensor | None, eps: float, activation: str) -> Tensor:
+def _norm_forward(x: Tensor, weight: Tensor, gate: Tensor | None, eps: float, activation: str) -> Tensor:
     out = torch.empty_like(x, memory_format=torch.contiguous_format)
     if x.numel() == 0:
         return out
-    tokens, heads, block_n, arguments = _arguments(x, weight, gate, eps, activation)
+    tokens, heads, block_n, arguments = _norm_arguments(x, weight, gate, eps, activation)
     with torch.cuda.device_of(x):
         _gated_norm_kernel[(triton.cdiv(tokens, block_n) * heads,)](**arguments, OUT=out)
     return out
 
 
-def _backward(
+def _norm_backward(
     d_out: Tensor, x: Tensor, weight: Tensor, gate: Tensor | None, eps: float, activation: str
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     dx = torch.empty_like(x, memory_format=torch.contiguous_format)
     d_gate = None if gate is None else torch.empty_like(gate, memory_format=torch.contiguous_format)
     if x.numel() == 0:
         return dx, torch.zeros_like(weight), d_gate
-    tokens, heads, block_n, arguments = _arguments(x, weight, gate, eps, activation)
+    tokens, heads, block_n, arguments = _norm_arguments(x, weight, gate, eps, activation)
     blocks = triton.cdiv(tokens, block_n)
     rows = triton.cdiv(blocks, min(blocks, triton.cdiv(_PROGRAMS, heads))) * block_n
     parts = triton.cdiv(tokens, rows)

@@ -54,13 +54,13 @@ def silu_product(gate: Tensor, up: Tensor) -> Tensor:
         return silu_product_in_pytorch(gate, up)
     if torch.is_grad_enabled() and (gate.requires_grad or up.requires_grad):
         return _SiLUProduct.apply(gate, up)
-    return _forward(gate, up)
+    return _silu_forward(gate, up)
 
 
 class _SiLUProduct(torch.autograd.Function):
     @staticmethod
     def forward(gate: Tensor, up: Tensor) -> Tensor:
-        return _forward(gate, up)
+        return _silu_forward(gate, up)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
@@ -70,11 +70,11 @@ class _SiLUProduct(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         gate, up = ctx.saved_tensors
         if not torch.is_grad_enabled():
-            return _backward(grads[0], gate, up)
+            return _silu_backward(grads[0], gate, up)
         return gradients_by_torch(ctx, silu_product_in_pytorch, (gate, up), grads[0])
 
 
-def _arguments(gate: Tensor, up: Tensor) -> tuple[tuple[int], dict[str, Any]]:
+def _silu_arguments(gate: Tensor, up: Tensor) -> tuple[tuple[int], dict[str, Any]]:
     """The grid, and what both kernels take."""
     size = gate.shape[-1]
     # Views, unless the batch does not lie in memory token after token.
@@ -88,19 +88,19 @@ def _arguments(gate: Tensor, up: Tensor) -> tuple[tuple[int], dict[str, Any]]:
     return (len(gate) * triton.cdiv(size, _BLOCK),), arguments
 
 
-def _forward(gate: Tensor, up: Tensor) -> Tensor:
+def _silu_forward(gate: Tensor, up: Tensor) -> Tensor:
     out = torch.empty_like(gate, memory_format=torch.contiguous_format)
     if gate.numel() > 0:
-        grid, arguments = _arguments(gate, up)
+        grid, arguments = _silu_arguments(gate, up)
         with torch.cuda.device_of(gate):
             _silu_product_kernel[grid](**arguments, OUT=out)
     return out
 
 
-def _backward(d_out: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
+def _silu_backward(d_out: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
     d_gate, d_up = (torch.empty_like(gate, memory_format=torch.contiguous_format) for _ in range(2))
     if gate.numel() > 0:
-        grid, arguments = _arguments(gate, up)
+        grid, arguments = _silu_arguments(gate, up)
         with torch.cuda.device_of(gate):
             _silu_product_backward_kernel[grid](**arguments, D_OUT=d_out.contiguous(), D_GATE=d_gate, D_UP=d_up)
     return d_gate, d_up
