@@ -62,18 +62,13 @@ class Start:
     @property
     def against(self) -> dict[str, str]:
         """As of `Call`."""
-        found = {"llama": Start("Llama").name} if self.what == "foxlm" else {}
-        return found | ({"own": Start(self.what).name} if self.empty else {})
+        if self.what != "foxlm":
+            return {}
+        return {"llama": Start("Llama").name} | ({"own": Start("foxlm").name} if self.empty else {})
 
 
 # Before the others the one that leaves behind what they find.
-STARTS = (
-    Start("foxlm", empty=True),
-    Start("foxlm"),
-    Start("Llama"),
-    Start("attention", empty=True),
-    Start("attention"),
-)
+STARTS = (Start("foxlm", empty=True), Start("foxlm"), Start("Llama"), Start("attention", empty=True))
 
 
 def start_variants(starts: Sequence[Start], workload: Workload) -> Iterator[Variant]:

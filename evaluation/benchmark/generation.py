@@ -153,6 +153,13 @@ def call_variants(
             yield _Prefill(one, models[one.family], ids, check, chunk)
 
 
+def _rounds_of_a_pass(rounds: int) -> Iterator[int]:
+    began = time.perf_counter()
+    for count in range(rounds):
+        if count == 0 or time.perf_counter() - began < _SECONDS_OF_A_PASS:
+            yield count
+
+
 class _Called:
     """What decoding and prompts have in common."""
 
@@ -230,12 +237,9 @@ class _Decode(_Called):
         taken: dict[int, list[float]] = {1: [], self._new: [], 2 * self._new: []}
         with self._configured():
             self._generate(2)
-            began = time.perf_counter()
-            for _ in range(rounds):
+            for _ in _rounds_of_a_pass(rounds):
                 for new, of_calls in taken.items():
                     of_calls += wall_times(partial(self._generate, new), 1, self._device, warm_up=0)
-                if time.perf_counter() - began > _SECONDS_OF_A_PASS:
-                    break
         first, whole, twice = (taken[new] for new in (1, self._new, 2 * self._new))
         steps = [(longer - shorter) / self._new for shorter, longer in zip(whole, twice, strict=True)]
         return {"step": steps, "first_token": first, "call": whole, "longest_call": twice}
@@ -280,8 +284,12 @@ class _Prefill(_Called):
         return fault
 
     def time(self, rounds: int) -> dict[str, list[float]]:
+        taken: list[float] = []
         with self._configured():
-            return {"first_token": wall_times(self._fill, rounds, self._device, warm_up=1)}
+            self._fill()
+            for _ in _rounds_of_a_pass(rounds):
+                taken += wall_times(self._fill, 1, self._device, warm_up=0)
+        return {"first_token": taken}
 
     def derive(self, row: Row) -> None:
         row["tokens_per_second"] = 1e3 * self._ids.numel() / row["first_token"]["ms"]
