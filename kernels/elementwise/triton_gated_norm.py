@@ -10,6 +10,7 @@ Backward reads whole heads, so that it computes the norm again: only inputs are 
 which costs the host more than the kernel takes.
 """
 
+import functools
 from typing import Any
 
 import torch
@@ -18,6 +19,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..operators import gradients_by_torch, may_launch
+from ..tiles import cdiv
 from ..triton_common import load_rows
 from .activations import activate
 from .gated_norm import gated_norm as gated_norm_in_pytorch
@@ -146,6 +148,13 @@ class _GatedNorm(torch.autograd.Function):
         return *gradients_by_torch(ctx, again, (x, weight, gate), grads[0]), None, None
 
 
+@functools.cache
+def _tile(size: int) -> tuple[int, int, int]:
+    """Tokens and, padded, values of a head that a program takes at once, and its warps."""
+    block_d = triton.next_power_of_2(size)
+    return min(_TOKENS, max(1, _TILE // block_d)), block_d, min(16, max(4, block_d // 512))
+
+
 def _norm_arguments(
     x: Tensor, weight: Tensor, gate: Tensor | None, eps: float, activation: str
 ) -> tuple[int, int, int, dict[str, Any]]:
@@ -159,8 +168,7 @@ def _norm_arguments(
     if gate is not None:
         gate = gate.reshape(-1, heads * size)
         gate = gate if gate.stride(-1) == 1 else gate.contiguous()
-    block_d = triton.next_power_of_2(size)
-    block_n = min(_TOKENS, max(1, _TILE // block_d))
+    block_n, block_d, warps = _tile(size)
     arguments = dict(
         X=x, x_n=x.stride(0), x_h=x.stride(1),
         GATE=gate, g_n=0 if gate is None else gate.stride(0),
@@ -172,7 +180,7 @@ def _norm_arguments(
         BLOCK_N=block_n,
         BLOCK_D=block_d,
         ACTIVATION=activation,
-        num_warps=min(16, max(4, block_d // 512)),
+        num_warps=warps,
     )  # fmt: skip
     return len(x), heads, block_n, arguments
 
@@ -183,7 +191,7 @@ def _norm_forward(x: Tensor, weight: Tensor, gate: Tensor | None, eps: float, ac
         return out
     tokens, heads, block_n, arguments = _norm_arguments(x, weight, gate, eps, activation)
     with torch.cuda.device_of(x):
-        _gated_norm_kernel[(triton.cdiv(tokens, block_n) * heads,)](**arguments, OUT=out)
+        _gated_norm_kernel[(cdiv(tokens, block_n) * heads,)](**arguments, OUT=out)
     return out
 
 
@@ -195,9 +203,9 @@ def _norm_backward(
     if x.numel() == 0:
         return dx, torch.zeros_like(weight), d_gate
     tokens, heads, block_n, arguments = _norm_arguments(x, weight, gate, eps, activation)
-    blocks = triton.cdiv(tokens, block_n)
-    rows = triton.cdiv(blocks, min(blocks, triton.cdiv(_PROGRAMS, heads))) * block_n
-    parts = triton.cdiv(tokens, rows)
+    blocks = cdiv(tokens, block_n)
+    rows = cdiv(blocks, min(blocks, cdiv(_PROGRAMS, heads))) * block_n
+    parts = cdiv(tokens, rows)
     d_weight = torch.empty(parts, weight.numel(), dtype=torch.float32, device=x.device)
     with torch.cuda.device_of(x):
         _gated_norm_backward_kernel[(parts * heads,)](

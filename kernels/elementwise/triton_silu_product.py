@@ -15,6 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..operators import gradients_by_torch, may_launch, maybe_contiguous
+from ..tiles import cdiv
 from .activations import activate
 from .silu_product import silu_product as silu_product_in_pytorch
 
@@ -85,7 +86,7 @@ def _silu_arguments(gate: Tensor, up: Tensor) -> tuple[tuple[int], dict[str, Any
         SIZE=size,
         BLOCK=_BLOCK,
     )  # fmt: skip
-    return (len(gate) * triton.cdiv(size, _BLOCK),), arguments
+    return (len(gate) * cdiv(size, _BLOCK),), arguments
 
 
 def _silu_forward(gate: Tensor, up: Tensor) -> Tensor:
