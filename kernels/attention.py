@@ -134,6 +134,7 @@ def forgetting_attention(
         log_f = log_f.masked_fill(~real[..., None], 0.0)
     check_gates(log_f)
     backend = backend_of(q)
+    backend.prepare(q, k, v, log_f, eps=eps, rule=rule, logit_bound=logit_bound, dropout=dropout)
     starts = None if cu_seqlens is None else sequence_starts(cu_seqlens.to(log_f.device), k.shape[1])
     queries, keys = q.shape[1], k.shape[1]
     c, kv_start = accumulate(log_f, starts=starts, sum_gates=backend.sum_gates)

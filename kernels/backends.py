@@ -26,6 +26,7 @@ except ImportError:
 HAS_TRITON = triton is not None
 
 if HAS_TRITON:
+    from .ahead_of_time import prepare_attention
     from .elementwise.triton_gated_norm import gated_norm as triton_gated_norm
     from .elementwise.triton_silu_product import silu_product as triton_silu_product
     from .portable.decode import can_decode, decode_attention
@@ -44,6 +45,8 @@ class Backend(NamedTuple):
     """The functions of one backend; a function has the same signature and contract in every backend.
 
     Attributes:
+        prepare: called with the arguments of attention before the rest, which it may make ready for:
+            `ahead_of_time.prepare_attention`.
         sum_gates: running sums of log gates, and the resets among them: `decay.sum_gates`.
         search_kv_start: the first key that pruning leaves to each query: `pruning.rules.search_kv_start`.
         attention: attention over a `Decay`, with autograd: `reference.reference_attention`.
@@ -58,6 +61,7 @@ class Backend(NamedTuple):
         silu_product: the activation of a gated MLP: `elementwise.silu_product.silu_product`.
     """
 
+    prepare: Callable[..., None]
     sum_gates: Callable[..., tuple[Tensor, Tensor]]
     search_kv_start: Callable[..., Tensor]
     attention: Callable[..., tuple[Tensor, Tensor]]
@@ -71,6 +75,7 @@ class Backend(NamedTuple):
 
 
 PYTORCH = Backend(
+    prepare=lambda *inputs, **options: None,
     sum_gates=sum_gates,
     search_kv_start=search_kv_start,
     attention=reference_attention,
@@ -86,6 +91,7 @@ PYTORCH = Backend(
 TRITON = PYTORCH
 if HAS_TRITON:
     TRITON = Backend(
+        prepare=prepare_attention,
         sum_gates=triton_sum_gates,
         search_kv_start=triton_search_kv_start,
         attention=triton_attention,

@@ -65,6 +65,24 @@ def fox_attention_forward(
     return out, None
 
 
+def prepare(module: Any, q: Tensor, k: Tensor, v: Tensor, log_f: Tensor, dropout: float, backend: Backend) -> None:
+    """Let ``backend`` make ready for what `fox_attention_forward` will do without a cache's view.
+
+    Args:
+        module: the attention layer.
+        q, k, v: ``[B, T, H or G, D]``.
+        log_f: ``[B, T, Hf]`` log forget gates.
+        dropout: probability of dropping an attention weight.
+        backend: of these.
+    """
+    config, options = module.config, {}
+    if prunes(config):
+        options = {"eps": config.acp_eps, "rule": config.acp_rule, "center": _centers(config)}
+        if PruningRule(config.acp_rule).reads_bound:
+            options["logit_bound"] = lambda: _bound(module, q.dtype)
+    backend.prepare(q, k, v, log_f, dropout=dropout, **options)
+
+
 def prunes(config: Any) -> bool:
     """Whether the configuration lets attention leave out keys."""
     return config.acp_eps is not None and config.forget_gate != "none"

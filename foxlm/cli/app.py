@@ -14,6 +14,7 @@ from foxlm.cli.graft import graft
 from foxlm.cli.publish import bundle, card, export_code, publish
 from foxlm.cli.report import report
 from foxlm.cli.serve import serve
+from foxlm.cli.warmup import warmup
 
 app = CommandLine(
     help="Forgetting Transformers (FoX) for the Hugging Face ecosystem.\n\n"
@@ -49,6 +50,7 @@ app.command("lm-eval", context_settings=PASS_THROUGH, add_help_option=False)(lm_
 app.command()(loss)
 app.command()(needle)
 app.command()(report)
+app.command()(warmup)
 app.command(context_settings=PASS_THROUGH, add_help_option=False)(serve)
 app.add_typer(bench, name="bench")
 

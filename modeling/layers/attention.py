@@ -164,10 +164,13 @@ class FoxAttention(FusableProjections):
 
         # Imported when they are used, since importing the kernels takes time.
         from ...kernels.backends import backend_of
-        from ..attention_backends import ALL_ATTENTION_FUNCTIONS, eager_attention_forward
+        from ..attention_backends import ALL_ATTENTION_FUNCTIONS, eager_attention_forward, prepare
 
         backend, view = backend_of(q), None
         few = has_past and self._can_use_decode_kernels(q, k, backend)
+        dropout = self.attention_dropout if self.training else 0.0
+        if not few and layout.shards is None and self.implementation == DEFAULT_IMPLEMENTATION:
+            prepare(self, q, k, v, log_f, dropout, backend)
         q, k, v = (x.transpose(1, 2) for x in (q, k, v))
         if layout.shards is not None:
             c, kv_start = layout.shards.accumulate(layout.mask_gates(log_f), layout.starts, backend)
@@ -183,7 +186,6 @@ class FoxAttention(FusableProjections):
         decay, real = _without_padding(decay, view, layout)
 
         attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.implementation, eager_attention_forward)
-        dropout = self.attention_dropout if self.training else 0.0
         options = {"real": real, "view": view, "shards": layout.shards, "backend": backend}
         out, weights = attend(self, q, k, v, None, decay=decay, scaling=self.scaling, dropout=dropout, **options)
 

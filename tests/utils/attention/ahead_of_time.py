@@ -28,6 +28,14 @@ class _AbsentGPU:
 
 
 @contextlib.contextmanager
+def absent_gpu(capability: int) -> Iterator[int]:
+    """Within, Triton compiles for ``capability`` (e.g. 90). Yields the device that it keeps these kernels by."""
+    # Not by set_active and reset_active: the latter looks for the machine's own GPU.
+    with mock.patch.object(triton.runtime.driver, "_active", _AbsentGPU(capability)):
+        yield capability
+
+
+@contextlib.contextmanager
 def compiling_only(capability: int) -> Iterator[list[Any]]:
     """Within, launching a kernel compiles it for ``capability`` (e.g. 90) and does nothing else.
 
@@ -42,9 +50,7 @@ def compiling_only(capability: int) -> Iterator[list[Any]]:
         compiled.append(kernel)
         return kernel
 
-    # Not by set_active and reset_active: the latter looks for the machine's own GPU.
-    absent = mock.patch.object(triton.runtime.driver, "_active", _AbsentGPU(capability))
-    with absent, mock.patch.object(JITFunction, "run", compile_only):
+    with absent_gpu(capability), mock.patch.object(JITFunction, "run", compile_only):
         yield compiled
 
 
