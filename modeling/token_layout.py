@@ -29,6 +29,7 @@ class TokenLayout(NamedTuple):
         real_keys: ``[B, Tk]`` the same over all keys, those in the cache included.
         starts: ``[B, T]`` bool, True where a packed sequence begins; None without packing.
         slots: ``[1 + T]`` int64 index modulo 64 of the token before and of each: slots in a page of the cache.
+        last_real: ``[B, 1 + T]`` int64, see `last_real_tokens`; None without padding.
         shards: with context parallelism, which rank has which tokens; all of the above is then of this rank's tokens.
         real_of_all_ranks: ``[B, tokens of all ranks]`` bool as `real`.
     """
@@ -38,6 +39,7 @@ class TokenLayout(NamedTuple):
     real_keys: Tensor | None
     starts: Tensor | None
     slots: Tensor
+    last_real: Tensor | None = None
     shards: "ShardedSequence | None" = None
     real_of_all_ranks: Tensor | None = None
 
@@ -49,7 +51,7 @@ class TokenLayout(NamedTuple):
         """The layout of this rank's tokens."""
         real, starts = (None if x is None else shards.take(x) for x in (self.real, self.starts))
         positions = shards.take(self.positions, dim=0)
-        return TokenLayout(positions, real, real, starts, self.slots, shards, self.real)
+        return TokenLayout(positions, real, real, starts, self.slots, None, shards, self.real)
 
 
 def token_layout(
@@ -117,7 +119,21 @@ def token_layout(
         starts = sequence_starts(queries, length).to(device)
     elif position_ids is not None and fresh:
         starts = _restarts(position_ids.to(device).expand(batch, -1), real, jumps=attention_mask is None)
-    return TokenLayout(positions, real, real_keys, starts, indices.remainder(PRUNED_KEYS))
+    last_real = None if real is None else last_real_tokens(real)
+    return TokenLayout(positions, real, real_keys, starts, indices.remainder(PRUNED_KEYS), last_real)
+
+
+def last_real_tokens(real: Tensor) -> Tensor:
+    """Index of the last token that is not padding, before the first of ``T`` tokens and up to each.
+
+    Args:
+        real: ``[B, T]`` bool, False for padding.
+
+    Returns:
+        ``[B, 1 + T]`` int64; -1 where it is earlier than all of them.
+    """
+    index = torch.arange(real.shape[1], device=real.device)
+    return nn.functional.pad(running_max(torch.where(real, index, -1)), (1, 0), value=-1)
 
 
 def _restarts(position_ids: Tensor, real: Tensor | None, jumps: bool) -> Tensor | None:
@@ -131,8 +147,7 @@ def _restarts(position_ids: Tensor, real: Tensor | None, jumps: bool) -> Tensor 
     previous = torch.cat([position_ids[:, :1] - 1, position_ids[:, :-1]], dim=1)
     if real is not None:
         # Position of the last real token before each; the first real token follows nothing.
-        index = torch.arange(position_ids.shape[1], device=position_ids.device)
-        last_real = nn.functional.pad(running_max(torch.where(real, index, -1))[:, :-1], (1, 0), value=-1)
+        last_real = last_real_tokens(real)[:, :-1]
         previous = torch.where(last_real < 0, position_ids - 1, position_ids.gather(1, last_real.clamp(min=0)))
     starts = position_ids != previous + 1 if jumps else position_ids <= previous
     if real is not None:

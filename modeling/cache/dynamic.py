@@ -16,7 +16,7 @@ from ...kernels.decay import Decay, accumulate
 from ...kernels.pruning.key_stats import KeySummary, Running, empty_summary, extend_summary, running_before
 from ...kernels.tiles import PRUNED_KEYS
 from ..token_layout import TokenLayout
-from .static import check_gates
+from .static import check_gates, latest_states
 from .view import CacheView
 
 if TYPE_CHECKING:
@@ -187,15 +187,21 @@ class DynamicForgettingLayer(DynamicLayer):
         return None if states is None or states.shape[1] == 0 else states
 
     def append_unshifted(self, name: str, states: Tensor, layout: TokenLayout) -> None:
-        """Keep the unshifted ``name`` of new tokens, ``[B, W + T, G, D]``: `previous_unshifted` and the new ones."""
+        """Keep the unshifted ``name`` of new tokens, ``[B, T, G, D]``."""
+        past = self.previous_unshifted(name, layout)
+        if past is None:
+            past = states.new_zeros(states.shape[0], 1, *states.shape[2:])
+        count = past.shape[1] + states.shape[1]
         if is_torchdynamo_exporting():
             # The same size at any length, and not one, which would be specialized. Exported programs do not crop.
-            states = states[:, -2:]
+            kept = latest_states(past, states, layout, 2)
         # Trimmed only at twice the window, so that a decoding step seldom copies it.
-        elif not self.record_past and states.shape[1] > 2 * self.rollback_window:
-            states = states[:, -self.rollback_window :].clone()
+        elif not self.record_past and count > 2 * self.rollback_window:
+            kept = latest_states(past, states, layout, self.rollback_window).clone()
+        else:
+            kept = latest_states(past, states, layout, count)
         # Not in place: a shallow copy of this layer may have the same dictionary.
-        self.unshifted = self.unshifted | {name: states}
+        self.unshifted = self.unshifted | {name: kept}
 
     def activate_past_recording(self) -> None:
         """From now on keep the unshifted states of all tokens, and trim them only at each `crop`."""

@@ -25,7 +25,7 @@ from ...kernels.pruning.rules import Rule, first_needed_block, future_query_boun
 from ..token_layout import TokenLayout, refuse_overflow
 from ..versions import CACHE
 from .page_pool import PAGE, PagePool, fixed_address
-from .static import NewGates, StateSizes, gates_for_kernel, state_sizes
+from .static import NewGates, StateSizes, gates_for_kernel, latest_states, state_sizes
 from .view import CacheView
 
 if TYPE_CHECKING:
@@ -131,7 +131,10 @@ class PagedForgettingLayer(PagePool, CacheLayerMixin):
         if name not in self.recent:
             self.cumulative_length = fixed_address(self.cumulative_length.to(states.device))
             self.recent[name] = fixed_address(states.new_zeros(batch, PAGE, heads, size))
-        self._write_recent(name, states[:, 1:], 1, layout)
+        held = self.recent[name]
+        past = held if layout.last_real is None else held.index_select(1, layout.slots[:1])
+        new = latest_states(past, states, layout, min(PAGE, states.shape[1]))
+        self._write_recent(name, new, 1, layout)
 
     def _write_recent(self, name: str, new: Tensor, dim: int, layout: TokenLayout) -> None:
         count, dim = min(PAGE, len(layout.positions)), dim % new.ndim

@@ -82,6 +82,32 @@ def check_gates(new: Decay | NewGates | None) -> None:
         )
 
 
+def latest_states(past: Tensor, states: Tensor, layout: TokenLayout, count: int) -> Tensor:
+    """The last ``count`` of ``past`` followed by ``states``, ``[B, any, G, D]``; padding repeats the last real state.
+
+    Args:
+        past: of earlier tokens, at least one.
+        states: of the ``T`` tokens of ``layout``.
+        layout: of the tokens of ``states``.
+        count: at least 1. No more than the tokens of both.
+    """
+    if is_torchdynamo_exporting():
+        # An exported program takes any number of tokens, and must not be specialized on one side of ``count``.
+        new = _repeat_real(past, states, states, layout)
+        return torch.cat([past, new], dim=1)[:, -count:]
+    earlier = count - states.shape[1]
+    new = _repeat_real(past, states, states[:, -count:], layout)
+    return new if earlier <= 0 else torch.cat([past[:, past.shape[1] - earlier :], new], dim=1)
+
+
+def _repeat_real(past: Tensor, states: Tensor, new: Tensor, layout: TokenLayout) -> Tensor:
+    """``new``, the last of ``states``, with the last real state in place of padding."""
+    if layout.last_real is None:
+        return new
+    source = layout.last_real[:, -new.shape[1] :, None, None]
+    return torch.where(source < 0, past[:, -1:], states.gather(1, source.clamp(min=0).expand_as(new)))
+
+
 class StaticForgettingLayer(StaticLayer):
     """Buffers of a fixed length, written in place, for compiled decoding.
 
@@ -201,15 +227,14 @@ class StaticForgettingLayer(StaticLayer):
         return decay, CacheView(self.summary[0])
 
     def previous_unshifted(self, name: str, layout: TokenLayout) -> Tensor:
-        """``[B, 1, G, D]`` unshifted ``name`` of the last token, zeros at the start."""
-        if is_torchdynamo_exporting():
-            return self._unless_restarted(self.unshifted[name])
-        # The buffer is written in place below, while the caller still reads what was there.
-        return self.unshifted[name].clone()
+        """``[B, 1, G, D]`` unshifted ``name`` of the last token, zeros at the start; to be read before the next call."""
+        state = self.unshifted[name]
+        return self._unless_restarted(state) if is_torchdynamo_exporting() else state
 
     def append_unshifted(self, name: str, states: Tensor, layout: TokenLayout) -> None:
-        """Keep the unshifted ``name`` of the last token of ``[B, 1 + T, G, D]``: `previous_unshifted` and new ones."""
-        self.unshifted[name].copy_(states[:, -1:])
+        """Keep, in place, the unshifted ``name`` of the last token of ``[B, T, G, D]``."""
+        held = self.unshifted[name]
+        held.copy_(latest_states(held, states, layout, 1))
 
     def _unless_restarted(self, state: Tensor) -> Tensor:
         """``state`` of the last token, or zero if there is none.

@@ -3,10 +3,9 @@
 import torch
 from torch import Tensor, nn
 
-from ...kernels.decay import running_max
 from ...kernels.elementwise.gated_norm import recompute_if_large
 from ..cache.layer_types import ForgettingLayer
-from ..token_layout import TokenLayout
+from ..token_layout import TokenLayout, last_real_tokens
 
 
 class FoxTokenShift(nn.Module):
@@ -42,35 +41,34 @@ class FoxTokenShift(nn.Module):
         """
         if layout.shards is not None:
             before = layout.shards.states_before(states, layout.real_of_all_ranks)
+            real = layout.real
             parts = [
-                _after(before[:, i : i + 1], states[:, rows], None if layout.real is None else layout.real[:, rows])
+                _previous(
+                    before[:, i : i + 1], states[:, rows], None if real is None else last_real_tokens(real[:, rows])
+                )
                 for i, rows in enumerate(layout.shards.rows)
             ]
-            previous = torch.cat([part[:, :-1] for part in parts], dim=1)
+            previous = torch.cat(parts, dim=1)
         else:
             past = None if cache_layer is None else cache_layer.previous_unshifted(name, layout)
             if past is None:
                 past = states.new_zeros(states.shape[0], 1, *states.shape[2:])
-            extended = _after(past, states, layout.real)
+            previous = _previous(past, states, layout.last_real)
             if cache_layer is not None:
-                cache_layer.append_unshifted(name, extended, layout)
-            previous = extended[:, -states.shape[1] - 1 : -1]
+                cache_layer.append_unshifted(name, states, layout)
         if layout.starts is not None:
             previous = previous.masked_fill(layout.starts[..., None, None], 0.0)
         logits = self.proj(hidden_states) if logits is None else logits
         return recompute_if_large(_mix, states, previous, logits)
 
 
-def _after(past: Tensor, states: Tensor, real: Tensor | None) -> Tensor:
-    """``past`` followed by ``states``; padding repeats the last real state, which the next real one is mixed with."""
-    extended = torch.cat([past, states], dim=1)
-    if real is None:
-        return extended
-    index = torch.arange(extended.shape[1], device=states.device)
-    before, new = index.split([past.shape[1], states.shape[1]])
-    source = running_max(torch.where(real, new, before[-1]))
-    source = torch.cat([before.expand(source.shape[0], -1), source], dim=1)[..., None, None]
-    return extended.gather(1, source.expand_as(extended))
+def _previous(past: Tensor, states: Tensor, last_real: Tensor | None) -> Tensor:
+    """The state before each of ``states``, ``[B, T, G, D]``: that of the last real token; ``past`` is before all."""
+    # Cut afterwards: an exported program must not be specialized for one token less.
+    extended = torch.cat([past[:, -1:], states], dim=1)
+    if last_real is None:
+        return extended[:, :-1]
+    return extended.gather(1, (last_real[:, :-1] + 1)[..., None, None].expand_as(states))
 
 
 def _mix(states: Tensor, previous: Tensor, logits: Tensor) -> Tensor:
