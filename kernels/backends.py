@@ -13,6 +13,7 @@ from torch import Tensor
 from .decay import sum_gates
 from .devices import capability_of
 from .elementwise.gated_norm import gated_norm
+from .elementwise.prologue import PrologueInputs
 from .elementwise.silu_product import silu_product
 from .pruning.rules import search_kv_start
 from .reference import backward_pass, forward_pass, reference_attention
@@ -28,6 +29,7 @@ HAS_TRITON = triton is not None
 if HAS_TRITON:
     from .ahead_of_time import prepare_attention
     from .elementwise.triton_gated_norm import gated_norm as triton_gated_norm
+    from .elementwise.triton_prologue import attention_prologue
     from .elementwise.triton_silu_product import silu_product as triton_silu_product
     from .portable.decode import can_decode, decode_attention
     from .portable.decode_append import append_tokens
@@ -59,6 +61,8 @@ class Backend(NamedTuple):
         append: take the tokens of a decoding step into a layer's cache: `portable.decode_append.append_tokens`; None if
             the cache is to do so by operators of its own.
         silu_product: the activation of a gated MLP: `elementwise.silu_product.silu_product`.
+        prologue: token shift, QK-norm and RoPE at once: `elementwise.triton_prologue.attention_prologue`; it returns
+            None where the modules of a model are to be called one by one, which define it.
     """
 
     prepare: Callable[..., None]
@@ -72,6 +76,7 @@ class Backend(NamedTuple):
     gated_norm: Callable[..., Tensor]
     append: Callable[..., tuple[Tensor, Tensor]] | None
     silu_product: Callable[[Tensor, Tensor], Tensor]
+    prologue: Callable[[PrologueInputs, float], tuple[Tensor, Tensor, Tensor] | None]
 
 
 PYTORCH = Backend(
@@ -86,6 +91,7 @@ PYTORCH = Backend(
     gated_norm=gated_norm,
     append=None,
     silu_product=silu_product,
+    prologue=lambda inputs, eps: None,
 )
 # Without Triton `backend_of` never returns it.
 TRITON = PYTORCH
@@ -102,6 +108,7 @@ if HAS_TRITON:
         gated_norm=triton_gated_norm,
         append=append_tokens,
         silu_product=triton_silu_product,
+        prologue=attention_prologue,
     )
 
 

@@ -227,7 +227,7 @@ class StaticForgettingLayer(StaticLayer):
         return decay, CacheView(self.summary[0])
 
     def previous_unshifted(self, name: str, layout: TokenLayout) -> Tensor:
-        """``[B, 1, G, D]`` unshifted ``name`` of the last token, zeros at the start; to be read before the next call."""
+        """``[B, 1, G, D]`` unshifted ``name`` of the last token, zeros at first; `append_unshifted` overwrites it."""
         state = self.unshifted[name]
         return self._unless_restarted(state) if is_torchdynamo_exporting() else state
 

@@ -9,7 +9,7 @@ The attention of one FoX (Pro) block (arXiv 2503.02130); every part but q, k, v 
                +-> output gate -----------------------------------------------------+
 """
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -27,10 +27,11 @@ from ..cache.paged import FoxPagedCache
 from ..cache.static import StaticForgettingLayer
 from ..cache.view import CacheView
 from ..configuration_fox import DEFAULT_IMPLEMENTATION, FoxConfig
+from ..parallel.tensor_parallel import local_part, sum_gradients
 from ..token_layout import TokenLayout, token_layout
 from ..versions import CACHE, one_cache
 from .forget_gate import make_forget_gate
-from .fused_projections import FusableProjections, has_hooks
+from .fused_projections import FusableProjections, has_hooks, is_called_plainly
 from .logit_bounds import qk_norm_bounds
 from .norm import FoxRMSNorm
 from .rotary import FoxRotaryEmbedding, apply_rotary
@@ -38,6 +39,7 @@ from .token_shift import FoxTokenShift
 
 if TYPE_CHECKING:
     from ...kernels.backends import Backend
+    from ...kernels.elementwise.prologue import PrologueInputs
 
 # By the class of the module that computes them.
 _FUSED_ACTIVATIONS = {type(ACT2FN[name]): name for name in ACTIVATIONS}
@@ -159,7 +161,9 @@ class FoxAttention(FusableProjections):
         # On the first call the cache is empty: nothing to search, and no page is allocated.
         has_past = cache_layer is not None and cache_layer.is_initialized
         fused = self.project(hidden_states)
-        q, k, v = self._queries_keys_values(hidden_states, fused, layout, cache_layer, position_embeddings)
+        q, k, v = self._queries_keys_values(
+            hidden_states, fused, layout, cache_layer, position_embeddings if self.use_rope else None
+        )
         log_f = self.log_forget_gates(hidden_states)
 
         # Imported when they are used, since importing the kernels takes time.
@@ -226,7 +230,7 @@ class FoxAttention(FusableProjections):
             fused: outputs of the projections by name, if they were computed as one matmul; else empty.
             layout: of the tokens.
             cache_layer: this layer's cache, or None.
-            position_embeddings: with RoPE.
+            position_embeddings: with RoPE, else None.
         """
         q, k, v = (
             fused[name] if fused else getattr(self, name)(hidden_states) for name in ("q_proj", "k_proj", "v_proj")
@@ -235,19 +239,71 @@ class FoxAttention(FusableProjections):
         q, k, v = (x.unflatten(-1, (-1, self.head_dim)) for x in (q, k, v))
         if isinstance(cache_layer, StaticForgettingLayer) and not cache_layer.is_initialized:
             cache_layer.lazy_initialization(k.transpose(1, 2), v.transpose(1, 2))
+        key_logits, value_logits = fused.get("key_shift.proj"), fused.get("value_shift.proj")
+        # Imported when it is used, since importing the kernels takes time.
+        from ...kernels.backends import PYTORCH, backend_of
+
+        backend = backend_of(q)
+        if backend is not PYTORCH and self._can_use_prologue(layout):
+            inputs = self._prologue((q, k, v), hidden_states, fused, layout, cache_layer, position_embeddings)
+            prepared = backend.prologue(inputs, self.q_norm.eps if inputs.q_weight is not None else 0.0)
+            if prepared is not None:
+                for name, states in (("key", k), ("value", v)):
+                    if cache_layer is not None and getattr(self.config, f"use_{name}_shift"):
+                        cache_layer.append_unshifted(name, states, layout)
+                return prepared
+            key_logits, value_logits = inputs.key_logits, inputs.value_logits
         if self.config.use_key_shift:
-            k = self.key_shift(hidden_states, k, layout, cache_layer, "key", fused.get("key_shift.proj"))
+            k = self.key_shift(hidden_states, k, layout, cache_layer, "key", key_logits)
         if self.config.use_value_shift:
-            v = self.value_shift(hidden_states, v, layout, cache_layer, "value", fused.get("value_shift.proj"))
+            v = self.value_shift(hidden_states, v, layout, cache_layer, "value", value_logits)
         if self.config.qk_norm == "all_heads":
             q, k = (norm(x.flatten(-2)).view_as(x) for norm, x in ((self.q_norm, q), (self.k_norm, k)))
         elif self.config.qk_norm != "none":
             q, k = self.q_norm(q), self.k_norm(k)
-        if self.use_rope:
-            assert position_embeddings is not None, "given to forward, or computed there"
+        if position_embeddings is not None:
             # To the dtype of v: under autocast the angles are float32, and keys are cached beside values.
             q, k = (x.to(v.dtype) for x in apply_rotary(q, k, *position_embeddings))
         return q, k, v
+
+    def _can_use_prologue(self, layout: TokenLayout) -> bool:
+        """Whether one kernel may take the place of the modules between projections and attention."""
+        if torch.compiler.is_compiling() or self.implementation != DEFAULT_IMPLEMENTATION or layout.shards is not None:
+            return False
+        classes = {"q_norm": FoxRMSNorm, "k_norm": FoxRMSNorm, "key_shift": FoxTokenShift, "value_shift": FoxTokenShift}
+        used = [(getattr(self, name), made) for name, made in classes.items() if hasattr(self, name)]
+        return self.config.qk_norm != "all_heads" and all(is_called_plainly(x, made) for x, made in used)
+
+    def _prologue(
+        self,
+        states: tuple[Tensor, Tensor, Tensor],
+        hidden_states: Tensor,
+        fused: dict[str, Tensor],
+        layout: TokenLayout,
+        cache_layer: ForgettingLayer | None,
+        position_embeddings: tuple[Tensor, Tensor] | None,
+    ) -> "PrologueInputs":
+        """What one kernel takes of projected queries, keys and values, and of the modules whose place it takes."""
+        from ...kernels.elementwise.prologue import PrologueInputs
+
+        inputs = PrologueInputs(*states, starts=layout.starts, last_real=layout.last_real)
+        for name in ("key", "value"):
+            if getattr(self.config, f"use_{name}_shift"):
+                logits = fused.get(f"{name}_shift.proj")
+                if logits is None:
+                    logits = getattr(self, f"{name}_shift").proj(hidden_states)
+                past = None if cache_layer is None else cache_layer.previous_unshifted(name, layout)
+                if past is not None:
+                    # What autograd keeps of a static cache must be a copy: the cache writes the next state over it.
+                    past = past[:, -1].clone() if torch.is_grad_enabled() else past[:, -1]
+                given: dict[str, Any] = {f"{name}_logits": logits, f"{name}_past": past}
+                inputs = inputs._replace(**given)
+        if self.config.qk_norm != "none":
+            q_weight, k_weight = (sum_gradients(local_part(x.weight), x.ranks) for x in (self.q_norm, self.k_norm))
+            inputs = inputs._replace(q_weight=q_weight, k_weight=k_weight)
+        if position_embeddings is not None:
+            inputs = inputs._replace(cos=position_embeddings[0], sin=position_embeddings[1])
+        return inputs
 
     def check_hidden_states(self, hidden_states: Tensor) -> None:
         """Raise a `ValueError` unless they are ``[B, T, hidden]`` with at least one token."""

@@ -206,6 +206,13 @@ def is_plain_linear(module: Any) -> bool:
     return all(x is None or is_sharded(x) or type(x) is nn.Parameter for x in _parameters(module))
 
 
+def is_called_plainly(module: Any, made: type[nn.Module]) -> bool:
+    """Whether calling ``module`` does what ``forward`` of its class ``made`` does, and nothing else."""
+    if type(module) is not made or "forward" in module.__dict__ or "_hf_hook" in module.__dict__:
+        return False
+    return not (module._backward_hooks or module._backward_pre_hooks or has_hooks(module))
+
+
 def _is_matmul(module: Any) -> bool:
     """Whether calling ``module`` does nothing but multiply by its weight and add its bias."""
     if not is_plain_linear(module) or "_hf_hook" in module.__dict__:

@@ -1,0 +1,34 @@
+"""What `triton_prologue` takes. Its definition are the modules of a model whose place it takes."""
+
+from typing import NamedTuple
+
+from torch import Tensor
+
+
+class PrologueInputs(NamedTuple):
+    """What an attention layer has computed of its input, and what it does with it before attention.
+
+    Attributes:
+        q: ``[B, T, H, D]``; k and v, ``[B, T, G, D]``. Of any strides.
+        key_logits, value_logits: ``[B, T, G]``, of alpha in ``alpha_t x_{t-1} + (1 - alpha_t) x_t``; None for no shift.
+        key_past, value_past: ``[B, G, D]``, unshifted, of the token before the first; None for zero.
+        q_weight, k_weight: of QK-norm, ``[D]`` for all heads or ``[heads * D]``; both or none.
+        cos, sin: ``[B or 1, T, R]`` of RoPE, which rotates the first ``R`` dimensions of a head; both or none.
+        starts: ``[B, T]`` bool, True where the state before is zero; None for nowhere.
+        last_real: ``[B, 1 + T]`` int64, of padding: index of the last real token before the first and up to each, -1
+            for the past, which takes the place of the token before; None without padding.
+    """
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    key_logits: Tensor | None = None
+    value_logits: Tensor | None = None
+    key_past: Tensor | None = None
+    value_past: Tensor | None = None
+    q_weight: Tensor | None = None
+    k_weight: Tensor | None = None
+    cos: Tensor | None = None
+    sin: Tensor | None = None
+    starts: Tensor | None = None
+    last_real: Tensor | None = None
