@@ -13,7 +13,7 @@ from .prologue_kernels import prologue_backward_kernel, prologue_forward_kernel
 
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 # Values of a program's tile.
-_TILE = 2048
+_PROLOGUE_TILE = 2048
 
 
 def attention_prologue(inputs: PrologueInputs, eps: float) -> tuple[Tensor, Tensor, Tensor] | None:
@@ -39,7 +39,7 @@ def attention_prologue(inputs: PrologueInputs, eps: float) -> tuple[Tensor, Tens
             return None
         out = _Prologue.apply(eps, *inputs)
     else:
-        out = _forward(inputs, eps)
+        out = _prologue_forward(inputs, eps)
     q, k, v = (x if new is None else new for x, new in zip(inputs[:3], out, strict=True))
     return q, k, v
 
@@ -72,39 +72,41 @@ class _Prologue(torch.autograd.Function):
     def forward(ctx: Any, eps: float, *inputs: Any) -> tuple[Tensor | None, ...]:
         ctx.eps = eps
         ctx.save_for_backward(*inputs)
-        return _forward(PrologueInputs(*inputs), eps)
+        return _prologue_forward(PrologueInputs(*inputs), eps)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple:
         inputs = ctx.saved_tensors
         if torch.is_grad_enabled():
-            return None, *_Gradient.apply(ctx.eps, *grads, *inputs)
-        return None, *_backward(grads, PrologueInputs(*inputs), ctx.eps)
+            return None, *_PrologueGradient.apply(ctx.eps, *grads, *inputs)
+        return None, *_prologue_backward(grads, PrologueInputs(*inputs), ctx.eps)
 
 
-class _Gradient(torch.autograd.Function):
+class _PrologueGradient(torch.autograd.Function):
     """The backward pass where a gradient of it may be asked for; `once_differentiable` would take some for constant."""
 
     @staticmethod
     def forward(ctx: Any, eps: float, *tensors: Any) -> tuple[Tensor | None, ...]:
-        return _backward(tensors[:3], PrologueInputs(*tensors[3:]), eps)
+        return _prologue_backward(tensors[:3], PrologueInputs(*tensors[3:]), eps)
 
     backward = staticmethod(refuse_second_derivative)
 
 
-def _forward(inputs: PrologueInputs, eps: float) -> tuple[Tensor | None, ...]:
+def _prologue_forward(inputs: PrologueInputs, eps: float) -> tuple[Tensor | None, ...]:
     """New q, k and v, or None for each that stays what it is."""
     q, k, v = (None if heads == 0 else x for x, heads in zip(inputs[:3], _slots(inputs), strict=True))
     out = [None if x is None else torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v)]
-    arguments, grid = _arguments(inputs, eps)
+    arguments, grid = _prologue_arguments(inputs, eps)
     with torch.cuda.device_of(inputs.q):
         prologue_forward_kernel[grid](**arguments, OUT_Q=out[0], OUT_K=out[1], OUT_V=out[2])
     return tuple(out)
 
 
-def _backward(grads: tuple[Tensor | None, ...], inputs: PrologueInputs, eps: float) -> tuple[Tensor | None, ...]:
+def _prologue_backward(
+    grads: tuple[Tensor | None, ...], inputs: PrologueInputs, eps: float
+) -> tuple[Tensor | None, ...]:
     """A gradient, or None, of each of the inputs."""
-    arguments, grid = _arguments(inputs, eps)
+    arguments, grid = _prologue_arguments(inputs, eps)
     slots = _slots(inputs)
     tensors = [None if heads == 0 else x for x, heads in zip(inputs[:3], slots, strict=True)]
     # Contiguous, whatever the strides of the inputs are.
@@ -147,7 +149,7 @@ def _slots(inputs: PrologueInputs) -> tuple[int, int, int]:
     )
 
 
-def _arguments(inputs: PrologueInputs, eps: float) -> tuple[dict[str, Any], tuple[int, int]]:
+def _prologue_arguments(inputs: PrologueInputs, eps: float) -> tuple[dict[str, Any], tuple[int, int]]:
     """What both launches take, and their grid."""
     batch, tokens, _, head_dim = inputs.q.shape
     q, k, v = (maybe_contiguous(x) for x in inputs[:3])
@@ -158,7 +160,7 @@ def _arguments(inputs: PrologueInputs, eps: float) -> tuple[dict[str, Any], tupl
     half = (head_dim if cos is None else cos.shape[-1]) // 2
     rest = head_dim - 2 * half
     block_half, block_rest = next_power_of_2(half), next_power_of_2(max(1, rest))
-    block_t = max(1, _TILE // next_power_of_2(2 * block_half + (block_rest if rest else 0)))
+    block_t = max(1, _PROLOGUE_TILE // next_power_of_2(2 * block_half + (block_rest if rest else 0)))
     starts = None if inputs.starts is None else inputs.starts.view(torch.uint8)
     shared = inputs.q_weight is None or inputs.q_weight.numel() == head_dim
     nq, nk, nv = _slots(inputs)

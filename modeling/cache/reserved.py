@@ -15,7 +15,7 @@ from ...kernels.pruning.key_stats import empty_summary, extend_summary
 from ...kernels.tiles import PRUNED_KEYS
 from ..token_layout import TokenLayout
 from .dynamic import DynamicForgettingLayer
-from .static import GateSums, NewGates, StateSizes, StaticForgettingLayer, gates_for_kernel
+from .static import GateSums, NewGates, StateSizes, StaticForgettingLayer, gates_for_kernel, latest_states
 
 if TYPE_CHECKING:
     from ...kernels.backends import Backend
@@ -190,7 +190,9 @@ class ReservedForgettingLayer(StaticForgettingLayer):
 
     def append_unshifted(self, name: str, states: Tensor, layout: TokenLayout) -> None:
         count = min(self.window, len(layout.positions))
-        self.unshifted[name].index_copy_(1, layout.slots[-count:], states[:, -count:])
+        held = self.unshifted[name]
+        past = held if layout.last_real is None else self.previous_unshifted(name, layout)
+        held.index_copy_(1, layout.slots[-count:], latest_states(past, states, layout, count))
 
     def get_seq_length(self) -> Tensor | int:
         return self.cumulative_length if self.in_step else self.tokens

@@ -57,7 +57,7 @@ PADDED: dict[str, dict[str, Any]] = {
 def small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
     """Several blocks of few tokens."""
     if INTERPRETED:
-        monkeypatch.setattr(triton_prologue, "_TILE", 256)
+        monkeypatch.setattr(triton_prologue, "_PROLOGUE_TILE", 256)
 
 
 def draw(

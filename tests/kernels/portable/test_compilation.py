@@ -34,7 +34,9 @@ from foxlm.kernels.context_parallel.kernels import (
 )
 from foxlm.kernels.context_parallel.partition import NAMED_SPLITS, TokenSplit, split_tables
 from foxlm.kernels.context_parallel.row_copy import Place, Rows, Runs
+from foxlm.kernels.elementwise.prologue import PrologueInputs
 from foxlm.kernels.elementwise.triton_gated_norm import gated_norm
+from foxlm.kernels.elementwise.triton_prologue import attention_prologue
 from foxlm.kernels.elementwise.triton_silu_product import silu_product
 from foxlm.kernels.portable.decode import decode_attention
 from foxlm.kernels.portable.decode_append import append_tokens
@@ -239,6 +241,31 @@ def test_elementwise_kernels_fit_and_compile_once(dtype, head_dim, capability, t
         used = resources(kernel, tmp_path)
         assert used["REG"] * 32 * kernel.metadata.num_warps <= REGISTERS
         assert used["STACK"] == 0, kernel.metadata.name
+
+
+@pytest.mark.parametrize("capability", ARCHITECTURES)
+@pytest.mark.parametrize("head_dim", [64, 80, 256])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+def test_prologue_fits_and_compiles_once(dtype, head_dim, capability, tmp_path):
+    """One kernel for each pass, whatever the number of tokens."""
+    with compiling_only(capability) as compiled:
+        for batch, tokens in ((1, 1), (2, 16), (3, 300), (1, 4097)):
+            q, k, v = (torch.empty(batch, tokens, x, head_dim, dtype=dtype, requires_grad=True) for x in (6, 3, 3))
+            logits, angles = (torch.empty(batch, tokens, x, dtype=dtype) for x in (3, head_dim // 2))
+            weights = torch.ones(6 * head_dim), torch.ones(3 * head_dim)
+            starts = torch.zeros(batch, tokens, dtype=torch.bool)
+            inputs = PrologueInputs(q, k, v, logits, logits, None, None, *weights, angles[:1], angles[:1], starts)
+            out = attention_prologue(inputs, 1e-6)
+            assert out is not None
+            torch.autograd.grad(out, (q, k, v), [torch.empty_like(x) for x in out])
+    kernels = {kernel.hash: kernel for kernel in compiled}.values()
+    assert {kernel.metadata.name for kernel in kernels} == {"prologue_forward_kernel", "prologue_backward_kernel"}
+    assert len(kernels) == 2
+    for kernel in kernels:
+        assert kernel.metadata.target.arch == capability
+        used = resources(kernel, tmp_path)
+        assert used["REG"] * 32 * kernel.metadata.num_warps <= REGISTERS
+        assert used["STACK"] <= STACK, f"{kernel.metadata.name}: {used}"
 
 
 def test_dropout_and_packing_compile(monkeypatch):

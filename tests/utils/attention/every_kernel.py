@@ -16,7 +16,9 @@ import torch
 from attention_inputs import draw_inputs, forgetting_attention, padding_mask
 from foxlm.kernels import triton_attention
 from foxlm.kernels.decay import Decay, accumulate
+from foxlm.kernels.elementwise.prologue import PrologueInputs
 from foxlm.kernels.elementwise.triton_gated_norm import gated_norm
+from foxlm.kernels.elementwise.triton_prologue import attention_prologue
 from foxlm.kernels.elementwise.triton_silu_product import silu_product
 from foxlm.kernels.portable.decode import decode_attention
 from foxlm.kernels.pruning.key_stats import KeySummary
@@ -43,6 +45,13 @@ def main(gluon: bool) -> None:
         torch.autograd.grad(gated_norm(x, weight, 1e-6, gate.flatten(-2)).sum(), [x, weight, gate])
         torch.autograd.grad(gated_norm(x, weight, 1e-6).sum(), [x, weight])
         torch.autograd.grad(silu_product(x, gate).sum(), [x, gate])
+        k = torch.randn_like(x, requires_grad=True)
+        logits, angles = (torch.randn(2, 300, size, device="cuda", dtype=dtype) for size in (3, head_dim // 2))
+        starts = torch.rand(2, 300, device="cuda") < 0.1
+        prologue = PrologueInputs(x, k, k, logits, logits, None, None, weight, weight, angles, angles, starts)
+        out = attention_prologue(prologue, 1e-6)
+        assert out is not None
+        torch.autograd.grad([y.sum() for y in out], [x, k, weight])
     print("every kernel ran")
 
 
