@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ..decay import LOG_ZERO_GATE
 from ..decay import sum_gates as sum_gates_in_pytorch
-from ..operators import NAMESPACE
+from ..operators import NAMESPACE, may_launch
 from ..tiles import cdiv
 from ..triton_common import kernel, larger
 from ..validation import is_transformed
@@ -145,11 +145,36 @@ def sum_gates(log_f: Tensor, starts: Tensor | None, no_reset: int) -> tuple[Tens
     and forward mode make of gates, that itself."""
     if log_f.shape[1] <= _FEW or is_transformed(log_f):
         return sum_gates_in_pytorch(log_f, starts, no_reset)
-    return _sum_gates(log_f, starts, LOG_ZERO_GATE, no_reset)
+    if not may_launch(log_f):
+        return _sum_gates(log_f, starts, LOG_ZERO_GATE, no_reset)
+    if torch.is_grad_enabled() and log_f.requires_grad:
+        return _SumGates.apply(log_f, starts, no_reset)
+    return _launch_sums(log_f, starts, LOG_ZERO_GATE, no_reset)
+
+
+class _SumGates(torch.autograd.Function):
+    """`_sum_gates` without the dispatcher, where the host takes longer for an operator than the GPU for its kernels."""
+
+    @staticmethod
+    def forward(ctx: Any, log_f: Tensor, starts: Tensor | None, no_reset: int) -> tuple[Tensor, Tensor]:
+        ctx.save_for_backward(log_f)
+        return _launch_sums(log_f, starts, LOG_ZERO_GATE, no_reset)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
+        # The operator, where the gradient is to be differentiated again.
+        (log_f,), dc = ctx.saved_tensors, grads[0]
+        if torch.is_grad_enabled():
+            return _sum_gates_backward(dc, log_f, LOG_ZERO_GATE), None, None
+        return _launch_gradients(dc, log_f, LOG_ZERO_GATE), None, None
 
 
 @torch.library.custom_op(f"{NAMESPACE}::sum_gates", mutates_args=())
 def _sum_gates(log_f: Tensor, starts: Tensor | None, log_zero: float, no_reset: int) -> tuple[Tensor, Tensor]:
+    return _launch_sums(log_f, starts, log_zero, no_reset)
+
+
+def _launch_sums(log_f: Tensor, starts: Tensor | None, log_zero: float, no_reset: int) -> tuple[Tensor, Tensor]:
     batch, length, gates = log_f.shape
     c, kv_start = _sum_gates_fake(log_f, starts, log_zero, no_reset)
     if log_f.numel() == 0:
@@ -186,6 +211,10 @@ def _sum_gates_fake(log_f, starts, log_zero, no_reset):
 
 @torch.library.custom_op(f"{NAMESPACE}::sum_gates_backward", mutates_args=())
 def _sum_gates_backward(dc: Tensor, log_f: Tensor, log_zero: float) -> Tensor:
+    return _launch_gradients(dc, log_f, log_zero)
+
+
+def _launch_gradients(dc: Tensor, log_f: Tensor, log_zero: float) -> Tensor:
     """Each gate gets the sum over its own and all later tokens; resets get zero."""
     batch, length, gates = log_f.shape
     d_log_f = _sum_gates_backward_fake(dc, log_f, log_zero)
