@@ -3,20 +3,20 @@
 import triton
 import triton.language as tl
 
-from ..triton_common import INF, LN_2, LOG2_E
+from ..triton_common import LOG2_E
 
-# float32(log2 e) is that much less than log2 e.
-_LOG2_E_LOW = tl.constexpr(1.92596298909109e-08)
+# log 2 as a sum; times an integer of up to 9 bits the first is exact in float32.
+_LN_2_HIGH = tl.constexpr(0.6931381225585938)
+_LN_2_LOW = tl.constexpr(9.058001351536227e-06)
 
 
 @triton.jit
 def _one_plus_exp(x):
-    """``1 + exp(x)``, as exact as torch's: the argument of ``exp2`` is rounded, and what that loses is put back."""
-    high = x * LOG2_E
-    low = tl.fma(x, LOG2_E, -high) + x * _LOG2_E_LOW
-    low = tl.where(tl.abs(high) < 200.0, low, 0.0)
-    e = tl.exp2(high)
-    return 1.0 + tl.where(e < INF, e + e * (low * LN_2), e)
+    """``1 + exp(x)``, as exact as torch's: ``exp2(x log2 e)`` would lose digits where its argument is large."""
+    scaled = x * LOG2_E
+    whole = tl.floor(scaled)
+    rest = (x - whole * _LN_2_HIGH) - whole * _LN_2_LOW
+    return 1.0 + tl.where(tl.abs(scaled) < 200.0, tl.exp2(whole) * tl.exp2(rest * LOG2_E), tl.exp2(scaled))
 
 
 @triton.jit

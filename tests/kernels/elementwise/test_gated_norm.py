@@ -94,11 +94,11 @@ def test_error_at_every_magnitude(scale):
 
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 def test_zeros_and_saturated_gates(activation):
-    x, weight, projections = draw(1, 12, 1, 64)
+    x, weight, projections = draw(1, 13, 1, 64)
     with torch.no_grad():
-        x[:, 3:5] = 0.0
-        gates = torch.tensor([0.0, -0.0, 8.0, -8.0, 20.0, -20.0, 88.0, -88.0, 150.0, -150.0, 1e30, -1e30])
-        projections[..., 16:] = gates.to(x).view(1, 12, 1)
+        x[:, 1:3] = 0.0
+        gates = torch.tensor([0.0, -0.0, 8.0, -8.0, 20.3, -20.3, -45.3, -60.7, -70.1, 88.0, -88.0, 1e30, -1e30])
+        projections[..., 16:] = gates.to(x).view(1, -1, 1)
     inputs = [x, weight, projections]
     assert_as_exact_as_torch(inputs, activation)
     # Each gate by itself: small ones do not show beside large ones.
