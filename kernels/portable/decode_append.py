@@ -27,9 +27,13 @@ LARGEST_STEP = 16
 # Nothing is faster for knowing what is a multiple of 16, and a cache of another length must compile nothing.
 _TENSORS = (
     "K", "V", "LOG_F", "REAL", "POSITIONS", "KEYS", "VALUES", "C", "FIRST", "LAST_C", "LAST_FIRST", "BLOCK_C",
-    "BLOCK_DECAYS", "BLOCK_LARGEST", "LOG_DECAYS", "LARGEST", "PAGES", "LENGTH", "C_NEW", "FIRST_NEW",
+    "BLOCK_DECAYS", "BLOCK_LARGEST", "LOG_DECAYS", "LARGEST", "PAGES", "LENGTH", "C_NEW", "FIRST_NEW", "KEY_STATES",
+    "KEY_HELD", "VALUE_STATES", "VALUE_HELD", "LAST_REAL",
 )  # fmt: skip
-_SIZES = ("k_b", "k_t", "k_h", "v_b", "v_t", "v_h", "f_b", "f_t", "f_h", "real_b", "T", "G", "HF", "N", "NB")
+_SIZES = (
+    "k_b", "k_t", "k_h", "v_b", "v_t", "v_h", "f_b", "f_t", "f_h", "real_b", "ks_b", "ks_t", "ks_h", "vs_b", "vs_t",
+    "vs_h", "T", "G", "HF", "N", "NB",
+)  # fmt: skip
 
 
 class _Step(NamedTuple):
@@ -94,6 +98,31 @@ def _append_keys(
     tl.store(BLOCK_LARGEST + i_bg * step.NB + block, largest)
     tl.store(BLOCK_LARGEST + i_bg * step.NB + last_block, last_largest)
     tl.store(LARGEST + i_bg, last_largest)
+
+
+@triton.jit
+def _keep_unshifted(
+    step: _Step, STATES, HELD, LAST_REAL, s_b, s_t, s_h, i_b, i_g,
+    D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_T: tl.constexpr, WINDOW: tl.constexpr,
+):  # fmt: skip
+    """Unshifted keys or values of one head, the last ``WINDOW`` of them; padding repeats the last real one."""
+    o_t, o_d = tl.arange(0, BLOCK_T), tl.arange(0, BLOCK_D)
+    m_t, m_d = o_t < step.T, o_d < D
+    position = tl.load(step.POSITIONS).to(tl.int32)
+    row = step.G * D
+    p_held = HELD + i_b * WINDOW * row + i_g * D + o_d
+    o_source = o_t
+    if LAST_REAL is not None:
+        o_source = tl.load(LAST_REAL + i_b * (step.T + 1) + 1 + o_t, mask=m_t, other=-1).to(tl.int32)
+    p_states = STATES + i_b * s_b + i_g.to(tl.int64) * s_h
+    b_new = load_rows(p_states, o_source, s_t, m_t & (o_source >= 0), D, BLOCK_D, True)
+    if LAST_REAL is not None:
+        b_before = tl.load(p_held + (position + WINDOW - 1) % WINDOW * row, mask=m_d, other=0.0)
+        b_new = tl.where((o_source >= 0)[:, None], b_new, b_before[None, :])
+        # All threads have read what may be overwritten.
+        tl.debug_barrier()
+    p_new = p_held[None, :] + ((position + o_t) % WINDOW * row)[:, None]
+    tl.store(p_new, b_new, mask=(m_t & (o_t >= step.T - WINDOW))[:, None] & m_d[None, :])
 
 
 @triton.jit
@@ -167,23 +196,33 @@ def _append_gates(
 def _decode_append_kernel(
     K, V, LOG_F, REAL, POSITIONS, KEYS, VALUES, C, FIRST, LAST_C, LAST_FIRST,
     BLOCK_C, BLOCK_DECAYS, BLOCK_LARGEST, LOG_DECAYS, LARGEST, PAGES, LENGTH, C_NEW, FIRST_NEW,
-    k_b, k_t, k_h, v_b, v_t, v_h, f_b, f_t, f_h, real_b,
+    KEY_STATES, KEY_HELD, VALUE_STATES, VALUE_HELD, LAST_REAL,
+    k_b, k_t, k_h, v_b, v_t, v_h, f_b, f_t, f_h, real_b, ks_b, ks_t, ks_h, vs_b, vs_t, vs_h,
     T, G, HF, N, NB,
     D: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_T: tl.constexpr,
     RING: tl.constexpr,
+    WINDOW: tl.constexpr,
 ):  # fmt: skip
     """One key/value head, then one gate, of a sequence; arguments as in `append_tokens`.
 
     ``BLOCK_C``, ``BLOCK_DECAYS`` and ``BLOCK_LARGEST`` are a `KeySummary`; ``LAST_C`` and ``LAST_FIRST`` hold the last
-    ``RING`` tokens, by index modulo ``RING``.
+    ``RING`` tokens, by index modulo ``RING``; ``KEY_HELD`` and ``VALUE_HELD`` the last ``WINDOW``.
     """
     i_row, i_b = tl.program_id(0), tl.program_id(1).to(tl.int64)
     step = _Step(POSITIONS, PAGES, T, G, HF, N, NB)
     position = tl.load(POSITIONS)
     tl.device_assert(position + T <= N, "the cache has no room for these tokens: make it with a larger max_cache_len")
     if i_row < G:
+        if KEY_STATES is not None:
+            _keep_unshifted(
+                step, KEY_STATES, KEY_HELD, LAST_REAL, ks_b, ks_t, ks_h, i_b, i_row, D, BLOCK_D, BLOCK_T, WINDOW
+            )
+        if VALUE_STATES is not None:
+            _keep_unshifted(
+                step, VALUE_STATES, VALUE_HELD, LAST_REAL, vs_b, vs_t, vs_h, i_b, i_row, D, BLOCK_D, BLOCK_T, WINDOW
+            )
         _append_keys(
             step, K, V, KEYS, VALUES, BLOCK_LARGEST, LARGEST,
             k_b, k_t, k_h, v_b, v_t, v_h, i_b, i_row, D, BLOCK_D, BLOCK_T,
@@ -213,6 +252,9 @@ def append_tokens(
     first: Tensor | None = None,
     length: Tensor | None = None,
     pages: Tensor | None = None,
+    key_states: tuple[Tensor, Tensor] | None = None,
+    value_states: tuple[Tensor, Tensor] | None = None,
+    last_real: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Take up to 16 new tokens into a layer's cache, in place, without gradients and without waiting for the device.
 
@@ -233,6 +275,10 @@ def append_tokens(
         first: ``[B, Hf, N]`` int32 buffer of first visible keys; None without.
         length: int64 scalar, set to the number of tokens so far; None without.
         pages: ``[B, G, N // 64]`` int32 page of each 64 tokens; what has none, -1, goes to page 0.
+        key_states, value_states: with token shift, the unshifted states of the new tokens, ``[B, T, G, D]``, and the
+            buffer of those of the last ``W``, ``[B, W, G, D]`` by index modulo ``W``, 1 or at least 16; else None.
+        last_real: with padding and token shift, ``[B, 1 + T]`` int64: of new tokens, the last one up to each (from the
+            second on) that is real, whose states are kept in its place; -1 if it is an earlier one.
 
     Returns:
         Running sums ``[B, Hf, T]`` float64, and the first visible key of each new token, int64.
@@ -249,6 +295,12 @@ def append_tokens(
         )
     assert tokens <= LARGEST_STEP
     k, v = maybe_contiguous(k), maybe_contiguous(v)
+    new_keys, held_keys = key_states or (None, None)
+    new_values, held_values = value_states or (None, None)
+    ks_b, ks_t, ks_h, vs_b, vs_t, vs_h = (
+        0 if x is None else x.stride(i) for x in (new_keys, new_values) for i in (0, 1, 2)
+    )
+    held = held_keys if held_keys is not None else held_values
     last_c, last_first = last
     c_new = torch.empty(batch, gates, tokens, dtype=torch.float64, device=k.device)
     first_new = torch.empty(batch, gates, tokens, dtype=torch.int64, device=k.device)
@@ -275,6 +327,11 @@ def append_tokens(
             LENGTH=length,
             C_NEW=c_new,
             FIRST_NEW=first_new,
+            KEY_STATES=new_keys, ks_b=ks_b, ks_t=ks_t, ks_h=ks_h,
+            KEY_HELD=held_keys,
+            VALUE_STATES=new_values, vs_b=vs_b, vs_t=vs_t, vs_h=vs_h,
+            VALUE_HELD=held_values,
+            LAST_REAL=last_real,
             T=tokens,
             G=kv_heads,
             HF=gates,
@@ -284,6 +341,7 @@ def append_tokens(
             BLOCK_D=padded_head_dim(head_dim),
             BLOCK_T=1 if tokens == 1 else LARGEST_STEP,
             RING=1 if last_c.ndim == 2 else last_c.shape[2],
+            WINDOW=1 if held is None else held.shape[1],
             num_warps=1 if tokens == 1 else 4,
             sanitize_overflow=False,
         )  # fmt: skip

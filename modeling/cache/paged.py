@@ -78,6 +78,8 @@ class PagedForgettingLayer(PagePool, CacheLayerMixin):
         self._new = None
         self.is_initialized = False
         self.recent: dict[str, Tensor] = {}
+        # Unshifted states of new tokens, by name, until `append_gates`.
+        self._states: dict[str, Tensor] = {}
         self.cumulative_length = torch.tensor(0, dtype=torch.int64)
         self._gathered: Decay | None = None
         # Tokens before this pass, if `FoxPagedCache.reserve` has read their number.
@@ -101,9 +103,12 @@ class PagedForgettingLayer(PagePool, CacheLayerMixin):
 
     def append_gates(self, log_f: Tensor, layout: TokenLayout, backend: "Backend", few: bool = False) -> None:
         """As `StaticForgettingLayer.append_gates`."""
-        self._new = gates_for_kernel(log_f, layout, backend, few)
+        states, self._states = self._states, {}
+        self._new = gates_for_kernel(log_f, layout, backend, few, states)
         if self._new is not None:
             return
+        for name, x in states.items():
+            self._keep_unshifted(name, x, layout)
         batch, _, gates = log_f.shape
         if "c" not in self.recent:
             self.cumulative_length = fixed_address(self.cumulative_length.to(log_f.device))
@@ -127,6 +132,12 @@ class PagedForgettingLayer(PagePool, CacheLayerMixin):
 
     def append_unshifted(self, name: str, states: Tensor, layout: TokenLayout) -> None:
         """As `StaticForgettingLayer.append_unshifted`."""
+        if not self.is_initialized or is_torchdynamo_compiling():
+            self._keep_unshifted(name, states, layout)
+        else:
+            self._states[name] = states
+
+    def _keep_unshifted(self, name: str, states: Tensor, layout: TokenLayout) -> None:
         batch, _, heads, size = states.shape
         if name not in self.recent:
             self.cumulative_length = fixed_address(self.cumulative_length.to(states.device))
@@ -196,6 +207,7 @@ class PagedForgettingLayer(PagePool, CacheLayerMixin):
             running=self.running,
             length=self.cumulative_length,
             pages=self.pages,
+            **new.unshifted(self.recent),
         )
         return Decay(c, c, first, layout.positions)
 

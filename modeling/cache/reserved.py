@@ -160,9 +160,12 @@ class ReservedForgettingLayer(StaticForgettingLayer):
 
     def append_gates(self, log_f: Tensor, layout: TokenLayout, backend: "Backend", few: bool = False) -> None:
         assert self.gates is not None
-        self._new = gates_for_kernel(log_f, layout, backend, few and self.summary is not None)
+        states, self._states = self._states, {}
+        self._new = gates_for_kernel(log_f, layout, backend, few and self.summary is not None, states)
         if self._new is not None:
             return
+        for name, x in states.items():
+            self._keep_unshifted(name, x, layout)
         all_c, last_c, last_first, all_first = self.gates
         log_f = layout.mask_gates(log_f)
         c, first = accumulate(log_f, self.cumulative_length, (last_c, last_first), layout.starts, backend.sum_gates)
@@ -188,7 +191,7 @@ class ReservedForgettingLayer(StaticForgettingLayer):
     def previous_unshifted(self, name: str, layout: TokenLayout) -> Tensor:
         return self.unshifted[name].index_select(1, layout.slots[:1])
 
-    def append_unshifted(self, name: str, states: Tensor, layout: TokenLayout) -> None:
+    def _keep_unshifted(self, name: str, states: Tensor, layout: TokenLayout) -> None:
         count = min(self.window, len(layout.positions))
         held = self.unshifted[name]
         past = held if layout.last_real is None else self.previous_unshifted(name, layout)

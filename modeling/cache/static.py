@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 
 # See `dynamic`: what exporters find in ``vars(layer)`` is the state of a cache.
-_STATIC_NOT_EXPORTED = ("_new", "summary")
+_STATIC_NOT_EXPORTED = ("_new", "_states", "summary")
 
 
 class GateSums(tuple):
@@ -52,21 +52,30 @@ class NewGates(NamedTuple):
     Attributes:
         log_f, layout: as given to `append_gates`.
         append: that of the `Backend`.
+        states: by name, the unshifted states that `append_unshifted` was given.
     """
 
     log_f: Tensor
     layout: TokenLayout
     append: Callable[..., tuple[Tensor, Tensor]]
+    states: dict[str, Tensor]
+
+    def unshifted(self, held: dict[str, Tensor]) -> dict[str, Any]:
+        """Arguments of ``append`` that keep `states` in the buffers ``held``."""
+        states = {f"{name}_states": (x, held[name]) for name, x in self.states.items()}
+        return states | ({"last_real": self.layout.last_real} if states else {})
 
 
-def gates_for_kernel(log_f: Tensor, layout: TokenLayout, backend: "Backend", few: bool) -> NewGates | None:
-    """The gates of a decoding step, if a kernel is to take them in.
+def gates_for_kernel(
+    log_f: Tensor, layout: TokenLayout, backend: "Backend", few: bool, states: dict[str, Tensor]
+) -> NewGates | None:
+    """The gates, and unshifted ``states``, of a decoding step, if a kernel is to take them in.
 
     Compiled steps take the operators, which torch.compile fuses with what is around them.
     """
     if not few or backend.append is None or is_torchdynamo_compiling():
         return None
-    return NewGates(log_f, layout, backend.append)
+    return NewGates(log_f, layout, backend.append, states)
 
 
 def check_gates(new: Decay | NewGates | None) -> None:
@@ -126,11 +135,14 @@ class StaticForgettingLayer(StaticLayer):
 
     summary: tuple[KeySummary, Running] | None
     _new: Decay | NewGates | None
+    # Unshifted states of new tokens, by name, until `append_gates`.
+    _states: dict[str, Tensor]
 
     def __new__(cls, *args: Any, **kwargs: Any) -> "StaticForgettingLayer":
         # Not in __init__, which exporters do not call.
         layer = super().__new__(cls)
         layer.summary = layer._new = None
+        layer._states = {}
         return layer
 
     def __init__(self, max_cache_len: int, made_for: StateSizes) -> None:
@@ -169,9 +181,12 @@ class StaticForgettingLayer(StaticLayer):
     def append_gates(self, log_f: Tensor, layout: TokenLayout, backend: "Backend", few: bool = False) -> None:
         """As `DynamicForgettingLayer.append_gates`: before `update`, which moves the length that is read here."""
         assert self.gates is not None, "called after lazy_initialization"
-        self._new = gates_for_kernel(log_f, layout, backend, few and self.summary is not None)
+        states, self._states = self._states, {}
+        self._new = gates_for_kernel(log_f, layout, backend, few and self.summary is not None, states)
         if self._new is not None:
             return
+        for name, x in states.items():
+            self._keep_unshifted(name, x, layout)
         all_c, last_c, last_first = self.gates
         if is_torchdynamo_exporting():
             last_c, last_first = self._unless_restarted(last_c), self._unless_restarted(last_first)
@@ -214,6 +229,7 @@ class StaticForgettingLayer(StaticLayer):
         summary, running = self.summary
         given = {"keys": self.keys, "values": self.values, "c": all_c, "last": (last_c, last_first)}
         given |= {"summary": summary, "running": running, "length": self.cumulative_length, **buffers}
+        given |= new.unshifted(self.unshifted)
         layout = new.layout
         c, first = new.append(key_states, value_states, new.log_f, layout.positions, layout.real, **given)
         return Decay(c, all_c, first, layout.positions)
@@ -232,7 +248,13 @@ class StaticForgettingLayer(StaticLayer):
         return self._unless_restarted(state) if is_torchdynamo_exporting() else state
 
     def append_unshifted(self, name: str, states: Tensor, layout: TokenLayout) -> None:
-        """Keep, in place, the unshifted ``name`` of the last token of ``[B, T, G, D]``."""
+        """Keep the unshifted ``name`` of the last token of ``[B, T, G, D]``; seen to by `append_gates`."""
+        if self.summary is None or is_torchdynamo_compiling():
+            self._keep_unshifted(name, states, layout)
+        else:
+            self._states[name] = states
+
+    def _keep_unshifted(self, name: str, states: Tensor, layout: TokenLayout) -> None:
         held = self.unshifted[name]
         held.copy_(latest_states(held, states, layout, 1))
 

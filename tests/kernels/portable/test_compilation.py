@@ -158,16 +158,19 @@ def test_decoding_fits(dtype, head_dim, capability, tmp_path):
 
 
 def append_to_a_cache(room: int, tokens: int, head_dim: int, dtype: torch.dtype, paged: bool) -> None:
-    """With a gate for each of two key/value heads; and padding, if dense."""
+    """With a gate for each of two key/value heads, and token shift; with padding, if dense."""
     k = torch.empty(2, tokens, 4, head_dim, dtype=dtype).transpose(1, 2)[:, 2:]
     c = torch.empty(2, 2, room, dtype=torch.float64)
     keys, ring = torch.empty(2, 2, room, head_dim, dtype=dtype), c[..., 0].clone()
     options: dict[str, Any] = {"real": torch.empty(2, tokens, dtype=torch.bool)}
+    options["last_real"] = torch.zeros(2, 1 + tokens, dtype=torch.int64)
     if paged:
         keys, c, ring = keys.view(-1, 64, head_dim), c.view(-1, 1, 64), torch.empty(2, 2, 64, dtype=torch.float64)
         options = {"pages": torch.empty(2, 2, room // 64, dtype=torch.int32)}
     summary, running = empty_summary(ring, k, room)
     options |= {"keys": keys, "values": keys, "c": c, "last": (ring, ring.long()), "summary": summary}
+    held = torch.empty(2, 64 if paged else 1, 2, head_dim, dtype=dtype)
+    options |= {"key_states": (k.transpose(1, 2), held), "value_states": (k.transpose(1, 2), held)}
     log_f, positions = torch.empty(2, tokens, 2), torch.arange(1 + tokens)[1:]
     append_tokens(k, k, log_f, positions, running=running, length=torch.tensor(0), **options)
 

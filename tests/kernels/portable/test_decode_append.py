@@ -41,17 +41,19 @@ class Held:
     summary: KeySummary
     running: Running
     length: Tensor
+    unshifted: dict[str, Tensor]
     first: Tensor | None = None
     pool: PagePool | None = None
 
     def buffers(self) -> dict[str, Any]:
-        """As arguments of `append_tokens`."""
-        given = {name: value for name, value in vars(self).items() if name != "pool"}
+        """As arguments of `append_tokens`, without unshifted states."""
+        given = {name: value for name, value in vars(self).items() if name not in ("pool", "unshifted")}
         return given | ({} if self.pool is None else {"pages": self.pool.pages})
 
     def contents(self) -> list[Tensor]:
+        states = self.unshifted.values()
         tensors = (self.keys, self.values, self.c, *self.last, *self.summary, *self.running, self.length, self.first)
-        return [x for x in tensors if x is not None]
+        return [*(x for x in tensors if x is not None), *states]
 
 
 def empty(kind: str, batch: int, heads: tuple[int, int], size: int, dtype: torch.dtype) -> Held:
@@ -66,7 +68,9 @@ def empty(kind: str, batch: int, heads: tuple[int, int], size: int, dtype: torch
     for x in summary:
         x.fill_(math.nan)
     length = torch.zeros((), dtype=torch.int64, device=DEVICE)
-    held = Held(keys, keys.clone(), c, (last_c, last_c.long()), summary, running, length)
+    states = torch.zeros(batch, 1 if kind == "dense" else PAGE, kv_heads, size, dtype=dtype, device=DEVICE)
+    unshifted = {"key": states, "value": states.clone()}
+    held = Held(keys, keys.clone(), c, (last_c, last_c.long()), summary, running, length, unshifted)
     if kind == "with first":
         held.first = torch.full((batch, gates, room), -7, dtype=torch.int32, device=DEVICE)
     if kind == "paged":
@@ -126,10 +130,26 @@ def draw_step(
     return k, v, log_f, real
 
 
+def last_real(real: Tensor | None) -> Tensor | None:
+    """``[B, 1 + T]``, one token after the other."""
+    if real is None:
+        return None
+    rows = [[max((i for i in range(t) if row[i]), default=-1) for t in range(len(row) + 1)] for row in real.tolist()]
+    return torch.tensor(rows, device=real.device)
+
+
+def keep_in_pytorch(held: Tensor, states: Tensor, position: int, real: Tensor | None) -> None:
+    """Write ``states``, ``[B, T, G, D]``, to slots of ``held``; padding repeats the last real one."""
+    for t in range(states.shape[1]):
+        before, slot = held[:, (position + t - 1) % held.shape[1]], (position + t) % held.shape[1]
+        is_real = torch.ones(len(held), dtype=torch.bool, device=held.device) if real is None else real[:, t]
+        held[:, slot] = torch.where(is_real[:, None, None], states[:, t], before)
+
+
 def assert_same(found: Held, expected: Held) -> None:
     """Equal; sums of gates but for the order of their terms, lengths but for two roundings."""
     for x, y in zip(found.contents(), expected.contents(), strict=True):
-        exact = not x.is_floating_point() or any(x is z for z in (found.keys, found.values))
+        exact = not x.is_floating_point() or any(x is z for z in (found.keys, found.values, *found.unshifted.values()))
         tolerance = 0.0 if exact else 1e-14 if x.dtype == torch.float64 else 2.0**-22
         if found.pool is not None and any(x is z for z in (found.keys, found.values, found.c)):
             # Page 0 holds whatever was written there last.
@@ -147,9 +167,10 @@ def assert_same(found: Held, expected: Held) -> None:
     size=st.sampled_from([8, 16, 40, 64]),
     dtype=st.sampled_from(SOME_DTYPES),
     padded=st.booleans(),
+    shifted=st.sampled_from([(), ("key",), ("value",), ("key", "value")]),
     seed=st.integers(0, 2**20),
 )
-def test_a_step_is_taken_in_as_defined(kind, position, steps, batch, heads, size, dtype, padded, seed):
+def test_a_step_is_taken_in_as_defined(kind, position, steps, batch, heads, size, dtype, padded, shifted, seed):
     torch.manual_seed(seed)
     expected = empty(kind, batch, heads, size, dtype)
     for tokens in [LARGEST_STEP] * (position // LARGEST_STEP) + [position % LARGEST_STEP]:
@@ -162,12 +183,18 @@ def test_a_step_is_taken_in_as_defined(kind, position, steps, batch, heads, size
         k, v, log_f, real = draw_step(tokens, batch, heads, size, dtype, padded)
         positions = expected.length + torch.arange(tokens, device=DEVICE)
         c, first = append_in_pytorch(expected, k, v, log_f, real)
-        again = copy.deepcopy(found)
-        found_c, found_first = append_tokens(k, v, log_f, positions, real, **found.buffers())
+        again, position = copy.deepcopy(found), int(positions[0])
+        states = {name: torch.randn_like(k).transpose(1, 2) for name in shifted}
+        options: dict[str, Any] = {"last_real": last_real(real)}
+        for name, new in states.items():
+            keep_in_pytorch(expected.unshifted[name], new, position, real)
+            options[f"{name}_states"] = new, found.unshifted[name]
+        found_c, found_first = append_tokens(k, v, log_f, positions, real, **found.buffers(), **options)
         torch.testing.assert_close(found_c, c, rtol=1e-14, atol=1e-14)
         assert torch.equal(found_first, first)
         assert_same(found, expected)
-        append_tokens(k, v, log_f, positions, real, **again.buffers())
+        options |= {f"{name}_states": (new, again.unshifted[name]) for name, new in states.items()}
+        append_tokens(k, v, log_f, positions, real, **again.buffers(), **options)
         for x, y in zip(again.contents(), found.contents(), strict=True):
             assert torch.equal(x.nan_to_num(), y.nan_to_num())
 

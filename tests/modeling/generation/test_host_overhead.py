@@ -103,7 +103,7 @@ def test_operators_of_a_layer(kind: str, parts: list[int], operators: int, waits
     assert found[0] <= operators and found[1] <= waits, found
 
 
-@pytest.mark.parametrize(("kind", "operators"), [("static", 27), ("paged", 33)])
+@pytest.mark.parametrize(("kind", "operators"), [("static", 29), ("paged", 35)])
 def test_a_decoding_step_is_taken_in_by_one_launch(kind: str, operators: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """In place of so many operators."""
     launches = []
