@@ -154,6 +154,8 @@ class FoxModel(FoxPreTrainedModel):
                 position_embeddings=position_embeddings,
                 **{CACHE: cache},
             )
+        if isinstance(cache, FoxPagedCache) and not is_torchdynamo_compiling():
+            cache.settle()
         return BaseModelOutputWithPast(
             last_hidden_state=self.norm(hidden_states),
             **{CACHE: cache if use_cache else None},

@@ -6,7 +6,8 @@ the table, so that a CUDA graph can replay it.
 """
 
 import math
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -61,17 +62,27 @@ class PagePool:
         """Bytes of keys, values and running sums of gates, those of unused pages included."""
         return sum(x.nbytes for x in (self.keys, self.values, self.c) if x is not None)
 
-    def allocate(self, blocks: int) -> None:
-        """Have pages for the first ``blocks`` blocks of each head that are not evicted. Synchronises."""
-        index = torch.arange(blocks, device=self.device)
-        wanted = (self.pages[..., :blocks] < 0) & (index >= self.start[..., None])
-        count = int(wanted.sum())
-        if count == 0:
-            return
-        if (missing := count - len(self._free)) > 0:
-            self._grow(missing)
-        self.pages[..., :blocks].masked_scatter_(wanted, self._free[:count].int())
-        self._free = self._free[count:]
+    def _plan(self, start: Tensor | None, blocks: int) -> "_PagePlan":
+        """What `move_pages` does to this layer."""
+        start = self.start if start is None else torch.maximum(start, self.start)
+        index = torch.arange(self.pages.shape[-1], device=self.device)
+        held, needed = self.pages >= 0, index >= start[..., None]
+        evicted, wanted = held & ~needed, ~held & needed & (index < blocks)
+        return _PagePlan(start, evicted, wanted, torch.stack([evicted.sum(), wanted.sum()]))
+
+    def _carry_out(self, plan: "_PagePlan", evicted: int, wanted: int) -> None:
+        """Do it; ``evicted`` and ``wanted`` are the numbers of pages."""
+        if evicted:
+            # Selecting by a mask would synchronise, to find out how many there are.
+            order = plan.evicted.flatten().byte().argsort(descending=True, stable=True)
+            self._free = torch.cat([self._free, self.pages.flatten()[order[:evicted]].long()])
+            self.pages.masked_fill_(plan.evicted, -1)
+        self.start.copy_(plan.start)
+        if wanted:
+            if (missing := wanted - len(self._free)) > 0:
+                self._grow(missing)
+            self.pages.masked_scatter_(plan.wanted, self._free[:wanted].int())
+            self._free = self._free[wanted:]
 
     def _grow(self, missing: int) -> None:
         held, row_blocks = len(self.keys), self.pages[..., 0].numel()
@@ -84,14 +95,6 @@ class PagePool:
             torch._dynamo.mark_dynamic(fixed_address(grown), 0)
             setattr(self, name, grown)
         self._free = torch.cat([self._free, torch.arange(held, held + more, device=self.device)])
-
-    def evict_before(self, start: Tensor) -> None:
-        """Free the pages of all blocks before ``start``, ``[B, G]`` int32, which must not be below `start`."""
-        index = torch.arange(self.pages.shape[-1], device=self.device)
-        evicted = (index < start[..., None]) & (self.pages >= 0)
-        self._free = torch.cat([self._free, self.pages[evicted].long()])
-        self.pages.masked_fill_(evicted, -1)
-        self.start.copy_(start)
 
     def write_tokens(self, keys: Tensor, values: Tensor, c: Tensor, positions: Tensor) -> None:
         """Write tokens whose pages are allocated.
@@ -108,14 +111,14 @@ class PagePool:
         rows = torch.arange(self.c.shape[1], device=c.device)
         self.c[page[:, :, None], rows[:, None], slot] = self.by_head(c)
 
-    def write_blocks(self, begin: int, blocks: int, keys: Tensor, values: Tensor, c: Tensor) -> None:
-        """Write the blocks from ``begin`` to ``blocks`` of ``[B, G, T, D]`` keys and values and ``[B, G, R, T]`` sums.
+    def write_blocks(self, begin: int, keys: Tensor, values: Tensor, c: Tensor) -> None:
+        """Write whole blocks from ``begin`` on: `in_blocks` of keys, values and sums, ``[B, G, T, R]``.
 
         Evicted blocks go to page 0. Selecting the others by a mask would synchronise, to find out how many they are.
         """
-        pages = self.pages[..., begin:blocks].clamp(min=0).long()
-        for pool, x in ((self.keys, keys), (self.values, values), (self.c.mT, c.mT)):
-            pool[pages] = _in_blocks(x[:, :, begin * PAGE :], blocks - begin)
+        pages = self.pages[..., begin : begin + keys.shape[2]].clamp(min=0).long()
+        for pool, x in ((self.keys, keys), (self.values, values), (self.c.mT, c)):
+            pool[pages] = x
 
     def read(self, length: int, summary: KeySummary) -> tuple[Tensor, Tensor, Tensor]:
         """Keys and values ``[B, G, length, D]`` and running sums ``[B, G, R, length]``.
@@ -168,6 +171,41 @@ class PagePool:
         self._free = self._free[:0]
 
 
+class _PagePlan(NamedTuple):
+    """Blocks of a layer whose pages are freed, and that get pages: ``[B, G, N]`` bool, and the numbers of both.
+
+    Attributes:
+        start: `PagePool.start` from then on.
+    """
+
+    start: Tensor
+    evicted: Tensor
+    wanted: Tensor
+    counts: Tensor
+
+
+def move_pages(layers: Sequence[PagePool], starts: Sequence[Tensor | None], blocks: int) -> None:
+    """Evict all blocks before ``starts``, then have pages for all of the first ``blocks`` that are not evicted.
+
+    Synchronises once for the layers of a device: one synchronisation for each layer would keep the device waiting for
+    the host as often.
+
+    Args:
+        layers: of a cache.
+        starts: of each, ``[B, G]`` int32; None evicts nothing.
+        blocks: of 64 tokens.
+    """
+    plans = [layer._plan(start, blocks) for layer, start in zip(layers, starts, strict=True)]
+    devices = {plan.counts.device for plan in plans}
+    numbers: dict[int, list[int]] = {}
+    for device in devices:
+        of_device = [i for i, plan in enumerate(plans) if plan.counts.device == device]
+        read = torch.stack([plans[i].counts for i in of_device]).tolist()
+        numbers |= dict(zip(of_device, read, strict=True))
+    for i, (layer, plan) in enumerate(zip(layers, plans, strict=True)):
+        layer._carry_out(plan, *numbers[i])
+
+
 def fixed_address(x: Tensor) -> Tensor:
     """Tell torch.compile that ``x`` keeps its address: CUDA graphs take in-place writes then."""
     if not is_torchdynamo_compiling():
@@ -175,6 +213,6 @@ def fixed_address(x: Tensor) -> Tensor:
     return x
 
 
-def _in_blocks(x: Tensor, blocks: int) -> Tensor:
-    """``[B, G, T, D] -> [B, G, blocks, 64, D]``, padded with zeros."""
-    return torch.nn.functional.pad(x, (0, 0, 0, blocks * PAGE - x.shape[2])).unflatten(2, (blocks, PAGE))
+def in_blocks(x: Tensor) -> Tensor:
+    """``[B, G, T, D] -> [B, G, blocks, 64, D]``, a copy, padded with zeros."""
+    return torch.nn.functional.pad(x, (0, 0, 0, -x.shape[2] % PAGE)).unflatten(2, (-1, PAGE)).contiguous()

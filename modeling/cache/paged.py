@@ -12,7 +12,7 @@ Pages are allocated and evicted between steps, every 256 tokens or so, by `FoxPa
 
 import weakref
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
@@ -24,7 +24,7 @@ from ...kernels.pruning.key_stats import KeySummary, Running, empty_summary, ext
 from ...kernels.pruning.rules import Rule, first_needed_block, future_query_bounds
 from ..token_layout import TokenLayout, refuse_overflow
 from ..versions import CACHE
-from .page_pool import PAGE, PagePool, fixed_address
+from .page_pool import PAGE, PagePool, fixed_address, in_blocks, move_pages
 from .static import NewGates, StateSizes, gates_for_kernel, latest_states, state_sizes
 from .view import CacheView
 
@@ -34,9 +34,29 @@ if TYPE_CHECKING:
 
 # Pages of each head that are allocated in advance: an eviction takes as long as several steps.
 _PAGES_AHEAD = 4
+# Tokens of all sequences whose keys and values are held for all layers, so that these synchronise only once.
+_TOKENS_AT_ONCE = 8192
 
 LogitBounds = tuple[Tensor, Tensor]
 """Upper bounds of ``scale |q|`` and ``|scale q . k|`` for any query and key, ``[H]`` or ``[1]`` float32 each."""
+
+
+class _Pending(NamedTuple):
+    """Many tokens that a layer has taken in and not yet written to pages.
+
+    Attributes:
+        start: as of `PagedForgettingLayer.first_needed`.
+        length: tokens so far.
+        begin: the block that they begin in.
+        keys, values, c: as `PagePool.write_blocks` takes them.
+    """
+
+    start: Tensor | None
+    length: int
+    begin: int
+    keys: Tensor
+    values: Tensor
+    c: Tensor
 
 
 class PagedForgettingLayer(PagePool, CacheLayerMixin):
@@ -47,6 +67,8 @@ class PagedForgettingLayer(PagePool, CacheLayerMixin):
         recent: of the last 64 tokens, by index modulo 64: ``c`` ``[B, Hf, 64]`` float64, ``first`` ``[B, Hf, 64]``
             int64, and with token shift the unshifted ``key`` and ``value``, ``[B, 64, G, D]``.
         cumulative_length: int64 number of tokens, on the device.
+        pending: tokens of a prompt until the end of the model's forward, where pages are allocated for all layers at
+            once; None otherwise, and where they are so many that each layer writes its own.
     """
 
     is_compileable = True
@@ -82,6 +104,7 @@ class PagedForgettingLayer(PagePool, CacheLayerMixin):
         self._states: dict[str, Tensor] = {}
         self.cumulative_length = torch.tensor(0, dtype=torch.int64)
         self._gathered: Decay | None = None
+        self.pending: Any = None
         # Tokens before this pass, if `FoxPagedCache.reserve` has read their number.
         self.known_length: int | None = None
         # A crop must leave at least `_evicted_for` tokens, for which pages were evicted, and at least 32 less than the
@@ -251,14 +274,17 @@ class PagedForgettingLayer(PagePool, CacheLayerMixin):
         self._gathered = Decay(new.query, c_by_gate, kv_start, new.last)
 
         self._summarize(new.query, key_states, past)
-        self.evict(length, c=c_by_gate)
-        blocks = -(-length // PAGE)
-        self.allocate(blocks)
-        self.write_blocks(past // PAGE, blocks, keys, values, c)
+        begin = past // PAGE * PAGE
+        blocks = (in_blocks(x[:, :, begin:]) for x in (keys, values, c.mT))
+        self.pending = _Pending(self.first_needed(length, c_by_gate), length, past // PAGE, *blocks)
+        if len(keys) * tokens > _TOKENS_AT_ONCE:
+            settle([self])
         return keys, values
 
-    def evict(self, length: int, c: Tensor | None = None) -> None:
-        """Free the pages that no query from ``length - rollback_window`` on needs.
+    def first_needed(self, length: int, c: Tensor | None = None) -> Tensor | None:
+        """The first block that some query from ``length - rollback_window`` on may need, ``[B, G]`` int32.
+
+        Those before are then taken to be evicted. None if nothing can be.
 
         Args:
             length: tokens so far.
@@ -268,7 +294,7 @@ class PagedForgettingLayer(PagePool, CacheLayerMixin):
         token = length - 1 - self.rollback_window
         # After a crop, that token may not be among the recent ones.
         if self.bounds is None or self.eps is None or token < PAGE or (c is None and token < self._longest - PAGE):
-            return
+            return None
         c_then = self.recent["c"][..., token % PAGE] if c is None else c[..., token]
         if self._bounds_to_come is None:
             query, logit = (x.to(c_then.device) for x in self.bounds)
@@ -289,8 +315,8 @@ class PagedForgettingLayer(PagePool, CacheLayerMixin):
             if hidden.shape[1] not in (1, start.shape[1]):
                 hidden = hidden.unflatten(1, (start.shape[1], -1)).amin(2)
             start = torch.maximum(start, hidden)
-        self.evict_before(torch.maximum(start, self.start))
         self._evicted_for = token + 1
+        return start
 
     def get_seq_length(self) -> Tensor | int:
         return self.cumulative_length if self.is_initialized else 0
@@ -364,6 +390,17 @@ class PagedForgettingLayer(PagePool, CacheLayerMixin):
     def batch_select_indices(self, indices: Tensor) -> None:
         if self.is_initialized:
             self._select(torch.arange(len(self.pages), device=self.device)[indices])
+
+
+def settle(layers: list[PagedForgettingLayer]) -> None:
+    """Write what ``layers`` have taken in, all in the same pass, to pages, after freeing what can be evicted."""
+    pending = [layer.pending for layer in layers]
+    if not pending:
+        return
+    move_pages(layers, [x.start for x in pending], -(-pending[0].length // PAGE))
+    for layer, x in zip(layers, pending, strict=True):
+        layer.write_blocks(x.begin, x.keys, x.values, x.c)
+        layer.pending = None
 
 
 class FoxPagedCache(Cache):
@@ -453,10 +490,12 @@ class FoxPagedCache(Cache):
             # A prompt allocates its own pages, and only those that it needs.
             return
         blocks = min(-(-(length + tokens) // PAGE) + _PAGES_AHEAD, -(-room // PAGE))
-        for layer in self.layers:
-            layer.evict(length)
-            layer.allocate(blocks)
+        move_pages(self.layers, [layer.first_needed(length) for layer in self.layers], blocks)
         self._ahead = min(blocks * PAGE, room) - length - tokens
+
+    def settle(self) -> None:
+        """Write to pages what layers have taken in; the model calls this at the end of its forward. Synchronises."""
+        settle([layer for layer in self.layers if layer.pending is not None])
 
     def held_bytes(self) -> int:
         """Bytes of keys and values, and of running sums of gates, in all layers."""

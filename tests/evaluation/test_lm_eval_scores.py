@@ -78,13 +78,14 @@ def test_pruning_too_much_shows(forgetful: Path, skipped: list[int]) -> None:
 
 def test_generation_is_the_same_when_keys_are_evicted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     evicted: list[int] = []
-    evict = PagedForgettingLayer.evict
+    first_needed = PagedForgettingLayer.first_needed
 
-    def counting(layer: PagedForgettingLayer, length: int, c: torch.Tensor | None = None) -> None:
-        evict(layer, length, c)
-        evicted.append(int(layer.start.sum()))
+    def counting(layer: PagedForgettingLayer, length: int, c: torch.Tensor | None = None) -> torch.Tensor | None:
+        start = first_needed(layer, length, c)
+        evicted.append(0 if start is None else int(start.sum()))
+        return start
 
-    monkeypatch.setattr(PagedForgettingLayer, "evict", counting)
+    monkeypatch.setattr(PagedForgettingLayer, "first_needed", counting)
     fields = {"decay_time_min": 0.3, "decay_time_max": 0.5, "acp_eps": 1e-6}
     prompts = ["import os\n" * 20, "a"]
     plain = generated(harness(save_fox(tmp_path / "plain", **fields)), prompts=prompts)

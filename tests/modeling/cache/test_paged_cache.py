@@ -8,10 +8,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import DynamicCache
 
 from foxlm import FoxForCausalLM
 from foxlm.kernels.tiles import PRUNED_KEYS
+from foxlm.modeling.cache.page_pool import move_pages
 from foxlm.modeling.cache.paged import FoxPagedCache, PagedForgettingLayer
 from foxlm.modeling.layers.block import FoxDecoderLayer
 from foxlm.modeling.versions import cache_of
@@ -50,14 +52,17 @@ def test_evicted_pages_weigh_nothing_for_any_later_query(
     model = forgetful_model(variant, rule, bias=-2.0)
     cache = FoxPagedCache(model.config, 600)
     evictions: list[tuple[int, int, Tensor]] = []
-    evict = PagedForgettingLayer.evict
+    first_needed = PagedForgettingLayer.first_needed
 
-    def recording(layer: PagedForgettingLayer, length: int, c: Tensor | None = None) -> None:
-        evict(layer, length, c)
+    def recording(layer: PagedForgettingLayer, length: int, c: Tensor | None = None) -> Tensor | None:
+        start = first_needed(layer, length, c)
         # Queries from here on must not miss what is evicted, those after a crop of as much as is allowed included.
-        evictions.append((cache.layers.index(layer), length - layer.rollback_window, layer.start.clone()))
+        if start is not None:
+            held = torch.maximum(start, layer.start)
+            evictions.append((cache.layers.index(layer), length - layer.rollback_window, held))
+        return start
 
-    monkeypatch.setattr(PagedForgettingLayer, "evict", recording)
+    monkeypatch.setattr(PagedForgettingLayer, "first_needed", recording)
     ids = tokens(2, 420)
     feed(model, cache, ids, [200, 1, 99, *[1] * 20, 100])
     exact = copy.deepcopy(model)
@@ -212,8 +217,8 @@ def test_any_operations_leave_what_a_cache_that_never_frees_holds(operations: li
             run.both("batch_repeat_interleave", number)
             run.batch *= number
         elif name == "evict":
-            for layer in layers_of(run.paged):
-                layer.evict(run.length)
+            layers = layers_of(run.paged)
+            move_pages(layers, [layer.first_needed(run.length) for layer in layers], 0)
     run.extend(3)
     run.extend(1)
 
@@ -506,3 +511,31 @@ def test_a_bound_that_is_too_small_is_seen() -> None:
         layer.bounds = (layer.bounds[0] * 0.0, layer.bounds[1] * 0.0)
     found = feed(model, cache, ids[:, 10:], [290, 100])
     assert not (found[:, -100:] - model(ids, use_cache=False).logits[:, -100:]).abs().max() <= 10 * EPS
+
+
+class _Synchronisations(TorchDispatchMode):
+    """Counts operators that wait for the device."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.count += func.overloadpacket.__name__ in ("_local_scalar_dense", "nonzero", "masked_select")
+        return func(*args, **(kwargs or {}))
+
+
+def test_pages_of_all_layers_move_with_one_synchronisation() -> None:
+    ids = tokens(1, 400)
+    counts = []
+    for layers in (2, 5):
+        model = tiny_model("pro", num_hidden_layers=layers, acp_eps=EPS, decay_time_max=3.0)
+        cache = FoxPagedCache(model.config, 600)
+        with torch.no_grad():
+            model(ids[:, :200], cache=cache)
+            with _Synchronisations() as seen:
+                model(ids[:, 200:400], cache=cache)
+                cache.reserve(1)
+        counts.append(seen.count)
+        assert any(layer.start.any() for layer in cache.layers), "nothing was evicted"
+    assert counts[0] == counts[1], counts
