@@ -9,6 +9,7 @@ from transformers.cache_utils import StaticLayer
 from transformers.utils.import_utils import is_torchdynamo_compiling, is_torchdynamo_exporting
 
 from ...kernels.decay import Decay, accumulate
+from ...kernels.operators import may_launch
 from ...kernels.pruning.key_stats import KeySummary, Running, empty_summary, extend_summary
 from ..token_layout import TokenLayout
 from ..versions import CACHE
@@ -73,7 +74,7 @@ def gates_for_kernel(
 
     Compiled steps take the operators, which torch.compile fuses with what is around them.
     """
-    if not few or backend.append is None or is_torchdynamo_compiling():
+    if not few or backend.append is None or not may_launch(log_f):
         return None
     return NewGates(log_f, layout, backend.append, states)
 

@@ -22,9 +22,11 @@ from transformers import (
 from transformers.cache_utils import DynamicLayer, StaticLayer
 
 from cached_run import CachedRun, restart_sum
+from foxlm.kernels.backends import PYTORCH
 from foxlm.modeling.cache.dynamic import DynamicForgettingLayer
 from foxlm.modeling.cache.paged import FoxPagedCache
-from foxlm.modeling.cache.static import StaticForgettingLayer
+from foxlm.modeling.cache.static import StaticForgettingLayer, gates_for_kernel
+from foxlm.modeling.token_layout import TokenLayout
 from foxlm.modeling.versions import CACHE, cache_of
 from models import DECODING_VARIANTS, SIZES, VARIANTS, assert_close, tiny_model, tokens
 
@@ -426,3 +428,18 @@ def test_control_static_state_that_is_lost_is_seen(lost: str) -> None:
         ({"sums": sums, "last sum": last_sum} | layer.unshifted)[lost].zero_()
     with pytest.raises(AssertionError, match="differs"):
         run.extend(1)
+
+
+def test_a_kernel_takes_in_a_step_that_nothing_else_must_see() -> None:
+    backend = PYTORCH._replace(append=lambda *_, **__: (torch.empty(0), torch.empty(0)))
+    layout = TokenLayout(torch.arange(1), None, None, None, torch.arange(2))
+    found: list[bool] = []
+
+    def ask(log_f: torch.Tensor, few: bool = True) -> torch.Tensor:
+        found.append(gates_for_kernel(log_f, layout, backend, few, {}) is not None)
+        return log_f
+
+    ask(torch.zeros(2, 1, 1))
+    ask(torch.zeros(2, 1, 1), few=False)
+    torch.func.vmap(ask)(torch.zeros(2, 1, 1, 1))
+    assert found == [True, False, False]

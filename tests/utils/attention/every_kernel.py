@@ -21,7 +21,8 @@ from foxlm.kernels.elementwise.triton_gated_norm import gated_norm
 from foxlm.kernels.elementwise.triton_prologue import attention_prologue
 from foxlm.kernels.elementwise.triton_silu_product import silu_product
 from foxlm.kernels.portable.decode import decode_attention
-from foxlm.kernels.pruning.key_stats import KeySummary
+from foxlm.kernels.portable.decode_append import append_tokens
+from foxlm.kernels.pruning.key_stats import KeySummary, empty_summary
 
 
 def main(gluon: bool) -> None:
@@ -39,6 +40,8 @@ def main(gluon: bool) -> None:
     forgetting_attention(*packed, cu_seqlens=torch.tensor([0, 70, 300], device="cuda"))
     for queries, heads in ((1, (2, 2, 2)), (3, (4, 2, 4))):
         decode(queries, heads)
+        for paged in (False, True):
+            append(queries, heads, paged)
     for head_dim, dtype in ((64, torch.bfloat16), (80, torch.float32)):
         x, gate = (torch.randn(2, 300, 3, head_dim, device="cuda", dtype=dtype, requires_grad=True) for _ in range(2))
         weight = torch.ones(3 * head_dim, device="cuda", dtype=dtype, requires_grad=True)
@@ -81,6 +84,28 @@ def decode(queries: int, heads: tuple[int, int, int]) -> None:
     gates = key.unflatten(1, (kv_heads, -1)).unflatten(-1, (6, 64)).transpose(2, 3).flatten(0, 2).contiguous()
     paged = decode_attention(q, blocks(k), blocks(v), decay._replace(key=gates), pages=pages, **options)
     torch.testing.assert_close(paged, dense, rtol=1e-2, atol=1e-2)
+
+
+def append(tokens: int, heads: tuple[int, int, int], paged: bool) -> None:
+    """To a cache for 128 tokens that holds 62 of which nothing is known."""
+    _, kv_heads, gates = heads
+    drawn = draw_inputs(tokens, batch=1, heads=heads, head_dim=64, dtype=torch.bfloat16)
+    _, k, v, log_f = (x.detach().cuda() for x in drawn)
+    keys = torch.zeros(1, kv_heads, 128, 64, dtype=k.dtype, device="cuda")
+    c = torch.zeros(1, gates, 128, dtype=torch.float64, device="cuda")
+    last_c = torch.zeros_like(c[..., :64] if paged else c[..., 0])
+    summary, running = empty_summary(c, keys, 128)
+    options: dict[str, Any] = {"summary": summary, "running": running, "last": (last_c, last_c.long())}
+    if paged:
+        keys, c = keys.view(-1, 64, 64), c.new_zeros(2 * kv_heads, max(1, gates // kv_heads), 64)
+        options["pages"] = torch.arange(2 * kv_heads, dtype=torch.int32, device="cuda").view(1, kv_heads, 2)
+    for name, x in (("key", k), ("value", v)):
+        options[f"{name}_states"] = x, x.new_zeros(1, 64 if paged else 1, kv_heads, 64)
+    positions = torch.arange(62, 62 + tokens, device="cuda")
+    k, v = k.transpose(1, 2), v.transpose(1, 2)
+    found = append_tokens(k, v, log_f, positions, keys=keys, values=keys.clone(), c=c, **options)
+    before = torch.zeros(1, gates, dtype=torch.float64, device="cuda")
+    torch.testing.assert_close(found, accumulate(log_f, 62, (before, before.long())))
 
 
 if __name__ == "__main__":
