@@ -12,6 +12,7 @@ from torch import Tensor
 
 from .decay import sum_gates
 from .devices import capability_of
+from .elementwise.gate_logits import gate_logits
 from .elementwise.gated_norm import gated_norm
 from .elementwise.prologue import PrologueInputs
 from .elementwise.silu_product import silu_product
@@ -28,6 +29,7 @@ HAS_TRITON = triton is not None
 
 if HAS_TRITON:
     from .ahead_of_time import prepare_attention
+    from .elementwise.triton_gate_logits import gate_logits as triton_gate_logits
     from .elementwise.triton_gated_norm import gated_norm as triton_gated_norm
     from .elementwise.triton_prologue import attention_prologue
     from .elementwise.triton_silu_product import silu_product as triton_silu_product
@@ -61,6 +63,7 @@ class Backend(NamedTuple):
         append: take the tokens of a decoding step into a layer's cache: `portable.decode_append.append_tokens`; None if
             the cache is to do so by operators of its own.
         silu_product: the activation of a gated MLP: `elementwise.silu_product.silu_product`.
+        gate_logits: logits of the forget gates: `elementwise.gate_logits.gate_logits`.
         prologue: token shift, QK-norm and RoPE at once: `elementwise.triton_prologue.attention_prologue`; it returns
             None where the modules of a model are to be called one by one, which define it.
     """
@@ -76,6 +79,7 @@ class Backend(NamedTuple):
     gated_norm: Callable[..., Tensor]
     append: Callable[..., tuple[Tensor, Tensor]] | None
     silu_product: Callable[[Tensor, Tensor], Tensor]
+    gate_logits: Callable[[Tensor, Tensor, Tensor], Tensor]
     prologue: Callable[[PrologueInputs, float], tuple[Tensor, Tensor, Tensor] | None]
 
 
@@ -91,6 +95,7 @@ PYTORCH = Backend(
     gated_norm=gated_norm,
     append=None,
     silu_product=silu_product,
+    gate_logits=gate_logits,
     prologue=lambda inputs, eps: None,
 )
 # Without Triton `backend_of` never returns it.
@@ -108,6 +113,7 @@ if HAS_TRITON:
         gated_norm=triton_gated_norm,
         append=append_tokens,
         silu_product=triton_silu_product,
+        gate_logits=triton_gate_logits,
         prologue=attention_prologue,
     )
 
@@ -122,7 +128,7 @@ def backend_of(q: Tensor) -> Backend:
 
 
 def elementwise_backend_of(x: Tensor) -> Backend:
-    """`backend_of` for what knows no heads: `gated_norm` and `silu_product` of ``x``, ``[..., size]``."""
+    """`backend_of` for what knows no heads: `gated_norm`, `silu_product`, `gate_logits` of ``x``, ``[..., size]``."""
     return TRITON if HAS_TRITON and x.dtype in _TRITON_DTYPES and _runs_triton(x) else PYTORCH
 
 

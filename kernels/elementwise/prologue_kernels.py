@@ -179,9 +179,11 @@ def _forward_head(
 
 # Lengths, and strides that are multiples of nothing: no length of a prompt compiles a kernel of its own.
 _VARYING = ["kl_b", "kl_t", "vl_b", "vl_t", "s_b", "r_b", "T", "NQ", "NK", "NV"]
+# Read value by value, and often parts of other tensors: their alignment decides nothing.
+_PARTS = ["KEY_LOGITS", "VALUE_LOGITS", "STARTS", "SOURCES"]
 
 
-@triton.jit(do_not_specialize=_VARYING)
+@triton.jit(do_not_specialize=_VARYING, do_not_specialize_on_alignment=_PARTS)
 def prologue_forward_kernel(
     Q, K, V, OUT_Q, OUT_K, OUT_V,
     q_b, q_t, q_h, k_b, k_t, k_h, v_b, v_t, v_h,
@@ -289,7 +291,7 @@ def _backward_head(
         _store(p_dw + one, one == 0, w_1, w_2, w_3, HALF, REST, BLOCK_HALF, BLOCK_REST)
 
 
-@triton.jit(do_not_specialize=_VARYING)
+@triton.jit(do_not_specialize=_VARYING, do_not_specialize_on_alignment=_PARTS)
 def prologue_backward_kernel(
     D_OUT_Q, D_OUT_K, D_OUT_V, DQ, DK, DV, D_KEY_LOGITS, D_VALUE_LOGITS, DW,
     gq_b, gq_t, gq_h, gk_b, gk_t, gk_h, gv_b, gv_t, gv_h,

@@ -188,15 +188,18 @@ class DynamicForgettingLayer(DynamicLayer):
 
     def append_unshifted(self, name: str, states: Tensor, layout: TokenLayout) -> None:
         """Keep the unshifted ``name`` of new tokens, ``[B, T, G, D]``."""
-        past = self.previous_unshifted(name, layout)
+        past, exporting = self.previous_unshifted(name, layout), is_torchdynamo_exporting()
+        count = states.shape[1] + (1 if past is None else past.shape[1])
+        # Trimmed only at twice the window, so that a decoding step seldom copies it.
+        trims = not exporting and not self.record_past and count > 2 * self.rollback_window
         if past is None:
-            past = states.new_zeros(states.shape[0], 1, *states.shape[2:])
-        count = past.shape[1] + states.shape[1]
-        if is_torchdynamo_exporting():
+            # Not read where the last tokens are new and none of them is padding: no zeros for those.
+            unread = trims and layout.last_real is None
+            past = states[:, :1] if unread else states.new_zeros(states.shape[0], 1, *states.shape[2:])
+        if exporting:
             # The same size at any length, and not one, which would be specialized. Exported programs do not crop.
             kept = latest_states(past, states, layout, 2)
-        # Trimmed only at twice the window, so that a decoding step seldom copies it.
-        elif not self.record_past and count > 2 * self.rollback_window:
+        elif trims:
             kept = latest_states(past, states, layout, self.rollback_window).clone()
         else:
             kept = latest_states(past, states, layout, count)

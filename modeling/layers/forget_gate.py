@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 from transformers.utils.generic import maybe_autocast
 
+from ...kernels.elementwise.gate_logits import gate_logits
 from ..configuration_fox import FoxConfig
 from ..parallel.tensor_parallel import local_part
 
@@ -48,14 +49,18 @@ class FoxForgetGate(nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         with maybe_autocast(x.device.type, enabled=False):
-            dtype = torch.promote_types(x.dtype, torch.float32)
-            x, weight, bias = x.to(dtype), self.weight.to(dtype), self.bias.to(dtype)
+            if not torch.compiler.is_compiling():
+                # Imported when they are used, since importing the kernels takes time.
+                from ...kernels.backends import elementwise_backend_of
+
+                return elementwise_backend_of(x).gate_logits(x, self.weight, self.bias)
             # An exported program takes any number of tokens, and must not be specialized on one side of the limit.
-            traced = torch.compiler.is_compiling() and not torch.compiler.is_exporting()
+            traced = not torch.compiler.is_exporting()
             if traced and not torch.is_grad_enabled() and x.shape[:-1].numel() <= _FEW_TOKENS:
                 # A compiled decoding step: fused with its neighbors, where a float32 matmul would be two more launches.
-                return (x[..., None, :] * weight).sum(-1) + bias
-            return nn.functional.linear(x, weight, bias)
+                dtype = torch.promote_types(x.dtype, torch.float32)
+                return (x.to(dtype)[..., None, :] * self.weight.to(dtype)).sum(-1) + self.bias.to(dtype)
+            return gate_logits(x, self.weight, self.bias)
 
 
 class FoxConstantGate(nn.Module):

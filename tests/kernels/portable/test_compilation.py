@@ -35,6 +35,7 @@ from foxlm.kernels.context_parallel.kernels import (
 from foxlm.kernels.context_parallel.partition import NAMED_SPLITS, TokenSplit, split_tables
 from foxlm.kernels.context_parallel.row_copy import Place, Rows, Runs
 from foxlm.kernels.elementwise.prologue import PrologueInputs
+from foxlm.kernels.elementwise.triton_gate_logits import gate_logits
 from foxlm.kernels.elementwise.triton_gated_norm import gated_norm
 from foxlm.kernels.elementwise.triton_prologue import attention_prologue
 from foxlm.kernels.elementwise.triton_silu_product import silu_product
@@ -269,6 +270,20 @@ def test_prologue_fits_and_compiles_once(dtype, head_dim, capability, tmp_path):
         used = resources(kernel, tmp_path)
         assert used["REG"] * 32 * kernel.metadata.num_warps <= REGISTERS
         assert used["STACK"] <= STACK, f"{kernel.metadata.name}: {used}"
+
+
+@pytest.mark.parametrize("capability", ARCHITECTURES)
+def test_gate_logits_fit_and_compile_once(capability, tmp_path):
+    with compiling_only(capability) as compiled, torch.no_grad():
+        for tokens in (64, 300, 4097):
+            gate_logits(torch.empty(1, tokens, 1536, dtype=torch.bfloat16), torch.empty(24, 1536), torch.empty(24))
+    (kernel,) = {kernel.hash: kernel for kernel in compiled}.values()
+    assert kernel.metadata.target.arch == capability
+    used = resources(kernel, tmp_path)
+    assert used["REG"] * 32 * kernel.metadata.num_warps <= REGISTERS
+    assert used["STACK"] == 0
+    # Products are those of float32.
+    assert "mma" not in kernel.asm["ptx"]
 
 
 def test_dropout_and_packing_compile(monkeypatch):

@@ -17,6 +17,7 @@ from attention_inputs import draw_inputs, forgetting_attention, padding_mask
 from foxlm.kernels import triton_attention
 from foxlm.kernels.decay import Decay, accumulate
 from foxlm.kernels.elementwise.prologue import PrologueInputs
+from foxlm.kernels.elementwise.triton_gate_logits import gate_logits
 from foxlm.kernels.elementwise.triton_gated_norm import gated_norm
 from foxlm.kernels.elementwise.triton_prologue import attention_prologue
 from foxlm.kernels.elementwise.triton_silu_product import silu_product
@@ -55,6 +56,9 @@ def main(gluon: bool) -> None:
         out = attention_prologue(prologue, 1e-6)
         assert out is not None
         torch.autograd.grad([y.sum() for y in out], [x, k, weight])
+    weight, bias = torch.randn(12, 200, device="cuda"), torch.randn(12, device="cuda")
+    with torch.no_grad():
+        gate_logits(torch.randn(2, 300, 200, device="cuda", dtype=torch.float16), weight, bias)
     print("every kernel ran")
 
 

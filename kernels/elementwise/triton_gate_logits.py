@@ -1,0 +1,67 @@
+"""Logits of the forget gates in one launch, from 16-bit hidden states and float32 weights.
+
+A matmul of torch wants both in one dtype: it reads a float32 copy of the hidden states, which is written first, twice
+their size. With a gate per head there are a dozen columns of output, so that reading is all that it costs.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ..operators import may_launch
+from ..tiles import cdiv, next_power_of_2
+from .gate_logits import gate_logits as gate_logits_in_pytorch
+
+# Tokens of a program, and values of each that are multiplied at once.
+_GATE_TOKENS, _GATE_VALUES = 32, 64
+# Below, a program's walk along a token takes longer than two launches; above, there are too many columns.
+_LEAST_TOKENS, _MOST_GATES = 64, 64
+
+
+@triton.jit(do_not_specialize=["N"])
+def _gate_logits_kernel(
+    X, x_n, WEIGHT, BIAS, OUT,
+    N, HIDDEN, HF,
+    BLOCK_N: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """``OUT[n, h] = sum_k X[n, k] WEIGHT[h, k] + BIAS[h]``, products in float32."""
+    o_n, o_h = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_H)
+    m_n, m_h = o_n < N, o_h < HF
+    acc = tl.zeros([BLOCK_N, BLOCK_H], tl.float32)
+    for begin in range(0, HIDDEN, BLOCK_K):
+        o_k = begin + tl.arange(0, BLOCK_K)
+        m_k = o_k < HIDDEN
+        p_x = X + o_n[:, None].to(tl.int64) * x_n + o_k[None, :]
+        b_x = tl.load(p_x, mask=m_n[:, None] & m_k[None, :], other=0.0).to(tl.float32)
+        p_w = WEIGHT + o_h[None, :] * HIDDEN + o_k[:, None]
+        b_w = tl.load(p_w, mask=m_h[None, :] & m_k[:, None], other=0.0)
+        acc = tl.dot(b_x, b_w, acc, input_precision="ieee")
+    acc += tl.load(BIAS + o_h, mask=m_h, other=0.0)[None, :]
+    tl.store(OUT + o_n[:, None].to(tl.int64) * HF + o_h[None, :], acc, mask=m_n[:, None] & m_h[None, :])
+
+
+def gate_logits(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """As `gate_logits.gate_logits`, which itself runs for gradients, few tokens and other dtypes."""
+    tokens, (gates, hidden) = x.shape[:-1].numel(), weight.shape
+    fits = tokens >= _LEAST_TOKENS and gates <= _MOST_GATES and x.dtype in (torch.float16, torch.bfloat16)
+    fits &= weight.dtype == bias.dtype == torch.float32 and weight.is_contiguous() and not torch.is_grad_enabled()
+    if not fits or not may_launch(x, weight, bias) or not weight.device == bias.device == x.device:
+        return gate_logits_in_pytorch(x, weight, bias)
+    rows = x.reshape(tokens, hidden)
+    rows = rows if rows.stride(1) == 1 else rows.contiguous()
+    out = torch.empty(*x.shape[:-1], gates, dtype=torch.float32, device=x.device)
+    with torch.cuda.device_of(x):
+        _gate_logits_kernel[(cdiv(tokens, _GATE_TOKENS),)](
+            X=rows, x_n=rows.stride(0),
+            WEIGHT=weight,
+            BIAS=bias,
+            OUT=out,
+            N=tokens,
+            HIDDEN=hidden,
+            HF=gates,
+            BLOCK_N=_GATE_TOKENS,
+            BLOCK_H=max(16, next_power_of_2(gates)),
+            BLOCK_K=_GATE_VALUES,
+        )  # fmt: skip
+    return out

@@ -1,0 +1,91 @@
+"""How many launches a layer takes in eager mode: kernels, and operators of PyTorch that compute or copy.
+
+Counted on the CPU, with kernels chosen as on an H100 and left out.
+"""
+
+from collections import Counter
+from typing import Any
+from unittest import mock
+
+import pytest
+import torch
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from foxlm import FoxConfig, FoxForCausalLM
+from foxlm.kernels.backends import HAS_TRITON
+from foxlm.kernels.devices import GPU, assume_gpu
+from kernel_device import INTERPRETED
+
+if not HAS_TRITON or INTERPRETED:
+    pytest.skip("needs Triton's compiler", allow_module_level=True)
+
+from triton.runtime.jit import JITFunction
+
+from ahead_of_time import specializations
+
+# Operators that launch nothing.
+NOTHING = ("empty", "view", "detach", "alias", "promote_types", "lift_fresh", "local_scalar_dense", "as_strided")
+
+
+class Launches(TorchDispatchMode):
+    """Counts by name, of operators and of kernels."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = function(*args, **(kwargs or {}))
+        name = function.overloadpacket.__name__
+        is_view = any(x.alias_info and not x.alias_info.is_write for x in function._schema.returns)
+        # A kernel that counts as itself.
+        is_ours = function.namespace not in ("aten", "prims")
+        if not is_view and not is_ours and not any(x in name for x in NOTHING):
+            self.names[name] += 1
+        return result
+
+
+def launches(layers: int, tokens: int, *, train: bool = False, cached: bool = False) -> Counter[str]:
+    config = FoxConfig.preset("pro-125m", num_hidden_layers=layers, vocab_size=64, acp_eps=1e-3)
+    # Forget gates stay in float32.
+    model = FoxForCausalLM._from_config(config, dtype=torch.bfloat16).train(train)
+    ids = torch.arange(tokens)[None] % 64
+    counted = Launches()
+
+    def left_out(self: JITFunction, *args: Any, **options: Any) -> Any:
+        counted.names[self.__name__] += 1
+        return run(self, *args, **options)
+
+    # One kernel on a GPU.
+    one = mock.patch.object(nn.functional, "rms_norm", lambda x, *_: x.clone())
+    with assume_gpu(GPU((9, 0), 132)), specializations(90), one:
+        run = JITFunction.run
+        with mock.patch.object(JITFunction, "run", left_out), torch.set_grad_enabled(train), counted:
+            out = model(ids, use_cache=cached)
+            if train:
+                out.logits.sum().backward()
+    return counted.names
+
+
+def of_a_layer(**options: Any) -> Counter[str]:
+    """What one layer more adds."""
+    launches(1, 300, **options)
+    one, two = (launches(layers, 300, **options) for layers in (1, 2))
+    two.subtract(one)
+    return +two
+
+
+# Ten of these are matmuls, and a dozen those of pruning and attention. A cache copies what it keeps.
+@pytest.mark.parametrize(("cached", "most"), [(False, 30), (True, 33)])
+def test_prefill_of_a_pro_layer(cached: bool, most: int) -> None:
+    found = of_a_layer(cached=cached)
+    assert found["prologue_forward_kernel"] == 1
+    assert found.total() <= most, dict(found)
+
+
+def test_training_of_a_pro_layer() -> None:
+    found = of_a_layer(train=True)
+    assert found["prologue_forward_kernel"] == found["prologue_backward_kernel"] == 1
+    # Over thirty are matmuls.
+    assert found.total() <= 92, dict(found)
