@@ -245,7 +245,7 @@ class FoxAttention(FusableProjections):
 
         backend = backend_of(q)
         if backend is not PYTORCH and self._can_use_prologue(layout):
-            inputs = self._prologue((q, k, v), hidden_states, fused, layout, cache_layer, position_embeddings)
+            inputs = self._prologue_inputs((q, k, v), hidden_states, fused, layout, cache_layer, position_embeddings)
             prepared = backend.prologue(inputs, self.q_norm.eps if inputs.q_weight is not None else 0.0)
             if prepared is not None:
                 for name, states in (("key", k), ("value", v)):
@@ -274,7 +274,7 @@ class FoxAttention(FusableProjections):
         used = [(getattr(self, name), made) for name, made in classes.items() if hasattr(self, name)]
         return self.config.qk_norm != "all_heads" and all(is_called_plainly(x, made) for x, made in used)
 
-    def _prologue(
+    def _prologue_inputs(
         self,
         states: tuple[Tensor, Tensor, Tensor],
         hidden_states: Tensor,

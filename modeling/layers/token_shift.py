@@ -54,16 +54,22 @@ class FoxTokenShift(nn.Module):
             if past is None:
                 past = states.new_zeros(states.shape[0], 1, *states.shape[2:])
             previous = _previous(past, states, layout.last_real)
-            if cache_layer is not None:
-                cache_layer.append_unshifted(name, states, layout)
         if layout.starts is not None:
             previous = previous.masked_fill(layout.starts[..., None, None], 0.0)
         logits = self.proj(hidden_states) if logits is None else logits
-        return recompute_if_large(_mix, states, previous, logits)
+        mixed = recompute_if_large(_mix, states, previous, logits)
+        # After the state that it may write over has been read.
+        if cache_layer is not None and layout.shards is None:
+            cache_layer.append_unshifted(name, states, layout)
+        return mixed
 
 
 def _previous(past: Tensor, states: Tensor, last_real: Tensor | None) -> Tensor:
     """The state before each of ``states``, ``[B, T, G, D]``: that of the last real token; ``past`` is before all."""
+    # Else it is copied: autograd may keep it, and a traced program must not be specialized for one token.
+    in_place = last_real is None and not torch.is_grad_enabled() and not torch.compiler.is_compiling()
+    if in_place and states.shape[1] == 1:
+        return past[:, -1:]
     # Cut afterwards: an exported program must not be specialized for one token less.
     extended = torch.cat([past[:, -1:], states], dim=1)
     if last_real is None:
