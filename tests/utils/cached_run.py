@@ -82,10 +82,12 @@ class CachedRun:
 APPEND_GATES = DynamicForgettingLayer.append_gates
 
 
-def restart_sum(layer: DynamicForgettingLayer, log_f: Tensor, layout: TokenLayout, backend: Any) -> Any:
+def restart_sum(
+    layer: DynamicForgettingLayer, log_f: Tensor, layout: TokenLayout, backend: Any, few: bool = False
+) -> Any:
     """`append_gates` whose running sum begins anew at every step."""
     before = layer.gates
-    APPEND_GATES(layer, log_f, layout, backend)
+    APPEND_GATES(layer, log_f, layout, backend, few)
     decay = layer._new
     assert decay is not None
     if before is None:

@@ -13,6 +13,7 @@ from cached_run import restart_sum
 from foxlm import FoxPagedCache
 from foxlm.modeling import token_layout as layout_fox
 from foxlm.modeling.cache.dynamic import DynamicForgettingLayer
+from foxlm.modeling.cache.reserved import ReservedForgettingLayer
 from foxlm.modeling.versions import CACHE, cache_of
 from models import DECODING_VARIANTS, tiny_model, tokens
 from recorded_graphs import RecordedGraph, capture_on_this_device
@@ -285,6 +286,13 @@ def test_cache_that_generate_cannot_use_is_refused() -> None:
 @pytest.mark.parametrize("variant", DECODING_VARIANTS)
 def test_control_gate_sum_that_restarts_changes_the_tokens(variant: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(DynamicForgettingLayer, "append_gates", restart_sum)
+    append_gates = ReservedForgettingLayer.append_gates
+
+    def restart_in_graph(layer: Any, *args: Any) -> None:
+        layer.gates[1].zero_()
+        append_gates(layer, *args)
+
+    monkeypatch.setattr(ReservedForgettingLayer, "append_gates", restart_in_graph)
     with pytest.raises(AssertionError, match="generated"):
         assert_same_tokens(MODELS[variant], tokens(2, 7), {})
 
@@ -292,6 +300,12 @@ def test_control_gate_sum_that_restarts_changes_the_tokens(variant: str, monkeyp
 @pytest.mark.parametrize("variant", ["pro", "llama", "rope", "key-value-gates"])
 def test_control_reorder_that_drops_the_gates_changes_the_tokens(variant: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(DynamicForgettingLayer, "reorder_cache", DynamicLayer.reorder_cache)
+
+    def reorder_keys_alone(layer: Any, beam_idx: Tensor) -> None:
+        for held in (layer.keys, layer.values):
+            held.copy_(held.index_select(0, beam_idx))
+
+    monkeypatch.setattr(ReservedForgettingLayer, "reorder_cache", reorder_keys_alone)
     with pytest.raises(AssertionError, match="generated"):
         assert_same_tokens(MODELS[variant], tokens(4, 7), SEARCHES["beams"])
 
