@@ -11,7 +11,7 @@ from torch import Tensor
 
 from .decay import Decay
 from .devices import capability_of
-from .operators import NAMESPACE, maybe_contiguous, refuse_second_derivative
+from .operators import NAMESPACE, maybe_contiguous, nothing_sees, refuse_second_derivative
 from .portable.backward import backward
 from .portable.forward import forward
 from .tiles import choose_tiles
@@ -38,7 +38,12 @@ def triton_attention(
     """
     refuse_transforms(q, k, v, decay.query, decay.key)
     seed = torch.randint(2**62, (), dtype=torch.int64, device=q.device) if dropout > 0.0 else None
-    out, lse = _forward(q, k, v, decay.query, decay.key, decay.kv_start, decay.last, scale, dropout, seed)
+    if not nothing_sees(q, k, v, decay.query, decay.key):
+        out, lse = _forward(q, k, v, decay.query, decay.key, decay.kv_start, decay.last, scale, dropout, seed)
+    elif torch.is_grad_enabled():
+        out, lse = _Attention.apply(q, k, v, decay.query, decay.key, decay.kv_start, decay.last, scale, dropout, seed)
+    else:
+        out, lse = _launch_forward(q, k, v, decay, scale, dropout, seed)
     return out, lse.float()
 
 
@@ -135,6 +140,25 @@ def _backward(
     dropout: float,
     seed: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    return _backward_of_rows(d_out, d_lse, q, k, v, c_q, c_k, kv_start, last, out, lse, scale, dropout, seed)
+
+
+def _backward_of_rows(
+    d_out: Tensor,
+    d_lse: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    c_q: Tensor,
+    c_k: Tensor,
+    kv_start: Tensor,
+    last: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    scale: float,
+    dropout: float,
+    seed: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     # The log-sum-exp of a fully masked row is a constant.
     d_lse = d_lse.masked_fill(torch.isneginf(lse), 0.0)
     return _launch_backward(d_out, d_lse, q, k, v, Decay(c_q, c_k, kv_start, last), out, lse, scale, dropout, seed)
@@ -186,6 +210,24 @@ def _save_for_backward(ctx, inputs, output) -> None:
 def _autograd(ctx, d_out: Tensor, d_lse: Tensor):
     *tensors, seed = ctx.saved_tensors
     return *_backward(d_out, d_lse, *tensors, ctx.scale, ctx.dropout, seed), None, None, None, None, None
+
+
+class _Attention(torch.autograd.Function):
+    """`_forward` and `_backward` past the dispatcher."""
+
+    @staticmethod
+    def forward(ctx, q, k, v, c_q, c_k, kv_start, last, scale, dropout, seed):
+        out, lse = _launch_forward(q, k, v, Decay(c_q, c_k, kv_start, last), scale, dropout, seed)
+        _save_for_backward(ctx, (q, k, v, c_q, c_k, kv_start, last, scale, dropout, seed), (out, lse))
+        return out, lse
+
+    @staticmethod
+    def backward(ctx, d_out, d_lse):
+        q, k, v, c_q, c_k, kv_start, last, out, lse, seed = ctx.saved_tensors
+        # The operator refuses what would differentiate its result.
+        backward = _backward if torch.is_grad_enabled() else _backward_of_rows
+        grads = backward(d_out, d_lse, q, k, v, c_q, c_k, kv_start, last, out, lse, ctx.scale, ctx.dropout, seed)
+        return *grads, None, None, None, None, None
 
 
 _forward.register_autograd(_autograd, setup_context=_save_for_backward)

@@ -215,6 +215,8 @@ class CacheGraphs:
         if len(buffers) != len(self._buffers) or any(x is not y for x, y in zip(buffers, self._buffers, strict=True)):
             self._buffers = buffers
             self._steps.clear()
+            # Memory that its last graph has given back cannot be captured in again.
+            self._pool = None
         return True
 
     def _lend(self, cache: Cache, tokens: int, longest: int) -> None:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ..decay import Decay
-from ..operators import NAMESPACE, maybe_contiguous
+from ..operators import NAMESPACE, maybe_contiguous, nothing_sees
 from ..pruning.key_stats import KeySummary
 from ..pruning.rounding import log_allowed
 from ..pruning.rules import Rule, check_logit_bound, check_rule
@@ -83,7 +83,8 @@ def decode_attention(
             bounds = logit_bound.expand(q.shape[0], q.shape[2])
         elif logit_bound is not None:
             bound = float(logit_bound)
-    return _decode(
+    decode = _launch if nothing_sees(q, k, v) else _decode
+    return decode(
         q,
         k,
         v,
@@ -105,8 +106,7 @@ def decode_attention(
     )
 
 
-@torch.library.custom_op(f"{NAMESPACE}::decode_attention", mutates_args=())
-def _decode(
+def _launch(
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -140,6 +140,49 @@ def _decode(
         ranges = search_blocks(inputs, pruning, scale)
         attend_blocks(inputs, ranges, out, lse, scale, choose_decode_tile(inputs.rows, q.shape[3]))
     return out, lse
+
+
+@torch.library.custom_op(f"{NAMESPACE}::decode_attention", mutates_args=())
+def _decode(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    c_q: Tensor,
+    c_k: Tensor,
+    kv_start: Tensor,
+    last: Tensor,
+    real: Tensor | None,
+    pages: Tensor | None,
+    start: Tensor | None,
+    c: Tensor | None,
+    log_decays: Tensor | None,
+    largest: Tensor | None,
+    bounds: Tensor | None,
+    bound: float,
+    scale: float,
+    log_eps: float,
+    rule: str | None,
+) -> tuple[Tensor, Tensor]:
+    return _launch(
+        q,
+        k,
+        v,
+        c_q,
+        c_k,
+        kv_start,
+        last,
+        real,
+        pages,
+        start,
+        c,
+        log_decays,
+        largest,
+        bounds,
+        bound,
+        scale,
+        log_eps,
+        rule,
+    )
 
 
 @_decode.register_fake

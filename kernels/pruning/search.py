@@ -13,7 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..decay import Decay
-from ..operators import NAMESPACE, maybe_contiguous
+from ..operators import NAMESPACE, maybe_contiguous, nothing_sees
 from ..tiles import PRUNED_KEYS, PRUNED_QUERIES, padded_head_dim
 from ..triton_common import INF, INT32_MAX, kernel, larger, load_rows
 from .predicates import lengths, may_drop, query_bounds, raised
@@ -188,11 +188,27 @@ def search_kv_start(
             logit_bound = torch.full((1,), logit_bound, dtype=torch.float32, device=q.device)
         logit_bound = logit_bound.to(device=q.device, dtype=torch.float32).expand(q.shape[0], q.shape[2])
     q, k, c_q, c_k = (x.detach() for x in (q, k, decay.query, decay.key))
-    return _search_kv_start(q, k, c_q, c_k, decay.kv_start, decay.last, eps, rule.value, scale, logit_bound)
+    search_blocks = _search if nothing_sees(q, k, c_q, c_k) else _search_kv_start
+    return search_blocks(q, k, c_q, c_k, decay.kv_start, decay.last, eps, rule.value, scale, logit_bound)
 
 
 @torch.library.custom_op(f"{NAMESPACE}::search_kv_start", mutates_args=())
 def _search_kv_start(
+    q: Tensor,
+    k: Tensor,
+    c_q: Tensor,
+    c_k: Tensor,
+    kv_start: Tensor,
+    last: Tensor,
+    eps: float,
+    rule: str,
+    scale: float,
+    logit_bound: Tensor | None,
+) -> Tensor:
+    return _search(q, k, c_q, c_k, kv_start, last, eps, rule, scale, logit_bound)
+
+
+def _search(
     q: Tensor,
     k: Tensor,
     c_q: Tensor,

@@ -23,6 +23,8 @@ from ..parallel.tensor_parallel import is_sharded, local_tensor, set_local_tenso
 MAX_FUSED_TOKENS = 64
 # Bytes that the address of each weight is a multiple of: kernels read weights in vectors of this size.
 _ALIGNMENT = 16
+# Of these the buffer has a multiple: see `FusedProjections.weight`.
+_ROW_MULTIPLE = 16
 # Two threads that generate with one model must not move its weights at the same time.
 _LOCK = threading.Lock()
 
@@ -34,8 +36,9 @@ class FusedProjections(NamedTuple):
         names: of the projections, as submodules of their owner.
         sizes: output features of each.
         addresses: of each one's weight and bias, None without a bias.
-        weight: ``[sum of sizes, in]``.
-        bias: ``[sum of sizes]``, zero for a projection without a bias; None if none has one.
+        weight: ``[sum of sizes, in]``, and rows of zeros up to a multiple of 16: kernels that read the outputs are
+            compiled for strides that are a multiple of it, and once more for others.
+        bias: of each row, zero for a projection without a bias; None if none has one.
     """
 
     names: tuple[str, ...]
@@ -98,8 +101,8 @@ class FusableProjections(nn.Module):
             return {}
         if self.uses_fused == "checked" and not torch.compiler.is_compiling() and not self._is_fused():
             return {}
-        outputs = nn.functional.linear(x, fused.weight, fused.bias).split(fused.sizes, dim=-1)
-        return dict(zip(fused.names, outputs, strict=True))
+        outputs = nn.functional.linear(x, fused.weight, fused.bias)
+        return dict(zip(fused.names, outputs[..., : sum(fused.sizes)].split(fused.sizes, dim=-1), strict=True))
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
         super()._apply(fn, recurse)
@@ -257,12 +260,13 @@ def _move_to_buffer(names: tuple[str, ...], linears: list[nn.Linear]) -> FusedPr
     """Copy weights and biases into new buffers, whose rows become their memory."""
     first = local_tensor(linears[0].weight)
     sizes = tuple(len(local_tensor(x.weight)) for x in linears)
-    weight = first.new_empty(sum(sizes), first.shape[1])
-    bias = None if all(x.bias is None for x in linears) else first.new_zeros(sum(sizes))
+    outputs = -(-sum(sizes) // _ROW_MULTIPLE) * _ROW_MULTIPLE
+    weight = first.new_zeros(outputs, first.shape[1])
+    bias = None if all(x.bias is None for x in linears) else first.new_zeros(outputs)
     for name, buffer in (("weight", weight), ("bias", bias)):
         if buffer is None:
             continue
-        for linear, rows in zip(linears, buffer.split(sizes), strict=True):
+        for linear, rows in zip(linears, buffer[: sum(sizes)].split(sizes), strict=True):
             parameter = getattr(linear, name)
             if parameter is not None:
                 rows.copy_(local_tensor(parameter))

@@ -46,7 +46,8 @@ def captures(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
 
 def model_of(variant: str, **fields: Any) -> FoxForCausalLM:
-    model = tiny_model(variant, dtype=torch.float32, acp_eps=1e-4, **fields)
+    # A growing and a static cache bound what pruning drops a little differently: at a larger eps tokens may differ.
+    model = tiny_model(variant, dtype=torch.float32, acp_eps=1e-9, **fields)
     with torch.no_grad():
         for layer in model.model.layers:
             layer.self_attn.forget_gate.bias.fill_(-0.5)
