@@ -95,7 +95,7 @@ def test_kernels_compile_in_other_threads():
     def load(kernel):
         names.append(threading.current_thread().name)
 
-    with absent_gpu(90) as device:
+    with absent_gpu(90, new=True) as device:
         with launches_left_out(load) as futures:
             for length in (64, 100):
                 key_decay(torch.zeros(1, 2, length, dtype=torch.float64))
@@ -116,7 +116,7 @@ def test_an_error_of_the_compiler_reaches_the_launch(monkeypatch):
     def fail(kernel):
         raise RuntimeError("cannot be loaded")
 
-    with absent_gpu(89) as device:
+    with absent_gpu(89, new=True) as device:
         with launches_left_out(fail):
             key_decay(torch.zeros(1, 2, 64, dtype=torch.float64))
         (kernel,) = kernels_of(device)
