@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 from torch.autograd.functional import hessian as autograd_hessian
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from attention_inputs import (
     attention,
@@ -20,7 +21,9 @@ from attention_inputs import (
 from eager import eager_attention
 from foxlm.kernels import triton_attention
 from foxlm.kernels.decay import LOG_ZERO_GATE, accumulate, sum_gates
+from foxlm.kernels.operators import NAMESPACE
 from foxlm.kernels.portable import scan
+from foxlm.kernels.pruning import search
 from kernel_device import DEVICE, INTERPRETED, ON_KERNELS, SOME_DTYPES, on_device
 
 pytestmark = ON_KERNELS
@@ -235,6 +238,34 @@ def operator_arguments(dropout: float = 0.0) -> list:
 @pytest.mark.parametrize("dropout", [0.0, 0.25])
 def test_opcheck_of_the_forward_operator(dropout):
     torch.library.opcheck(triton_attention._forward, tuple(operator_arguments(dropout)))
+
+
+class _Operators(TorchDispatchMode):
+    """Names of the operators of this library that are called within."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func.namespace == NAMESPACE:
+            self.names.append(func.overloadpacket.__name__)
+        return func(*args, **(kwargs or {}))
+
+
+def test_who_counts_operators_sees_attention_and_gets_the_same(monkeypatch):
+    """Where nobody looks, kernels are launched past the dispatcher."""
+    inputs = draw()
+    options = {"eps": 1e-3}
+    with monkeypatch.context() as patch:
+        for operator in ("_forward", "_backward"):
+            patch.setattr(triton_attention, operator, None)
+        patch.setattr(search, "_search_kv_start", None)
+        expected = output_and_gradients(attention, inputs, **options)
+    with _Operators() as seen:
+        found = output_and_gradients(attention, inputs, **options)
+    assert {"triton_forward", "triton_backward", "search_kv_start"} <= set(seen.names)
+    assert_equal(found, expected)
 
 
 def test_opcheck_of_the_backward_operator():
