@@ -256,7 +256,7 @@ class _Operators(TorchDispatchMode):
 def test_who_counts_operators_sees_attention_and_gets_the_same(monkeypatch):
     """Where nobody looks, kernels are launched past the dispatcher."""
     inputs = draw()
-    options = {"eps": 1e-3}
+    options: dict[str, Any] = {"eps": 1e-3}
     with monkeypatch.context() as patch:
         for operator in ("_forward", "_backward"):
             patch.setattr(triton_attention, operator, None)
