@@ -215,7 +215,8 @@ class ReservedForgettingLayer(StaticForgettingLayer):
 
         What pruning knows of keys is not taken back: it is then a bound of more keys than there are.
         """
-        count = -tokens_to_remove
+        # A tensor in transformers 5.17.
+        count = -int(tokens_to_remove)
         if not 0 <= count < self.tokens:
             raise ValueError(
                 f"tokens_to_remove must be in (-{self.tokens}, 0] (the cache holds {self.tokens} tokens), got "
