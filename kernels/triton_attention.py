@@ -123,26 +123,6 @@ def _forward_fake(q, k, v, c_q, c_k, kv_start, last, scale, dropout, seed):
     return q.new_empty(q.shape), _empty_lse(q)
 
 
-@torch.library.custom_op(f"{NAMESPACE}::triton_backward", mutates_args=())
-def _backward(
-    d_out: Tensor,
-    d_lse: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    c_q: Tensor,
-    c_k: Tensor,
-    kv_start: Tensor,
-    last: Tensor,
-    out: Tensor,
-    lse: Tensor,
-    scale: float,
-    dropout: float,
-    seed: Tensor | None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    return _backward_of_rows(d_out, d_lse, q, k, v, c_q, c_k, kv_start, last, out, lse, scale, dropout, seed)
-
-
 def _backward_of_rows(
     d_out: Tensor,
     d_lse: Tensor,
@@ -162,6 +142,9 @@ def _backward_of_rows(
     # The log-sum-exp of a fully masked row is a constant.
     d_lse = d_lse.masked_fill(torch.isneginf(lse), 0.0)
     return _launch_backward(d_out, d_lse, q, k, v, Decay(c_q, c_k, kv_start, last), out, lse, scale, dropout, seed)
+
+
+_backward = torch.library.custom_op(f"{NAMESPACE}::triton_backward", _backward_of_rows, mutates_args=())
 
 
 def _launch_backward(

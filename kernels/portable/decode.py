@@ -144,47 +144,7 @@ def _launch(
     return out, lse
 
 
-@torch.library.custom_op(f"{NAMESPACE}::decode_attention", mutates_args=())
-def _decode(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    c_q: Tensor,
-    c_k: Tensor,
-    kv_start: Tensor,
-    last: Tensor,
-    real: Tensor | None,
-    pages: Tensor | None,
-    start: Tensor | None,
-    c: Tensor | None,
-    log_decays: Tensor | None,
-    largest: Tensor | None,
-    bounds: Tensor | None,
-    bound: float,
-    scale: float,
-    log_eps: float,
-    rule: str | None,
-) -> tuple[Tensor, Tensor]:
-    return _launch(
-        q,
-        k,
-        v,
-        c_q,
-        c_k,
-        kv_start,
-        last,
-        real,
-        pages,
-        start,
-        c,
-        log_decays,
-        largest,
-        bounds,
-        bound,
-        scale,
-        log_eps,
-        rule,
-    )
+_decode = torch.library.custom_op(f"{NAMESPACE}::decode_attention", _launch, mutates_args=())
 
 
 @_decode.register_fake

@@ -192,22 +192,6 @@ def search_kv_start(
     return search_blocks(q, k, c_q, c_k, decay.kv_start, decay.last, eps, rule.value, scale, logit_bound)
 
 
-@torch.library.custom_op(f"{NAMESPACE}::search_kv_start", mutates_args=())
-def _search_kv_start(
-    q: Tensor,
-    k: Tensor,
-    c_q: Tensor,
-    c_k: Tensor,
-    kv_start: Tensor,
-    last: Tensor,
-    eps: float,
-    rule: str,
-    scale: float,
-    logit_bound: Tensor | None,
-) -> Tensor:
-    return _search(q, k, c_q, c_k, kv_start, last, eps, rule, scale, logit_bound)
-
-
 def _search(
     q: Tensor,
     k: Tensor,
@@ -223,6 +207,9 @@ def _search(
     q, k, c_q, c_k, kv_start = (maybe_contiguous(x) for x in (q, k, c_q, c_k, kv_start))
     with torch.cuda.device_of(q):
         return _launch(Decay(c_q, c_k, kv_start, last), q, k, eps, PruningRule(rule), scale, logit_bound)
+
+
+_search_kv_start = torch.library.custom_op(f"{NAMESPACE}::search_kv_start", _search, mutates_args=())
 
 
 @_search_kv_start.register_fake
