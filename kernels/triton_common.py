@@ -51,10 +51,15 @@ Warp-specialized kernels (Gluon)
 Exponents are in units of log 2, since ``exp2`` is what the hardware has.
 """
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+
+from .launch import launched
 
 # Triton reads the variable when a kernel is defined; and torch.compile cannot trace the reading of it.
 INTERPRETED = triton.knobs.runtime.interpret
@@ -83,8 +88,12 @@ PARTS_OF_TENSORS = (
     "M_END", "M_FULL_END", "NORM", "PAGES", "REAL", "RELATIVE", "ROW_BOUND", "ROW_TERM", "SHIFT", "STARTS",
     "WORK_COUNTER",
 )  # fmt: skip
-# Decorates a kernel, so that one compilation serves all lengths and batches.
-kernel = triton.jit(do_not_specialize=VARYING_SIZES, do_not_specialize_on_alignment=PARTS_OF_TENSORS)
+
+
+def kernel(function: Callable[..., Any]) -> Any:
+    """Decorates a kernel that the host launches, so that one compilation serves all lengths and batches."""
+    compiled = triton.jit(do_not_specialize=VARYING_SIZES, do_not_specialize_on_alignment=PARTS_OF_TENSORS)
+    return launched(compiled(function))
 
 
 @triton.jit

@@ -9,6 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..launch import launched
 from ..pruning.rules import PruningRule
 from ..pruning.search import Blocks, Queries, decay_by_blocks, join_largest, norms, search
 from ..pruning.search import join_blocks as join_decay_blocks
@@ -23,6 +24,7 @@ _BLOCK = 1024
 _COPIED_ROWS = 64
 
 
+@launched
 @triton.jit
 def _needs_kernel(
     KV_START, SEGMENTS, LEAST, CROSSING, s_b, s_h, HEADS, G, KV_GROUP, BLOCK: tl.constexpr
@@ -71,6 +73,7 @@ def _start_of_segment(kv_start, row, start):
     return tl.where(kv_start < start, 0, kv_start)
 
 
+@launched
 @triton.jit
 def _ends_kernel(C, KV_START, SEGMENTS, ENDS, HEADS, T, BLOCK: tl.constexpr):
     """``c`` and ``kv_start`` at the last token of each segment of this rank, both as float64."""
@@ -85,6 +88,7 @@ def _ends_kernel(C, KV_START, SEGMENTS, ENDS, HEADS, T, BLOCK: tl.constexpr):
     tl.store(p_ends + HEADS, kv_start.to(tl.float64), mask=heads < HEADS)
 
 
+@launched
 @triton.jit
 def _carry_kernel(
     C,
@@ -157,6 +161,7 @@ def carry_gates(c: Tensor, kv_start: Tensor, shards: Shards) -> tuple[Tensor, Te
     return out_c, out_kv_start
 
 
+@launched
 @triton.jit
 def _window_kernel(
     KV_START,
@@ -242,6 +247,7 @@ def _sum(x, y):
     return (x.to(tl.float32) + y.to(tl.float32)).to(y.dtype)
 
 
+@launched
 @triton.jit
 def _copy_kernel(
     RUNS,

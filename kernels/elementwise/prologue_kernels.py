@@ -19,6 +19,8 @@ from typing import Any, NamedTuple
 import triton
 import triton.language as tl
 
+from ..launch import launched
+
 
 class _States(NamedTuple):
     """One of q, k and v, ``[B, T, heads, D]``, and what shifts it: None in `LOGITS` for nothing.
@@ -183,6 +185,7 @@ _VARYING = ["kl_b", "kl_t", "vl_b", "vl_t", "s_b", "r_b", "T", "NQ", "NK", "NV"]
 _PARTS = ["KEY_LOGITS", "VALUE_LOGITS", "STARTS", "SOURCES"]
 
 
+@launched
 @triton.jit(do_not_specialize=_VARYING, do_not_specialize_on_alignment=_PARTS)
 def prologue_forward_kernel(
     Q, K, V, OUT_Q, OUT_K, OUT_V,
@@ -291,6 +294,7 @@ def _backward_head(
         _store(p_dw + one, one == 0, w_1, w_2, w_3, HALF, REST, BLOCK_HALF, BLOCK_REST)
 
 
+@launched
 @triton.jit(do_not_specialize=_VARYING, do_not_specialize_on_alignment=_PARTS)
 def prologue_backward_kernel(
     D_OUT_Q, D_OUT_K, D_OUT_V, DQ, DK, DV, D_KEY_LOGITS, D_VALUE_LOGITS, DW,

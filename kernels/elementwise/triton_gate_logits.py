@@ -9,6 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..launch import launched
 from ..operators import may_launch
 from ..tiles import cdiv, next_power_of_2
 from .gate_logits import gate_logits as gate_logits_in_pytorch
@@ -19,6 +20,7 @@ _GATE_TOKENS, _GATE_VALUES = 32, 64
 _LEAST_TOKENS, _MOST_GATES = 64, 64
 
 
+@launched
 @triton.jit(do_not_specialize=["N"])
 def _gate_logits_kernel(
     X, x_n, WEIGHT, BIAS, OUT,

@@ -18,6 +18,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..launch import launched
 from ..operators import gradients_by_torch, may_launch
 from ..tiles import cdiv
 from ..triton_common import load_rows
@@ -37,6 +38,7 @@ def _reciprocal_norm(b_x, eps, D: tl.constexpr):
     return tl.div_rn(1.0, tl.sqrt_rn(tl.sum(b_x * b_x, 1) / D + eps))
 
 
+@launched
 @triton.jit(do_not_specialize=["N"])
 def _gated_norm_kernel(
     X, x_n, x_h,
@@ -66,6 +68,7 @@ def _gated_norm_kernel(
     tl.store(p_out, b_out.to(OUT.dtype.element_ty), mask=m_n[:, None] & (o_d[None, :] < D))
 
 
+@launched
 @triton.jit(do_not_specialize=["N", "ROWS"])
 def _gated_norm_backward_kernel(
     D_OUT,

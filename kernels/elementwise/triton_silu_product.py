@@ -14,6 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..launch import launched
 from ..operators import gradients_by_torch, may_launch, maybe_contiguous
 from ..tiles import cdiv
 from .activations import activate
@@ -22,6 +23,7 @@ from .silu_product import silu_product as silu_product_in_pytorch
 _BLOCK = 1024
 
 
+@launched
 @triton.jit
 def _silu_product_kernel(GATE, gate_n, UP, up_n, OUT, SIZE, BLOCK: tl.constexpr):
     blocks = tl.cdiv(SIZE, BLOCK)
@@ -33,6 +35,7 @@ def _silu_product_kernel(GATE, gate_n, UP, up_n, OUT, SIZE, BLOCK: tl.constexpr)
     tl.store(OUT + i_n * SIZE + o_d, (b_a * b_u).to(OUT.dtype.element_ty), mask=o_d < SIZE)
 
 
+@launched
 @triton.jit
 def _silu_product_backward_kernel(D_OUT, GATE, gate_n, UP, up_n, D_GATE, D_UP, SIZE, BLOCK: tl.constexpr):
     blocks = tl.cdiv(SIZE, BLOCK)

@@ -46,6 +46,8 @@ from .tma import describe_by_token, for_tma
 
 # Queries of a tile and keys of a work tile. The kernels have them built in.
 _TILE_QUERIES, _TILE_KEYS = 64, 128
+# One object: kernels remember what they were compiled for by that (`launch`).
+_ROW_LAYOUT = gl.NVMMASharedLayout(swizzle_byte_width=0, element_bitwidth=32, rank=2)
 
 
 def hopper_backward_takes(q: Tensor, k: Tensor) -> bool:
@@ -92,12 +94,11 @@ def hopper_backward(
         sums = sums.view(torch.int64)
     dk, dv = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (k, v))
     dc_k = torch.empty(batch, heads, keys, dtype=torch.float32, device=q.device)
-    row_layout = gl.NVMMASharedLayout(swizzle_byte_width=0, element_bitwidth=32, rank=2)
     row_shape, row_block = list(rows.shape), [1, 4 * _TILE_QUERIES]
     arguments = dict(
         q_desc=describe_by_token(q, _TILE_QUERIES),
         do_desc=describe_by_token(d_out, _TILE_QUERIES),
-        row_desc=TensorDescriptor(rows, row_shape, [row_shape[1], 1], row_block, row_layout),
+        row_desc=TensorDescriptor(rows, row_shape, [row_shape[1], 1], row_block, _ROW_LAYOUT),
         C_FINITE=finite,
         C_K=decay.key.contiguous(),
         # The kernels count rows.

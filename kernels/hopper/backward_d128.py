@@ -25,6 +25,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
+from ..launch import launched
 from ..triton_common import LOG2_E, PARTS_OF_TENSORS, VARYING_SIZES
 from .backward_common import (
     add_row_sums,
@@ -259,6 +260,7 @@ def d128_consumer(
     tma.store_wait(0)
 
 
+@launched
 @gluon.jit(do_not_specialize=VARYING_SIZES, do_not_specialize_on_alignment=PARTS_OF_TENSORS)
 def hopper_backward_d128_kernel(
     q_desc, k_desc, v_desc, do_desc, row_desc, dk_desc, dv_desc, C_FINITE, C_K, M_END, HEAD_ORDER, DQ, ROW_SUMS, DC,

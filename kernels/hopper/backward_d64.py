@@ -38,6 +38,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
+from ..launch import launched
 from ..triton_common import PARTS_OF_TENSORS, VARYING_SIZES
 from .backward_common import add_row_sums, count_tiles, role_barrier, to_nearest
 from .backward_d64_consumer import d64_consumer
@@ -176,6 +177,7 @@ def d64_dq_consumer(buffers, barriers, sizes, ones, M_END, ROWS, DQ, ROW_SUMS, E
         i_work, i_bg, first_head_tiles = next_work(work_count, buffers, barriers)
 
 
+@launched
 @gluon.jit(do_not_specialize=VARYING_SIZES, do_not_specialize_on_alignment=PARTS_OF_TENSORS)
 def hopper_backward_d64_kernel(
     q_desc, k_desc, v_desc, do_desc, row_desc, ROWS, C_FINITE, C_K, M_END, HEAD_ORDER, WORK_COUNTER, DQ, ROW_SUMS, DK,

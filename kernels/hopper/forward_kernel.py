@@ -4,6 +4,7 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier, tma
 
+from ..launch import launched
 from ..triton_common import BASE_BLOCK, INF, LOG2_E, PARTS_OF_TENSORS, VARYING_SIZES
 from .forward_consumer import forward_consumer
 from .forward_state import (
@@ -176,6 +177,7 @@ def forward_bias_producer(
 _SIZES = (*VARYING_SIZES, "H", "KV_GROUP", "HF", "GATE_GROUP", "START_GROUP")
 
 
+@launched
 @gluon.jit(do_not_specialize=_SIZES, do_not_specialize_on_alignment=PARTS_OF_TENSORS)
 def hopper_forward_kernel(
     q_descriptor, k_descriptor, v_descriptor, out_descriptor, C_Q, C_K, RELATIVE, BASE, LSE, KV_START, LAST,

@@ -14,6 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..decay import LOG_ZERO_GATE
+from ..launch import launched
 from ..operators import maybe_contiguous
 from ..pruning.key_stats import KeySummary, Running
 from ..pruning.predicates import lengths
@@ -192,6 +193,7 @@ def _append_gates(
 
 
 # `debug` is what compiles the assertion.
+@launched
 @triton.jit(do_not_specialize=_SIZES, do_not_specialize_on_alignment=_TENSORS, debug=True)
 def _decode_append_kernel(
     K, V, LOG_F, REAL, POSITIONS, KEYS, VALUES, C, FIRST, LAST_C, LAST_FIRST,

@@ -7,13 +7,15 @@ must. Its blocks are those of pruning, 64 keys, as are the pages of a paged cach
 """
 
 import functools
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..launch import launched
 from ..pruning.key_stats import KeySummary
 from ..pruning.predicates import lengths, may_drop, raised
 from ..pruning.rounding import decay_margin, logit_margin
@@ -21,12 +23,15 @@ from ..tiles import PRUNED_KEYS, cdiv, next_power_of_2, padded_head_dim
 from ..triton_common import INF, INT32_MAX, PARTS_OF_TENSORS, VARYING_SIZES
 
 KEY_BLOCK = tl.constexpr(PRUNED_KEYS)
-# As `triton_common.kernel`, but for one query, the usual case, divisions by their number go.
-decode_kernel = triton.jit(
-    do_not_specialize=[x for x in VARYING_SIZES if x != "TQ"], do_not_specialize_on_alignment=PARTS_OF_TENSORS
-)
 # Boundaries that one step of the search looks at, for all rows together.
 _CANDIDATES = 256
+
+
+def decode_kernel(function: Callable[..., Any]) -> Any:
+    """As `triton_common.kernel`, but for one query, the usual case, divisions by their number go."""
+    varying = [x for x in VARYING_SIZES if x != "TQ"]
+    compiled = triton.jit(do_not_specialize=varying, do_not_specialize_on_alignment=PARTS_OF_TENSORS)
+    return launched(compiled(function))
 
 
 class DecodeInputs(NamedTuple):

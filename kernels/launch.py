@@ -1,0 +1,268 @@
+"""Launch a kernel for a fraction of what Triton's `JITFunction.run` costs the host.
+
+`run` finds out at each launch which compilation the arguments ask for. A kernel that is `launched` remembers: the first
+launch goes through Triton, and later ones with an equal *key* call the compiled kernel's launcher. The key tells apart
+at least what Triton does:
+
+=================  =====================================================================================================
+argument           what of it is in the key
+=================  =====================================================================================================
+all                the type, so None is told apart
+tensor             dtype, and whether it is aligned to 16 bytes where that is specialized
+int, bool          the value where it is specialized; where it is not, launches are remembered for 31 bits only
+float              nothing more
+tensor descriptor  dtype, shape of the tile, layout
+constant, option   the value
+=================  =====================================================================================================
+
+It also holds the current device, which all tensors must be on. Whatever else there is, goes through Triton: see
+`Launched.__getitem__` for settings and `_launch_of` for arguments.
+"""
+
+import functools
+import inspect
+import operator
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import triton
+import triton.language as tl
+from torch import Tensor, nn
+from triton.backends import backends
+from triton.compiler import CompiledKernel
+from triton.runtime.jit import JITFunction
+
+# Any other release may call launchers in another way, and there are builds for AMD's GPUs alone.
+_IS_KNOWN = triton.__version__.startswith(("3.6.", "3.7.")) and "nvidia" in backends
+# Launchers of 3.6 take the arguments one by one, those of 3.7 in one tuple.
+_IS_FLAT = triton.__version__.startswith("3.6.")
+if _IS_KNOWN:
+    from triton.backends.nvidia.driver import CudaLauncher, make_tensordesc_arg
+    from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+
+# Of constants; values that are equal and of the same of these types compile the same kernel.
+_CONSTANTS = (int, bool, str, float, tl.dtype)
+# That a kernel remembers. Strides of batches are in keys, so each length of a prompt has some of its own.
+_MOST_KEYS = 1024
+_RUN = JITFunction.run
+
+
+def launched(function: Any) -> Any:
+    """Decorates what `triton.jit` or `gluon.jit` made of a kernel that the host launches."""
+    return Launched(function) if _IS_KNOWN and isinstance(function, JITFunction) else function
+
+
+class Launched:
+    """A kernel whose launches, ``kernel[grid](...)``, cost little from the second on; else as ``function``.
+
+    Args:
+        function: the kernel as Triton has it.
+    """
+
+    def __init__(self, function: JITFunction) -> None:
+        self.function = function
+        self._launches: dict[tuple[type, ...], Callable[..., Any]] = {}
+        self._bind = _binder(function, self._launches, self._first_launch)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.function, name)
+
+    def __getitem__(self, grid: Any) -> Callable[..., Any]:
+        runtime = triton.knobs.runtime
+        if (
+            type(grid) is tuple
+            # Others put functions of their own in its place, as `ahead_of_time` does.
+            and JITFunction.run is _RUN
+            and not self.function.pre_run_hooks
+            and not _does_something(runtime.launch_enter_hook)
+            and not _does_something(runtime.launch_exit_hook)
+            and runtime.add_stages_inspection_hook is None
+            and not runtime.debug
+            and not triton.knobs.compilation.instrumentation_mode
+        ):
+            return functools.partial(self._bind, grid)
+        return self.function[grid]
+
+    def _first_launch(self, grid: tuple[int, ...], options: dict[str, Any], *arguments: Any) -> Any:
+        """The first one with arguments of these types."""
+        types = tuple(map(type, arguments))
+        launch = self._launches[types] = _launch_of(self.function, types)
+        return launch(grid, options, *arguments)
+
+
+def _does_something(hook: Any) -> bool:
+    return hook is not None and getattr(hook, "calls", True)
+
+
+class _Compiled(NamedTuple):
+    """A compiled kernel as launches need it.
+
+    Attributes:
+        kernel: Triton's.
+        launch: its launcher, which takes a grid, a stream, ``first`` and the kernel's arguments.
+        first: what is the same in each launch.
+        metadata: of each tensor descriptor.
+        layouts: of the descriptors; a key has their addresses, which are theirs as long as they are kept.
+        read: globals that were compiled into it, as `_globals_of` gives them.
+    """
+
+    kernel: Any
+    launch: Callable[..., None]
+    first: tuple[Any, ...]
+    metadata: list[Any]
+    layouts: tuple[Any, ...]
+    read: "list[_Globals]"
+
+
+class _Globals(NamedTuple):
+    """Those of a namespace that a kernel reads.
+
+    Attributes:
+        get: gives their values as a tuple.
+        space: what it gets them from.
+        seen: what it gave when the kernel was compiled.
+    """
+
+    get: Callable[..., tuple[Any, ...]]
+    space: dict[str, Any]
+    seen: tuple[Any, ...]
+
+
+def _binder(function: JITFunction, launches: dict[tuple[type, ...], Callable[..., Any]], first: Any) -> Any:
+    """Takes a launch's arguments as Python does them fastest: by a function that has the kernel's parameters."""
+    names = function.arg_names
+    defaults = {f"_default_{p.name}": p.default for p in function.params if p.has_default}
+    parameters = ", ".join(f"{x}=_default_{x}" if f"_default_{x}" in defaults else x for x in names)
+    source = f"""
+def bind(_grid, {parameters}, **_options):
+    _launch = _launches.get(({"".join(f"type({x}), " for x in names)}), _first)
+    return _launch(_grid, _options, {", ".join(names)})
+"""
+    return _define("bind", source, function, _launches=launches, _first=first, **defaults)
+
+
+def _launch_of(function: JITFunction, types: tuple[type, ...]) -> Callable[..., Any]:
+    """What launches the kernel for arguments of these types, which decide what the key is made of."""
+    names = ", ".join(function.arg_names)
+    key, passed = ["_device", "*_options.items()"], []
+    tensors: list[str] = []
+    descriptors: list[str] = []
+    narrow: list[str] = []
+    # What must be true for there to be a key.
+    conditions = ["_OPTIONS.issuperset(map(type, _options.values()))"]
+    for parameter, kind in zip(function.params, types, strict=True):
+        x, argument = parameter.name, parameter.name
+        if kind is type(None) or (kind is float and not parameter.is_constexpr):
+            pass
+        elif parameter.is_constexpr and kind in _CONSTANTS:
+            key.append(x)
+        elif parameter.is_constexpr:
+            return functools.partial(_through_triton, function)
+        elif kind is int and parameter.do_not_specialize:
+            narrow.append(x)
+        elif kind is int or kind is bool:
+            key.append(x)
+        elif kind is Tensor or kind is nn.Parameter:
+            tensors.append(x)
+            argument = f"_p_{x}"
+            key.append(f"{x}.dtype")
+            if not (parameter.do_not_specialize or parameter.do_not_specialize_on_alignment):
+                key.append(f"{argument} & 15 == 0")
+        elif kind is TensorDescriptor:
+            argument = f"*_expand({x}, _found.metadata[{len(descriptors)}])"
+            descriptors.append(x)
+            key += [f"{x}.base.dtype", f"*{x}.block_shape", f"id({x}.layout)"]
+        else:
+            return functools.partial(_through_triton, function)
+        passed.append(argument)
+    conditions += [f"{x}.get_device() == _device" for x in (*tensors, *(f"{x}.base" for x in descriptors))]
+    if narrow:
+        conditions.append(f"0 <= ({' | '.join(narrow)}) <= 0x7FFFFFFF")
+    # The launcher takes addresses, which it would otherwise ask tensors for and look up.
+    source = f"""
+def launch(_grid, _options, {names}):
+    _driver = _DRIVERS.active
+    _device = _driver.get_current_device()
+    _key = None
+    if {" and ".join(conditions)}:
+        {"".join(f"_p_{x} = {x}.data_ptr(); " for x in tensors)}
+        _key = ({", ".join(key)})
+        _found = _compiled.get(_key)
+        if _found is not None and _are_unchanged(_found.read):
+            _x, _y, _z = (*_grid, 1, 1)[:3]
+            _stream = _driver.get_current_stream(_device)
+            _found.launch(_x, _y, _z, _stream, *_found.first, {"*" * _IS_FLAT}({", ".join(passed)},))
+            return _found.kernel
+    return _remember(_grid, _options, _key, ({"".join(f"{x}.layout, " for x in descriptors)}), {names})
+"""
+    compiled: dict[Any, _Compiled] = {}
+    return _define(
+        "launch",
+        source,
+        function,
+        _compiled=compiled,
+        _remember=functools.partial(_remember, function, compiled),
+        _are_unchanged=_are_unchanged,
+        _expand=make_tensordesc_arg,
+        _DRIVERS=triton.runtime.driver,
+        _OPTIONS=frozenset((int, type(None))),
+    )
+
+
+def _remember(
+    function: JITFunction,
+    compiled: dict[Any, _Compiled],
+    grid: tuple[int, ...],
+    options: dict[str, Any],
+    key: Any,
+    layouts: tuple[Any, ...],
+    *arguments: Any,
+) -> Any:
+    """Launch through Triton, and remember what it compiled under ``key`` unless that is None."""
+    kernel = _through_triton(function, grid, options, *arguments)
+    # It is of another type while it is compiled in the background.
+    if key is None or type(kernel) is not CompiledKernel:
+        return kernel
+    launcher = kernel.run
+    if type(launcher) is CudaLauncher and launcher.global_scratch_size == launcher.profile_scratch_size == 0:
+        if len(compiled) >= _MOST_KEYS:
+            compiled.clear()
+        # With tensor descriptors it calls a function that expands them and calls the launcher proper.
+        inside = inspect.getclosurevars(launcher.launch).nonlocals if inspect.isfunction(launcher.launch) else {}
+        no_scratch, no_hooks = (None, None), (None, None, None)
+        if _IS_FLAT:
+            rest: tuple[Any, ...] = (*no_scratch, kernel.packed_metadata, *no_hooks)
+        else:
+            signature = (launcher.arg_annotations, launcher.kernel_signature)
+            rest = (kernel.packed_metadata, *no_hooks, *no_scratch, *signature)
+        first = (kernel.function, launcher.launch_cooperative_grid, launcher.launch_pdl, *rest)
+        launch, metadata = inside.get("launcher", launcher.launch), inside.get("tensordesc_meta", [])
+        compiled[key] = _Compiled(kernel, launch, first, metadata, layouts, _globals_of(function))
+    return kernel
+
+
+def _through_triton(function: JITFunction, grid: tuple[int, ...], options: dict[str, Any], *arguments: Any) -> Any:
+    return function[grid](**dict(zip(function.arg_names, arguments, strict=True)), **options)
+
+
+def _globals_of(function: JITFunction) -> list[_Globals]:
+    names: dict[int, list[str]] = {}
+    spaces: dict[int, dict[str, Any]] = {}
+    for (name, _), (_, space) in function.used_global_vals.items():
+        names.setdefault(id(space), []).append(name)
+        spaces[id(space)] = space
+    # One of them twice: of a single one there would be no tuple.
+    getters = [(operator.itemgetter(names[i][0], *names[i]), space) for i, space in spaces.items()]
+    return [_Globals(get, space, get(space)) for get, space in getters]
+
+
+def _are_unchanged(read: list[_Globals]) -> bool:
+    """Whether all still are what the kernel was compiled with; otherwise it is for Triton to raise an error."""
+    return all([get(space) == seen for get, space, seen in read])
+
+
+def _define(name: str, source: str, function: JITFunction, **names: Any) -> Callable[..., Any]:
+    """The function ``name`` of ``source``, which reads ``names`` as globals."""
+    exec(compile(source, f"<{name} {function.__name__}>", "exec"), names)
+    defined: Callable[..., Any] = names[name]
+    return defined
