@@ -311,6 +311,11 @@ class DecodingGraphs:
         self._model, self._graphs, self._in_step = model, graphs, False
         self._forward: Callable[..., Any] = model.forward
         self._taken: dict[int, bool] = {}
+        self._stands_aside = False
+
+    def stand_aside(self) -> None:
+        """Capture nothing in this call: its steps are compiled, and torch captures those."""
+        self._stands_aside = True
 
     def takes(self, tokens: int) -> bool:
         """Whether a step of so many tokens can be captured."""
@@ -329,7 +334,7 @@ class DecodingGraphs:
             plain: whether it has no others than these, the options, and ``use_cache=True``.
             options: ``attention_mask``, ``position_ids`` and ``logits_to_keep``, likewise.
         """
-        if self._in_step or not getattr(cache, "layers", None):
+        if self._in_step or self._stands_aside or not getattr(cache, "layers", None):
             return None
         assert cache is not None, "it has layers"
         graphs = self._graphs.get(cache)

@@ -72,9 +72,13 @@ class FoxGenerationMixin(GenerationMixin):
 
     def _valid_auto_compile_criteria(self, model_kwargs, generation_config) -> bool:
         # Captured steps need no compilation; who passes a `compile_config` gets it.
-        if generation_config.compile_config is None and running_graphs(self) is not None:
+        graphs = running_graphs(self)
+        if generation_config.compile_config is None and graphs is not None:
             return False
-        return super()._valid_auto_compile_criteria(model_kwargs, generation_config)
+        compiles = super()._valid_auto_compile_criteria(model_kwargs, generation_config)
+        if compiles and graphs is not None:
+            graphs.stand_aside()
+        return compiles
 
     @cast(Any, functools.wraps(GenerationMixin.prepare_inputs_for_generation, assigned=()))
     def prepare_inputs_for_generation(self, input_ids: Tensor, *args, **kwargs):

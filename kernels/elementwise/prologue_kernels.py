@@ -200,19 +200,19 @@ def prologue_forward_kernel(
     BLOCK_T: tl.constexpr,
 ):  # fmt: skip
     """Queries, keys and values, contiguous ``[B, T, heads, D]``."""
-    # A branch's names are its own: Triton wants one type of what branches share.
+    # A branch's names are its own: Triton wants one type of what branches share. It compiles no branch of None.
     i_slot = tl.program_id(0) % (NQ + NK + NV)
     o_t = tl.program_id(0) // (NQ + NK + NV) * BLOCK_T + tl.arange(0, BLOCK_T)
     i_b = tl.program_id(1).to(tl.int64)
-    if i_slot < NQ:
+    if OUT_Q is not None and i_slot < NQ:
         q_states = _States(Q, q_b, q_t, q_h, None, 0, 0, None, 0, 0, None, 0, None, 0, T)
         q_turn = _Turn(Q_WEIGHT, w_h, EPS, COS, SIN, c_b, c_t)
         _forward_head(q_states, q_turn, OUT_Q, NQ, i_b, i_slot, o_t, HALF, REST, BLOCK_HALF, BLOCK_REST)
-    elif i_slot < NQ + NK:
+    elif OUT_K is not None and i_slot < NQ + NK:
         k_states = _States(K, k_b, k_t, k_h, KEY_LOGITS, kl_b, kl_t, KEY_PAST, kp_b, kp_h, STARTS, s_b, SOURCES, r_b, T)
         k_turn = _Turn(K_WEIGHT, w_h, EPS, COS, SIN, c_b, c_t)
         _forward_head(k_states, k_turn, OUT_K, NK, i_b, i_slot - NQ, o_t, HALF, REST, BLOCK_HALF, BLOCK_REST)
-    elif VALUE_LOGITS is not None:
+    elif OUT_V is not None:
         v_states = _States(
             V, v_b, v_t, v_h, VALUE_LOGITS, vl_b, vl_t, VALUE_PAST, vp_b, vp_h, STARTS, s_b, SOURCES, r_b, T
         )
@@ -318,21 +318,21 @@ def prologue_backward_kernel(
     p_dw = DW
     if DW is not None:
         p_dw = DW + ((i_b * tl.cdiv(T, BLOCK_T) + i_block) * (NQ + NK) + i_slot) * (2 * HALF + REST)
-    if i_slot < NQ:
+    if DQ is not None and i_slot < NQ:
         q_states = _States(Q, q_b, q_t, q_h, None, 0, 0, None, 0, 0, None, 0, None, 0, T)
         q_turn = _Turn(Q_WEIGHT, w_h, EPS, COS, SIN, c_b, c_t)
         _backward_head(
             q_states, q_turn, D_OUT_Q, gq_b, gq_t, gq_h, DQ, None, p_dw, NQ, i_b, i_slot, o_t,
             HALF, REST, BLOCK_HALF, BLOCK_REST,
         )  # fmt: skip
-    elif i_slot < NQ + NK:
+    elif DK is not None and i_slot < NQ + NK:
         k_states = _States(K, k_b, k_t, k_h, KEY_LOGITS, kl_b, kl_t, KEY_PAST, kp_b, kp_h, STARTS, s_b, SOURCES, r_b, T)
         k_turn = _Turn(K_WEIGHT, w_h, EPS, COS, SIN, c_b, c_t)
         _backward_head(
             k_states, k_turn, D_OUT_K, gk_b, gk_t, gk_h, DK, D_KEY_LOGITS, p_dw, NK, i_b, i_slot - NQ, o_t,
             HALF, REST, BLOCK_HALF, BLOCK_REST,
         )  # fmt: skip
-    elif VALUE_LOGITS is not None:
+    elif DV is not None:
         v_states = _States(
             V, v_b, v_t, v_h, VALUE_LOGITS, vl_b, vl_t, VALUE_PAST, vp_b, vp_h, STARTS, s_b, SOURCES, r_b, T
         )

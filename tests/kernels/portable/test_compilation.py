@@ -272,6 +272,31 @@ def test_prologue_fits_and_compiles_once(dtype, head_dim, capability, tmp_path):
         assert used["STACK"] <= STACK, f"{kernel.metadata.name}: {used}"
 
 
+@pytest.mark.parametrize("rotated", [False, True])
+@pytest.mark.parametrize("norm", [False, True])
+@pytest.mark.parametrize("shifted", [(), ("key",), ("value",), ("key", "value")], ids=str)
+def test_prologue_compiles_for_what_a_model_has(shifted, norm, rotated):
+    """The interpreter never enters a branch for heads that are not there; the compiler does."""
+    if not (shifted or norm or rotated):
+        return
+    q, k, v = (torch.empty(2, 16, x, 32, dtype=torch.bfloat16, requires_grad=True) for x in (6, 3, 3))
+    logits, angles = torch.empty(2, 16, 3, dtype=torch.bfloat16), torch.empty(1, 16, 32, dtype=torch.bfloat16)
+    inputs = PrologueInputs(
+        q, k, v,
+        key_logits=logits if "key" in shifted else None,
+        value_logits=logits if "value" in shifted else None,
+        q_weight=torch.ones(32) if norm else None,
+        k_weight=torch.ones(32) if norm else None,
+        cos=angles if rotated else None,
+        sin=angles if rotated else None,
+    )  # fmt: skip
+    with compiling_only(90) as compiled:
+        out = attention_prologue(inputs, 1e-6)
+        assert out is not None
+        torch.autograd.grad(out, (q, k, v), [torch.empty_like(x) for x in out])
+    assert {kernel.metadata.name for kernel in compiled} == {"prologue_forward_kernel", "prologue_backward_kernel"}
+
+
 @pytest.mark.parametrize("capability", ARCHITECTURES)
 def test_gate_logits_fit_and_compile_once(capability, tmp_path):
     with compiling_only(capability) as compiled, torch.no_grad():

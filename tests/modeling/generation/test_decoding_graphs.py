@@ -12,7 +12,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
-from transformers import Cache, DynamicCache, StaticCache
+from transformers import Cache, CompileConfig, DynamicCache, StaticCache
 
 from foxlm import FoxForCausalLM, FoxPagedCache
 from foxlm.modeling import decoding_graphs
@@ -72,6 +72,19 @@ def test_the_configuration_turns_them_off(graphs: Any) -> None:
     model, ids = tiny_model(decoding_graphs=False), tokens(2, 7)
     assert torch.equal(generate(model, ids), plain(model, ids))
     assert graphs.captures == 0
+
+
+def test_nothing_is_captured_where_steps_are_compiled(graphs: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not even in a frame that the compiler leaves to Python, as it may any."""
+    model, ids = tiny_model(), tokens(2, 7)
+    monkeypatch.setattr(model, "get_compiled_call", lambda _: model.__call__)
+    compiles = CompileConfig()
+    compiles._compile_all_devices = True
+    how = {"cache_implementation": "static"}
+    assert torch.equal(generate(model, ids, compile_config=compiles, **how), plain(model, ids))
+    assert graphs.captures == 0
+    generate(model, ids, **how)
+    assert graphs.captures == 1
 
 
 @pytest.mark.parametrize("padding", [False, True])

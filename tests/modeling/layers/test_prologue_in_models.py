@@ -16,7 +16,7 @@ from models import ROPE, assert_close, tiny_model, tokens
 
 pytestmark = ON_KERNELS
 
-VARIANTS = ["pro", "shared-qk-norm", "partial-rope", "pro-no-qk-norm", "llama-value-shift", "olmo", "odd-head"]
+VARIANTS = ["pro", "shared-qk-norm", "partial-rope", "pro-no-qk-norm", "llama-value-shift", "odd-head"]
 LENGTH = 12
 CACHES: dict[str, Callable[[Any], Cache]] = {
     "dynamic": lambda config: DynamicCache(config=config),
