@@ -140,19 +140,24 @@ def hide_padding(decay: Decay, real: Tensor) -> Decay:
     """
     if real.shape[1] == 0:
         return decay
-    return skip_padding(hide_keys(decay, real), real)
+    return skip_keys(hide_keys(decay, real), first_visible(real, real.index_select(1, decay.last), decay.last))
 
 
-def skip_padding(decay: Decay, real: Tensor) -> Decay:
-    """`hide_padding` for a cache, whose kernels are given ``real`` and hide padding among its keys themselves.
+def first_visible(real_keys: Tensor, real: Tensor, last: Tensor) -> Tensor:
+    """First key that padding leaves to each query, ``[B, 1, Tq]`` int64; for padding itself the one after its own.
 
     Args:
-        decay: of ``Tq`` queries; its ``key`` is not read.
-        real: ``[B, any]`` bool, False for padding, of all tokens up to the last query at least.
+        real_keys: ``[B, any]`` bool, False for padding, of all tokens up to the last query at least.
+        real: ``[B, Tq]`` bool, the same of the queries.
+        last: ``[Tq]`` int64, own key of each query.
     """
-    # Left padding ends before the first visible key: kernels do not even visit it.
-    kv_start = torch.maximum(decay.kv_start, real.int().argmax(1)[:, None, None])
-    return mask_rows(decay._replace(kv_start=kv_start), real.index_select(1, decay.last))
+    # Left padding ends before the first real key: kernels do not even visit it.
+    return torch.where(real[:, None, :], real_keys.int().argmax(1)[:, None, None], last + 1)
+
+
+def skip_keys(decay: Decay, first: Tensor) -> Decay:
+    """``decay`` of queries that attend to no key before ``first``, ``[B, 1, Tq]`` int64."""
+    return decay._replace(kv_start=torch.maximum(decay.kv_start, first))
 
 
 def hide_keys(decay: Decay, real: Tensor) -> Decay:

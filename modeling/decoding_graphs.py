@@ -306,8 +306,11 @@ class DecodingGraphs:
         seen: shapes of which a step has run, so that its kernels are compiled and loaded.
     """
 
-    def __init__(self, model: Any, graphs: "weakref.WeakKeyDictionary[Cache, CacheGraphs]", seen: set[tuple]) -> None:
+    def __init__(
+        self, model: Any, graphs: "weakref.WeakKeyDictionary[Cache, CacheGraphs]", seen: set[tuple], own_masks: bool
+    ) -> None:
         self.device, self.longest, self.seen = model.device, 0, seen
+        self._own_masks, self._unpadded = own_masks, cast("Cache | None", None)
         self._model, self._graphs, self._in_step = model, graphs, False
         self._forward: Callable[..., Any] = model.forward
         self._taken: dict[int, bool] = {}
@@ -346,10 +349,22 @@ class DecodingGraphs:
             if graphs is not None:
                 graphs.give_back(cache)
             return None
+        if cache is self._unpadded:
+            options["attention_mask"] = None
         if graphs is None:
             graphs = self._graphs[cache] = CacheGraphs(self._model)
         self._forward = forward
         return graphs.step(self, cache, cast(Tensor, input_ids), **options)
+
+    def take_prompt(self, cache: Any, attention_mask: Any) -> None:
+        """Learn of the cache of the sequences to come whether a mask hides any of their tokens.
+
+        If it does not, no step reads one: what `generate` adds to it is not padding. Waits for the device, once.
+        """
+        if self._own_masks or not isinstance(cache, Cache):
+            return
+        if attention_mask is None or (isinstance(attention_mask, Tensor) and bool(attention_mask.all())):
+            self._unpadded = cache
 
     def forward(self, cache: Cache, **inputs: Any) -> Tensor:
         """The model's forward, which does not come back here; returns logits."""
@@ -405,8 +420,12 @@ def _fingerprint(model: Any) -> Any:
 
 
 @contextlib.contextmanager
-def decoding_graphs(model: Any) -> Iterator[None]:
-    """Within it, steps of ``model`` with a cache are captured and replayed, where they can be; `generate` enters it."""
+def decoding_graphs(model: Any, own_masks: bool = True) -> Iterator[None]:
+    """Within it, steps of ``model`` with a cache are captured and replayed, where they can be; `generate` enters it.
+
+    Args:
+        own_masks: whether padding masks may be any; else `DecodingGraphs.take_prompt` sees all padding that there is.
+    """
     if not model.config.decoding_graphs or not runs_decode_kernels(model):
         yield
         return
@@ -419,7 +438,7 @@ def decoding_graphs(model: Any) -> Iterator[None]:
     kept = _KEPT.get(model)
     if kept is None or fingerprint is None or kept.fingerprint != fingerprint:
         kept = _Kept(fingerprint, weakref.WeakKeyDictionary(), set())
-    run = DecodingGraphs(model, kept.graphs, kept.seen)
+    run = DecodingGraphs(model, kept.graphs, kept.seen, own_masks)
     token = _RUNNING.set(_RUNNING.get({}) | {id(model): run})
     try:
         yield

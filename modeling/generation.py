@@ -67,7 +67,7 @@ class FoxGenerationMixin(GenerationMixin):
         """
         if kwargs.get("cache_implementation") == "paged":
             self._refuse_continuous_batching()
-        with decoding_mode(cast(Any, self)), decoding_graphs(self):
+        with decoding_mode(cast(Any, self)), decoding_graphs(self, own_masks=kwargs.get("custom_generate") is not None):
             return super().generate(*args, **with_one_cache(kwargs))
 
     def _valid_auto_compile_criteria(self, model_kwargs, generation_config) -> bool:
@@ -140,10 +140,12 @@ class FoxGenerationMixin(GenerationMixin):
             # Room for later turns with this cache costs little.
             room = max(max_cache_length, generation_config.max_cache_len or 0, self.config.max_position_embeddings)
             model_kwargs[CACHE] = FoxPagedCache(self.config, room)
-            return
-        super()._prepare_cache_for_generation(
-            generation_config, model_kwargs, generation_mode, batch_size, max_cache_length
-        )
+        else:
+            super()._prepare_cache_for_generation(
+                generation_config, model_kwargs, generation_mode, batch_size, max_cache_length
+            )
+        if graphs is not None:
+            graphs.take_prompt(model_kwargs.get(CACHE), model_kwargs.get("attention_mask"))
 
     # Each entry point to continuous batching, which would otherwise fail inside transformers.
 

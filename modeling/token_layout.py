@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from transformers.cache_utils import Cache
 from transformers.utils.import_utils import is_torchdynamo_compiling
 
-from ..kernels.decay import running_max, sequence_starts
+from ..kernels.decay import first_visible, running_max, sequence_starts
 from ..kernels.tiles import PRUNED_KEYS
 from ..kernels.validation import bool_mask, check_cu_seqlens, check_tensor
 from .versions import CACHE
@@ -30,6 +30,7 @@ class TokenLayout(NamedTuple):
         starts: ``[B, T]`` bool, True where a packed sequence begins; None without packing.
         slots: ``[1 + T]`` int64 index modulo 64 of the token before and of each: slots in a page of the cache.
         last_real: ``[B, 1 + T]`` int64, see `last_real_tokens`; None without padding.
+        first_visible: ``[B, 1, T]`` int64, see `first_visible`; None without padding.
         shards: with context parallelism, which rank has which tokens; all of the above is then of this rank's tokens.
         real_of_all_ranks: ``[B, tokens of all ranks]`` bool as `real`.
     """
@@ -40,6 +41,7 @@ class TokenLayout(NamedTuple):
     starts: Tensor | None
     slots: Tensor
     last_real: Tensor | None = None
+    first_visible: Tensor | None = None
     shards: "ShardedSequence | None" = None
     real_of_all_ranks: Tensor | None = None
 
@@ -51,7 +53,7 @@ class TokenLayout(NamedTuple):
         """The layout of this rank's tokens."""
         real, starts = (None if x is None else shards.take(x) for x in (self.real, self.starts))
         positions = shards.take(self.positions, dim=0)
-        return TokenLayout(positions, real, real, starts, self.slots, None, shards, self.real)
+        return TokenLayout(positions, real, real, starts, self.slots, shards=shards, real_of_all_ranks=self.real)
 
 
 def token_layout(
@@ -119,8 +121,10 @@ def token_layout(
         starts = sequence_starts(queries, length).to(device)
     elif position_ids is not None and fresh:
         starts = _restarts(position_ids.to(device).expand(batch, -1), real, jumps=attention_mask is None)
-    last_real = None if real is None else last_real_tokens(real)
-    return TokenLayout(positions, real, real_keys, starts, indices.remainder(PRUNED_KEYS), last_real)
+    layout = TokenLayout(positions, real, real_keys, starts, indices.remainder(PRUNED_KEYS))
+    if real is None or real_keys is None:
+        return layout
+    return layout._replace(last_real=last_real_tokens(real), first_visible=first_visible(real_keys, real, positions))
 
 
 def last_real_tokens(real: Tensor) -> Tensor:

@@ -17,8 +17,10 @@ from .gate_logits import gate_logits as gate_logits_in_pytorch
 # Tokens of a program, values of each that are multiplied at once, and those that are added up on their own: one sum
 # after the other over all values would be twice as far from exact as torch's.
 _GATE_TOKENS, _GATE_VALUES, _GATE_SUM = 32, 32, 64
-# Below, a program's walk along a token takes longer than two launches; above, there are too many columns.
-_LEAST_TOKENS, _MOST_GATES = 64, 64
+# With fewer tokens each gate of each has a program of its own; above so many gates, there are too many columns.
+_MANY_TOKENS, _MOST_GATES = 64, 64
+# Values that such a program multiplies at once.
+_ROW_VALUES = 1024
 
 
 @launched
@@ -47,10 +49,23 @@ def _gate_logits_kernel(
     tl.store(OUT + o_n[:, None].to(tl.int64) * HF + o_h[None, :], acc, mask=m_n[:, None] & m_h[None, :])
 
 
+@triton.jit
+def _gate_logit_kernel(X, x_n, WEIGHT, BIAS, OUT, HIDDEN, BLOCK_K: tl.constexpr):
+    """As `_gate_logits_kernel`, one value: a decoding step has few, and waits for each launch."""
+    i_n, i_h, gates = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.num_programs(1)
+    acc = tl.zeros([BLOCK_K], tl.float32)
+    for begin in range(0, HIDDEN, BLOCK_K):
+        o_k = begin + tl.arange(0, BLOCK_K)
+        m_k = o_k < HIDDEN
+        b_x = tl.load(X + i_n * x_n + o_k, mask=m_k, other=0.0).to(tl.float32)
+        acc += b_x * tl.load(WEIGHT + i_h * HIDDEN + o_k, mask=m_k, other=0.0)
+    tl.store(OUT + i_n * gates + i_h, tl.sum(acc, 0) + tl.load(BIAS + i_h))
+
+
 def gate_logits(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    """As `gate_logits.gate_logits`, which itself runs for gradients, few tokens and other dtypes."""
+    """As `gate_logits.gate_logits`, which itself runs for gradients and other dtypes."""
     tokens, (gates, hidden) = x.shape[:-1].numel(), weight.shape
-    fits = tokens >= _LEAST_TOKENS and gates <= _MOST_GATES and x.dtype in (torch.float16, torch.bfloat16)
+    fits = tokens > 0 and gates <= _MOST_GATES and x.dtype in (torch.float16, torch.bfloat16)
     fits &= weight.dtype == bias.dtype == torch.float32 and weight.is_contiguous() and not torch.is_grad_enabled()
     if not fits or not may_launch(x, weight, bias) or not weight.device == bias.device == x.device:
         return gate_logits_in_pytorch(x, weight, bias)
@@ -58,6 +73,16 @@ def gate_logits(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     rows = rows if rows.stride(1) == 1 else rows.contiguous()
     out = torch.empty(*x.shape[:-1], gates, dtype=torch.float32, device=x.device)
     with torch.cuda.device_of(x):
+        if tokens < _MANY_TOKENS:
+            _gate_logit_kernel[(tokens, gates)](
+                X=rows, x_n=rows.stride(0),
+                WEIGHT=weight,
+                BIAS=bias,
+                OUT=out,
+                HIDDEN=hidden,
+                BLOCK_K=_ROW_VALUES,
+            )  # fmt: skip
+            return out
         _gate_logits_kernel[(cdiv(tokens, _GATE_TOKENS),)](
             X=rows, x_n=rows.stride(0),
             WEIGHT=weight,

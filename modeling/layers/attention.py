@@ -18,7 +18,7 @@ from transformers.cache_utils import Cache
 from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs
 
-from ...kernels.decay import Decay, accumulate, hide_padding, skip_padding
+from ...kernels.decay import Decay, accumulate, hide_keys, skip_keys
 from ...kernels.elementwise.gated_norm import ACTIVATIONS
 from ...kernels.pruning.rules import PruningRule
 from ..arguments import DECODER_ARGUMENTS, refuse_unknown
@@ -380,10 +380,13 @@ def _without_padding(decay: Decay, view: CacheView | None, layout: TokenLayout) 
     real = layout.real_keys
     if real is None:
         return decay, None
-    if view is not None:
-        return skip_padding(decay, real), real
     if layout.shards is not None:
         return layout.shards.hide_padding(decay, real), real
+    assert layout.first_visible is not None, "there is padding"
+    decay = skip_keys(decay, layout.first_visible)
+    if view is not None:
+        # Decode kernels hide padding among the keys themselves.
+        return decay, real
     # The mask may be as long as a static cache: cut it to the keys so far.
     real = real[:, : decay.key.shape[-1]]
-    return hide_padding(decay, real), real
+    return hide_keys(decay, real), real

@@ -13,7 +13,9 @@ DTYPES = [torch.float16] if INTERPRETED else [torch.float16, torch.bfloat16]
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize(("tokens", "gates", "hidden"), [(70, 3, 96), (64, 16, 128), (101, 33, 200)])
+@pytest.mark.parametrize(
+    ("tokens", "gates", "hidden"), [(70, 3, 96), (64, 16, 128), (101, 33, 200), (1, 5, 40), (17, 24, 1100)]
+)
 def test_logits(tokens, gates, hidden, dtype, monkeypatch):
     # A view of something larger, whose rows are not contiguous.
     x = torch.randn(2, tokens, hidden + 5).to(DEVICE, dtype)[..., 3:-2]
@@ -29,10 +31,10 @@ def test_logits(tokens, gates, hidden, dtype, monkeypatch):
     assert error <= 2.0 * max(of_torch, 1e-7 * exact.norm().item())
 
 
-@pytest.mark.parametrize("case", ["gradients", "few tokens", "float32", "16-bit weights", "too many gates"])
+@pytest.mark.parametrize("case", ["gradients", "no tokens", "float32", "16-bit weights", "too many gates"])
 def test_what_is_left_to_torch(case):
     x = torch.randn(
-        1, 3 if case == "few tokens" else 70, 32, dtype=torch.float32 if case == "float32" else torch.float16
+        1, 0 if case == "no tokens" else 70, 32, dtype=torch.float32 if case == "float32" else torch.float16
     )
     weight = torch.randn(65 if case == "too many gates" else 2, 32)
     weight = weight.half() if case == "16-bit weights" else weight

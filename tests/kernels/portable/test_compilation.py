@@ -300,15 +300,18 @@ def test_prologue_compiles_for_what_a_model_has(shifted, norm, rotated):
 @pytest.mark.parametrize("capability", ARCHITECTURES)
 def test_gate_logits_fit_and_compile_once(capability, tmp_path):
     with compiling_only(capability) as compiled, torch.no_grad():
-        for tokens in (64, 300, 4097):
+        for tokens in (1, 8, 64, 300, 4097):
             gate_logits(torch.empty(1, tokens, 1536, dtype=torch.bfloat16), torch.empty(24, 1536), torch.empty(24))
-    (kernel,) = {kernel.hash: kernel for kernel in compiled}.values()
-    assert kernel.metadata.target.arch == capability
-    used = resources(kernel, tmp_path)
-    assert used["REG"] * 32 * kernel.metadata.num_warps <= REGISTERS
-    assert used["STACK"] == 0
-    # Products are those of float32.
-    assert "mma" not in kernel.asm["ptx"]
+    kernels = {kernel.hash: kernel for kernel in compiled}.values()
+    # One for few tokens, one for many.
+    assert len(kernels) == 2
+    for kernel in kernels:
+        assert kernel.metadata.target.arch == capability
+        used = resources(kernel, tmp_path)
+        assert used["REG"] * 32 * kernel.metadata.num_warps <= REGISTERS
+        assert used["STACK"] == 0
+        # Products are those of float32.
+        assert "mma" not in kernel.asm["ptx"]
 
 
 def test_dropout_and_packing_compile(monkeypatch):

@@ -315,3 +315,46 @@ def test_whatever_changes_between_calls_is_seen(calls: list[tuple]) -> None:
                 how["cache"] = kept.setdefault(key, make(model.config)) if "kept" in kind else make(model.config)
                 how["cache"].reset()
             assert torch.equal(generate(model, ids, **how), expected), (change, kind)
+
+
+@pytest.mark.parametrize("cache", ["dynamic", "static"])
+def test_steps_read_no_mask_where_nothing_is_padding(cache: str, graphs: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, ids = tiny_model(), tokens(2, 9)
+    read: list[bool] = []
+    take_step = decoding_graphs.CacheGraphs.step
+
+    def seen(self: Any, run: Any, cache: Cache, ids: Tensor, **options: Any) -> Tensor | None:
+        if ids.shape[1] == 1:
+            read.append(options["attention_mask"] is not None)
+        return take_step(self, run, cache, ids, **options)
+
+    monkeypatch.setattr(decoding_graphs.CacheGraphs, "step", seen)
+    mask = torch.ones_like(ids)
+    for hidden in (0, 3):
+        mask[0, :hidden] = 0
+        for chunk in (None, 4):
+            read.clear()
+            how = {"attention_mask": mask, "prefill_chunk_size": chunk, "cache": CACHES[cache](model.config)}
+            assert torch.equal(generate(model, ids, **how), plain(model, ids, attention_mask=mask))
+            assert len(read) >= NEW - 1 and set(read) == {hidden > 0}
+
+
+def test_a_loop_of_the_caller_may_hide_any_token(graphs: Any) -> None:
+    model, ids = tiny_model(), tokens(1, 9)
+    held = DynamicCache(config=model.config)
+
+    def loop(model: Any, input_ids: Tensor, **_: Any) -> Tensor:
+        """Each token sees every other one before."""
+        for _ in range(NEW):
+            mask = torch.ones_like(input_ids)
+            mask[:, 1:-1:2] = 0
+            new = input_ids if held.get_seq_length() == 0 else input_ids[:, -1:]
+            logits = model(new, cache=held, attention_mask=mask).logits
+            input_ids = torch.cat([input_ids, logits[:, -1:].argmax(-1)], 1)
+        return input_ids
+
+    found = generate(model, ids, custom_generate=loop, cache=held)
+    held = DynamicCache(config=model.config)
+    with torch.no_grad():
+        assert torch.equal(found, loop(model, ids))
+    assert graphs.captures > 0
