@@ -334,7 +334,8 @@ def test_steps_read_no_mask_where_nothing_is_padding(cache: str, graphs: Any, mo
         mask[0, :hidden] = 0
         for chunk in (None, 4):
             read.clear()
-            how = {"attention_mask": mask, "prefill_chunk_size": chunk, "cache": CACHES[cache](model.config)}
+            held = CACHES[cache](model.config)
+            how: dict[str, Any] = {"attention_mask": mask, "prefill_chunk_size": chunk, "cache": held}
             assert torch.equal(generate(model, ids, **how), plain(model, ids, attention_mask=mask))
             assert len(read) >= NEW - 1 and set(read) == {hidden > 0}
 
@@ -343,8 +344,8 @@ def test_a_loop_of_the_caller_may_hide_any_token(graphs: Any) -> None:
     model, ids = tiny_model(), tokens(1, 9)
     held = DynamicCache(config=model.config)
 
-    def loop(model: Any, input_ids: Tensor, **_: Any) -> Tensor:
-        """Each token sees every other one before."""
+    def loop(model: Any, input_ids: Tensor, **rest: Any) -> Tensor:
+        """Tokens see every other one before."""
         for _ in range(NEW):
             mask = torch.ones_like(input_ids)
             mask[:, 1:-1:2] = 0
