@@ -13,6 +13,8 @@ from .validation import ONLY_REVERSE_MODE, is_transformed
 # Two copies of this code can live in one process under different package names: each names its operators after its
 # own, because registering a name twice replaces the first silently. Such a name may hold ASCII only.
 NAMESPACE = re.sub(r"\W", "_", __package__ or "foxlm_kernels", flags=re.ASCII)
+# Types of tensors that hide nothing.
+_PLAIN = frozenset((Tensor, nn.Parameter))
 
 
 def maybe_contiguous(x: Tensor) -> Tensor:
@@ -30,7 +32,7 @@ def may_launch(*inputs: Tensor) -> bool:
     tensor class has to see what happens to them."""
     if torch.compiler.is_compiling() or torch.jit.is_tracing():
         return False
-    return all(type(x) in (Tensor, nn.Parameter) and not is_transformed(x) for x in inputs)
+    return _PLAIN.issuperset(map(type, inputs)) and not is_transformed(*inputs)
 
 
 def nothing_sees(*inputs: Tensor) -> bool:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from .decay import Decay
-from .devices import capability_of
+from .devices import capability_of, on_device_of
 from .operators import NAMESPACE, maybe_contiguous, nothing_sees, refuse_second_derivative
 from .portable.backward import backward
 from .portable.forward import forward
@@ -101,7 +101,7 @@ def _launch_forward(
         return torch.empty_like(q, memory_format=torch.contiguous_format), _empty_lse(q)
     q, k, v = (maybe_contiguous(x) for x in (q, k, v))
     decay = _contiguous_rows(decay)
-    with torch.cuda.device_of(q):
+    with on_device_of(q):
         if HAS_GLUON and hopper_forward_takes(q, k, v, dropout):
             return hopper_forward(q, k, v, decay, scale)
         return forward(q, k, v, decay, scale, dropout, seed, _tiles(q).forward)
@@ -168,7 +168,7 @@ def _launch_backward(
     gates = decay.query.shape[1]
     d_out, d_lse, q, k, v = (maybe_contiguous(x) for x in (d_out, d_lse, q, k, v))
     decay = _contiguous_rows(decay)
-    with torch.cuda.device_of(q):
+    with on_device_of(q):
         if HAS_GLUON and hopper_forward_takes(q, k, v, dropout) and hopper_backward_takes(q, k):
             dq, dk, dv, dc_q, dc_k = hopper_backward(d_out, d_lse, q, k, v, decay, out, lse, scale)
         else:

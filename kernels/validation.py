@@ -8,6 +8,7 @@ from numbers import Real
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 ONLY_REVERSE_MODE = (
     "forgetting attention is differentiable once, in reverse mode by torch.autograd, and takes no part in torch.func's "
@@ -58,17 +59,20 @@ def check_inputs(q: Tensor, k: Tensor, v: Tensor, log_f: Tensor) -> None:
         )
 
 
-def is_transformed(x: Tensor) -> bool:
-    """Whether ``x`` carries a tangent of forward mode, which operators without a rule drop without a word, or is what a
-    transform of torch.func makes of a tensor."""
+def is_transformed(*inputs: Tensor) -> bool:
+    """Whether one of them carries a tangent of forward mode, which operators without a rule drop without a word, or is
+    what a transform of torch.func makes of a tensor."""
     if torch.compiler.is_compiling():
         return False
-    return torch.func.debug_unwrap(x) is not x or torch.autograd.forward_ad.unpack_dual(x).tangent is not None
+    # All layers ask, hundreds of times a pass: so by torch.func's own check, and of tangents where there can be any.
+    if any(map(torch._C._functorch.is_functorch_wrapped_tensor, inputs)):
+        return True
+    return forward_ad._current_level >= 0 and any(forward_ad.unpack_dual(x).tangent is not None for x in inputs)
 
 
 def refuse_transforms(*inputs: Tensor | None) -> None:
     """Raise `NotImplementedError` if an input `is_transformed`."""
-    if any(x is not None and is_transformed(x) for x in inputs):
+    if is_transformed(*(x for x in inputs if x is not None)):
         raise NotImplementedError(ONLY_REVERSE_MODE)
 
 

@@ -9,6 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..devices import on_device_of
 from ..launch import launched
 from ..pruning.rules import PruningRule
 from ..pruning.search import Blocks, Queries, decay_by_blocks, join_largest, norms, search
@@ -52,7 +53,7 @@ def find_needs(kv_start: Tensor, kv_heads: int, shards: Shards) -> tuple[Tensor,
     own = len(shards.segments)
     least = torch.empty(shards.split.most_segments, batch, kv_heads, dtype=torch.int64, device=kv_start.device)
     crossing = torch.empty(own, batch, kv_heads, dtype=torch.int64, device=kv_start.device)
-    with torch.cuda.device_of(kv_start):
+    with on_device_of(kv_start):
         _needs_kernel[(own, batch * kv_heads)](
             KV_START=kv_start, s_b=kv_start.stride(0), s_h=kv_start.stride(1),
             SEGMENTS=shards.tables(kv_start.device).segments,
@@ -137,7 +138,7 @@ def carry_gates(c: Tensor, kv_start: Tensor, shards: Shards) -> tuple[Tensor, Te
     heads, own = batch * gates, len(shards.segments)
     tables, split = shards.tables(c.device), shards.split
     ends = torch.empty(split.most_segments, 2, heads, dtype=torch.float64, device=c.device)
-    with torch.cuda.device_of(c):
+    with on_device_of(c):
         _ends_kernel[(own, triton.cdiv(heads, _BLOCK))](
             C=c, KV_START=kv_start, SEGMENTS=tables.segments, ENDS=ends, HEADS=heads, T=tokens, BLOCK=_BLOCK
         )
@@ -206,7 +207,7 @@ def window_kv_start(
     chosen = all_heads if heads is None else len(heads)
     kv_heads = all_heads if crossing is None else crossing.shape[1]
     out = torch.empty(batch, chosen, length, dtype=torch.int64, device=kv_start.device)
-    with torch.cuda.device_of(kv_start):
+    with on_device_of(kv_start):
         _window_kernel[(batch * chosen, triton.cdiv(length, _BLOCK))](
             KV_START=kv_start, s_b=kv_start.stride(0), s_h=kv_start.stride(1),
             HEADS=heads,
@@ -319,7 +320,7 @@ def copy_rows(source: Rows, target: Rows, runs: Runs, *, add: bool = False, back
     head_dim, gates = source.k.shape[-1], source.c.shape[-1]
     grid = (len(runs.table), triton.cdiv(int(runs.table[:, 6].max()), _COPIED_ROWS))
     (sk, sv, sc), (tk, tv, tc) = source, target
-    with torch.cuda.device_of(source.k):
+    with on_device_of(source.k):
         _copy_kernel[grid](
             RUNS=runs.device,
             SK=sk, sk_b=sk.stride(0), sk_t=sk.stride(1), sk_h=sk.stride(2),

@@ -9,6 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..devices import on_device_of
 from ..launch import launched
 from ..operators import may_launch
 from ..tiles import cdiv, next_power_of_2
@@ -49,6 +50,7 @@ def _gate_logits_kernel(
     tl.store(OUT + o_n[:, None].to(tl.int64) * HF + o_h[None, :], acc, mask=m_n[:, None] & m_h[None, :])
 
 
+@launched
 @triton.jit
 def _gate_logit_kernel(X, x_n, WEIGHT, BIAS, OUT, HIDDEN, BLOCK_K: tl.constexpr):
     """As `_gate_logits_kernel`, one value: a decoding step has few, and waits for each launch."""
@@ -72,7 +74,7 @@ def gate_logits(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     rows = x.reshape(tokens, hidden)
     rows = rows if rows.stride(1) == 1 else rows.contiguous()
     out = torch.empty(*x.shape[:-1], gates, dtype=torch.float32, device=x.device)
-    with torch.cuda.device_of(x):
+    with on_device_of(x):
         if tokens < _MANY_TOKENS:
             _gate_logit_kernel[(tokens, gates)](
                 X=rows, x_n=rows.stride(0),

@@ -18,6 +18,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..devices import on_device_of
 from ..launch import launched
 from ..operators import gradients_by_torch, may_launch
 from ..tiles import cdiv
@@ -193,7 +194,7 @@ def _norm_forward(x: Tensor, weight: Tensor, gate: Tensor | None, eps: float, ac
     if x.numel() == 0:
         return out
     tokens, heads, block_n, arguments = _norm_arguments(x, weight, gate, eps, activation)
-    with torch.cuda.device_of(x):
+    with on_device_of(x):
         _gated_norm_kernel[(cdiv(tokens, block_n) * heads,)](**arguments, OUT=out)
     return out
 
@@ -210,7 +211,7 @@ def _norm_backward(
     rows = cdiv(blocks, min(blocks, cdiv(_PROGRAMS, heads))) * block_n
     parts = cdiv(tokens, rows)
     d_weight = torch.empty(parts, weight.numel(), dtype=torch.float32, device=x.device)
-    with torch.cuda.device_of(x):
+    with on_device_of(x):
         _gated_norm_backward_kernel[(parts * heads,)](
             **arguments, D_OUT=d_out.contiguous(), DX=dx, D_GATE=d_gate, D_WEIGHT=d_weight, ROWS=rows
         )

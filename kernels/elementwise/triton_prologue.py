@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..devices import on_device_of
 from ..operators import may_launch, maybe_contiguous, refuse_second_derivative
 from ..tiles import LARGEST_HEAD_DIM, cdiv, next_power_of_2
 from .prologue import PrologueInputs
@@ -97,7 +98,7 @@ def _prologue_forward(inputs: PrologueInputs, eps: float) -> tuple[Tensor | None
     q, k, v = (None if heads == 0 else x for x, heads in zip(inputs[:3], _slots(inputs), strict=True))
     out = [None if x is None else torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v)]
     arguments, grid = _prologue_arguments(inputs, eps)
-    with torch.cuda.device_of(inputs.q):
+    with on_device_of(inputs.q):
         prologue_forward_kernel[grid](**arguments, OUT_Q=out[0], OUT_K=out[1], OUT_V=out[2])
     return tuple(out)
 
@@ -123,7 +124,7 @@ def _prologue_backward(
         for axis, stride in zip("bth", (0, 0, 0) if grad is None else grad.stride(), strict=False):
             arguments[f"g{letter}_{axis}"] = stride
     names = ("DQ", "DK", "DV", "D_KEY_LOGITS", "D_VALUE_LOGITS")
-    with torch.cuda.device_of(inputs.q):
+    with on_device_of(inputs.q):
         prologue_backward_kernel[grid](**arguments, **dict(zip(names, made, strict=True)), DW=dw)
     # What was not touched has the gradient that came.
     made[:3] = [grad if x is None else x for x, grad in zip(made[:3], grads, strict=True)]

@@ -14,6 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..devices import on_device_of
 from ..launch import launched
 from ..operators import gradients_by_torch, may_launch, maybe_contiguous
 from ..tiles import cdiv
@@ -96,7 +97,7 @@ def _silu_forward(gate: Tensor, up: Tensor) -> Tensor:
     out = torch.empty_like(gate, memory_format=torch.contiguous_format)
     if gate.numel() > 0:
         grid, arguments = _silu_arguments(gate, up)
-        with torch.cuda.device_of(gate):
+        with on_device_of(gate):
             _silu_product_kernel[grid](**arguments, OUT=out)
     return out
 
@@ -105,6 +106,6 @@ def _silu_backward(d_out: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Ten
     d_gate, d_up = (torch.empty_like(gate, memory_format=torch.contiguous_format) for _ in range(2))
     if gate.numel() > 0:
         grid, arguments = _silu_arguments(gate, up)
-        with torch.cuda.device_of(gate):
+        with on_device_of(gate):
             _silu_product_backward_kernel[grid](**arguments, D_OUT=d_out.contiguous(), D_GATE=d_gate, D_UP=d_up)
     return d_gate, d_up

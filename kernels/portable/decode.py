@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ..decay import Decay
+from ..devices import on_device_of
 from ..operators import NAMESPACE, maybe_contiguous, nothing_sees
 from ..pruning.key_stats import KeySummary
 from ..pruning.rounding import log_allowed
@@ -138,7 +139,7 @@ def _launch(
     if c is not None and log_decays is not None and largest is not None:
         summary = KeySummary(c, log_decays, largest)
     pruning = DecodePruning(rule, log_eps, bound, bounds, summary)
-    with torch.cuda.device_of(q):
+    with on_device_of(q):
         ranges = search_blocks(inputs, pruning, scale)
         attend_blocks(inputs, ranges, out, lse, scale, choose_decode_tile(inputs.rows, q.shape[3]))
     return out, lse

@@ -14,6 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..decay import LOG_ZERO_GATE
+from ..devices import on_device_of
 from ..launch import launched
 from ..operators import maybe_contiguous
 from ..pruning.key_stats import KeySummary, Running
@@ -307,7 +308,7 @@ def append_tokens(
     c_new = torch.empty(batch, gates, tokens, dtype=torch.float64, device=k.device)
     first_new = torch.empty(batch, gates, tokens, dtype=torch.int64, device=k.device)
     room = keys.shape[2] if pages is None else pages.shape[2] * PRUNED_KEYS
-    with torch.cuda.device_of(k):
+    with on_device_of(k):
         _decode_append_kernel[(kv_heads + gates, batch)](
             K=k, k_b=k.stride(0), k_t=k.stride(2), k_h=k.stride(1),
             V=v, v_b=v.stride(0), v_t=v.stride(2), v_h=v.stride(1),

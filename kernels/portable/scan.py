@@ -16,6 +16,7 @@ from torch import Tensor
 
 from ..decay import LOG_ZERO_GATE
 from ..decay import sum_gates as sum_gates_in_pytorch
+from ..devices import on_device_of
 from ..operators import NAMESPACE, may_launch
 from ..tiles import cdiv
 from ..triton_common import kernel, larger
@@ -197,7 +198,7 @@ def _launch_sums(log_f: Tensor, starts: Tensor | None, log_zero: float, no_reset
         HAS_STARTS=marks is not None,
         BLOCK_T=_CHUNK,
     )  # fmt: skip
-    with torch.cuda.device_of(log_f):
+    with on_device_of(log_f):
         _gate_totals_kernel[grid](**arguments)
         _gate_scan_kernel[grid](**arguments, C=c, KV_START=kv_start, NO_RESET=no_reset)
     return c, kv_start
@@ -231,7 +232,7 @@ def _launch_gradients(dc: Tensor, log_f: Tensor, log_zero: float) -> Tensor:
         NC=chunks,
         BLOCK_T=_CHUNK,
     )  # fmt: skip
-    with torch.cuda.device_of(log_f):
+    with on_device_of(log_f):
         _gradient_totals_kernel[grid](**arguments)
         _gradient_scan_kernel[grid](
             **arguments,

@@ -13,6 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..decay import Decay
+from ..devices import on_device_of
 from ..operators import NAMESPACE, maybe_contiguous, nothing_sees
 from ..tiles import PRUNED_KEYS, PRUNED_QUERIES, padded_head_dim
 from ..triton_common import INF, INT32_MAX, kernel, larger, load_rows
@@ -205,7 +206,7 @@ def _search(
     logit_bound: Tensor | None,
 ) -> Tensor:
     q, k, c_q, c_k, kv_start = (maybe_contiguous(x) for x in (q, k, c_q, c_k, kv_start))
-    with torch.cuda.device_of(q):
+    with on_device_of(q):
         return _launch(Decay(c_q, c_k, kv_start, last), q, k, eps, PruningRule(rule), scale, logit_bound)
 
 
