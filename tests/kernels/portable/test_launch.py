@@ -1,5 +1,7 @@
 """A kernel launched before is launched past Triton's own code: the same compilation with the same arguments."""
 
+import re
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -168,6 +170,14 @@ def test_tensor_descriptors():
 )
 def test_a_key_without_a_part_of_a_descriptor_is_found_out(part, other, monkeypatch):
     find_out(part, [describe(), other], _described, monkeypatch)
+
+
+def test_every_kernel_that_the_host_launches_remembers():
+    source = "".join(path.read_text(encoding="utf-8") for path in (Path(__file__).parents[3] / "kernels").rglob("*.py"))
+    remembers = set(re.findall(r"(?:@launched\n@.*\n|@kernel\n|@decode_kernel\n)def (\w+)", source))
+    launched = set(re.findall(r"(\w+_kernel)\[", source))
+    assert len(launched) > 30
+    assert launched <= remembers
 
 
 def add_hook(knob: str) -> Any:
