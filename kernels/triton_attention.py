@@ -200,6 +200,8 @@ class _Attention(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, q, k, v, c_q, c_k, kv_start, last, scale, dropout, seed):
+        # The log-sum-exp seldom has a gradient.
+        ctx.set_materialize_grads(False)
         out, lse = _launch_forward(q, k, v, Decay(c_q, c_k, kv_start, last), scale, dropout, seed)
         _save_for_backward(ctx, (q, k, v, c_q, c_k, kv_start, last, scale, dropout, seed), (out, lse))
         return out, lse
@@ -207,6 +209,12 @@ class _Attention(torch.autograd.Function):
     @staticmethod
     def backward(ctx, d_out, d_lse):
         q, k, v, c_q, c_k, kv_start, last, out, lse, seed = ctx.saved_tensors
+        d_out = torch.zeros_like(out) if d_out is None else d_out
+        if d_lse is None and not torch.is_grad_enabled():
+            decay = Decay(c_q, c_k, kv_start, last)
+            grads = backward_pass(d_out, q, k, v, decay, out, lse, ctx.scale, ctx.dropout, seed)
+            return *grads, None, None, None, None, None
+        d_lse = torch.zeros_like(lse) if d_lse is None else d_lse
         # The operator refuses what would differentiate its result.
         backward = _backward if torch.is_grad_enabled() else _backward_of_rows
         grads = backward(d_out, d_lse, q, k, v, c_q, c_k, kv_start, last, out, lse, ctx.scale, ctx.dropout, seed)

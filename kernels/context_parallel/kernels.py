@@ -12,8 +12,9 @@ from torch import Tensor
 from ..devices import on_device_of
 from ..launch import launched
 from ..pruning.rules import PruningRule
-from ..pruning.search import Blocks, Queries, decay_by_blocks, join_largest, norms, search
-from ..pruning.search import join_blocks as join_decay_blocks
+from ..pruning.search import Blocks, Queries, search
+from ..pruning.search import join_blocks as join_in_place
+from ..pruning.search import summarize as summarize_blocks
 from ..tiles import PRUNED_KEYS
 from .pruning import KeyBlocks, SearchedRows
 from .pruning import Rows as QueryRows
@@ -346,15 +347,15 @@ def summarize(q: Tensor, k: Tensor, c_k: Tensor, scale: float, shards: Shards) -
     kv_heads, blocks = k.shape[2], -(-tokens // PRUNED_KEYS)
     packed = torch.empty(batch * (2 * gates + kv_heads), blocks, dtype=torch.float64, device=q.device)
     decays, largest = packed.split([2 * batch * gates, batch * kv_heads])
-    decay_by_blocks(c_k, out=decays.view(2, batch, gates, blocks))
-    norm, diagonal, _ = norms(q, k, shards.tables(q.device).tokens, scale, out=largest)
+    end, log_sum = decays.view(2, batch, gates, blocks).unbind()
+    out = Blocks(end, log_sum, largest)
+    norm, diagonal, _ = summarize_blocks(q, k, c_k, shards.tables(q.device).tokens, scale, out)
     return QueryRows(norm, diagonal), packed
 
 
 def join_blocks(blocks: KeyBlocks) -> KeyBlocks:
     """As `pruning.join_blocks`, in place, for `search_blocks`."""
-    join_decay_blocks(blocks.end, blocks.log_sum)
-    join_largest(blocks.largest)
+    join_in_place(Blocks(*blocks))
     return blocks
 
 

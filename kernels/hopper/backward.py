@@ -37,11 +37,11 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from ..decay import Decay
 from ..devices import multiprocessors_of
-from ..portable.block_ranges import heaviest_first, kv_start_ranges, query_ranges
+from ..portable.block_ranges import describe_blocks, query_ranges
 from ..tiles import Tile, cdiv
 from .backward_d64 import hopper_backward_d64_kernel
 from .backward_d128 import hopper_backward_d128_kernel
-from .backward_rows import finish_queries, finite_sums, prepare_rows
+from .backward_rows import finish_queries, prepare_rows
 from .tma import describe_by_token, for_tma
 
 # Queries of a tile and keys of a work tile. The kernels have them built in.
@@ -83,12 +83,10 @@ def hopper_backward(
     is_d128 = head_dim == 128
     d_out, q, k, v = (for_tma(x) for x in (d_out, q, k, v))
     blocks, key_blocks = cdiv(queries, _TILE_QUERIES), cdiv(keys, _TILE_KEYS)
-    least, greatest = kv_start_ranges(decay.kv_start, decay.last, heads, _TILE_QUERIES)
-    order = heaviest_first(least.view(batch * kv_heads, -1)).int()
+    described = describe_blocks(decay, heads, _TILE_QUERIES, _TILE_KEYS if is_d128 else _TILE_KEYS // 2)
     # Of its attributes only the sizes are looked at.
     tile = Tile(_TILE_QUERIES, _TILE_KEYS, warps=8, stages=3)
-    m_end, _ = query_ranges(least, greatest, decay.last, keys, tile)
-    finite = finite_sums(decay.key, _TILE_KEYS)
+    m_end, _, order = query_ranges(described.least, described.greatest, decay.last, keys, kv_heads, tile)
     rows, sums, row_sums = prepare_rows(d_out, d_lse, k, v, decay, out, lse, _TILE_QUERIES)
     if is_d128:
         sums = sums.view(torch.int64)
@@ -99,10 +97,9 @@ def hopper_backward(
         q_desc=describe_by_token(q, _TILE_QUERIES),
         do_desc=describe_by_token(d_out, _TILE_QUERIES),
         row_desc=TensorDescriptor(rows, row_shape, [row_shape[1], 1], row_block, _ROW_LAYOUT),
-        C_FINITE=finite,
+        BASE=described.base,
         C_K=decay.key.contiguous(),
-        # The kernels count rows.
-        M_END=m_end * _TILE_QUERIES,
+        M_END=m_end,
         HEAD_ORDER=order,
         DQ=sums,
         ROW_SUMS=row_sums,
@@ -136,8 +133,7 @@ def hopper_backward(
             k_desc=describe_by_token(k, _TILE_KEYS // 2),
             v_desc=describe_by_token(v, _TILE_KEYS // 2),
             ROWS=rows,
-            # A new counter each time: for CUDA graphs, for several streams, and after a launch that was cut short.
-            WORK_COUNTER=torch.zeros(1, dtype=torch.int32, device=q.device),
+            WORK_COUNTER=described.counter,
             DK=dk,
             DV=dv,
             WORK_TILES=work_tiles,
@@ -146,4 +142,4 @@ def hopper_backward(
         )
     dq, dc_q = finish_queries(q, sums, rows, row_sums, scale, _TILE_QUERIES)
     # With a minus sign, as the bias of every logit of a column has its sum.
-    return dq, dk, dv, dc_q, dc_k.double().neg_()
+    return dq, dk, dv, dc_q, torch.mul(dc_k, -1.0, out=torch.empty_like(dc_k, dtype=torch.float64))

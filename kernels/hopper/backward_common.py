@@ -66,10 +66,9 @@ def add_row_sums(p, x, dq_scale):
 
 
 @gluon.jit
-def count_tiles(M_END, TQ, i_bh, i_n, NN, m_begin):
-    """How many tiles of queries, from ``m_begin`` on, attend to block ``i_n`` of the keys; ``M_END`` counts rows."""
-    m_end = gl.minimum(gl.load(M_END + i_bh * NN + i_n), TQ)
-    return gl.maximum((m_end + 63) // 64 - m_begin, 0)
+def count_tiles(M_END, i_bh, i_n, NN, m_begin):
+    """How many tiles of queries, from ``m_begin`` on, attend to block ``i_n`` of the keys."""
+    return gl.maximum(gl.load(M_END + i_bh * NN + i_n) - m_begin, 0)
 
 
 @gluon.jit

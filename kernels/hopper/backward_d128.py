@@ -87,7 +87,7 @@ def d128_producer(q_desc, do_desc, row_desc, buffers, barriers, work, sizes, M_E
     for member in range(0, sizes.KV_GROUP):
         i_h = work.i_g * sizes.KV_GROUP + member
         i_bh = work.i_b * sizes.H + i_h
-        tiles = count_tiles(M_END, sizes.TQ, i_bh, work.i_n, sizes.NN, work.m_begin)
+        tiles = count_tiles(M_END, i_bh, work.i_n, sizes.NN, work.m_begin)
         for t in range(tiles):
             i_m = work.m_begin + t
             stage = tile_count % _D128_STAGES
@@ -106,13 +106,14 @@ def d128_producer(q_desc, do_desc, row_desc, buffers, barriers, work, sizes, M_E
 
 @gluon.jit
 def d128_consumer(
-    dk_desc, dv_desc, buffers, barriers, work, sizes, C_FINITE, C_K, M_END, DQ, ROW_SUMS, DC, scale,
+    dk_desc, dv_desc, buffers, barriers, work, sizes, BASE, C_K, M_END, DQ, ROW_SUMS, DC, scale,
     ELEMENT: gl.constexpr,
 ):  # fmt: skip
     """The consumers, two warp groups: gradients of the program's keys, and their shares of those of queries.
 
-    Scores are held transposed, ``[keys, queries]``. ``C_FINITE``, ``C_K``: contiguous running sums of keys, ``[B, HF,
-    TK]``, the first without infinite ones. They write ``dK`` and ``dV``, and ``DC``, ``[B, H, TK]``.
+    Scores are held transposed, ``[keys, queries]``. ``C_K`` holds contiguous running sums of keys, ``[B, HF, TK]``, and
+    ``BASE`` what `describe_blocks` says of blocks of 128 keys.
+    They write ``dK`` and ``dV``, and ``DC``, ``[B, H, TK]``.
     """
     SCORES: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [8, 1], [16, 64, 16])
     OUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [8, 1], [16, 128, 16])
@@ -129,7 +130,7 @@ def d128_consumer(
     total_tiles = 0
     for member in range(0, sizes.KV_GROUP):
         total_tiles += count_tiles(
-            M_END, sizes.TQ, work.i_b * sizes.H + work.i_g * sizes.KV_GROUP + member, work.i_n, sizes.NN, work.m_begin
+            M_END, work.i_b * sizes.H + work.i_g * sizes.KV_GROUP + member, work.i_n, sizes.NN, work.m_begin
         )
     qk_scale = scale * LOG2_E
     o_n = work.i_n * 128 + gl.arange(0, 128, KEY)
@@ -150,8 +151,8 @@ def d128_consumer(
         i_h = work.i_g * sizes.KV_GROUP + member
         i_bh = work.i_b * sizes.H + i_h
         i_gate = work.i_b * sizes.HF + i_h // sizes.GATE_GROUP
-        tiles = count_tiles(M_END, sizes.TQ, i_bh, work.i_n, sizes.NN, work.m_begin)
-        base = gl.load(C_FINITE + (i_gate * sizes.TK + last_key)) * LOG2_E
+        tiles = count_tiles(M_END, i_bh, work.i_n, sizes.NN, work.m_begin)
+        base = gl.load(BASE + (i_gate * sizes.NN + work.i_n))
         base_high = base.to(gl.float32)
         base_low = (base - base_high.to(gl.float64)).to(gl.float32)
         c = gl.load(C_K + (i_gate * sizes.TK + o_n), mask=m_k, other=float("inf")) * LOG2_E
@@ -263,7 +264,7 @@ def d128_consumer(
 @launched
 @gluon.jit(do_not_specialize=VARYING_SIZES, do_not_specialize_on_alignment=PARTS_OF_TENSORS)
 def hopper_backward_d128_kernel(
-    q_desc, k_desc, v_desc, do_desc, row_desc, dk_desc, dv_desc, C_FINITE, C_K, M_END, HEAD_ORDER, DQ, ROW_SUMS, DC,
+    q_desc, k_desc, v_desc, do_desc, row_desc, dk_desc, dv_desc, BASE, C_K, M_END, HEAD_ORDER, DQ, ROW_SUMS, DC,
     scale, TQ, TK, H, G, KV_GROUP, GATE_GROUP, HF, NN, NM,
     ELEMENT: gl.constexpr,
 ):  # fmt: skip
@@ -313,7 +314,7 @@ def hopper_backward_d128_kernel(
                     barriers,
                     work,
                     sizes,
-                    C_FINITE,
+                    BASE,
                     C_K,
                     M_END,
                     DQ,

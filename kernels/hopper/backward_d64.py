@@ -65,7 +65,7 @@ def d64_producer(descriptors, buffers, barriers, sizes, M_END, HEAD_ORDER, WORK_
         i_b = i_bg // sizes.G
         i_g = i_bg % sizes.G
         m_begin = gl.maximum(i_n * 128 - (sizes.TK - sizes.TQ), 0) // 64
-        first_head_tiles = count_tiles(M_END, sizes.TQ, i_b * sizes.H + i_g * sizes.KV_GROUP, i_n, sizes.NN, m_begin)
+        first_head_tiles = count_tiles(M_END, i_b * sizes.H + i_g * sizes.KV_GROUP, i_n, sizes.NN, m_begin)
         work_stage = work_count % 2
         mbarrier.wait(barriers.work_empty.index(work_stage), ((work_count // 2) & 1) ^ 1)
         buffers.work.index(work_stage * 4).store(gl.full([1], i_work, gl.int32, one))
@@ -88,7 +88,7 @@ def d64_producer(descriptors, buffers, barriers, sizes, M_END, HEAD_ORDER, WORK_
                 i_bh = i_b * sizes.H + i_h
                 tiles = first_head_tiles
                 if member > 0:
-                    tiles = count_tiles(M_END, sizes.TQ, i_bh, i_n, sizes.NN, m_begin)
+                    tiles = count_tiles(M_END, i_bh, i_n, sizes.NN, m_begin)
                 for t in range(tiles):
                     i_m = m_begin + t
                     stage = tile_count % D64_STAGES
@@ -143,7 +143,7 @@ def d64_dq_consumer(buffers, barriers, sizes, ones, M_END, ROWS, DQ, ROW_SUMS, E
             i_bh = i_b * sizes.H + i_g * sizes.KV_GROUP + member
             tiles = first_head_tiles
             if member > 0:
-                tiles = count_tiles(M_END, sizes.TQ, i_bh, i_n, sizes.NN, m_begin)
+                tiles = count_tiles(M_END, i_bh, i_n, sizes.NN, m_begin)
             tile = i_bh * sizes.NM + m_begin
             for _ in range(tiles):
                 buffer = (tile_count & 1) * 2
@@ -180,7 +180,7 @@ def d64_dq_consumer(buffers, barriers, sizes, ones, M_END, ROWS, DQ, ROW_SUMS, E
 @launched
 @gluon.jit(do_not_specialize=VARYING_SIZES, do_not_specialize_on_alignment=PARTS_OF_TENSORS)
 def hopper_backward_d64_kernel(
-    q_desc, k_desc, v_desc, do_desc, row_desc, ROWS, C_FINITE, C_K, M_END, HEAD_ORDER, WORK_COUNTER, DQ, ROW_SUMS, DK,
+    q_desc, k_desc, v_desc, do_desc, row_desc, ROWS, BASE, C_K, M_END, HEAD_ORDER, WORK_COUNTER, DQ, ROW_SUMS, DK,
     DV, DC, scale, WORK_TILES, TQ, TK, H, G, KV_GROUP, GATE_GROUP, HF, NN, NM,
     ELEMENT: gl.constexpr,
 ):  # fmt: skip
@@ -228,11 +228,11 @@ def hopper_backward_d64_kernel(
         [
             (
                 d64_consumer,
-                (buffers, barriers, sizes, M_END, C_FINITE, C_K, DK, DV, DC, scale, gl.constexpr(0), ELEMENT),
+                (buffers, barriers, sizes, M_END, BASE, C_K, DK, DV, DC, scale, gl.constexpr(0), ELEMENT),
             ),
             (
                 d64_consumer,
-                (buffers, barriers, sizes, M_END, C_FINITE, C_K, DK, DV, DC, scale, gl.constexpr(1), ELEMENT),
+                (buffers, barriers, sizes, M_END, BASE, C_K, DK, DV, DC, scale, gl.constexpr(1), ELEMENT),
             ),
             (d64_dq_consumer, (buffers, barriers, sizes, ones, M_END, ROWS, DQ, ROW_SUMS, ELEMENT)),
             (

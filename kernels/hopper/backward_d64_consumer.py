@@ -29,7 +29,7 @@ def d64_consumer(
     barriers,
     sizes,
     M_END,
-    C_FINITE,
+    BASE,
     C_K,
     DK,
     DV,
@@ -40,8 +40,9 @@ def d64_consumer(
 ):
     """A consumer, one warp group: gradients of 64 keys of each work tile, ``CONSUMER`` says which.
 
-    Scores are held transposed, ``[keys, queries]``. ``C_FINITE``, ``C_K``: contiguous running sums of keys, ``[B, HF,
-    TK]``, the first without infinite ones. It writes ``DK`` and ``DV``, ``[B, TK, G, 64]``, and ``DC``, ``[B, H, TK]``.
+    Scores are held transposed, ``[keys, queries]``. ``C_K`` holds contiguous running sums of keys, ``[B, HF, TK]``, and
+    ``BASE`` what `describe_blocks` says of blocks of 64 keys.
+    It writes ``DK`` and ``DV``, ``[B, TK, G, 64]``, and ``DC``, ``[B, H, TK]``.
     """
     # Scores, and gradients of keys and values. At this head size the two layouts are the same.
     SCORES: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 64, 16])
@@ -63,9 +64,7 @@ def d64_consumer(
         m_begin = gl.maximum(i_n * 128 - offset, 0) // 64
         total_tiles = first_head_tiles
         for member in range(1, sizes.KV_GROUP):
-            total_tiles += count_tiles(
-                M_END, sizes.TQ, i_b * sizes.H + i_g * sizes.KV_GROUP + member, i_n, sizes.NN, m_begin
-            )
+            total_tiles += count_tiles(M_END, i_b * sizes.H + i_g * sizes.KV_GROUP + member, i_n, sizes.NN, m_begin)
         k0 = i_n * 128 + CONSUMER * 64
         last_key = gl.maximum(gl.minimum(k0 + 64, sizes.TK) - 1, 0)
         o_n = k0 + gl.arange(0, 64, KEY)
@@ -94,8 +93,8 @@ def d64_consumer(
             i_gate = i_b * sizes.HF + i_h // sizes.GATE_GROUP
             tiles = first_head_tiles
             if member > 0:
-                tiles = count_tiles(M_END, sizes.TQ, i_bh, i_n, sizes.NN, m_begin)
-            base = gl.load(C_FINITE + (i_gate * sizes.TK + last_key)) * LOG2_E
+                tiles = count_tiles(M_END, i_bh, i_n, sizes.NN, m_begin)
+            base = gl.load(BASE + (i_gate * ((sizes.TK + 63) // 64) + last_key // 64))
             base_high = base.to(gl.float32)
             base_low = (base - base_high.to(gl.float64)).to(gl.float32)
             c = gl.load(C_K + (i_gate * sizes.TK + o_n), mask=m_k, other=float("inf")) * LOG2_E

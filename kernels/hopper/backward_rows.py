@@ -26,18 +26,6 @@ def _exponent(x):
 
 
 @kernel
-def _finite_keys_kernel(C_K, C_FINITE, ck_b, ck_h, HF, TK, BLOCK_N: tl.constexpr):
-    """Running sums of a block of keys, ``[B, HF, TK]``; for hidden keys the least of the block, 0 if all are hidden."""
-    i_bg, i_n = tl.program_id(0), tl.program_id(1)
-    o_n = i_n * BLOCK_N + tl.arange(0, BLOCK_N)
-    p_ck = C_K + (i_bg // HF).to(tl.int64) * ck_b + (i_bg % HF).to(tl.int64) * ck_h
-    c = tl.load(p_ck + o_n, mask=o_n < TK, other=INF)
-    least = tl.min(c, 0)
-    least = tl.where(least == INF, 0.0, least)
-    tl.store(C_FINITE + i_bg.to(tl.int64) * TK + o_n, tl.where(c == INF, least, c), mask=o_n < TK)
-
-
-@kernel
 def _tile_rows_kernel(
     D_OUT, OUT, C_Q, LSE, D_LSE, KV_START, MAXIMA, ROWS, SUMS, ROW_SUMS,
     do_b, do_t, do_h, o_b, o_t, o_h, cq_b, cq_h, dl_b, dl_h, s_b, s_h,
@@ -143,21 +131,6 @@ def _hopper_backward_finish_kernel(
     row_sums = tl.load(ROW_SUMS + tile * BLOCK_M + tl.arange(0, BLOCK_M)).to(tl.float64)
     row_sums = row_sums / (dq_scale.to(tl.float64) * ROW_SUM_SCALE)
     tl.store(DC + i_bh.to(tl.int64) * TQ + o_m, row_sums, mask=m_q)
-
-
-def finite_sums(c_k: Tensor, block: int) -> Tensor:
-    """Running sums at keys, ``[B, Hf, Tk]`` float64, with that of the last visible key of its block at hidden ones."""
-    batch, gates, keys = c_k.shape
-    finite = torch.empty(c_k.shape, dtype=c_k.dtype, device=c_k.device)
-    _finite_keys_kernel[(batch * gates, cdiv(keys, block))](
-        C_K=c_k, ck_b=c_k.stride(0), ck_h=c_k.stride(1),
-        C_FINITE=finite,
-        HF=gates,
-        TK=keys,
-        BLOCK_N=block,
-        num_warps=1,
-    )  # fmt: skip
-    return finite
 
 
 def prepare_rows(

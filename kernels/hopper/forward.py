@@ -41,9 +41,8 @@ ptxas moves the wait for that matmul ahead of the softmax. A wait for an mbarrie
 basic block, which it does not move code across.
 
 **Schedule.** A counter in global memory hands out work tiles: heads by falling work, ``HEAD_SWIZZLE`` at a time so that
-few heads' keys share the L2 cache, and of these the last, longest blocks first. It is a new tensor for each launch:
-that holds in CUDA graphs, on several streams, and after a launch that was aborted. Which program computes a work tile
-does not change its bits.
+few heads' keys share the L2 cache, and of these the last, longest blocks first. Which program computes a work tile does
+not change its bits.
 
 **Registers** limit the speed. A consumer has as many live values as registers, so whether ptxas keeps them there
 depends on details such as the order of independent statements: with values and bias in variables of their own, written
@@ -57,9 +56,9 @@ from torch import Tensor
 
 from ..decay import Decay
 from ..devices import capability_of, multiprocessors_of
-from ..portable.block_ranges import heaviest_first, kv_start_ranges
-from ..portable.forward import key_decay
+from ..portable.block_ranges import describe_blocks, heaviest_first
 from ..tiles import HOPPER_FORWARD, cdiv
+from ..triton_common import BASE_BLOCK
 from .forward_kernel import hopper_forward_kernel
 from .forward_state import QUERIES
 from .tma import describe_by_head, fits_tma
@@ -89,8 +88,7 @@ def hopper_forward(q: Tensor, k: Tensor, v: Tensor, decay: Decay, scale: float) 
     shape = HOPPER_FORWARD[head_dim]
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     lse = torch.empty(batch, heads, queries, dtype=torch.float32, device=q.device)
-    relative, base = key_decay(decay.key)
-    least, greatest = kv_start_ranges(decay.kv_start, decay.last, heads, QUERIES)
+    described = describe_blocks(decay, heads, QUERIES, BASE_BLOCK.value)
     blocks = cdiv(queries, QUERIES * shape.consumers)
     programs = min(blocks * batch * heads, multiprocessors_of(q) or 1)
     hopper_forward_kernel[(programs,)](
@@ -101,22 +99,22 @@ def hopper_forward(q: Tensor, k: Tensor, v: Tensor, decay: Decay, scale: float) 
         # With strides of its own, the consumers' loop over tiles spills registers.
         C_Q=decay.query.contiguous(),
         C_K=decay.key, ck_b=decay.key.stride(0), ck_h=decay.key.stride(1),
-        RELATIVE=relative,
-        BASE=base,
+        RELATIVE=described.relative,
+        BASE=described.base,
         LSE=lse,
         KV_START=decay.kv_start, s_b=decay.kv_start.stride(0), s_h=decay.kv_start.stride(1),
         LAST=decay.last,
-        HEAD_ORDER=heaviest_first(least.flatten(0, 1)),
-        LEAST=least,
-        GREATEST=greatest,
-        WORK_COUNTER=torch.zeros(1, dtype=torch.int32, device=q.device),
+        HEAD_ORDER=heaviest_first(described.least.flatten(0, 1)),
+        LEAST=described.least,
+        GREATEST=described.greatest,
+        WORK_COUNTER=described.counter,
         scale=scale,
         HEADS=batch * heads,
         NM=blocks,
-        NR=least.shape[-1],
+        NR=described.least.shape[-1],
         TQ=queries,
         TK=keys,
-        NB=base.shape[-1],
+        NB=described.base.shape[-1],
         H=heads,
         KV_GROUP=heads // kv_heads,
         HF=gates,

@@ -65,7 +65,7 @@ class ForwardSizes(NamedTuple):
 
 
 class ForwardWork(NamedTuple):
-    """What work tiles are made of: `heaviest_first`, `kv_start_ranges` of 64 queries, and the scheduler's counter."""
+    """What work tiles are made of: `heaviest_first`, `describe_blocks` of 64 queries, and its counter."""
 
     HEAD_ORDER: Any
     LEAST: Any
@@ -74,7 +74,7 @@ class ForwardWork(NamedTuple):
 
 
 class ForwardGates(NamedTuple):
-    """Running sums, and those of keys as `key_decay` splits them."""
+    """Running sums, and those of keys as `describe_blocks` splits them."""
 
     C_Q: Any
     C_K: Any

@@ -33,7 +33,7 @@ from ..tiles import Tile, cdiv, padded_head_dim
 from ..triton_common import dot_precision
 from .backward_kernel import backward_finish_kernel, backward_kernel
 from .backward_rows import row_statistics, running_maxima
-from .block_ranges import heaviest_first, kv_start_ranges, query_ranges
+from .block_ranges import describe_blocks, query_ranges
 
 
 class _Gradients(NamedTuple):
@@ -91,10 +91,9 @@ def backward(
     """
     batch, queries, heads, head_dim = q.shape
     keys, kv_heads, gates = k.shape[1], k.shape[2], decay.key.shape[1]
-    least, greatest = kv_start_ranges(decay.kv_start, decay.last, heads, tile.queries)
-    order = heaviest_first(least.view(batch * kv_heads, -1))
+    least, greatest, *_ = describe_blocks(decay, heads, tile.queries, tile.keys)
     blocks, key_blocks = least.shape[-1], cdiv(keys, tile.keys)
-    m_end, full_end = query_ranges(least, greatest, decay.last, keys, tile)
+    m_end, full_end, order = query_ranges(least, greatest, decay.last, keys, kv_heads, tile)
     is_fp32 = q.dtype == torch.float32
     rows = row_statistics(d_out, d_lse, out, lse, decay, running_maxima(k, v), dropout, tile)
     gradients = _empty_gradients(q, k, v)

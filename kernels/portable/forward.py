@@ -21,9 +21,9 @@ import triton.language as tl
 from torch import Tensor
 
 from ..decay import Decay
-from ..tiles import Tile, cdiv, padded_head_dim
+from ..tiles import Tile, padded_head_dim
 from ..triton_common import BASE_BLOCK, INF, LN_2, LOG2_E, dot_precision, kernel, load_rows, split_fp64
-from .block_ranges import heaviest_first, kv_start_ranges
+from .block_ranges import describe_blocks, heaviest_first
 
 
 @triton.jit
@@ -31,46 +31,6 @@ def dropout_scale(SEED, i_bh, o_m, o_n, TQ, TK, dropout):
     """0 for a dropped weight and ``1 / (1 - dropout)`` for a kept one, by seed, head, query and key alone."""
     offset = (i_bh.to(tl.int64) * TQ + o_m.to(tl.int64)) * TK + o_n
     return tl.where(tl.rand(tl.load(SEED), offset) < dropout, 0.0, 1.0 / (1.0 - dropout))
-
-
-@kernel
-def _key_decay_kernel(C_K, RELATIVE, BASE, ck_b, ck_h, HF, TK, NB):
-    """The results of `key_decay` for a block of keys."""
-    i_bg, i_base = tl.program_id(0), tl.program_id(1)
-    o_n = i_base * BASE_BLOCK + tl.arange(0, BASE_BLOCK)
-    p_ck = C_K + (i_bg // HF).to(tl.int64) * ck_b + (i_bg % HF).to(tl.int64) * ck_h
-    c = tl.load(p_ck + o_n, mask=o_n < TK, other=INF) * LOG2_E
-    # c never increases, so the minimum over the block is at its last visible key.
-    base = tl.min(c, 0)
-    base = tl.where(base == INF, 0.0, base)
-    tl.store(RELATIVE + i_bg.to(tl.int64) * TK + o_n, (c - base).to(tl.float32), mask=o_n < TK)
-    tl.store(BASE + i_bg * NB + i_base, base)
-
-
-def key_decay(c_k: Tensor) -> tuple[Tensor, Tensor]:
-    """Split running sums of keys for full tiles, in units of log 2.
-
-    Args:
-        c_k: ``[B, Hf, Tk]`` float64, ``+inf`` for hidden keys; contiguous along the last dimension.
-
-    Returns:
-        ``[B, Hf, Tk]`` float32 relative to the last visible key of each block of 64, and ``[B, Hf, ceil(Tk / 64)]``
-        float64, the sums there.
-    """
-    batch, gates, keys = c_k.shape
-    blocks = cdiv(keys, BASE_BLOCK.value)
-    relative = torch.empty(c_k.shape, dtype=torch.float32, device=c_k.device)
-    base = torch.empty(batch, gates, blocks, dtype=torch.float64, device=c_k.device)
-    _key_decay_kernel[(batch * gates, blocks)](
-        C_K=c_k, ck_b=c_k.stride(0), ck_h=c_k.stride(1),
-        RELATIVE=relative,
-        BASE=base,
-        HF=gates,
-        TK=keys,
-        NB=blocks,
-        num_warps=1,
-    )  # fmt: skip
-    return relative, base
 
 
 @triton.jit
@@ -214,22 +174,21 @@ def forward(
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     is_fp32 = q.dtype == torch.float32
     lse = torch.empty(batch, heads, queries, dtype=torch.float64 if is_fp32 else torch.float32, device=q.device)
-    relative, base = key_decay(decay.key)
-    least, greatest = kv_start_ranges(decay.kv_start, decay.last, heads, tile.queries)
-    blocks = least.shape[-1]
+    described = describe_blocks(decay, heads, tile.queries, BASE_BLOCK.value)
+    blocks = described.least.shape[-1]
     _forward_kernel[(blocks * batch * heads,)](
         Q=q, q_b=q.stride(0), q_t=q.stride(1), q_h=q.stride(2),
         K=k, k_b=k.stride(0), k_t=k.stride(1), k_h=k.stride(2),
         V=v, v_b=v.stride(0), v_t=v.stride(1), v_h=v.stride(2),
         C_Q=decay.query, cq_b=decay.query.stride(0), cq_h=decay.query.stride(1),
         C_K=decay.key, ck_b=decay.key.stride(0), ck_h=decay.key.stride(1),
-        RELATIVE=relative,
-        BASE=base,
+        RELATIVE=described.relative,
+        BASE=described.base,
         KV_START=decay.kv_start, s_b=decay.kv_start.stride(0), s_h=decay.kv_start.stride(1),
         LAST=decay.last,
-        LEAST=least,
-        GREATEST=greatest,
-        HEAD_ORDER=heaviest_first(least.flatten(0, 1)),
+        LEAST=described.least,
+        GREATEST=described.greatest,
+        HEAD_ORDER=heaviest_first(described.least.flatten(0, 1)),
         SEED=seed,
         OUT=out,
         LSE=lse,
@@ -243,7 +202,7 @@ def forward(
         GATE_GROUP=heads // gates,
         START_GROUP=heads // decay.kv_start.shape[1],
         NM=blocks,
-        NB=base.shape[-1],
+        NB=described.base.shape[-1],
         D=head_dim,
         BLOCK_D=padded_head_dim(head_dim),
         BLOCK_M=tile.queries,

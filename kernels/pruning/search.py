@@ -27,44 +27,57 @@ _KEY_BLOCK = tl.constexpr(PRUNED_KEYS)
 _SCAN = 256
 
 
+@triton.jit
+def _store_block_decay(C, END, LOG_SUM, b, gate, block, c_b, c_h, HF, TK, NB, is_mine):
+    """Of a block of keys: ``c`` at its last visible one, ``+inf`` for none, and ``log sum_j exp(c_last - c_j)``."""
+    keys = block * _KEY_BLOCK + tl.arange(0, _KEY_BLOCK)
+    p = C + b.to(tl.int64) * c_b + gate.to(tl.int64) * c_h
+    c = tl.load(p + keys, mask=(keys < TK) & is_mine, other=INF)
+    end = tl.min(c, 0)
+    weights = tl.where(c == INF, 0.0, tl.exp((end - c).to(tl.float32)))
+    p_out = (b * HF + gate) * NB + block
+    tl.store(END + p_out, end, mask=is_mine)
+    tl.store(LOG_SUM + p_out, tl.log(tl.sum(weights, 0)).to(tl.float64), mask=is_mine)
+
+
 @kernel
-def _norms_kernel(
-    Q, K, LAST, NORM, DIAGONAL, LARGEST,
-    q_b, q_t, q_h, k_b, k_t, k_h,
+def _block_decay_kernel(C, END, LOG_SUM, c_b, c_h, HF, TK, NB):
+    """A gate's block of keys, for rules that read no norms."""
+    row, block = tl.program_id(0), tl.program_id(1)
+    _store_block_decay(C, END, LOG_SUM, row // HF, row % HF, block, c_b, c_h, HF, TK, NB, True)
+
+
+@kernel
+def _summary_kernel(
+    Q, K, C, LAST, NORM, DIAGONAL, END, LOG_SUM, LARGEST,
+    q_b, q_t, q_h, k_b, k_t, k_h, c_b, c_h,
     scale, margin,
-    TQ, TK, H, G, NB,
+    TQ, TK, H, HF, G, NB,
     D: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """Of a block of keys and the queries at its tokens: the largest ``|k|`` and `query_bounds`."""
+    """Of a block of keys and the queries at its tokens: decays, the largest ``|k|`` and `query_bounds`.
+
+    The first head of each gate stores the first, that of each key/value head the second.
+    """
     head, block = tl.program_id(0), tl.program_id(1)
     b, h = (head // H).to(tl.int64), head % H
-    g = h // (H // G)
+    g, gate = h // (H // G), h // (H // HF)
     keys = block * _KEY_BLOCK + tl.arange(0, _KEY_BLOCK)
     rows = keys - tl.load(LAST).to(tl.int32)
     is_row = (rows >= 0) & (rows < TQ)
     p_k = K + b * k_b + g.to(tl.int64) * k_h
-    k = load_rows(p_k, keys, k_t, keys < TK, D, BLOCK_D, True).to(tl.float32)
-    q = load_rows(Q + b * q_b + h.to(tl.int64) * q_h, rows, q_t, is_row, D, BLOCK_D, True).to(tl.float32)
+    k = load_rows(p_k, keys, k_t, keys < TK, D, BLOCK_D, True)
+    q = load_rows(Q + b * q_b + h.to(tl.int64) * q_h, rows, q_t, is_row, D, BLOCK_D, True)
+    # While they are on their way.
+    _store_block_decay(C, END, LOG_SUM, b, gate, block, c_b, c_h, HF, TK, NB, h % (H // HF) == 0)
+    k, q = k.to(tl.float32), q.to(tl.float32)
     p_row = head.to(tl.int64) * TQ + rows
     k_length = lengths(k)
     norm, diagonal = query_bounds(q, k, k_length, scale, margin)
     tl.store(NORM + p_row, norm, mask=is_row)
     tl.store(DIAGONAL + p_row, diagonal, mask=is_row)
     tl.store(LARGEST + (b * G + g) * NB + block, tl.max(k_length, 0), mask=h % (H // G) == 0)
-
-
-@kernel
-def _block_decay_kernel(C, END, LOG_SUM, c_b, c_h, HF, TK, NB):
-    """Of a block of keys: ``c`` at its last visible one, ``+inf`` for none, and ``log sum_j exp(c_last - c_j)``."""
-    row, block = tl.program_id(0), tl.program_id(1)
-    keys = block * _KEY_BLOCK + tl.arange(0, _KEY_BLOCK)
-    p = C + (row // HF).to(tl.int64) * c_b + (row % HF).to(tl.int64) * c_h
-    c = tl.load(p + keys, mask=keys < TK, other=INF)
-    end = tl.min(c, 0)
-    weights = tl.where(c == INF, 0.0, tl.exp((end - c).to(tl.float32)))
-    tl.store(END + row * NB + block, end)
-    tl.store(LOG_SUM + row * NB + block, tl.log(tl.sum(weights, 0)).to(tl.float64))
 
 
 @triton.jit
@@ -77,10 +90,8 @@ def _join(end_a, sum_a, end_b, sum_b):
     return tl.where(hidden, end_a, end_b), tl.where(hidden, sum_a, joined)
 
 
-@kernel
-def _scan_decay_kernel(END, LOG_SUM, NB, BLOCK: tl.constexpr):
-    """Join every block with all before it, in place."""
-    row = tl.program_id(0)
+@triton.jit
+def _join_decays(END, LOG_SUM, row, NB, BLOCK: tl.constexpr):
     index = tl.arange(0, BLOCK)
     end_before = tl.full([BLOCK], INF, tl.float64)
     sum_before = tl.full([BLOCK], -INF, tl.float64)
@@ -98,10 +109,8 @@ def _scan_decay_kernel(END, LOG_SUM, NB, BLOCK: tl.constexpr):
         sum_before = tl.max(tl.where(index == BLOCK - 1, log_sum, -INF), 0) + tl.zeros([BLOCK], tl.float64)
 
 
-@kernel
-def _scan_largest_kernel(LARGEST, NB, BLOCK: tl.constexpr):
-    """Running maximum over blocks, in place."""
-    row = tl.program_id(0)
+@triton.jit
+def _join_largest(LARGEST, row, NB, BLOCK: tl.constexpr):
     before = tl.zeros([BLOCK], tl.float32)
     for start in range(0, NB, BLOCK):
         blocks = start + tl.arange(0, BLOCK)
@@ -110,6 +119,16 @@ def _scan_largest_kernel(LARGEST, NB, BLOCK: tl.constexpr):
         largest = tl.maximum(largest, before)
         tl.store(p, largest, mask=blocks < NB)
         before = tl.max(largest, 0) + tl.zeros([BLOCK], tl.float32)
+
+
+@kernel
+def _join_kernel(END, LOG_SUM, LARGEST, HF, G, NB, HAS_LARGEST: tl.constexpr, BLOCK: tl.constexpr):
+    """Join every block with all before it, in place: a program for each gate, then one for each key/value head."""
+    b, row = tl.program_id(0), tl.program_id(1)
+    if row < HF:
+        _join_decays(END, LOG_SUM, b * HF + row, NB, BLOCK)
+    elif HAS_LARGEST:
+        _join_largest(LARGEST, b * G + row - HF, NB, BLOCK)
 
 
 @kernel
@@ -221,18 +240,18 @@ def _search_kv_start_fake(q, k, c_q, c_k, kv_start, last, eps, rule, scale, logi
 def _launch(
     decay: Decay, q: Tensor, k: Tensor, eps: float, rule: PruningRule, scale: float, logit_bound: Tensor | None
 ) -> Tensor:
-    end, log_sum = decay_by_blocks(decay.key)
-    join_blocks(end, log_sum)
-    norm = diagonal = largest = None
-    if not rule.reads_bound or logit_bound is None:
-        norm, diagonal, largest = norms(q, k, decay.last, scale)
+    norm = diagonal = None
+    if rule.reads_bound and logit_bound is not None:
+        blocks = decay_by_blocks(decay.key)
+    else:
+        norm, diagonal, blocks = summarize(q, k, decay.key, decay.last, scale)
         if rule.reads_bound:
-            logit_bound = norm.amax(-1) * largest.amax(-1).repeat_interleave(q.shape[2] // k.shape[2], dim=1)
-        else:
-            join_largest(largest)
+            assert blocks.largest is not None
+            logit_bound = norm.amax(-1) * blocks.largest.amax(-1).repeat_interleave(q.shape[2] // k.shape[2], dim=1)
+    join_blocks(blocks)
     rows = Queries(decay.query, decay.kv_start, decay.last, norm, diagonal)
     log_eps = log_allowed(eps, torch.float32, rule.terms(k.shape[1]))
-    return search(rule, rows, Blocks(end, log_sum, largest), q.shape[2], k.shape[2], log_eps, logit_bound)
+    return search(rule, rows, blocks, q.shape[2], k.shape[2], log_eps, logit_bound)
 
 
 class Queries(NamedTuple):
@@ -258,7 +277,7 @@ class Queries(NamedTuple):
 
 
 class Blocks(NamedTuple):
-    """Keys in blocks of 64, as `join_blocks` and `join_largest` leave them: each with all before it.
+    """Keys in blocks of 64: each alone, or as `join_blocks` leaves them with all before it. All contiguous.
 
     Attributes:
         end: ``[B, Hf, N]`` float64 running sum at the last visible key.
@@ -274,64 +293,71 @@ class Blocks(NamedTuple):
     starts: Tensor | None = None
 
 
-def decay_by_blocks(c_k: Tensor, out: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """``end`` and ``log_sum`` of `Blocks`, of each block alone, from ``[B, Hf, Tk]`` running sums.
-
-    They are written to ``out``, contiguous ``[2, B, Hf, N]`` float64, if it is given.
-    """
+def decay_by_blocks(c_k: Tensor) -> Blocks:
+    """Each block alone, without ``largest``, from ``[B, Hf, Tk]`` running sums."""
     batch, gates, keys = c_k.shape
     blocks = triton.cdiv(keys, PRUNED_KEYS)
-    if out is None:
-        out = torch.empty(2, batch, gates, blocks, dtype=torch.float64, device=c_k.device)
-    end, log_sum = out.unbind()
+    end, log_sum = torch.empty(2, batch, gates, blocks, dtype=torch.float64, device=c_k.device).unbind()
     _block_decay_kernel[(batch * gates, blocks)](
         C=c_k, c_b=c_k.stride(0), c_h=c_k.stride(1),
         END=end, LOG_SUM=log_sum, HF=gates, TK=keys, NB=blocks,
         num_warps=1,
     )  # fmt: skip
-    return end, log_sum
+    return Blocks(end, log_sum, None)
 
 
-def join_blocks(end: Tensor, log_sum: Tensor) -> None:
-    """Join every block with all before it, in place; both contiguous."""
-    blocks = end.shape[-1]
-    _scan_decay_kernel[(end.shape[0] * end.shape[1],)](end, log_sum, blocks, BLOCK=_SCAN)
+def summarize(
+    q: Tensor, k: Tensor, c_k: Tensor, last: Tensor, scale: float, out: Blocks | None = None
+) -> tuple[Tensor, Tensor, Blocks]:
+    """``norm`` and ``diagonal`` of `Queries`, and each block of keys alone.
 
-
-def join_largest(largest: Tensor) -> None:
-    """Join every block with all before it, in place; contiguous."""
-    blocks = largest.shape[-1]
-    _scan_largest_kernel[(largest.shape[0] * largest.shape[1],)](largest, blocks, BLOCK=_SCAN)
-
-
-def norms(q: Tensor, k: Tensor, last: Tensor, scale: float, out: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
-    """``norm`` and ``diagonal`` of `Queries`, and ``max |k|`` of each block of keys alone, ``[B, G, N]`` float32.
-
-    The latter is written to ``out``, contiguous and of any type, if it is given.
+    The latter are written to ``out``, whose ``largest`` may have any type, if it is given.
     """
     batch, queries, heads, head_dim = q.shape
-    keys, kv_heads = k.shape[1:3]
-    blocks = triton.cdiv(keys, PRUNED_KEYS)
+    keys, kv_heads, gates = k.shape[1], k.shape[2], c_k.shape[1]
+    count = triton.cdiv(keys, PRUNED_KEYS)
     norm, diagonal = torch.empty(2, batch, heads, queries, dtype=torch.float32, device=q.device).unbind()
-    largest = torch.empty(batch, kv_heads, blocks, dtype=torch.float32, device=q.device) if out is None else out
-    _norms_kernel[(batch * heads, blocks)](
+    if out is None:
+        end, log_sum = torch.empty(2, batch, gates, count, dtype=torch.float64, device=q.device).unbind()
+        out = Blocks(end, log_sum, torch.empty(batch, kv_heads, count, dtype=torch.float32, device=q.device))
+    _summary_kernel[(batch * heads, count)](
         Q=q, q_b=q.stride(0), q_t=q.stride(1), q_h=q.stride(2),
         K=k, k_b=k.stride(0), k_t=k.stride(1), k_h=k.stride(2),
+        C=c_k, c_b=c_k.stride(0), c_h=c_k.stride(1),
         LAST=last,
         NORM=norm,
         DIAGONAL=diagonal,
-        LARGEST=largest,
+        END=out.end,
+        LOG_SUM=out.log_sum,
+        LARGEST=out.largest,
         scale=scale,
         margin=logit_margin(head_dim, torch.float32),
         TQ=queries,
         TK=keys,
         H=heads,
+        HF=gates,
         G=kv_heads,
-        NB=blocks,
+        NB=count,
         D=head_dim,
         BLOCK_D=padded_head_dim(head_dim),
     )  # fmt: skip
-    return norm, diagonal, largest
+    return norm, diagonal, out
+
+
+def join_blocks(blocks: Blocks) -> None:
+    """Join every block with all before it, in place."""
+    batch, gates, count = blocks.end.shape
+    kv_heads = 0 if blocks.largest is None else blocks.largest.shape[1]
+    _join_kernel[(batch, gates + kv_heads)](
+        END=blocks.end,
+        LOG_SUM=blocks.log_sum,
+        LARGEST=blocks.largest,
+        HF=gates,
+        G=kv_heads,
+        NB=count,
+        HAS_LARGEST=blocks.largest is not None,
+        BLOCK=_SCAN,
+    )
 
 
 def search(

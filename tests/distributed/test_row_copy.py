@@ -74,4 +74,4 @@ def test_runs_of_nothing_copy_nothing() -> None:
 @pytest.mark.parametrize("heads, blocks", [(1, 1), (3, 200), (24, 129), (128, 3), (130, 5)])
 def test_heaviest_first_is_a_stable_order(heads: int, blocks: int, device: str) -> None:
     low = torch.randint(0, 3, (heads, blocks), dtype=torch.int32, device=device)
-    assert torch.equal(heaviest_first(low), low.sum(-1).argsort(stable=True))
+    assert torch.equal(heaviest_first(low).long(), low.sum(-1).argsort(stable=True))

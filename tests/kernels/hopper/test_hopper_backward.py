@@ -29,10 +29,8 @@ from foxlm.kernels.hopper.backward import hopper_backward, hopper_backward_takes
 STACK = {64: 16, 128: 96}
 SHARED_MEMORY = 227 * 1024
 BEFORE = [
-    "_kv_start_range_kernel",
-    "_head_order_kernel",
+    "_describe_blocks_kernel",
     "_query_range_kernel",
-    "_finite_keys_kernel",
     "_maxima_kernel",
     "_tile_rows_kernel",
 ]

@@ -22,7 +22,7 @@ from triton.runtime.jit import JITFunction
 from ahead_of_time import absent_gpu, specializations
 from foxlm.kernels import ahead_of_time
 from foxlm.kernels.ahead_of_time import launches_left_out, prepare_attention
-from foxlm.kernels.portable.forward import _key_decay_kernel, key_decay
+from foxlm.kernels.portable.block_ranges import _head_order_kernel, heaviest_first
 
 H100 = GPU((9, 0), 132)
 
@@ -98,18 +98,18 @@ def test_kernels_compile_in_other_threads():
     with absent_gpu(90, new=True) as device:
         with launches_left_out(load) as futures:
             for length in (64, 100):
-                key_decay(torch.zeros(1, 2, length, dtype=torch.float64))
+                heaviest_first(torch.zeros(2, length, dtype=torch.int32))
         assert JITFunction.run is run
-        assert [future.result().metadata.name for future in futures] == ["_key_decay_kernel"]
+        assert [future.result().metadata.name for future in futures] == ["_head_order_kernel"]
         assert [name.rpartition("_")[0] for name in names] == ["compile-kernels"]
         # Triton finds the kernel itself, once it was asked for anything.
         (kernel,) = kernels_of(device)
-        assert kernel.metadata.name == "_key_decay_kernel"
+        assert kernel.metadata.name == "_head_order_kernel"
         assert type(kernels_of(device)[0]) is triton.compiler.CompiledKernel
 
 
 def kernels_of(device: int) -> list[Any]:
-    return list(_key_decay_kernel.device_caches[device][0].values())
+    return list(_head_order_kernel.device_caches[device][0].values())
 
 
 def test_an_error_of_the_compiler_reaches_the_launch(monkeypatch):
@@ -118,7 +118,7 @@ def test_an_error_of_the_compiler_reaches_the_launch(monkeypatch):
 
     with absent_gpu(89, new=True) as device:
         with launches_left_out(fail):
-            key_decay(torch.zeros(1, 2, 64, dtype=torch.float64))
+            heaviest_first(torch.zeros(2, 64, dtype=torch.int32))
         (kernel,) = kernels_of(device)
         with pytest.raises(RuntimeError, match="cannot be loaded"):
             _ = kernel.run
