@@ -1,4 +1,4 @@
-"""Launch a kernel for a fraction of what Triton's `JITFunction.run` costs the host.
+"""Launch a kernel for less than half of what Triton's `JITFunction.run` costs the host.
 
 `run` finds out at each launch which compilation the arguments ask for. A kernel that is `launched` remembers: the first
 launch goes through Triton, and later ones with an equal *key* call the compiled kernel's launcher. The key tells apart
