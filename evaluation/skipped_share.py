@@ -9,7 +9,8 @@ from torch import Tensor, nn
 
 from foxlm.kernels.decay import Decay, without_padding
 from foxlm.kernels.tiles import PRUNED_KEYS, PRUNED_QUERIES
-from foxlm.modeling.attention_backends import ALL_ATTENTION_FUNCTIONS, eager_attention_forward, pruned, prunes
+from foxlm.modeling.attention_backends import ALL_ATTENTION_FUNCTIONS, eager_attention_forward, pruned
+from foxlm.modeling.attention_settings import attention_settings
 from foxlm.modeling.layers.attention import FoxAttention
 from foxlm.modeling.modeling_fox import FoxForCausalLM, FoxModel
 
@@ -42,22 +43,23 @@ def skipped_share(model: nn.Module, batch: Mapping[str, Any]) -> Tensor | None:
     attentions = [module for module in model.modules() if isinstance(module, FoxAttention)]
     sharded = any(isinstance(x, FoxModel) and x.context_parallel is not None for x in model.modules())
     inputs = {name: batch[name] for name in _INPUTS if batch.get(name) is not None}
-    if sharded or not inputs.keys() & set(_INPUTS[:2]) or not any(prunes(x.config) for x in attentions):
+    prunes = any(attention_settings(x.config).eps is not None for x in attentions)
+    if sharded or not inputs.keys() & set(_INPUTS[:2]) or not prunes:
         return None
     if any(isinstance(module, FoxForCausalLM) for module in model.modules()):
         inputs["logits_to_keep"] = 1
-    name = attentions[0].implementation
+    name = attention_settings(attentions[0].config).implementation
     attend = ALL_ATTENTION_FUNCTIONS.get_interface(name, eager_attention_forward)
     before: list[Tensor] = []
     after: list[Tensor] = []
 
-    def counting(module, query, key, value, attention_mask, *, decay, scaling, real, backend, **kwargs):
-        if prunes(module.config):
+    def counting(module, query, key, value, attention_mask, *, decay, scaling, real, backend, settings, **kwargs):
+        if settings.eps is not None:
             q, k, v = (x.transpose(1, 2) for x in (query, key, value))
             q, k, _ = without_padding(q, k, v, decay, real)
             before.append(_tiles_read(decay, q.shape[2]))
-            after.append(_tiles_read(pruned(module, q, k, decay, scaling, backend), q.shape[2]))
-        kwargs |= {"decay": decay, "scaling": scaling, "real": real, "backend": backend}
+            after.append(_tiles_read(pruned(module, settings, q, k, decay, scaling, backend), q.shape[2]))
+        kwargs |= {"decay": decay, "scaling": scaling, "real": real, "backend": backend, "settings": settings}
         return attend(module, query, key, value, attention_mask, **kwargs)
 
     # A compiled layer would be compiled again for the other attention function.

@@ -24,6 +24,7 @@ from ..kernels.decay import Decay, without_padding
 from ..kernels.pruning.rounding import logit_margin
 from ..kernels.pruning.rules import PruningRule, Rule, centered, prune
 from ..kernels.tiles import PRUNED_KEYS
+from .attention_settings import AttentionSettings, attention_settings
 from .cache.view import CacheView
 from .configuration_fox import DEFAULT_IMPLEMENTATION
 
@@ -44,52 +45,60 @@ def fox_attention_forward(
     view: CacheView | None = None,
     shards: "ShardedSequence | None" = None,
     backend: Backend = PYTORCH,
+    settings: AttentionSettings | None = None,
 ) -> tuple[Tensor, None]:
     """The best attention for the device, with pruning. Arguments as for `reference_attention_forward`."""
-    config = module.config
+    settings = attention_settings(module.config) if settings is None else settings
     if view is not None:
         options = {}
-        if prunes(config):
-            options = {"eps": config.acp_eps, "rule": config.acp_rule, "logit_bound": _bound(module, query.dtype)}
+        if settings.eps is not None:
+            bound = _bound(module, settings, query.dtype)
+            options = {"eps": settings.eps, "rule": settings.rule, "logit_bound": bound}
         return _decode(query, key, value, decay, real, view, scaling, backend, **options), None
-    q, k, v = (x.transpose(1, 2) for x in (query, key, value))
+    q, k, v = query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
     q, k, v = without_padding(q, k, v, decay, real)
     if shards is not None:
-        if prunes(config):
-            decay = pruned(module, q, k, decay, scaling, backend, shards)
+        if settings.eps is not None:
+            decay = pruned(module, settings, q, k, decay, scaling, backend, shards)
         return shards.attention(q, k, v, decay, scale=scaling, dropout=dropout, backend=backend), None
     # In PyTorch the search for what may be left out takes longer than leaving it out saves.
-    if backend is not PYTORCH and prunes(config):
-        decay = pruned(module, q, k, decay, scaling, backend)
+    if backend is not PYTORCH and settings.eps is not None:
+        decay = pruned(module, settings, q, k, decay, scaling, backend)
     out, _ = backend.attention(q, k, v, decay, scale=scaling, dropout=dropout)
     return out, None
 
 
-def prepare(module: Any, q: Tensor, k: Tensor, v: Tensor, log_f: Tensor, dropout: float, backend: Backend) -> None:
+def prepare(
+    module: Any,
+    settings: AttentionSettings,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    log_f: Tensor,
+    dropout: float,
+    backend: Backend,
+) -> None:
     """Let ``backend`` make ready for what `fox_attention_forward` will do without a cache's view.
 
     Args:
         module: the attention layer.
+        settings: of this call.
         q, k, v: ``[B, T, H or G, D]``.
         log_f: ``[B, T, Hf]`` log forget gates.
         dropout: probability of dropping an attention weight.
         backend: of these.
     """
-    config, options = module.config, {}
-    if prunes(config):
-        options = {"eps": config.acp_eps, "rule": config.acp_rule, "center": _centers(config)}
-        if PruningRule(config.acp_rule).reads_bound:
-            options["logit_bound"] = lambda: _bound(module, q.dtype)
+    options: dict[str, Any] = {}
+    if settings.eps is not None:
+        options = {"eps": settings.eps, "rule": settings.rule, "center": settings.centers}
+        if settings.reads_bound:
+            options["logit_bound"] = lambda: _bound(module, settings, q.dtype)
     backend.prepare(q, k, v, log_f, dropout=dropout, **options)
-
-
-def prunes(config: Any) -> bool:
-    """Whether the configuration lets attention leave out keys."""
-    return config.acp_eps is not None and config.forget_gate != "none"
 
 
 def pruned(
     module: Any,
+    settings: AttentionSettings,
     q: Tensor,
     k: Tensor,
     decay: Decay,
@@ -97,10 +106,11 @@ def pruned(
     backend: Backend,
     shards: "ShardedSequence | None" = None,
 ) -> Decay:
-    """`prune` by the layer's configuration, which `prunes`.
+    """`prune` by the settings of a call, whose ``eps`` is not None.
 
     Args:
         module: the attention layer.
+        settings: of this call.
         q: ``[B, Tq, H, D]`` queries, as `without_padding` leaves them.
         k: ``[B, Tk, G, D]`` keys, likewise.
         decay: not of a cache.
@@ -108,22 +118,17 @@ def pruned(
         backend: whose search it is.
         shards: with context parallelism, who has which tokens.
     """
-    config = module.config
-    options = {"eps": config.acp_eps, "rule": config.acp_rule, "logit_bound": _bound(module, q.dtype)}
+    options: dict[str, Any] = {"eps": settings.eps, "rule": settings.rule}
+    options["logit_bound"] = _bound(module, settings, q.dtype)
     if shards is not None:
-        keys = shards.centered(k) if _centers(config) else k
+        keys = shards.centered(k) if settings.centers else k
         return shards.prune(decay, q, keys, scale=scaling, **options, backend=backend)
-    keys = centered(k) if _centers(config) else k
+    keys = centered(k) if settings.centers else k
     return prune(decay, q, keys, scale=scaling, **options, search=backend.search_kv_start)
 
 
-def _bound(module: Any, dtype: torch.dtype) -> Tensor | None:
-    return module.logit_bound(dtype) if PruningRule(module.config.acp_rule).reads_bound else None
-
-
-def _centers(config: Any) -> bool:
-    # Normalized keys have little in common. A bound of all logits gains nothing: the first key is far from the others.
-    return config.qk_norm == "none" and not PruningRule(config.acp_rule).reads_bound
+def _bound(module: Any, settings: AttentionSettings, dtype: torch.dtype) -> Tensor | None:
+    return module.logit_bound(dtype) if settings.reads_bound else None
 
 
 def _decode(
@@ -179,6 +184,7 @@ def reference_attention_forward(
     view: CacheView | None = None,
     shards: "ShardedSequence | None" = None,
     backend: Backend = PYTORCH,
+    settings: AttentionSettings | None = None,
 ) -> tuple[Tensor, None]:
     """`reference_attention` behind transformers' signature.
 
@@ -195,6 +201,7 @@ def reference_attention_forward(
         view: the cache, for few queries: ``key`` and ``value`` are then as it holds them. Only ``fox`` reads it.
         shards: with context parallelism, who has which tokens: all of the above is then of this rank's.
         backend: where ``fox`` runs; the others run in PyTorch.
+        settings: of this call, by default as the layer's configuration is now. Only ``fox`` reads them.
 
     Returns:
         ``[B, Tq, H, D]`` and None: the weights are never held.
@@ -219,6 +226,7 @@ def eager_attention_forward(
     view: CacheView | None = None,
     shards: "ShardedSequence | None" = None,
     backend: Backend = PYTORCH,
+    settings: AttentionSettings | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Attention written out, as `reference_attention_forward`; returns the weights ``[B, H, Tq, Tk]`` too."""
     query, key, value = _without_padding(query, key, value, decay, real)
@@ -246,6 +254,7 @@ def sdpa_forward(
     view: CacheView | None = None,
     shards: "ShardedSequence | None" = None,
     backend: Backend = PYTORCH,
+    settings: AttentionSettings | None = None,
 ) -> tuple[Tensor, None]:
     """transformers' own SDPA function with the decay as its mask. Arguments as for `reference_attention_forward`."""
     output_dtype = query.dtype

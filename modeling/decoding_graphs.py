@@ -15,6 +15,7 @@ the model is what it was: see `_fingerprint`.
 import contextlib
 import contextvars
 import functools
+import operator
 import threading
 import weakref
 from collections.abc import Callable, Iterator
@@ -42,6 +43,8 @@ logger = logging.get_logger(__name__)
 _ROOM, _LEAST_ROOM, _ROOM_MULTIPLE = 2048, 256, 64
 # Captures that must pay off by so many replays each, or no more are made: one takes as long as an eager step.
 _CAPTURES, _REPLAYS = 4, 4
+# Their states have fixed addresses.
+_FIXED_LAYERS = (StaticForgettingLayer, PagedForgettingLayer)
 # Modules that do nothing but what their parameters, buffers and configuration say.
 _KNOWN_MODULES = ("torch.nn.modules.", "transformers.activations", __package__ or "")
 _INERT_HOOKS = "transformers.utils.output_capturing"
@@ -200,11 +203,12 @@ class CacheGraphs:
         layers = cache.layers
         if self.lent and layers[0] is self.lent[0] and not self.lent[0].has_room(tokens):
             self.give_back(cache)
-        if all(type(x) is DynamicForgettingLayer for x in layers):
+        kinds = {type(x) for x in layers}
+        if kinds == {DynamicForgettingLayer}:
             if cache.offloading or not all(x.is_initialized and x.get_seq_length() for x in layers):
                 return False
             self._lend(cache, tokens, longest)
-        elif not all(isinstance(x, StaticForgettingLayer | PagedForgettingLayer) and x.is_initialized for x in layers):
+        elif not all(issubclass(x, _FIXED_LAYERS) for x in kinds) or False in [x.is_initialized for x in layers]:
             return False
         if self.lent and self._known_length != self.lent[0].tokens:
             assert self._length is not None, "made with the layers"
@@ -212,7 +216,7 @@ class CacheGraphs:
             self._length.fill_(self._known_length)
         # Objects, not addresses, which may be used again; a graph of other buffers is never right again.
         buffers = [x for layer in cache.layers for x in (layer.keys, layer.values, getattr(layer, "pages", None))]
-        if len(buffers) != len(self._buffers) or any(x is not y for x, y in zip(buffers, self._buffers, strict=True)):
+        if len(buffers) != len(self._buffers) or any(map(operator.is_not, buffers, self._buffers)):
             self._buffers = buffers
             self._steps.clear()
             # Memory that its last graph has given back cannot be captured in again.

@@ -25,6 +25,7 @@ from transformers.utils.import_utils import is_torchdynamo_compiling
 from transformers.utils.output_capturing import capture_outputs
 
 from .arguments import DECODER_ARGUMENTS, LOSS_ARGUMENTS, refuse_unknown
+from .attention_settings import attention_settings
 from .cache.layer_types import check_cache, register_layer_type
 from .cache.paged import FoxPagedCache
 from .configuration_fox import (
@@ -146,12 +147,14 @@ class FoxModel(FoxPreTrainedModel):
                 position_ids = shards.take(position_ids)
             position_embeddings = self.rotary_emb(inputs_embeds, position_ids)
 
+        settings = attention_settings(self.config)
         hidden_states = inputs_embeds
         for layer in self.layers[: self.config.num_hidden_layers]:
             hidden_states = layer(
                 hidden_states,
                 layout=layout,
                 position_embeddings=position_embeddings,
+                settings=settings,
                 **{CACHE: cache},
             )
         if isinstance(cache, FoxPagedCache) and not is_torchdynamo_compiling():

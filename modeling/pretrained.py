@@ -114,9 +114,10 @@ class FoxPreTrainedModel(PreTrainedModel):
     def fuse_projections(self) -> None:
         """Have calls without gradients of up to 64 tokens compute the projections of one input as one matmul.
 
-        For decoding loops of your own; `generate` does it by itself. Per attention layer and MLP, weights are copied
-        into one buffer and become its rows: parameters remain the same objects with the same names and values, no
-        weight is held twice, and saving, training and changes of weights in place work as before.
+        On a GPU, prompts of up to 8,192 tokens too, except in attention layers without token shift of values. For
+        decoding loops of your own; `generate` does it by itself. Per attention layer and MLP, weights are copied into
+        one buffer and become its rows: parameters remain the same objects with the same names and values, no weight is
+        held twice, and saving, training and changes of weights in place work as before.
 
         The contract is that of ``model.to()``: tensors taken from the model before, as by ``state_dict()``, keep their
         values but no longer share memory with it, and CUDA graphs captured before are to be captured again.

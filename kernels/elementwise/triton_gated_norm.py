@@ -172,13 +172,13 @@ def _norm_arguments(
     if gate is not None:
         gate = gate.reshape(-1, heads * size)
         gate = gate if gate.stride(-1) == 1 else gate.contiguous()
-    block_n, block_d, warps = _tile(size)
+    tokens, (block_n, block_d, warps) = x.shape[0], _tile(size)
     arguments = dict(
         X=x, x_n=x.stride(0), x_h=x.stride(1),
         GATE=gate, g_n=0 if gate is None else gate.stride(0),
         WEIGHT=weight.contiguous(),
         eps=eps,
-        N=len(x),
+        N=tokens,
         H=heads,
         D=size,
         BLOCK_N=block_n,
@@ -186,7 +186,7 @@ def _norm_arguments(
         ACTIVATION=activation,
         num_warps=warps,
     )  # fmt: skip
-    return len(x), heads, block_n, arguments
+    return tokens, heads, block_n, arguments
 
 
 def _norm_forward(x: Tensor, weight: Tensor, gate: Tensor | None, eps: float, activation: str) -> Tensor:

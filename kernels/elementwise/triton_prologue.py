@@ -12,6 +12,8 @@ from ..tiles import LARGEST_HEAD_DIM, cdiv, next_power_of_2
 from .prologue import PrologueInputs
 from .prologue_kernels import prologue_backward_kernel, prologue_forward_kernel
 
+# How many heads of queries, keys and values are not as attention takes them.
+_Slots = tuple[int, int, int]
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 # Values of a program's tile.
 _PROLOGUE_TILE = 2048
@@ -31,18 +33,18 @@ def attention_prologue(inputs: PrologueInputs, eps: float) -> tuple[Tensor, Tens
     """
     if not _takes(inputs):
         return None
-    if not any(_slots(inputs)):
+    slots = _slots(inputs)
+    if not any(slots):
         return inputs.q, inputs.k, inputs.v
     if _wants_gradients(inputs):
         if inputs.last_real is not None or any(
             x is not None and x.requires_grad for x in (inputs.key_past, inputs.value_past, inputs.cos, inputs.sin)
         ):
             return None
-        out = _Prologue.apply(eps, *inputs)
+        q, k, v = _Prologue.apply(eps, slots, *inputs)
     else:
-        out = _prologue_forward(inputs, eps)
-    q, k, v = (x if new is None else new for x, new in zip(inputs[:3], out, strict=True))
-    return q, k, v
+        q, k, v = _prologue_forward(inputs, eps, slots)
+    return inputs.q if q is None else q, inputs.k if k is None else k, inputs.v if v is None else v
 
 
 def _wants_gradients(inputs: PrologueInputs) -> bool:
@@ -53,11 +55,11 @@ def _takes(inputs: PrologueInputs) -> bool:
     q, k, v = inputs[:3]
     if q.dtype not in _DTYPES or k.dtype != q.dtype or v.dtype != q.dtype:
         return False
-    if q.shape[-1] > LARGEST_HEAD_DIM or 0 in (*q.shape, *k.shape):
+    if q.shape[-1] > LARGEST_HEAD_DIM or 0 in q.shape or 0 in k.shape:
         return False
     given = [x for x in inputs if x is not None]
     # On one device: there are weights that are fetched when their module is called.
-    if not may_launch(*given) or any(x.device != q.device for x in given):
+    if not may_launch(*given) or len({x.device for x in given}) > 1:
         return False
     if inputs.cos is None or inputs.sin is None:
         return inputs.cos is inputs.sin
@@ -70,45 +72,43 @@ class _Prologue(torch.autograd.Function):
     """Keeps the inputs and computes again what lies between."""
 
     @staticmethod
-    def forward(ctx: Any, eps: float, *inputs: Any) -> tuple[Tensor | None, ...]:
-        ctx.eps = eps
+    def forward(ctx: Any, eps: float, slots: _Slots, *inputs: Any) -> tuple[Tensor | None, ...]:
+        ctx.eps, ctx.slots = eps, slots
         ctx.save_for_backward(*inputs)
-        return _prologue_forward(PrologueInputs(*inputs), eps)
+        return _prologue_forward(PrologueInputs(*inputs), eps, slots)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple:
         inputs = ctx.saved_tensors
         if torch.is_grad_enabled():
-            return None, *_PrologueGradient.apply(ctx.eps, *grads, *inputs)
-        return None, *_prologue_backward(grads, PrologueInputs(*inputs), ctx.eps)
+            return None, None, *_PrologueGradient.apply(ctx.eps, ctx.slots, *grads, *inputs)
+        return None, None, *_prologue_backward(grads, PrologueInputs(*inputs), ctx.eps, ctx.slots)
 
 
 class _PrologueGradient(torch.autograd.Function):
     """The backward pass where a gradient of it may be asked for; `once_differentiable` would take some for constant."""
 
     @staticmethod
-    def forward(ctx: Any, eps: float, *tensors: Any) -> tuple[Tensor | None, ...]:
-        return _prologue_backward(tensors[:3], PrologueInputs(*tensors[3:]), eps)
+    def forward(ctx: Any, eps: float, slots: _Slots, *tensors: Any) -> tuple[Tensor | None, ...]:
+        return _prologue_backward(tensors[:3], PrologueInputs(*tensors[3:]), eps, slots)
 
     backward = staticmethod(refuse_second_derivative)
 
 
-def _prologue_forward(inputs: PrologueInputs, eps: float) -> tuple[Tensor | None, ...]:
+def _prologue_forward(inputs: PrologueInputs, eps: float, slots: _Slots) -> tuple[Tensor | None, ...]:
     """New q, k and v, or None for each that stays what it is."""
-    q, k, v = (None if heads == 0 else x for x, heads in zip(inputs[:3], _slots(inputs), strict=True))
-    out = [None if x is None else torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v)]
-    arguments, grid = _prologue_arguments(inputs, eps)
+    out = [x.new_empty(x.shape) if heads else None for x, heads in zip(inputs[:3], slots, strict=True)]
+    arguments, grid = _prologue_arguments(inputs, eps, slots)
     with on_device_of(inputs.q):
         prologue_forward_kernel[grid](**arguments, OUT_Q=out[0], OUT_K=out[1], OUT_V=out[2])
     return tuple(out)
 
 
 def _prologue_backward(
-    grads: tuple[Tensor | None, ...], inputs: PrologueInputs, eps: float
+    grads: tuple[Tensor | None, ...], inputs: PrologueInputs, eps: float, slots: _Slots
 ) -> tuple[Tensor | None, ...]:
     """A gradient, or None, of each of the inputs."""
-    arguments, grid = _prologue_arguments(inputs, eps)
-    slots = _slots(inputs)
+    arguments, grid = _prologue_arguments(inputs, eps, slots)
     tensors = [None if heads == 0 else x for x, heads in zip(inputs[:3], slots, strict=True)]
     # Contiguous, whatever the strides of the inputs are.
     made = [
@@ -139,8 +139,7 @@ def _prologue_backward(
     return *made, None, None, *d_weights, None, None, None, None
 
 
-def _slots(inputs: PrologueInputs) -> tuple[int, int, int]:
-    """How many heads of queries, keys and values are not as attention takes them."""
+def _slots(inputs: PrologueInputs) -> _Slots:
     turned = inputs.q_weight is not None or inputs.cos is not None
     heads, kv_heads = inputs.q.shape[2], inputs.k.shape[2]
     return (
@@ -150,11 +149,11 @@ def _slots(inputs: PrologueInputs) -> tuple[int, int, int]:
     )
 
 
-def _prologue_arguments(inputs: PrologueInputs, eps: float) -> tuple[dict[str, Any], tuple[int, int]]:
+def _prologue_arguments(inputs: PrologueInputs, eps: float, slots: _Slots) -> tuple[dict[str, Any], tuple[int, int]]:
     """What both launches take, and their grid."""
     batch, tokens, _, head_dim = inputs.q.shape
-    q, k, v = (maybe_contiguous(x) for x in inputs[:3])
-    key_logits, value_logits, key_past, value_past = (None if x is None else maybe_contiguous(x) for x in inputs[3:7])
+    q, k, v = maybe_contiguous(inputs.q), maybe_contiguous(inputs.k), maybe_contiguous(inputs.v)
+    key_logits, value_logits, key_past, value_past = [None if x is None else maybe_contiguous(x) for x in inputs[3:7]]
     cos, sin = inputs.cos, inputs.sin
     if cos is not None and sin is not None and (cos.stride(-1) != 1 or cos.stride() != sin.stride()):
         cos, sin = cos.contiguous(), sin.contiguous()
@@ -164,32 +163,40 @@ def _prologue_arguments(inputs: PrologueInputs, eps: float) -> tuple[dict[str, A
     block_t = max(1, _PROLOGUE_TILE // next_power_of_2(2 * block_half + (block_rest if rest else 0)))
     starts = None if inputs.starts is None else inputs.starts.view(torch.uint8)
     shared = inputs.q_weight is None or inputs.q_weight.numel() == head_dim
-    nq, nk, nv = _slots(inputs)
+    q_b, q_t, q_h, _ = q.stride()
+    k_b, k_t, k_h, _ = k.stride()
+    v_b, v_t, v_h, _ = v.stride()
+    kl_b, kl_t, _ = _strides(key_logits)
+    vl_b, vl_t, _ = _strides(value_logits)
+    kp_b, kp_h, _ = _strides(key_past)
+    vp_b, vp_h, _ = _strides(value_past)
+    c_b, c_t, _ = _strides(cos)
     arguments = dict(
-        Q=q, q_b=q.stride(0), q_t=q.stride(1), q_h=q.stride(2),
-        K=k, k_b=k.stride(0), k_t=k.stride(1), k_h=k.stride(2),
-        V=v, v_b=v.stride(0), v_t=v.stride(1), v_h=v.stride(2),
-        KEY_LOGITS=key_logits, kl_b=_stride(key_logits, 0), kl_t=_stride(key_logits, 1),
-        VALUE_LOGITS=value_logits, vl_b=_stride(value_logits, 0), vl_t=_stride(value_logits, 1),
-        KEY_PAST=key_past, kp_b=_stride(key_past, 0), kp_h=_stride(key_past, 1),
-        VALUE_PAST=value_past, vp_b=_stride(value_past, 0), vp_h=_stride(value_past, 1),
-        STARTS=starts, s_b=_stride(starts, 0),
-        SOURCES=inputs.last_real, r_b=_stride(inputs.last_real, 0),
+        Q=q, q_b=q_b, q_t=q_t, q_h=q_h,
+        K=k, k_b=k_b, k_t=k_t, k_h=k_h,
+        V=v, v_b=v_b, v_t=v_t, v_h=v_h,
+        KEY_LOGITS=key_logits, kl_b=kl_b, kl_t=kl_t,
+        VALUE_LOGITS=value_logits, vl_b=vl_b, vl_t=vl_t,
+        KEY_PAST=key_past, kp_b=kp_b, kp_h=kp_h,
+        VALUE_PAST=value_past, vp_b=vp_b, vp_h=vp_h,
+        STARTS=starts, s_b=0 if starts is None else starts.stride(0),
+        SOURCES=inputs.last_real, r_b=0 if inputs.last_real is None else inputs.last_real.stride(0),
         Q_WEIGHT=inputs.q_weight, K_WEIGHT=inputs.k_weight, w_h=0 if shared else head_dim,
         EPS=eps,
-        COS=cos, SIN=sin, c_b=0 if cos is None or len(cos) == 1 else cos.stride(0), c_t=_stride(cos, 1),
+        COS=cos, SIN=sin, c_b=0 if cos is None or cos.shape[0] == 1 else c_b, c_t=c_t,
         T=tokens,
-        NQ=nq,
-        NK=nk,
-        NV=nv,
+        NQ=slots[0],
+        NK=slots[1],
+        NV=slots[2],
         HALF=half,
         REST=rest,
         BLOCK_HALF=block_half,
         BLOCK_REST=block_rest,
         BLOCK_T=block_t,
     )  # fmt: skip
-    return arguments, (cdiv(tokens, block_t) * (nq + nk + nv), batch)
+    return arguments, (cdiv(tokens, block_t) * sum(slots), batch)
 
 
-def _stride(x: Tensor | None, dim: int) -> int:
-    return 0 if x is None else x.stride(dim)
+def _strides(x: Tensor | None) -> tuple[int, ...]:
+    """Of three dimensions."""
+    return (0, 0, 0) if x is None else x.stride()

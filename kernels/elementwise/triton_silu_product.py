@@ -83,14 +83,14 @@ def _silu_arguments(gate: Tensor, up: Tensor) -> tuple[tuple[int], dict[str, Any
     """The grid, and what both kernels take."""
     size = gate.shape[-1]
     # Views, unless the batch does not lie in memory token after token.
-    gate, up = (maybe_contiguous(x.reshape(-1, size)) for x in (gate, up))
+    gate, up = maybe_contiguous(gate.reshape(-1, size)), maybe_contiguous(up.reshape(-1, size))
     arguments = dict(
         GATE=gate, gate_n=gate.stride(0),
         UP=up, up_n=up.stride(0),
         SIZE=size,
         BLOCK=_BLOCK,
     )  # fmt: skip
-    return (len(gate) * cdiv(size, _BLOCK),), arguments
+    return (gate.shape[0] * cdiv(size, _BLOCK),), arguments
 
 
 def _silu_forward(gate: Tensor, up: Tensor) -> Tensor:

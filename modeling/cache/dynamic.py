@@ -120,8 +120,10 @@ class DynamicForgettingLayer(DynamicLayer):
         """
         check_gates(self._new)
         if not self.is_initialized:
-            self.lazy_initialization(key_states, value_states)
-        if self.keys.numel() == 0:
+            # As `lazy_initialization`, without tensors that would not be read.
+            self.dtype, self.device = key_states.dtype, key_states.device
+            self.keys, self.is_initialized = None, True
+        if self.keys is None or self.keys.numel() == 0:
             # A graph is traced for the strides of its inputs, so a step must return the strides that it takes.
             traced = is_torchdynamo_compiling()
             self.keys, self.values = (x.contiguous() if traced else x for x in (key_states, value_states))

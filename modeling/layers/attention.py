@@ -9,7 +9,7 @@ The attention of one FoX (Pro) block (arXiv 2503.02130); every part but q, k, v 
                +-> output gate -----------------------------------------------------+
 """
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -20,18 +20,19 @@ from transformers.utils import TransformersKwargs
 
 from ...kernels.decay import Decay, accumulate, hide_keys, skip_keys
 from ...kernels.elementwise.gated_norm import ACTIVATIONS
-from ...kernels.pruning.rules import PruningRule
+from ...kernels.elementwise.prologue import PrologueInputs
 from ..arguments import DECODER_ARGUMENTS, refuse_unknown
+from ..attention_settings import AttentionSettings, attention_settings
 from ..cache.layer_types import ForgettingLayer, check_cache, layer_of
 from ..cache.paged import FoxPagedCache
-from ..cache.static import StaticForgettingLayer
+from ..cache.static import StaticForgettingLayer, state_sizes
 from ..cache.view import CacheView
 from ..configuration_fox import DEFAULT_IMPLEMENTATION, FoxConfig
 from ..parallel.tensor_parallel import local_part, sum_gradients
 from ..token_layout import TokenLayout, token_layout
 from ..versions import CACHE, one_cache
 from .forget_gate import make_forget_gate
-from .fused_projections import FusableProjections, has_hooks, is_called_plainly
+from .fused_projections import FusableProjections, are_called_plainly, has_hooks
 from .logit_bounds import qk_norm_bounds
 from .norm import FoxRMSNorm
 from .rotary import FoxRotaryEmbedding, apply_rotary
@@ -39,10 +40,11 @@ from .token_shift import FoxTokenShift
 
 if TYPE_CHECKING:
     from ...kernels.backends import Backend
-    from ...kernels.elementwise.prologue import PrologueInputs
 
 # By the class of the module that computes them.
 _FUSED_ACTIVATIONS = {type(ACT2FN[name]): name for name in ACTIVATIONS}
+# Queries, keys and values of all heads, ``[B, T, H or G, D]``.
+_States = tuple[Tensor, Tensor, Tensor]
 
 
 class FoxAttention(FusableProjections):
@@ -73,6 +75,17 @@ class FoxAttention(FusableProjections):
         self.config = config
         self.layer_idx = layer_idx
         self.use_rope = config.has_rope(layer_idx)
+        rope_type = (config.rope_parameters or {}).get("rope_type")
+        # Whether RoPE changes the lengths of queries and keys in this layer.
+        self.rope_stretches = self.use_rope and rope_type in ("yarn", "longrope")
+        # What the modules below are made for; a configuration is slow to read.
+        self.qk_norm = config.qk_norm
+        self.has_forget_gate = config.forget_gate != "none"
+        self.has_output_norm, self.has_output_gate = config.use_output_norm, config.use_output_gate
+        self.shifted = state_sizes(config)[2]
+        # Else keys or values are cached as they are projected.
+        changes_keys = self.use_rope or self.qk_norm != "none" or "key" in self.shifted
+        self.reads_views = changes_keys and "value" in self.shifted
         hidden, (heads, kv_heads, self.head_dim) = config.hidden_size, config.heads
         self.num_key_value_groups = heads // kv_heads
         self.scaling = self.head_dim**-0.5
@@ -116,6 +129,7 @@ class FoxAttention(FusableProjections):
         cu_seq_lens_k: Tensor | None = None,
         past_key_values: Cache | None = None,
         layout: TokenLayout | None = None,
+        settings: AttentionSettings | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> tuple[Tensor, Tensor | None]:
         """
@@ -131,6 +145,7 @@ class FoxAttention(FusableProjections):
             cu_seq_lens_q, cu_seq_lens_k: ``[N + 1]`` offsets of the sequences packed in a batch of one.
             past_key_values: the older name of ``cache``.
             layout: the above as a `TokenLayout`, computed once for all layers of a model.
+            settings: of this call, by default as the configuration is now.
 
         Returns:
             ``[B, T, hidden]`` and the attention weights ``[B, H, T, Tk]`` (None unless `eager`).
@@ -141,6 +156,7 @@ class FoxAttention(FusableProjections):
         """
         refuse_unknown(FoxAttention.forward, kwargs, DECODER_ARGUMENTS)
         cache = one_cache(cache, past_key_values)
+        settings = attention_settings(self.config) if settings is None else settings
         if layout is None:
             self.check_hidden_states(hidden_states)
             self._check_standalone(hidden_states, cache)
@@ -161,21 +177,36 @@ class FoxAttention(FusableProjections):
         # On the first call the cache is empty: nothing to search, and no page is allocated.
         has_past = cache_layer is not None and cache_layer.is_initialized
         fused = self.project(hidden_states)
-        q, k, v = self._queries_keys_values(
-            hidden_states, fused, layout, cache_layer, position_embeddings if self.use_rope else None
-        )
-        log_f = self.log_forget_gates(hidden_states)
+        states = self._heads(hidden_states, fused)
+        if isinstance(cache_layer, StaticForgettingLayer) and not cache_layer.is_initialized:
+            cache_layer.lazy_initialization(states[1].transpose(1, 2), states[2].transpose(1, 2))
 
         # Imported when they are used, since importing the kernels takes time.
-        from ...kernels.backends import backend_of
+        from ...kernels.backends import PYTORCH, backend_of
         from ..attention_backends import ALL_ATTENTION_FUNCTIONS, eager_attention_forward, prepare
 
-        backend, view = backend_of(q), None
-        few = has_past and self._can_use_decode_kernels(q, k, backend)
+        backend, view = backend_of(states[0]), None
+        is_fox = settings.implementation == DEFAULT_IMPLEMENTATION
+        angles = position_embeddings if self.use_rope else None
+        prepared, logits = None, (fused.get("key_shift.proj"), fused.get("value_shift.proj"))
+        if is_fox and backend is not PYTORCH and layout.shards is None and self._can_use_prologue():
+            inputs = self._prologue_inputs(states, hidden_states, logits, layout, cache_layer, angles)
+            prepared = backend.prologue(inputs, self.q_norm.eps if inputs.q_weight is not None else 0.0)
+            logits = inputs.key_logits, inputs.value_logits
+        if prepared is None:
+            q, k, v = self._queries_keys_values(states, hidden_states, logits, layout, cache_layer, angles)
+        else:
+            q, k, v = prepared
+            if cache_layer is not None:
+                for name in self.shifted:
+                    cache_layer.append_unshifted(name, states[1 if name == "key" else 2], layout)
+        log_f = self.log_forget_gates(hidden_states)
+
+        few = has_past and is_fox and self._can_use_decode_kernels(q, k, backend)
         dropout = self.attention_dropout if self.training else 0.0
-        if not few and layout.shards is None and self.implementation == DEFAULT_IMPLEMENTATION:
-            prepare(self, q, k, v, log_f, dropout, backend)
-        q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+        if is_fox and not few and layout.shards is None:
+            prepare(self, settings, q, k, v, log_f, dropout, backend)
+        q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
         if layout.shards is not None:
             c, kv_start = layout.shards.accumulate(layout.mask_gates(log_f), layout.starts, backend)
             decay = Decay(c, c, kv_start, layout.positions)
@@ -186,11 +217,13 @@ class FoxAttention(FusableProjections):
         else:
             cache_layer.append_gates(log_f, layout, backend, few)
             k, v = cache.update(k, v, self.layer_idx, few=few)
-            decay, view = cache_layer.decay(few, own_block=self._bound_needs_keys())
+            # The bound of the logits that the rule reads, where the weights give none.
+            needs_keys = settings.reads_bound and (self.qk_norm == "none" or self.rope_stretches)
+            decay, view = cache_layer.decay(few, own_block=needs_keys)
         decay, real = _without_padding(decay, view, layout)
 
-        attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.implementation, eager_attention_forward)
-        options = {"real": real, "view": view, "shards": layout.shards, "backend": backend}
+        attend = ALL_ATTENTION_FUNCTIONS.get_interface(settings.implementation, eager_attention_forward)
+        options = {"real": real, "view": view, "shards": layout.shards, "backend": backend, "settings": settings}
         out, weights = attend(self, q, k, v, None, decay=decay, scaling=self.scaling, dropout=dropout, **options)
 
         return self.o_proj(self._normalize_and_gate(out, hidden_states, fused)), weights
@@ -201,109 +234,102 @@ class FoxAttention(FusableProjections):
         Args:
             out: of attention.
             hidden_states: ``[B, T, hidden]``.
-            fused: as for `_queries_keys_values`.
+            fused: as for `_heads`.
         """
-        if not self.config.use_output_gate:
-            return (self.output_norm(out) if self.config.use_output_norm else out).flatten(-2)
+        if not self.has_output_gate:
+            return (self.output_norm(out) if self.has_output_norm else out).flatten(-2)
         gate = fused["output_gate"] if fused else self.output_gate(hidden_states)
-        if self.config.use_output_norm:
-            activation = _FUSED_ACTIVATIONS.get(type(self.output_gate_act))
+        activate = self.output_gate_act
+        if self.has_output_norm:
+            norm, activation = self.output_norm, _FUSED_ACTIVATIONS.get(type(activate))
             # A module that was put in place of one of the two, or a hook on it, is to see what is its own.
-            own = isinstance(self.output_norm, FoxRMSNorm) and activation is not None
-            if own and not (has_hooks(self.output_norm) or has_hooks(self.output_gate_act)):
-                return self.output_norm(out, gate, activation).flatten(-2)
-            out = self.output_norm(out)
-        return out.flatten(-2) * self.output_gate_act(gate)
+            own = isinstance(norm, FoxRMSNorm) and activation is not None
+            if own and not (has_hooks(norm) or has_hooks(activate)):
+                return norm(out, gate, activation).flatten(-2)
+            out = norm(out)
+        return out.flatten(-2) * activate(gate)
 
-    def _queries_keys_values(
-        self,
-        hidden_states: Tensor,
-        fused: dict[str, Tensor],
-        layout: TokenLayout,
-        cache_layer: ForgettingLayer | None,
-        position_embeddings: tuple[Tensor, Tensor] | None,
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """Queries, keys and values, ``[B, T, heads, D]``: projected, shifted, normalized, rotated.
+    def _heads(self, hidden_states: Tensor, fused: dict[str, Tensor]) -> _States:
+        """Projected queries, keys and values.
 
         Args:
             hidden_states: ``[B, T, hidden]``.
             fused: outputs of the projections by name, if they were computed as one matmul; else empty.
+        """
+        if fused:
+            q, k, v = fused["q_proj"], fused["k_proj"], fused["v_proj"]
+        else:
+            q, k, v = self.q_proj(hidden_states), self.k_proj(hidden_states), self.v_proj(hidden_states)
+        # The number of heads is that of the projections: under tensor parallelism, of this rank.
+        size = (-1, self.head_dim)
+        return q.view(*q.shape[:-1], *size), k.view(*k.shape[:-1], *size), v.view(*v.shape[:-1], *size)
+
+    def _queries_keys_values(
+        self,
+        states: _States,
+        hidden_states: Tensor,
+        logits: tuple[Tensor | None, Tensor | None],
+        layout: TokenLayout,
+        cache_layer: ForgettingLayer | None,
+        position_embeddings: tuple[Tensor, Tensor] | None,
+    ) -> _States:
+        """Queries, keys and values as attention takes them: shifted, normalized, rotated.
+
+        Args:
+            states: as `_heads` returns them.
+            hidden_states: ``[B, T, hidden]``.
+            logits: of the token shift of keys and of values, where they are computed already.
             layout: of the tokens.
             cache_layer: this layer's cache, or None.
             position_embeddings: with RoPE, else None.
         """
-        q, k, v = (
-            fused[name] if fused else getattr(self, name)(hidden_states) for name in ("q_proj", "k_proj", "v_proj")
-        )
-        # The number of heads is that of the projections: under tensor parallelism, of this rank.
-        q, k, v = (x.unflatten(-1, (-1, self.head_dim)) for x in (q, k, v))
-        if isinstance(cache_layer, StaticForgettingLayer) and not cache_layer.is_initialized:
-            cache_layer.lazy_initialization(k.transpose(1, 2), v.transpose(1, 2))
-        key_logits, value_logits = fused.get("key_shift.proj"), fused.get("value_shift.proj")
-        # Imported when it is used, since importing the kernels takes time.
-        from ...kernels.backends import PYTORCH, backend_of
-
-        backend = backend_of(q)
-        if backend is not PYTORCH and self._can_use_prologue(layout):
-            inputs = self._prologue_inputs((q, k, v), hidden_states, fused, layout, cache_layer, position_embeddings)
-            prepared = backend.prologue(inputs, self.q_norm.eps if inputs.q_weight is not None else 0.0)
-            if prepared is not None:
-                for name, states in (("key", k), ("value", v)):
-                    if cache_layer is not None and getattr(self.config, f"use_{name}_shift"):
-                        cache_layer.append_unshifted(name, states, layout)
-                return prepared
-            key_logits, value_logits = inputs.key_logits, inputs.value_logits
-        if self.config.use_key_shift:
-            k = self.key_shift(hidden_states, k, layout, cache_layer, "key", key_logits)
-        if self.config.use_value_shift:
-            v = self.value_shift(hidden_states, v, layout, cache_layer, "value", value_logits)
-        if self.config.qk_norm == "all_heads":
+        q, k, v = states
+        if "key" in self.shifted:
+            k = self.key_shift(hidden_states, k, layout, cache_layer, "key", logits[0])
+        if "value" in self.shifted:
+            v = self.value_shift(hidden_states, v, layout, cache_layer, "value", logits[1])
+        if self.qk_norm == "all_heads":
             q, k = (norm(x.flatten(-2)).view_as(x) for norm, x in ((self.q_norm, q), (self.k_norm, k)))
-        elif self.config.qk_norm != "none":
+        elif self.qk_norm != "none":
             q, k = self.q_norm(q), self.k_norm(k)
         if position_embeddings is not None:
             # To the dtype of v: under autocast the angles are float32, and keys are cached beside values.
             q, k = (x.to(v.dtype) for x in apply_rotary(q, k, *position_embeddings))
         return q, k, v
 
-    def _can_use_prologue(self, layout: TokenLayout) -> bool:
+    def _can_use_prologue(self) -> bool:
         """Whether one kernel may take the place of the modules between projections and attention."""
-        if torch.compiler.is_compiling() or self.implementation != DEFAULT_IMPLEMENTATION or layout.shards is not None:
+        if torch.compiler.is_compiling() or self.qk_norm == "all_heads":
             return False
-        classes = {"q_norm": FoxRMSNorm, "k_norm": FoxRMSNorm, "key_shift": FoxTokenShift, "value_shift": FoxTokenShift}
-        used = [(getattr(self, name), made) for name, made in classes.items() if hasattr(self, name)]
-        return self.config.qk_norm != "all_heads" and all(is_called_plainly(x, made) for x, made in used)
+        norms = [] if self.qk_norm == "none" else [self.q_norm, self.k_norm]
+        shifts = [getattr(self, f"{name}_shift") for name in self.shifted]
+        return are_called_plainly(norms, FoxRMSNorm) and are_called_plainly(shifts, FoxTokenShift)
 
     def _prologue_inputs(
         self,
-        states: tuple[Tensor, Tensor, Tensor],
+        states: _States,
         hidden_states: Tensor,
-        fused: dict[str, Tensor],
+        logits: tuple[Tensor | None, Tensor | None],
         layout: TokenLayout,
         cache_layer: ForgettingLayer | None,
         position_embeddings: tuple[Tensor, Tensor] | None,
     ) -> "PrologueInputs":
-        """What one kernel takes of projected queries, keys and values, and of the modules whose place it takes."""
-        from ...kernels.elementwise.prologue import PrologueInputs
-
-        inputs = PrologueInputs(*states, starts=layout.starts, last_real=layout.last_real)
-        for name in ("key", "value"):
-            if getattr(self.config, f"use_{name}_shift"):
-                logits = fused.get(f"{name}_shift.proj")
-                if logits is None:
-                    logits = getattr(self, f"{name}_shift").proj(hidden_states)
-                past = None if cache_layer is None else cache_layer.previous_unshifted(name, layout)
-                if past is not None:
-                    # What autograd keeps of a static cache must be a copy: the cache writes the next state over it.
-                    past = past[:, -1].clone() if torch.is_grad_enabled() else past[:, -1]
-                given: dict[str, Any] = {f"{name}_logits": logits, f"{name}_past": past}
-                inputs = inputs._replace(**given)
-        if self.config.qk_norm != "none":
-            q_weight, k_weight = (sum_gradients(local_part(x.weight), x.ranks) for x in (self.q_norm, self.k_norm))
-            inputs = inputs._replace(q_weight=q_weight, k_weight=k_weight)
-        if position_embeddings is not None:
-            inputs = inputs._replace(cos=position_embeddings[0], sin=position_embeddings[1])
-        return inputs
+        """What one kernel takes of the modules whose place it takes; arguments as for `_queries_keys_values`."""
+        pasts: list[Tensor | None] = [None, None]
+        key_logits, value_logits = logits
+        if "key" in self.shifted:
+            key_logits = self.key_shift.proj(hidden_states) if key_logits is None else key_logits
+            pasts[0] = _last_unshifted("key", layout, cache_layer)
+        if "value" in self.shifted:
+            value_logits = self.value_shift.proj(hidden_states) if value_logits is None else value_logits
+            pasts[1] = _last_unshifted("value", layout, cache_layer)
+        weights: list[Tensor | None] = [None, None]
+        if self.qk_norm != "none":
+            weights = [sum_gradients(local_part(x.weight), x.ranks) for x in (self.q_norm, self.k_norm)]
+        cos, sin = (None, None) if position_embeddings is None else position_embeddings
+        return PrologueInputs(
+            *states, key_logits, value_logits, *pasts, *weights, cos, sin, layout.starts, layout.last_real
+        )
 
     def check_hidden_states(self, hidden_states: Tensor) -> None:
         """Raise a `ValueError` unless they are ``[B, T, hidden]`` with at least one token."""
@@ -324,25 +350,16 @@ class FoxAttention(FusableProjections):
                 )
 
     @property
-    def implementation(self) -> str:
-        """The attention implementation; the configuration of a standalone layer may name none."""
-        return self.config._attn_implementation or DEFAULT_IMPLEMENTATION
-
-    @property
     def outputs_stay_sharded(self) -> bool:
         """Whether under tensor parallelism each rank goes on with its own part of the projections."""
-        return self.config.qk_norm != "all_heads"
+        return self.qk_norm != "all_heads"
 
     def log_forget_gates(self, hidden_states: Tensor) -> Tensor:
         """``[B, T, hidden] -> [B, T, Hf]`` log forget gates, in float32 (float64 for a float64 model)."""
-        if self.config.forget_gate == "none":
+        if not self.has_forget_gate:
             dtype = torch.promote_types(hidden_states.dtype, torch.float32)
             return hidden_states.new_zeros(*hidden_states.shape[:-1], 1, dtype=dtype)
         return nn.functional.logsigmoid(self.forget_gate(hidden_states))
-
-    def _bound_needs_keys(self) -> bool:
-        """Whether pruning needs a bound of the logits that the weights do not give."""
-        return PruningRule(self.config.acp_rule).reads_bound and (self.config.qk_norm == "none" or self.rope_stretches)
 
     def logit_bound(self, dtype: torch.dtype) -> Tensor | None:
         """Bound of ``|scale * q . k|`` by the weights of QK-norm, ``[H]`` or ``[1]``; None as for `norm_bounds`.
@@ -360,19 +377,20 @@ class FoxAttention(FusableProjections):
         """
         return qk_norm_bounds(self, dtype)
 
-    @property
-    def rope_stretches(self) -> bool:
-        """Whether RoPE changes the lengths of queries and keys in this layer."""
-        rope_type = (self.config.rope_parameters or {}).get("rope_type")
-        return self.use_rope and rope_type in ("yarn", "longrope")
-
     def _can_use_decode_kernels(self, q: Tensor, k: Tensor, backend: "Backend") -> bool:
         """Whether the decode kernels take these queries and new keys, ``[B, Tq, H, D]`` and ``[B, T, G, D]``."""
         differentiable = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad)
         dropout = self.training and self.attention_dropout > 0.0
-        if self.implementation != DEFAULT_IMPLEMENTATION or differentiable or dropout:
-            return False
-        return backend.can_decode(q, k.shape[2])
+        return not (differentiable or dropout) and backend.can_decode(q, k.shape[2])
+
+
+def _last_unshifted(name: str, layout: TokenLayout, cache_layer: ForgettingLayer | None) -> Tensor | None:
+    """``[B, G, D]`` unshifted ``name`` before the first token; None for zero."""
+    past = None if cache_layer is None else cache_layer.previous_unshifted(name, layout)
+    if past is None:
+        return None
+    # What autograd keeps of a static cache must be a copy: the cache writes the next state over it.
+    return past[:, -1].clone() if torch.is_grad_enabled() else past[:, -1]
 
 
 def _without_padding(decay: Decay, view: CacheView | None, layout: TokenLayout) -> tuple[Decay, Tensor | None]:

@@ -93,14 +93,14 @@ class FoxDecoderLayer(GradientCheckpointingLayer):
     def weights_of_bounds(self) -> list[Tensor]:
         """The weights that `logit_bounds` depends on."""
         attention = self.self_attn
-        if attention.config.qk_norm != "none":
+        if attention.qk_norm != "none":
             return [attention.q_norm.weight, attention.k_norm.weight]
         modules = [attention.q_proj, attention.k_proj, *([self.input_layernorm] if self.norms_first else [])]
         return [weight for module in modules for weight in module.parameters()]
 
     def _logit_bounds(self, dtype: torch.dtype) -> tuple[Tensor, Tensor] | None:
         attention = self.self_attn
-        if attention.config.qk_norm != "none":
+        if attention.qk_norm != "none":
             bounds = qk_norm_bounds(attention, dtype)
         else:
             bounds = projection_bounds(attention, self.input_layernorm, dtype) if self.norms_first else None

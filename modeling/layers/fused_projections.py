@@ -21,6 +21,9 @@ from ..parallel.tensor_parallel import is_sharded, local_tensor, set_local_tenso
 
 # Tokens of a call that is fused at most: its outputs are strided views, which longer calls would have to copy.
 MAX_FUSED_TOKENS = 64
+# And where kernels read such views: so many tokens keep a GPU busy for longer than the host needs for a layer, and with
+# more the outputs, which are kept until the last of them is read, would be a weight on memory.
+MAX_FUSED_PROMPT = 8192
 # Bytes that the address of each weight is a multiple of: kernels read weights in vectors of this size.
 _ALIGNMENT = 16
 # Of these the buffer has a multiple: see `FusedProjections.weight`.
@@ -59,6 +62,7 @@ class FusableProjections(nn.Module):
     Attributes:
         projections: names of those layers, as submodules; those that a configuration leaves out may be missing.
         outputs_stay_sharded: whether under tensor parallelism each rank goes on with its own part of their outputs.
+        reads_views: whether on a GPU kernels read the outputs as they are, and nothing keeps them for later.
         fused_projections: their buffer, or None.
         uses_fused: when calls read the buffer; ``checked`` is where the projections still are what was fused, and
             ``always`` for a caller that has made sure of it.
@@ -66,6 +70,7 @@ class FusableProjections(nn.Module):
 
     projections: ClassVar[tuple[str, ...]]
     outputs_stay_sharded: Any = True
+    reads_views: bool = True
     fused_projections: FusedProjections | None = None
     uses_fused: Literal["never", "checked", "always"] = "never"
 
@@ -96,8 +101,11 @@ class FusableProjections(nn.Module):
         fused = self.fused_projections
         if fused is None or self.uses_fused == "never" or torch.is_grad_enabled():
             return {}
+        tokens = x.shape[:-1].numel()
+        if tokens > MAX_FUSED_TOKENS and (tokens > MAX_FUSED_PROMPT or not self._kernels_read_views(x)):
+            return {}
         # accelerate moves an offloaded model when it is called; autocast would cast the whole buffer at each call.
-        if x.shape[:-1].numel() > MAX_FUSED_TOKENS or fused.weight.device != x.device or _autocasts(x):
+        if fused.weight.device != x.device or _autocasts(x):
             return {}
         if self.uses_fused == "checked" and not torch.compiler.is_compiling() and not self._is_fused():
             return {}
@@ -116,6 +124,13 @@ class FusableProjections(nn.Module):
             # An engine that shards or offloads what it trains could not free weights that the buffer holds too.
             self.unfuse_projections()
         return super().train(mode)
+
+    def _kernels_read_views(self, x: Tensor) -> bool:
+        # Imported when they are used, since importing the kernels takes time.
+        from ...kernels.backends import PYTORCH, elementwise_backend_of
+
+        compiles = torch.compiler.is_compiling()
+        return self.reads_views and not compiles and elementwise_backend_of(x) is not PYTORCH
 
     def _is_fused(self) -> bool:
         """Whether each projection still is a plain linear layer whose weights are rows of the buffer."""
@@ -209,11 +224,14 @@ def is_plain_linear(module: Any) -> bool:
     return all(x is None or is_sharded(x) or type(x) is nn.Parameter for x in _parameters(module))
 
 
-def is_called_plainly(module: Any, made: type[nn.Module]) -> bool:
-    """Whether calling ``module`` does what ``forward`` of its class ``made`` does, and nothing else."""
-    if type(module) is not made or "forward" in module.__dict__ or "_hf_hook" in module.__dict__:
-        return False
-    return not (module._backward_hooks or module._backward_pre_hooks or has_hooks(module))
+def are_called_plainly(modules: list[Any], made: type[nn.Module]) -> bool:
+    """Whether calling each of them does what ``forward`` of its class ``made`` does, and nothing else."""
+    for module in modules:
+        if type(module) is not made or "forward" in module.__dict__ or "_hf_hook" in module.__dict__:
+            return False
+        if module._backward_hooks or module._backward_pre_hooks or has_hooks(module):
+            return False
+    return True
 
 
 def _is_matmul(module: Any) -> bool:
@@ -227,8 +245,8 @@ def _is_matmul(module: Any) -> bool:
 
 def has_hooks(module: nn.Module) -> bool:
     """Whether somebody sees or changes what ``module`` takes or returns."""
-    hooks = (module._forward_hooks, module._forward_pre_hooks)
-    return any((*hooks, _module._global_forward_hooks, _module._global_forward_pre_hooks))
+    own = module._forward_hooks or module._forward_pre_hooks
+    return bool(own or _module._global_forward_hooks or _module._global_forward_pre_hooks)
 
 
 def _is_tensor_parallel(module: Any) -> bool:

@@ -36,7 +36,7 @@ def qk_norm_bounds(attention: Any, dtype: torch.dtype) -> tuple[Tensor, Tensor] 
     Returns:
         None without QK-norm, and where RoPE changes lengths.
     """
-    if attention.config.qk_norm == "none" or attention.rope_stretches:
+    if attention.qk_norm == "none" or attention.rope_stretches:
         return None
     query, key = (_norm_bound(attention, norm, dtype) for norm in (attention.q_norm, attention.k_norm))
     if len(key) < len(query):
@@ -46,7 +46,7 @@ def qk_norm_bounds(attention: Any, dtype: torch.dtype) -> tuple[Tensor, Tensor] 
 
 def _norm_bound(attention: Any, norm: FoxRMSNorm, dtype: torch.dtype) -> Tensor:
     weight = local_part(norm.weight).detach()
-    size = len(weight) if attention.config.qk_norm == "all_heads" else attention.head_dim
+    size = len(weight) if attention.qk_norm == "all_heads" else attention.head_dim
     weight = weight.view(-1, attention.head_dim)
     fp32 = torch.promote_types(weight.dtype, torch.float32)
     largest = torch.linalg.vector_norm(weight, ord=float("inf"), dim=-1, dtype=fp32)

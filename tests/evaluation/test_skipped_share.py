@@ -64,7 +64,7 @@ def test_it_is_the_share_of_tiles_that_pruning_hides(kind: str, variant: str, ru
         q, k, _ = without_padding(q, k, v, decay, kwargs["real"])
         before = decay.kv_start.expand(-1, 4 if decay.kv_start.shape[1] == 1 else -1, -1)
         before = before.repeat_interleave(4 // before.shape[1], dim=1)
-        after = pruned(module, q, k, decay, kwargs["scaling"], kwargs["backend"]).kv_start
+        after = pruned(module, kwargs["settings"], q, k, decay, kwargs["scaling"], kwargs["backend"]).kv_start
         counted.append((count_tiles(before, decay.last), count_tiles(after, decay.last)))
         return attend(module, query, key, value, mask, decay=decay, **kwargs)
 

@@ -18,8 +18,11 @@ from torch.nn.utils import parametrizations
 from transformers import CompileConfig, DynamicCache, GenerationMixin
 
 from foxlm import FoxForCausalLM, decoding_weights
+from foxlm.kernels.backends import PYTORCH, backend_of
 from foxlm.modeling.layers import fused_projections
 from foxlm.modeling.layers.fused_projections import MAX_FUSED_TOKENS, FusableProjections
+from foxlm.modeling.versions import cache_of
+from kernel_device import DEVICES
 from models import VARIANTS, assert_close, tiny_model, tokens
 
 NEW = 6
@@ -504,3 +507,21 @@ def test_a_loop_of_ones_own(calls: list[int]) -> None:
     assert len(calls) == 4 * NEW
     model.unfuse_projections()
     assert_close(torch.stack(out), plain_logits(model))
+
+
+@pytest.mark.parametrize("variant", ["pro", "llama"])
+@pytest.mark.parametrize("device", DEVICES)
+def test_prompts_are_fused_where_kernels_read_views(variant: str, device: str, calls: list[int]) -> None:
+    model = tiny_model(variant, dtype=torch.float32).to(device).eval()
+    ids = tokens(1, 2 * MAX_FUSED_TOKENS + 2).to(device)
+    with torch.no_grad():
+        expected = model(ids, use_cache=True)
+        model.fuse_projections()
+        found = model(ids, use_cache=True)
+    on_kernels = backend_of(expected.logits[..., :1]) is not PYTORCH
+    # Without token shift, attention caches values as they are projected, which must not hold the memory of all.
+    assert len(calls) == (0 if not on_kernels else 4 if variant == "pro" else 2)
+    torch.testing.assert_close(found.logits, expected.logits, rtol=1e-4, atol=1e-4)
+    for layer in cache_of(found).layers:
+        held = [layer.keys, layer.values, *layer.unshifted.values()]
+        assert all(x.untyped_storage().nbytes() == x.nbytes for x in held)
