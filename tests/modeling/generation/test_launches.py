@@ -1,8 +1,11 @@
-"""How many launches a layer takes in eager mode: kernels, and operators of PyTorch that compute or copy.
+"""How many launches a layer takes in eager mode: kernels, and operators of PyTorch that compute or copy; and how much
+Python.
 
 Counted on the CPU, with kernels chosen as on an H100 and left out.
 """
 
+import cProfile
+import pstats
 from collections import Counter
 from typing import Any
 from unittest import mock
@@ -89,3 +92,22 @@ def test_training_of_a_pro_layer() -> None:
     assert found["prologue_forward_kernel"] == found["prologue_backward_kernel"] == 1
     # Over thirty are matmuls.
     assert found.total() <= 87, dict(found)
+
+
+def python_calls(layers: int) -> int:
+    """Calls of functions, Python's and others, for a prompt, without what a launch takes."""
+    config = FoxConfig.preset("pro-125m", num_hidden_layers=layers, vocab_size=64, acp_eps=1e-3)
+    model = FoxForCausalLM._from_config(config, dtype=torch.bfloat16).eval()
+    ids, profile = torch.arange(300)[None] % 64, cProfile.Profile()
+    nothing = mock.patch.object(JITFunction, "run", lambda *_, **__: None)
+    with assume_gpu(GPU((9, 0), 132)), specializations(90), nothing, torch.no_grad():
+        # The first call imports and prepares.
+        model(ids, use_cache=True, logits_to_keep=1)
+        with profile:
+            model(ids, use_cache=True, logits_to_keep=1)
+    return pstats.Stats(profile).total_calls  # type: ignore[attr-defined]
+
+
+def test_python_of_a_pro_layer() -> None:
+    """Its prompts of less than some thousand tokens take what the host takes."""
+    assert python_calls(3) - python_calls(2) <= 1050
