@@ -122,7 +122,8 @@ class DynamicForgettingLayer(DynamicLayer):
         if not self.is_initialized:
             # As `lazy_initialization`, without tensors that would not be read.
             self.dtype, self.device = key_states.dtype, key_states.device
-            self.keys, self.is_initialized = None, True
+            self.keys = None
+            self.is_initialized = True
         if self.keys is None or self.keys.numel() == 0:
             # A graph is traced for the strides of its inputs, so a step must return the strides that it takes.
             traced = is_torchdynamo_compiling()
