@@ -44,6 +44,7 @@ class DynamicForgettingLayer(DynamicLayer):
     values: Any
     summary: tuple[KeySummary, Running] | None
     summarized: int
+    is_initialized: bool
     # By name, a larger tensor that begins with what is held, and how many of its tokens are taken.
     _buffers: dict[str, tuple[Tensor, int]]
     _reordered: bool
