@@ -50,7 +50,7 @@ def fox_attention_forward(
     """The best attention for the device, with pruning. Arguments as for `reference_attention_forward`."""
     settings = attention_settings(module.config) if settings is None else settings
     if view is not None:
-        options = {}
+        options: dict[str, Any] = {}
         if settings.eps is not None:
             bound = _bound(module, settings, query.dtype)
             options = {"eps": settings.eps, "rule": settings.rule, "logit_bound": bound}

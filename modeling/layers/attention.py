@@ -327,9 +327,8 @@ class FoxAttention(FusableProjections):
         if self.qk_norm != "none":
             weights = [sum_gradients(local_part(x.weight), x.ranks) for x in (self.q_norm, self.k_norm)]
         cos, sin = (None, None) if position_embeddings is None else position_embeddings
-        return PrologueInputs(
-            *states, key_logits, value_logits, *pasts, *weights, cos, sin, layout.starts, layout.last_real
-        )
+        shift = key_logits, value_logits, pasts[0], pasts[1]
+        return PrologueInputs(*states, *shift, weights[0], weights[1], cos, sin, layout.starts, layout.last_real)
 
     def check_hidden_states(self, hidden_states: Tensor) -> None:
         """Raise a `ValueError` unless they are ``[B, T, hidden]`` with at least one token."""
