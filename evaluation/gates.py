@@ -45,7 +45,7 @@ def skipped_shares(
     Args:
         layers: recorded attention.
         log_eps: natural logs of ``eps``, the weight that a row may lose in total.
-        rule: ``"paper"`` or ``"tight"``.
+        rule: as for `first_kept`.
         block_q, block_k: sizes of the tiles that are skipped or kept; 1 and 1 count pairs of query and key.
 
     Returns:
@@ -78,7 +78,7 @@ def kept_from(layer: AttentionInputs, log_eps: float, rule: Rule, block_q: int =
 
 def bounded_keys(layer: AttentionInputs, rule: Rule) -> Tensor:
     """The keys that the model gives to ``rule``."""
-    return centered(layer.k) if layer.centers and rule == "tight" else layer.k
+    return centered(layer.k) if layer.centers and rule != "paper" else layer.k
 
 
 def decay_of(layer: AttentionInputs) -> Decay:

@@ -3,13 +3,14 @@
 import math
 import re
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from foxlm.conversion.pretrained import read_config, read_model, reason
 from foxlm.kernels.backends import PYTORCH, backend_of
+from foxlm.kernels.pruning.rules import Rule
 from foxlm.modeling.configuration_fox import DEFAULT_IMPLEMENTATION, FoxConfig
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
@@ -26,7 +27,7 @@ def load_model(
         dtype: ``auto`` (as the weights were saved), or one of `DTYPES`.
         eps: attention weight that pruning may leave out of each row; ``0`` prunes nothing, ``model`` is as the model's
             own configuration says.
-        rule: ``paper`` or ``tight``, how that is proven; ``model`` as above.
+        rule: ``paper``, ``tight`` or ``measured``, how that is proven; ``model`` as above.
 
     Raises:
         ValueError: an argument is none of these, or ``eps`` or ``rule`` is given for a model without forget gates.
@@ -80,8 +81,8 @@ def pruning_changes(eps: float | str, rule: str) -> dict[str, Any]:
             raise ValueError(f"eps must be 0 (nothing is pruned), a number below 1, or model, got {eps!r}")
         changes["acp_eps"] = value or None
     if rule != "model":
-        if rule not in ("paper", "tight"):
-            raise ValueError(f"rule must be paper, tight or model, got {rule!r}")
+        if rule not in get_args(Rule):
+            raise ValueError(f"rule must be {', '.join(get_args(Rule))} or model, got {rule!r}")
         changes["acp_rule"] = rule
     return changes
 

@@ -95,7 +95,7 @@ def forgetting_attention(
         dropout: probability of dropping an attention weight, in ``[0, 1)``.
         eps: Adaptive Computation Pruning: leave out keys of which it is proven that no row loses more than this of its
             attention weight in total, in ``(0, 1)``; ``exp(-10)`` in its paper. None leaves out nothing.
-        rule: how that is proven, ``"tight"`` or ``"paper"``: see `foxlm.kernels.pruning.rules`.
+        rule: how that is proven, ``"tight"``, ``"paper"`` or ``"measured"``: see `foxlm.kernels.pruning.rules`.
         logit_bound: ``U`` of the rule ``paper``, a bound of ``|scale * q . k|``, a number, ``[H]`` or ``[B, H]``,
             finite and at least 0; computed from q and k by default. If it is too small by ``x``, rows may lose up to
             ``exp(2 x) eps``. Values on a GPU are not checked: where they are negative, NaN or infinite, nothing is

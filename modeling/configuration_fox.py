@@ -121,8 +121,10 @@ class FoxConfig(PreTrainedConfig):
         acp_eps (`float`, *optional*, defaults to `exp(-10)`): Adaptive Computation Pruning (arXiv 2504.06949): the
             attention weight that a query may lose in total to pruned keys. `None` prunes nothing. Used where the
             default `attn_implementation`, `"fox"`, runs on GPU kernels; nothing else prunes.
-        acp_rule (`str`, defaults to `"tight"`): The pruning rule: `"tight"`, or `"paper"`, the rule of the paper, whose
-            bound of the logits is taken from the weights of QK-norm where there are some.
+        acp_rule (`str`, defaults to `"tight"`): The pruning rule: `"tight"`; `"paper"`, the rule of the paper, whose
+            bound of the logits is taken from the weights of QK-norm where there are some; or `"measured"`, which drops
+            more by computing weights, in training and prompts (decoding and the evicting cache then go by `"tight"`;
+            not with context parallelism).
         forget_aux_loss_coef (`float`, defaults to 0.0): Forget-gate regularisation: in training, the weight in nats of
             an auxiliary loss of a language model that rewards heads for forgetting. It is a smooth stand-in for the
             computed-tile fraction that the gates leave: the mean over heads of `30 / (30 + n)`, where gates decay by
@@ -196,7 +198,7 @@ class FoxConfig(PreTrainedConfig):
     output_gate_act: Literal["sigmoid", "silu"] = "sigmoid"
     use_output_norm: bool = True
     acp_eps: float | None = math.exp(-10)
-    acp_rule: Literal["paper", "tight"] = "tight"
+    acp_rule: Literal["paper", "tight", "measured"] = "tight"
     forget_aux_loss_coef: float | int = 0.0
     loss_chunk_size: int | None = None
     free_dead_cache: bool = False

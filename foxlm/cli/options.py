@@ -24,7 +24,7 @@ Eps = Annotated[
         "as its configuration says."
     ),
 ]
-Rule = Annotated[str, typer.Option(help="How that is proven: paper, tight, or model.")]
+Rule = Annotated[str, typer.Option(help="How that is proven: paper, tight, measured, or model.")]
 Seed = Annotated[int, typer.Option(help="Of all that is drawn at random.")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace results of an earlier run in that folder.")]
 

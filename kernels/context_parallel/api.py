@@ -38,7 +38,7 @@ def context_parallel_attention(
         length: tokens of the whole sequence.
         attention_mask: ``[B, length]``, of all tokens, the same on all ranks.
         cu_seqlens: ``[N + 1]``, of all tokens, the same on all ranks.
-        scale, dropout, eps, rule, logit_bound: as for `forgetting_attention`.
+        scale, dropout, eps, rule, logit_bound: as for `forgetting_attention`, but for the rule ``measured``.
 
     Returns:
         ``[B, T, H, D]`` in the type of ``q``.

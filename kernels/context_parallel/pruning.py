@@ -89,8 +89,13 @@ def prune_shards(
 
     Returns:
         ``decay`` with ``kv_start`` raised, ``[B, H, T]``.
+
+    Raises:
+        ValueError: an argument is not as above, or the rule is ``measured``, which would need the keys of other ranks.
     """
     known = check_rule(eps, rule)
+    if known is PruningRule.MEASURED:
+        raise ValueError("rule must be 'tight' or 'paper' with context parallelism, got 'measured'")
     heads, kv_heads = q.shape[2], k.shape[2]
     check_logit_bound(logit_bound, len(q), heads)
     q, k = maybe_contiguous(q), maybe_contiguous(k)

@@ -57,7 +57,7 @@ def decode_attention(
         summary: of the keys; pruning needs it.
         eps: with ``summary``, leave out keys of which it is proven that no row loses more than this of its attention
             weight in total, in ``(0, 1)``.
-        rule: how that is proven, ``"tight"`` or ``"paper"``: see `pruning`.
+        rule: how that is proven, ``"tight"`` or ``"paper"``: see `pruning`. ``"measured"`` is taken as ``"tight"``.
         logit_bound: ``U`` of the rule ``paper``, a number, ``[H]`` or ``[B, H]``, as for `forgetting_attention`.
         pages: ``[B, G, N]`` int32 page of each block of 64 tokens; -1 where there is none. A row that must read such a
             block becomes NaN.
@@ -105,7 +105,7 @@ def decode_attention(
         bound,
         scale,
         log_eps,
-        None if known is None or summary is None else known.value,
+        None if known is None or summary is None else known.bound.value,
     )
 
 

@@ -1,6 +1,6 @@
 """Adaptive Computation Pruning (ACP, arXiv 2504.06949): which keys a query may drop, with a proof.
 
-Both rules guarantee that no row loses more than ``eps`` of its attention weight in total. ``D_ij = c_i - c_j`` rises
+All rules guarantee that no row loses more than ``eps`` of its attention weight in total. ``D_ij = c_i - c_j`` rises
 with ``j`` and falls with ``i``, so what a query keeps is one range that ends at its diagonal key.
 
 ``paper``
@@ -12,8 +12,11 @@ with ``j`` and falls with ``i``, so what a query keeps is one range that ends at
     of ``U``); the decays of the dropped keys add up to ``P_n = log sum_{j < n} exp(-c_j)`` (instead of ``L`` times the
     worst). Drop keys ``j < n`` where ``scale |q_i| Kmax_n + c_i + P_n - s_ii <= log eps``. Drops at least what
     ``paper`` drops where ``U`` is the true maximum of ``scale |q| |k|``.
+``measured``
+    Drops what ``tight`` drops, then measures the weights of what is left from its first key on, and drops more while
+    their sum is at most ``eps``: see `measured`.
 
-Both hold for `centered` keys as well. `PruningRule` names them. Each is written once in PyTorch, which is the
+All hold for `centered` keys as well. `PruningRule` names them. Each is written once in PyTorch, which is the
 definition (`may_drop`), and once in Triton (`predicates.may_drop`), for all kernels that search. `first_kept` is for
 analysis; `prune` is what attention runs, on a GPU by the kernels of `search`.
 
@@ -52,9 +55,10 @@ from ..decay import Decay, accumulate
 from ..tiles import PRUNED_KEYS, PRUNED_QUERIES
 from ..validation import check_scale, is_number, is_readable
 from .key_stats import KeySummary
+from .measured import measured_kv_start
 from .rounding import decay_margin, log_allowed, logit_margin
 
-Rule = Literal["paper", "tight"]
+Rule = Literal["paper", "tight", "measured"]
 """What arguments and configurations call a `PruningRule`."""
 
 
@@ -65,6 +69,12 @@ class PruningRule(str, Enum):
 
     TIGHT = "tight"
     PAPER = "paper"
+    MEASURED = "measured"
+
+    @property
+    def bound(self) -> "PruningRule":
+        """The rule by which keys are dropped before, or where, none are measured."""
+        return PruningRule.TIGHT if self is PruningRule.MEASURED else self
 
     @property
     def reads_bound(self) -> bool:
@@ -90,7 +100,7 @@ def check_rule(eps: float, rule: str) -> PruningRule:
     if isinstance(rule, PruningRule):
         return rule
     if not (isinstance(rule, str) and rule in _RULES):
-        raise ValueError(f"rule must be {' or '.join(map(repr, _RULES))}, got {rule!r}")
+        raise ValueError(f"rule must be one of {', '.join(map(repr, _RULES))}, got {rule!r}")
     return _RULES[rule]
 
 
@@ -133,7 +143,7 @@ def first_kept(
         k: ``[B, Tk, G, D]`` keys.
         log_f: ``[B, Tk, Hf]`` log forget gates, ``Hf`` in ``{H, G, 1}``.
         eps: largest attention weight that a row may lose in total, in ``(0, 1)``.
-        rule: ``"paper"`` or ``"tight"``.
+        rule: ``"paper"``, ``"tight"`` or ``"measured"``; the last takes time and memory of all pairs in blocks of rows.
         scale: multiplies the logits, finite; ``1 / sqrt(D)`` by default.
         logit_bound: ``U`` of the rule ``paper``, a number, ``[H]`` or ``[B, H]``, finite and at least 0, e.g. from
             QK-norm weights; by default ``scale * max |q| * max |k|`` per sequence and head. If some
@@ -156,9 +166,14 @@ def first_kept(
     c, kv_start = accumulate(log_f)
     last = torch.arange(keys - queries, keys, device=c.device)
     decay = Decay(c[..., keys - queries :], c, kv_start[..., keys - queries :], last)
-    kept = _kept(decay, q, k, eps, known, scale, logit_bound)
-    kept = torch.maximum(kept, _per_query_head(decay.kv_start, heads))
-    return _blocks_minimum(kept, block_q) // block_k * block_k
+    query, summary = _summarize(decay, q, k, known, scale, logit_bound)
+    kept = _kept(decay, query, summary, eps, known, margin_dtype(k))
+    kept = _blocks_minimum(torch.maximum(kept, _per_query_head(decay.kv_start, heads)), block_q) // block_k * block_k
+    if known is PruningRule.MEASURED:
+        rows = kept.repeat_interleave(block_q, dim=-1)[..., :queries]
+        rows = measured_kv_start(decay, q, k, rows, query.c, query.norm, summary, eps, scale, block_q, block_k)
+        kept = rows[..., ::block_q]
+    return kept
 
 
 def search_kv_start(
@@ -175,13 +190,18 @@ def search_kv_start(
 
     Arguments as for `prune`, which checks them. At least ``decay.kv_start``.
     """
-    kept = _kept(decay, q, k, eps, rule, scale, logit_bound)
+    query, keys = _summarize(decay, q, k, rule, scale, logit_bound)
+    kept = _kept(decay, query, keys, eps, rule, margin_dtype(k))
     kv_start = _per_query_head(decay.kv_start, q.shape[2])
     fully_masked = kv_start > decay.last
     kept = kept.masked_fill(fully_masked, torch.iinfo(torch.int64).max)
     kept = _blocks_minimum(kept, PRUNED_QUERIES) // PRUNED_KEYS * PRUNED_KEYS
     kept = kept.repeat_interleave(PRUNED_QUERIES, dim=-1)[..., : q.shape[1]]
-    return torch.where(fully_masked, kv_start, torch.maximum(kv_start, kept))
+    kv_start = torch.where(fully_masked, kv_start, torch.maximum(kv_start, kept))
+    if rule is not PruningRule.MEASURED:
+        return kv_start
+    blocks = (PRUNED_QUERIES, PRUNED_KEYS)
+    return measured_kv_start(decay, q, k, kv_start, query.c, query.norm, keys, eps, scale, *blocks)
 
 
 def prune(
@@ -280,7 +300,7 @@ def may_drop(rule: PruningRule, query: QueryBounds, keys: KeySummary, log_eps: f
         query, keys: of shapes that broadcast.
         log_eps: as `rounding.log_allowed` gives it, for `PruningRule.terms` of the number of keys.
     """
-    if rule == PruningRule.TIGHT:
+    if rule.bound is PruningRule.TIGHT:
         return (query.c + keys.log_decays) + query.norm * keys.largest - query.diagonal <= log_eps
     assert rule == PruningRule.PAPER and query.logit_bound is not None
     threshold = log_eps - 2.0 * (1.0 + logit_margin(0, torch.float32)) * query.logit_bound
@@ -387,12 +407,11 @@ def _per_query_head(x: Tensor, heads: int) -> Tensor:
     return x if x.shape[1] == heads else x.repeat_interleave(heads // x.shape[1], dim=1)
 
 
-def _kept(
-    decay: Decay, q: Tensor, k: Tensor, eps: float, rule: PruningRule, scale: float, logit_bound: float | Tensor | None
-) -> Tensor:
-    """First key that each query keeps by the rule alone, ``[B, H, Tq]``; never after its own."""
+def _summarize(
+    decay: Decay, q: Tensor, k: Tensor, rule: PruningRule, scale: float, logit_bound: float | Tensor | None
+) -> tuple[QueryBounds, KeySummary]:
+    """What ``rule`` reads of every query, and of every key and all before, ``[B, H, Tk]`` each."""
     batch, _, heads, _ = q.shape
-    length = k.shape[1]
     c_q, c_k = (_per_query_head(x, heads) for x in (decay.query, decay.key))
     norm, diagonal = query_bounds(q, k.index_select(1, decay.last), scale)
     k_norm = _per_query_head(k.double().norm(dim=-1).transpose(1, 2), heads).masked_fill(torch.isposinf(c_k), 0.0)
@@ -403,8 +422,15 @@ def _kept(
         if logit_bound is None:
             logit_bound = norm.amax(-1) * k_norm.amax(-1)
         bound = torch.as_tensor(logit_bound, dtype=torch.float64, device=c_q.device).expand(batch, heads)[..., None]
-    log_eps = log_allowed(eps, margin_dtype(k), rule.terms(length))
-    return most_droppable(rule, QueryBounds(raised(c_q, length), norm, diagonal, bound), keys, decay.last, log_eps)
+    return QueryBounds(raised(c_q, k.shape[1]), norm, diagonal, bound), keys
+
+
+def _kept(
+    decay: Decay, query: QueryBounds, keys: KeySummary, eps: float, rule: PruningRule, dtype: torch.dtype
+) -> Tensor:
+    """First key that each query keeps by the bound alone, ``[B, H, Tq]``; never after its own."""
+    log_eps = log_allowed(eps, dtype, rule.terms(keys.c.shape[-1]))
+    return most_droppable(rule, query, keys, decay.last, log_eps)
 
 
 def _blocks_minimum(x: Tensor, block: int) -> Tensor:

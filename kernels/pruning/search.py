@@ -20,6 +20,7 @@ from ..triton_common import INF, INT32_MAX, kernel, larger, load_rows
 from .predicates import lengths, may_drop, query_bounds, raised
 from .rounding import decay_margin, log_allowed, logit_margin
 from .rules import PruningRule
+from .triton_measured import measure
 
 _QUERY_BLOCK = tl.constexpr(PRUNED_QUERIES)
 _KEY_BLOCK = tl.constexpr(PRUNED_KEYS)
@@ -251,7 +252,11 @@ def _launch(
     join_blocks(blocks)
     rows = Queries(decay.query, decay.kv_start, decay.last, norm, diagonal)
     log_eps = log_allowed(eps, torch.float32, rule.terms(k.shape[1]))
-    return search(rule, rows, blocks, q.shape[2], k.shape[2], log_eps, logit_bound)
+    kept = search(rule, rows, blocks, q.shape[2], k.shape[2], log_eps, logit_bound)
+    if rule is PruningRule.MEASURED:
+        assert norm is not None and blocks.largest is not None
+        measure(q, k, decay, kept, norm, blocks.end, blocks.log_sum, blocks.largest, eps, scale)
+    return kept
 
 
 class Queries(NamedTuple):
@@ -406,7 +411,7 @@ def search(
         START_GROUP=heads // rows.kv_start.shape[1],
         NB=count,
         STEPS=count.bit_length() + 1,
-        RULE=rule.value,
+        RULE=rule.bound.value,
         IS_SCATTERED=blocks.starts is not None,
     )  # fmt: skip
     return kv_start

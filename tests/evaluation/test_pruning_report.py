@@ -404,7 +404,10 @@ def test_wrong_input_is_refused_in_one_line(byte_model: str, text: Path, report:
         ((byte_model, "--text", text, "--rows", 0, *new), "--rows must be a positive integer, got 0"),
         ((byte_model, "--text", text, "--eps", "0", *new), "--eps must be positive for this report, got 0"),
         ((byte_model, "--text", text, "--eps", "2", *new), "eps must be"),
-        ((byte_model, "--text", text, "--rule", "loose", *new), "rule must be paper, tight or model, got 'loose'"),
+        (
+            (byte_model, "--text", text, "--rule", "loose", *new),
+            "rule must be paper, tight, measured or model, got 'loose'",
+        ),
         (
             (byte_model, "--text", text, "--bench", tmp_path / "no.json", *new),
             "--bench was removed; it predicted times",

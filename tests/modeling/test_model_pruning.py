@@ -26,7 +26,7 @@ def calls(monkeypatch):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("rule", ["paper", "tight"])
+@pytest.mark.parametrize("rule", ["paper", "tight", "measured"])
 @pytest.mark.parametrize("variant", ["pro", "llama", "rope", "key-value-gates"])
 def test_output_differs_by_no_more_than_allowed(variant, rule, calls):
     model = tiny_model(variant, acp_rule=rule, decay_time_min=0.3, decay_time_max=0.5)

@@ -20,7 +20,7 @@ from foxlm.kernels.tiles import PRUNED_KEYS, PRUNED_QUERIES
 from kernel_device import DEVICES, INTERPRETED
 from one_rank import Alone
 
-RULES: list[Rule] = ["paper", "tight"]
+RULES: list[Rule] = ["paper", "tight", "measured"]
 KINDS = ["random", "far keys fit", "own key does not fit", "outlier", "one gate forgets", "long past", "common part"]
 
 
@@ -125,6 +125,7 @@ def test_no_row_loses_more_than_eps(
         assert torch.equal(first <= decay.last, visible <= decay.last), rule
     # The norms that bound the logits here are those of all keys and queries.
     assert (found["tight"] >= found["paper"]).all()
+    assert (found["measured"] >= found["tight"]).all()
 
 
 @pytest.mark.parametrize("heads", [(2, 2, 2), (4, 2, 2), (4, 2, 1)], ids=str)
@@ -154,8 +155,16 @@ def test_constant_gates_drop_the_expected_blocks(device, rule):
     if rule == "paper":
         kept = (row - math.floor((math.log(keys) - math.log(eps)) / rate)).clamp(min=0)
     else:
-        dropped = torch.exp(-rate * (row[:, None] - torch.arange(keys)).double()).cumsum(-1)
-        kept = ((dropped <= eps) & (torch.arange(keys) <= row[:, None])).sum(-1)
+        weights = torch.exp(-rate * (row[:, None] - torch.arange(keys)).double())
+        weights[torch.arange(keys) > row[:, None]] = 0.0
+        kept = (weights.cumsum(-1) <= eps).sum(-1)
+        if rule == "measured":
+            # Of the nearest keys together, where the bound takes the own one.
+            near = row - 64 - (row - kept // PRUNED_KEYS * PRUNED_KEYS) // 8
+            is_near = torch.arange(keys) >= (near // PRUNED_KEYS * PRUNED_KEYS)[:, None]
+            total = (weights * is_near).sum(-1, keepdim=True)
+            assert (kept < (weights.cumsum(-1) <= eps * total).sum(-1))[2:].all()
+            kept = (weights.cumsum(-1) <= eps * total).sum(-1)
     expected = (kept // PRUNED_KEYS * PRUNED_KEYS).repeat_interleave(PRUNED_QUERIES)[:keys]
     assert torch.equal(first, expected)
     assert first.max() >= 512
