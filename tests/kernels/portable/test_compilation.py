@@ -308,8 +308,6 @@ def test_gate_logits_fit_and_compile_once(capability, tmp_path):
         used = resources(kernel, tmp_path)
         assert used["REG"] * 32 * kernel.metadata.num_warps <= REGISTERS
         assert used["STACK"] == 0
-        # Products are those of float32.
-        assert "mma" not in kernel.asm["ptx"]
 
 
 def test_dropout_and_packing_compile(monkeypatch):
