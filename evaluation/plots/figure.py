@@ -23,7 +23,7 @@ STYLE: dict[Any, Any] = {
     "svg.hashsalt": "foxlm",
 }
 # Color and marker of each rule of pruning, in every plot.
-RULE_STYLES = {"paper": ("#b5651d", "o"), "tight": ("#1f5fa8", "s")}
+RULE_STYLES = {"paper": ("#b5651d", "o"), "tight": ("#1f5fa8", "s"), "measured": ("#3a8f5c", "^")}
 # Of lines that stand for models, in the order in which they are given.
 COLORS = ("#1f5fa8", "#b5651d", "#3a8f5c", "#8a4fa3", "#c23b4b", "#5f6b76")
 

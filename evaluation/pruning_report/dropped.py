@@ -19,7 +19,7 @@ _AT_ONCE = 16 * 2**20
 
 
 class ProvenBounds:
-    """What both rules prove of the weight that rows lose, worked out from their formulas, not by their search.
+    """What the rules prove of the weight that rows lose, worked out from their formulas, not by their search.
 
     Args:
         layer: recorded attention of one sequence, queries and keys in float64.
@@ -40,13 +40,13 @@ class ProvenBounds:
         """Natural log of the weight that each row may lose by ``rule`` if it starts at ``first``.
 
         Args:
-            rule: ``paper`` or ``tight``.
+            rule: ``measured`` proves nothing beforehand: what ``tight`` would have to say of it.
             first: ``[H, T]`` int64.
 
         Returns:
             ``[H, T]`` float64, ``-inf`` where a row drops nothing that it could see.
         """
-        bound = self._tight(first) if rule == "tight" else self._paper(first)
+        bound = self._paper(first) if rule == "paper" else self._tight(first)
         return bound.masked_fill(first <= self.first, float("-inf"))
 
     def _tight(self, first: Tensor) -> Tensor:

@@ -47,6 +47,11 @@ class Plan:
     seed: int = 0
     shown: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int64))
 
+    @property
+    def rules(self) -> tuple[Rule, ...]:
+        """The rules that are compared: those that bound, and that one, as measuring takes the time of all pairs."""
+        return RULES if self.rule in RULES else (*RULES, self.rule)
+
 
 class Case(NamedTuple):
     """One rule, by pairs or tiles, on one layer and text.
@@ -108,7 +113,7 @@ def measure(layer: AttentionInputs, bounds: LogitBounds | None, plan: Plan) -> F
         raise ValueError(f"layer {layer.layer}: forget gates are not numbers (NaN)")
     (length, heads), eps = layer.q.shape[1:3], math.exp(plan.log_eps[plan.own])
     log_f = layer.log_f[0].repeat_interleave(heads // layer.log_f.shape[2], dim=1)
-    firsts = _search(layer, plan.log_eps)
+    firsts = _search(layer, plan.log_eps, plan.rules)
     cases, rows = _cases(layer, firsts, plan)
     return Findings(
         log_f_mean=log_f.double().mean(0).cpu().numpy(),
@@ -121,11 +126,11 @@ def measure(layer: AttentionInputs, bounds: LogitBounds | None, plan: Plan) -> F
     )
 
 
-def _search(layer: AttentionInputs, log_eps: Sequence[float]) -> dict[tuple[str, Rule], Tensor]:
+def _search(layer: AttentionInputs, log_eps: Sequence[float], rules: Sequence[Rule]) -> dict[tuple[str, Rule], Tensor]:
     """``[E, H, T]`` first kept key of each query, by grain and rule: exactly in pairs, as attention reads in tiles."""
     exact = _in_float64(layer)
     firsts = {}
-    for rule in RULES:
+    for rule in rules:
         firsts["pairs", rule] = torch.stack([kept_from(exact, value, rule)[0] for value in log_eps])
         firsts["tiles", rule] = torch.stack([first_read(layer, value, rule)[0] for value in log_eps])
     return firsts
@@ -147,7 +152,11 @@ def _cases(
     """What each way to prune skips and drops, and the rows ``[H, R]`` that were looked at."""
     own = plan.log_eps[plan.own]
     prefixes = [
-        _search(layer._replace(**{name: getattr(layer, name)[:, :length] for name in ("q", "k", "log_f")}), [own])
+        _search(
+            layer._replace(**{name: getattr(layer, name)[:, :length] for name in ("q", "k", "log_f")}),
+            [own],
+            plan.rules,
+        )
         for length in plan.lengths
     ]
     exact = _in_float64(layer)

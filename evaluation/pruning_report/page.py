@@ -152,7 +152,8 @@ def _skipped(report: Report) -> str:
     return f"""<h2>What pruning skips</h2>
 <p class=small>Keys are left out that together have at most eps of a row's attention weight, whatever their values.
 Pairs: each query by itself. Tiles: in blocks of 128 queries by 64 keys, as kernels read them; a block is left out if
-all its queries can do without. Rule paper bounds all logits alike, rule tight each row's.</p>
+all its queries can do without. Rule paper bounds all logits alike, rule tight each row's; rule measured adds up
+weights.</p>
 {figures_text}"""
 
 

@@ -8,7 +8,6 @@ import numpy as np
 
 from foxlm.modeling.cache.paged import PAGE
 
-from ..gates import RULES
 from .measure import GRAINS, Case, Findings, Plan
 
 SCHEMA = 1
@@ -34,9 +33,11 @@ def summarize(findings: Sequence[Sequence[Findings]], plan: Plan) -> dict[str, A
 
     def means(name: str) -> dict[str, dict[str, np.ndarray]]:
         """``[N, L, H]`` by grain and rule, of a field of `Case`."""
-        shares = _each(findings, lambda layer: [[getattr(layer.cases[g, r], name) for r in RULES] for g in GRAINS])
+        shares = _each(findings, lambda layer: [[getattr(layer.cases[g, r], name) for r in plan.rules] for g in GRAINS])
         by_grain = np.moveaxis(shares.mean(0), 0, 3)
-        return {grain: dict(zip(RULES, by_rule, strict=True)) for grain, by_rule in zip(GRAINS, by_grain, strict=True)}
+        return {
+            grain: dict(zip(plan.rules, by_rule, strict=True)) for grain, by_rule in zip(GRAINS, by_grain, strict=True)
+        }
 
     by_length = means("by_length")
     with np.errstate(divide="ignore"):
@@ -45,7 +46,7 @@ def summarize(findings: Sequence[Sequence[Findings]], plan: Plan) -> dict[str, A
         "gates": _gates(findings, times),
         "skipped": means("skipped"),
         "by_length": {"lengths": plan.lengths}
-        | {grain: {rule: by_length[grain][rule].mean((1, 2)) for rule in RULES} for grain in GRAINS},
+        | {grain: {rule: by_length[grain][rule].mean((1, 2)) for rule in plan.rules} for grain in GRAINS},
         "check": _check(findings, plan),
         "cache": _cache(findings, plan),
         "kept_region": [
@@ -79,7 +80,7 @@ def _check(findings: Sequence[Sequence[Findings]], plan: Plan) -> dict[str, Any]
     """Whether any row lost more than ``eps``; figures are natural logs of attention weights."""
     every = [layer for text in findings for layer in text]
     cases = []
-    for rule in RULES:
+    for rule in plan.rules:
         for grain in GRAINS:
             largest = np.max([layer.cases[grain, rule].largest for layer in every], (0, 2))
             violations = np.sum([layer.cases[grain, rule].violations for layer in every], (0, 2))
@@ -93,7 +94,7 @@ def _check(findings: Sequence[Sequence[Findings]], plan: Plan) -> dict[str, Any]
         "violations": violations,
         "rows": sum(layer.rows for layer in every),
         "cases": cases,
-        "scatter": {rule: _scatter([layer.cases["pairs", rule] for layer in every]) for rule in RULES},
+        "scatter": {rule: _scatter([layer.cases["pairs", rule] for layer in every]) for rule in plan.rules},
         "largest": _each(findings, lambda layer: layer.cases["tiles", plan.rule].largest[plan.own]).max(0),
     }
 

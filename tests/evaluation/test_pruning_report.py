@@ -351,6 +351,17 @@ def test_measuring_needs_no_matplotlib(
     assert "--redraw" in done.output and sorted(x.name for x in tmp_path.iterdir()) == ["report.json"]
 
 
+def test_what_is_measured_is_reported_beside_the_bounds(tmp_path: Path) -> None:
+    source = saved(tmp_path / "model", spread_model("llama", dtype=torch.float32))
+    np.save(tmp_path / "tokens.npy", tokens(1, 400).numpy())
+    found = run_report(Options(source, tmp_path / "tokens.npy", tmp_path / "out", rule="measured", sampled=20))
+    for grain in ("pairs", "tiles"):
+        bound, measured = (np.array(found["skipped"][grain][rule], dtype=float) for rule in ("tight", "measured"))
+        assert (measured >= bound).all() and measured.mean() > bound.mean()
+    cases = [case for case in found["check"]["cases"] if case["rule"] == "measured"]
+    assert len(cases) == 2 * len(found["settings"]["log_eps"]) and found["check"]["passed"]
+
+
 @pytest.mark.parametrize("variant", ["llama", "key-value-gates", "fixed", "multi-query", "post-norm"])
 def test_every_kind_of_model_is_reported(variant: str, tmp_path: Path) -> None:
     """From token numbers, without a tokenizer: all but the text's own part."""
