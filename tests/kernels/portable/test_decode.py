@@ -249,7 +249,7 @@ def kept_blocks(cache: Cache, eps: float, rule: str, bound: float) -> Tensor:
     kept = first // BLOCK
     for n in range(1, int(decay.last[-1]) // BLOCK + 1):
         before = c_k[..., : n * BLOCK]
-        if rule == "tight":
+        if rule != "paper":
             largest = k[:, : n * BLOCK].norm(dim=-1).masked_fill(torch.isinf(before.transpose(1, 2)), 0.0).amax(1)
             weight = norm * largest[..., None] + c_q + (-before).logsumexp(-1, keepdim=True) - own
             droppable = weight <= math.log(eps)
@@ -262,7 +262,7 @@ def kept_blocks(cache: Cache, eps: float, rule: str, bound: float) -> Tensor:
 
 @pytest.mark.parametrize("heads", HEADS, ids=str)
 @pytest.mark.parametrize("queries", [1, 3])
-@pytest.mark.parametrize(("rule", "bound"), [("tight", 0.0), ("paper", 1.5)])
+@pytest.mark.parametrize(("rule", "bound"), [("tight", 0.0), ("measured", 0.0), ("paper", 1.5)])
 def test_expected_blocks_are_read(rule, bound, queries, heads, monkeypatch):
     # So that the search takes several steps.
     monkeypatch.setattr(decode_search, "_CANDIDATES", 1)
