@@ -308,13 +308,15 @@ class DecodingGraphs:
         device: of the model.
         longest: tokens that a sequence may have when the call ends.
         seen: shapes of which a step has run, so that its kernels are compiled and loaded.
+        unpadded: the cache of the sequences to come, if it is known that none of their tokens is padding.
     """
 
     def __init__(
         self, model: Any, graphs: "weakref.WeakKeyDictionary[Cache, CacheGraphs]", seen: set[tuple], own_masks: bool
     ) -> None:
         self.device, self.longest, self.seen = model.device, 0, seen
-        self._own_masks, self._unpadded = own_masks, cast("Cache | None", None)
+        self.unpadded: Cache | None = None
+        self._own_masks = own_masks
         self._model, self._graphs, self._in_step = model, graphs, False
         self._forward: Callable[..., Any] = model.forward
         self._taken: dict[int, bool] = {}
@@ -353,7 +355,7 @@ class DecodingGraphs:
             if graphs is not None:
                 graphs.give_back(cache)
             return None
-        if cache is self._unpadded:
+        if cache is self.unpadded:
             options["attention_mask"] = None
         if graphs is None:
             graphs = self._graphs[cache] = CacheGraphs(self._model)
@@ -368,7 +370,7 @@ class DecodingGraphs:
         if self._own_masks or not isinstance(cache, Cache):
             return
         if attention_mask is None or (isinstance(attention_mask, Tensor) and bool(attention_mask.all())):
-            self._unpadded = cache
+            self.unpadded = cache
 
     def forward(self, cache: Cache, **inputs: Any) -> Tensor:
         """The model's forward, which does not come back here; returns logits."""
@@ -460,4 +462,9 @@ def running(model: Any) -> DecodingGraphs | None:
     return _RUNNING.get({}).get(id(model))
 
 
-__all__ = ["CacheGraphs", "DecodingGraphs", "StepGraph", "decoding_graphs", "running"]
+def holds_no_padding(cache: Cache) -> bool:
+    """Whether a running `generate` knows that no token of ``cache``, now or to come, is padding."""
+    return any(run.unpadded is cache for run in _RUNNING.get({}).values())
+
+
+__all__ = ["CacheGraphs", "DecodingGraphs", "StepGraph", "decoding_graphs", "holds_no_padding", "running"]

@@ -14,7 +14,7 @@ from transformers.generation.configuration_utils import GenerationMode
 from .arguments import MASK_ARGUMENTS, refuse_unknown
 from .cache.paged import FoxPagedCache
 from .configuration_fox import FoxConfig
-from .decoding_graphs import decoding_graphs
+from .decoding_graphs import decoding_graphs, holds_no_padding
 from .decoding_graphs import running as running_graphs
 from .layers.fused_projections import fuse_projections
 from .parallel.tensor_parallel import local_weights
@@ -110,6 +110,8 @@ class FoxGenerationMixin(GenerationMixin):
         refuse_unknown(FoxGenerationMixin.create_masks_for_generate, kwargs, MASK_ARGUMENTS)
         cache = one_cache(cache, past_key_values)
         batch, length = inputs_embeds.shape[:2]
+        if cache is not None and holds_no_padding(cache):
+            attention_mask = None
         keys = length if cache is None else cache.get_mask_sizes(length, 0)[0]
         past = 0 if cache is None else cache.get_seq_length()
         mask = padding_mask(attention_mask, batch, past, length, keys, inputs_embeds.device)
