@@ -28,17 +28,20 @@ from typing import Any, NamedTuple
 import triton
 import triton.language as tl
 from torch import Tensor, nn
-from triton.backends import backends
 from triton.compiler import CompiledKernel
 from triton.runtime.jit import JITFunction
 
-# Any other release may call launchers in another way, and there are builds for AMD's GPUs alone.
-_IS_KNOWN = triton.__version__.startswith(("3.6.", "3.7.")) and "nvidia" in backends
-# Launchers of 3.6 take the arguments one by one, those of 3.7 in one tuple.
-_IS_FLAT = triton.__version__.startswith("3.6.")
-if _IS_KNOWN:
+try:
     from triton.backends.nvidia.driver import CudaLauncher, make_tensordesc_arg
     from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+except ImportError:
+    # Another release, or a build for AMD's GPUs alone.
+    CudaLauncher = None
+
+# Any other release may call launchers in another way.
+_IS_KNOWN = triton.__version__.startswith(("3.6.", "3.7.")) and CudaLauncher is not None
+# Launchers of 3.6 take the arguments one by one, those of 3.7 in one tuple.
+_IS_FLAT = triton.__version__.startswith("3.6.")
 
 # Of constants; values that are equal and of the same of these types compile the same kernel.
 _CONSTANTS = (int, bool, str, float, tl.dtype)

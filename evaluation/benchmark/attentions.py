@@ -168,10 +168,27 @@ def _fla() -> Implementation:
     return Implementation("flash-linear-attention", prepare, needs_gpu=True)
 
 
-OURS = tuple(_ours(rule) for rule in (None, *RULES))
+def _flash_attention_4() -> Implementation:
+    def prepare(layer: AttentionInputs) -> Attend:
+        if find_spec("flash_attn") is None or find_spec("flash_attn.cute") is None:
+            raise MissingError("flash-attn-4 is not installed")
+        from flash_attn.cute import flash_attn_func
+
+        def attend(q: Tensor, k: Tensor, v: Tensor, log_f: Tensor) -> Tensor:
+            # Beside the output the log-sum-exp, or None.
+            out = flash_attn_func(q, k, v, softmax_scale=layer.scale, causal=True)
+            return out[0] if isinstance(out, tuple) else out
+
+        return attend
+
+    return Implementation("FlashAttention-4, no gate", prepare, gated=False, gate_gradient=False, needs_gpu=True)
+
+
+OURS = tuple(_ours(rule) for rule in (None, *RULES, "measured"))
 BASELINES = (
     _sdpa("cuDNN, no gate", SDPBackend.CUDNN_ATTENTION),
     _sdpa("FlashAttention-2 of torch, no gate", SDPBackend.FLASH_ATTENTION),
+    _flash_attention_4(),
     _flex("FlexAttention + bias", None),
     _flex("FlexAttention + bias + ACP blocks", "paper"),
     _fla(),
