@@ -18,6 +18,7 @@ from typer.testing import CliRunner
 from foxlm import FoxForCausalLM, forgetting_attention
 from foxlm.cli.bench import app
 from foxlm.evaluation.benchmark import results as module
+from foxlm.evaluation.benchmark.attentions import OURS
 from foxlm.evaluation.benchmark.tables import render
 from models import tiny_config
 
@@ -62,7 +63,7 @@ def test_attention_that_is_wrong_prints_no_time(tmp_path: Path, monkeypatch: pyt
     assert result.exit_code == 1
     assert "failed its check and was not timed: output of head 0 is off by" in result.stdout
     rows = json.loads(out.read_text())["rows"]
-    assert [one["status"] for one in rows if "gates" not in one["name"]] == ["measured", *["wrong"] * 3]
+    assert [one["status"] for one in rows if "gates" not in one["name"]] == ["measured", *["wrong"] * len(OURS)]
     assert not any("forward" in one for one in rows if one["status"] == "wrong")
 
 
