@@ -75,28 +75,18 @@ def gate_logits(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     rows = x.reshape(tokens, hidden)
     rows = rows if rows.stride(1) == 1 else rows.contiguous()
     out = torch.empty(*x.shape[:-1], gates, dtype=torch.float32, device=x.device)
+    arguments = dict(X=rows, x_n=rows.stride(0), WEIGHT=weight, BIAS=bias, OUT=out, HIDDEN=hidden)
     with on_device_of(x):
         if tokens < _MANY_TOKENS:
-            _gate_logit_kernel[(tokens, gates)](
-                X=rows, x_n=rows.stride(0),
-                WEIGHT=weight,
-                BIAS=bias,
-                OUT=out,
-                HIDDEN=hidden,
-                BLOCK_K=_ROW_VALUES,
-            )  # fmt: skip
+            _gate_logit_kernel[(tokens, gates)](**arguments, BLOCK_K=_ROW_VALUES)
             return out
         _gate_logits_kernel[(cdiv(tokens, _GATE_TOKENS),)](
-            X=rows, x_n=rows.stride(0),
-            WEIGHT=weight,
-            BIAS=bias,
-            OUT=out,
+            **arguments,
             N=tokens,
-            HIDDEN=hidden,
             HF=gates,
             BLOCK_N=_GATE_TOKENS,
             BLOCK_H=max(16, next_power_of_2(gates)),
             BLOCK_K=_GATE_VALUES,
             BLOCK_SUM=_GATE_SUM,
-        )  # fmt: skip
+        )
     return out

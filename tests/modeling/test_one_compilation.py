@@ -66,5 +66,5 @@ def test_other_sizes_compile_nothing(what):
             others.append((1, 67))
         for batch, length in others:
             run(batch, length)
-    assert len(compiled) > 12
+    assert len(compiled) >= 14
     assert sorted(name for name, _ in found - compiled) == []
