@@ -110,8 +110,14 @@ def _measure_kernel(
 
         row_shift = shift - row_high
         found = first
-        # Not `while`, which Triton cannot compile here; what follows the end of the search takes no time.
-        for n in range(first, near, BLOCK_N):
+        # Not `while`, which Triton cannot compile here; what follows the end of the search takes no time. The sum is
+        # looked at in the step after: Triton for Blackwell cannot reduce again what it has just reduced of a product.
+        for n in range(first, near + BLOCK_N, BLOCK_N):
+            # A NaN is not negligible.
+            is_open = is_open & (tl.max((is_seen & ~(tail <= limit)).to(tl.int32), 0) == 0)
+            found = tl.where(is_open, n, found)
+            c_end = tl.load(p_ck + n // _KEY_BLOCK * _KEY_BLOCK + _KEY_BLOCK - 1, mask=n < near, other=0.0)
+            is_open = is_open & (c_row - c_end <= undecayed) & (n < near)
             if is_open:
                 o_n = n + tl.arange(0, BLOCK_N)
                 bias = (base - tl.load(p_ck + o_n) * LOG2_E).to(tl.float32)
@@ -119,11 +125,6 @@ def _measure_kernel(
                 b_s = tl.dot(b_q, tl.trans(b_k)) * qk_scale + bias[None, :]
                 b_s = tl.where(o_n[None, :] >= kv_start[:, None], b_s, -INF)
                 tail += tl.sum(tl.exp2(b_s - row_shift[:, None]), 1)
-                # A NaN is not negligible.
-                is_open = tl.max((is_seen & ~(tail <= limit)).to(tl.int32), 0) == 0
-                found = tl.where(is_open, n + BLOCK_N, found)
-                c_end = tl.load(p_ck + found // _KEY_BLOCK * _KEY_BLOCK + _KEY_BLOCK - 1, mask=found < near, other=0.0)
-                is_open = is_open & (c_row - c_end <= undecayed)
         found = tl.maximum(kv_start, found // _KEY_BLOCK * _KEY_BLOCK)
         tl.store(OUT + p_row, found.to(tl.int64), mask=is_seen)
 
