@@ -1,7 +1,8 @@
 """The public function: forgetting attention over whole sequences, on the device of the inputs."""
 
+import math
 import warnings
-from typing import Literal, overload
+from typing import Any, Literal, overload
 
 import torch
 from torch import Tensor
@@ -9,7 +10,7 @@ from torch import Tensor
 from .backends import backend_of
 from .decay import Decay, accumulate, hide_padding, sequence_starts, without_padding
 from .pruning.rules import Rule, check_rule, prune
-from .validation import check_gates, check_inputs, check_options, check_packing, real_tokens
+from .validation import check_gates, check_inputs, check_options, check_packing, check_sink, real_tokens
 
 
 @overload
@@ -26,6 +27,8 @@ def forgetting_attention(
     eps: float | None = None,
     rule: Rule = "tight",
     logit_bound: float | Tensor | None = None,
+    sink_k: Tensor | None = None,
+    sink_v: Tensor | None = None,
     return_lse: Literal[False] = False,
     return_kv_start: Literal[False] = False,
     return_first: Literal[False] = False,
@@ -46,6 +49,8 @@ def forgetting_attention(
     eps: float | None = None,
     rule: Rule = "tight",
     logit_bound: float | Tensor | None = None,
+    sink_k: Tensor | None = None,
+    sink_v: Tensor | None = None,
     return_lse: bool = False,
     return_kv_start: bool = False,
     return_first: bool = False,
@@ -65,6 +70,8 @@ def forgetting_attention(
     eps: float | None = None,
     rule: Rule = "tight",
     logit_bound: float | Tensor | None = None,
+    sink_k: Tensor | None = None,
+    sink_v: Tensor | None = None,
     return_lse: bool = False,
     return_kv_start: bool = False,
     return_first: bool = False,
@@ -100,7 +107,10 @@ def forgetting_attention(
             finite and at least 0; computed from q and k by default. If it is too small by ``x``, rows may lose up to
             ``exp(2 x) eps``. Values on a GPU are not checked: where they are negative, NaN or infinite, nothing is
             pruned.
-        return_lse: also return the log-sum-exp of each row's logits.
+        sink_k, sink_v: ``[G, D]`` each, in the type of ``q``: key and value of an attention sink, which every query
+            sees beside its keys and no gate decays: one more term of the softmax, with the logit
+            ``scale * q . sink_k``. ``dropout`` does not drop it. Give both or neither.
+        return_lse: also return the log-sum-exp of each row's logits, that of the sink included.
         return_kv_start: also return the first key that each query keeps.
         return_first: the older name of ``return_kv_start``.
 
@@ -124,6 +134,7 @@ def forgetting_attention(
         return_kv_start = True
     check_inputs(q, k, v, log_f)
     check_options(scale=scale, dropout=dropout)
+    sink = check_sink(sink_k, sink_v, q, k)
     # An unknown rule is refused even where eps is None.
     check_rule(0.5 if eps is None else eps, rule)
     if cu_seqlens is not None:
@@ -146,8 +157,14 @@ def forgetting_attention(
     scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
     if eps is not None:
         search = backend.search_kv_start
-        decay = prune(decay, q, k, eps=eps, rule=rule, scale=scale, logit_bound=logit_bound, search=search)
+        bounds: dict[str, Any] = {"logit_bound": logit_bound, "sink": sink_k}
+        decay = prune(decay, q, k, eps=eps, rule=rule, scale=scale, **bounds, search=search)
     out, lse = backend.attention(q, k, v, decay, scale=scale, dropout=dropout)
+    if sink is not None:
+        out, lse = backend.add_sink(out, lse, q, *sink, scale)
+        if real is not None:
+            padding = ~real[:, keys - queries :]
+            out, lse = out.masked_fill(padding[..., None, None], 0.0), lse.masked_fill(padding[:, None], -math.inf)
     results = [out]
     if return_lse:
         results.append(lse)

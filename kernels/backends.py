@@ -12,6 +12,7 @@ from torch import Tensor
 
 from .decay import sum_gates
 from .devices import capability_of
+from .elementwise.attention_sink import add_sink
 from .elementwise.gate_logits import gate_logits
 from .elementwise.gated_norm import gated_norm
 from .elementwise.prologue import PrologueInputs
@@ -62,6 +63,7 @@ class Backend(NamedTuple):
         gated_norm: RMSNorm of the output of each head and the output gate: `elementwise.gated_norm.gated_norm`.
         append: take the tokens of a decoding step into a layer's cache: `portable.decode_append.append_tokens`; None if
             the cache is to do so by operators of its own.
+        add_sink: an attention sink beside the keys: `elementwise.attention_sink.add_sink`.
         silu_product: the activation of a gated MLP: `elementwise.silu_product.silu_product`.
         gate_logits: logits of the forget gates: `elementwise.gate_logits.gate_logits`.
         prologue: token shift, QK-norm and RoPE at once: `elementwise.triton_prologue.attention_prologue`; it returns
@@ -78,6 +80,7 @@ class Backend(NamedTuple):
     decode: Callable[..., tuple[Tensor, Tensor]] | None
     gated_norm: Callable[..., Tensor]
     append: Callable[..., tuple[Tensor, Tensor]] | None
+    add_sink: Callable[..., tuple[Tensor, Tensor]]
     silu_product: Callable[[Tensor, Tensor], Tensor]
     gate_logits: Callable[[Tensor, Tensor, Tensor], Tensor]
     prologue: Callable[[PrologueInputs, float], tuple[Tensor, Tensor, Tensor] | None]
@@ -94,6 +97,7 @@ PYTORCH = Backend(
     decode=None,
     gated_norm=gated_norm,
     append=None,
+    add_sink=add_sink,
     silu_product=silu_product,
     gate_logits=gate_logits,
     prologue=lambda inputs, eps: None,
@@ -112,6 +116,7 @@ if HAS_TRITON:
         decode=decode_attention,
         gated_norm=triton_gated_norm,
         append=append_tokens,
+        add_sink=add_sink,
         silu_product=triton_silu_product,
         gate_logits=triton_gate_logits,
         prologue=attention_prologue,

@@ -74,6 +74,7 @@ def forward_pass(
 
 def backward_pass(
     d_out: Tensor,
+    d_lse: Tensor,
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -84,10 +85,10 @@ def backward_pass(
     dropout: float,
     seed: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of q, k, v and the running sums at queries and keys, from what `forward_pass` returned."""
+    """Gradients of q, k, v and the running sums at queries and keys, from what `forward_pass` returned and theirs."""
     seed = None if seed is None else seed.cpu()
     sums = (decay.query, decay.key, decay.kv_start, decay.last)
-    return _backward(d_out, torch.zeros_like(lse), q, k, v, *sums, lse, scale, dropout, seed, True)
+    return _backward(d_out, d_lse, q, k, v, *sums, lse, scale, dropout, seed, True)
 
 
 def _compute_dtype(q: Tensor) -> torch.dtype:

@@ -59,6 +59,7 @@ def forward_pass(
 
 def backward_pass(
     d_out: Tensor,
+    d_lse: Tensor,
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -69,8 +70,7 @@ def backward_pass(
     dropout: float,
     seed: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of q, k, v and the running sums at queries and keys, from what `forward_pass` returned."""
-    d_lse = torch.zeros_like(lse, dtype=torch.float32)
+    """Gradients of q, k, v and the running sums at queries and keys, from what `forward_pass` returned and theirs."""
     return _launch_backward(d_out, d_lse, q, k, v, decay, out, lse, scale, dropout, seed)
 
 
@@ -212,7 +212,8 @@ class _Attention(torch.autograd.Function):
         d_out = torch.zeros_like(out) if d_out is None else d_out
         if d_lse is None and not torch.is_grad_enabled():
             decay = Decay(c_q, c_k, kv_start, last)
-            grads = backward_pass(d_out, q, k, v, decay, out, lse, ctx.scale, ctx.dropout, seed)
+            d_lse = torch.zeros_like(lse, dtype=torch.float32)
+            grads = backward_pass(d_out, d_lse, q, k, v, decay, out, lse, ctx.scale, ctx.dropout, seed)
             return *grads, None, None, None, None, None
         d_lse = torch.zeros_like(lse) if d_lse is None else d_lse
         # The operator refuses what would differentiate its result.

@@ -76,6 +76,24 @@ def refuse_transforms(*inputs: Tensor | None) -> None:
         raise NotImplementedError(ONLY_REVERSE_MODE)
 
 
+def check_sink(sink_k: Tensor | None, sink_v: Tensor | None, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor] | None:
+    """Both as a pair, or None; raises a `ValueError` unless they are as `forgetting_attention` takes them."""
+    if sink_k is None and sink_v is None:
+        return None
+    if sink_k is None or sink_v is None:
+        given, missing = ("sink_v", "sink_k") if sink_k is None else ("sink_k", "sink_v")
+        raise ValueError(f"{missing} must be given with {given}, got None")
+    for name, x in (("sink_k", sink_k), ("sink_v", sink_v)):
+        check_tensor(name, x)
+        if x.shape != k.shape[2:] or x.dtype != q.dtype or x.device != q.device:
+            raise ValueError(
+                f"{name} must be [G, D] = {list(k.shape[2:])} in the type and on the device of q, {q.dtype} on "
+                f"{q.device}, got {x.dtype} of shape {list(x.shape)} on {x.device}"
+            )
+    refuse_transforms(sink_k, sink_v)
+    return sink_k, sink_v
+
+
 def check_gates(log_f: Tensor) -> None:
     """Raise a `ValueError` if a log gate, those of padding already zero, is positive or NaN."""
     if is_readable(log_f) and not (log_f <= 0.0).all():

@@ -11,6 +11,8 @@ In the first two, decay is exact at any length. All are called as transformers c
 `Decay` beside the usual arguments.
 """
 
+import math
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -22,7 +24,7 @@ from transformers.utils.generic import maybe_autocast
 from ..kernels.backends import PYTORCH, Backend
 from ..kernels.decay import Decay, without_padding
 from ..kernels.pruning.rounding import logit_margin
-from ..kernels.pruning.rules import PruningRule, Rule, centered, prune
+from ..kernels.pruning.rules import PruningRule, Rule, key_center, prune
 from ..kernels.tiles import PRUNED_KEYS
 from .attention_settings import AttentionSettings, attention_settings
 from .cache.view import CacheView
@@ -30,6 +32,8 @@ from .configuration_fox import DEFAULT_IMPLEMENTATION
 
 if TYPE_CHECKING:
     from ..kernels.context_parallel.sequence import ShardedSequence
+
+Sink = tuple[Tensor, Tensor]
 
 
 def fox_attention_forward(
@@ -46,6 +50,7 @@ def fox_attention_forward(
     shards: "ShardedSequence | None" = None,
     backend: Backend = PYTORCH,
     settings: AttentionSettings | None = None,
+    sink: Sink | None = None,
 ) -> tuple[Tensor, None]:
     """The best attention for the device, with pruning. Arguments as for `reference_attention_forward`."""
     settings = attention_settings(module.config) if settings is None else settings
@@ -54,18 +59,24 @@ def fox_attention_forward(
         if settings.eps is not None:
             bound = _bound(module, settings, query.dtype)
             options = {"eps": settings.eps, "rule": settings.rule, "logit_bound": bound}
-        return _decode(query, key, value, decay, real, view, scaling, backend, **options), None
+        return _decode(query, key, value, decay, real, view, scaling, backend, sink, **options), None
     q, k, v = query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
     q, k, v = without_padding(q, k, v, decay, real)
     if shards is not None:
         if settings.eps is not None:
-            decay = pruned(module, settings, q, k, decay, scaling, backend, shards)
-        return shards.attention(q, k, v, decay, scale=scaling, dropout=dropout, backend=backend), None
+            decay = pruned(module, settings, q, k, decay, scaling, backend, shards, sink)
+        attended = shards.attention(q, k, v, decay, scale=scaling, dropout=dropout, backend=backend)
+        return _with_sink(attended, q, sink, scaling, backend), None
     # In PyTorch the search for what may be left out takes longer than leaving it out saves.
     if backend is not PYTORCH and settings.eps is not None:
-        decay = pruned(module, settings, q, k, decay, scaling, backend)
-    out, _ = backend.attention(q, k, v, decay, scale=scaling, dropout=dropout)
-    return out, None
+        decay = pruned(module, settings, q, k, decay, scaling, backend, sink=sink)
+    attended = backend.attention(q, k, v, decay, scale=scaling, dropout=dropout)
+    return _with_sink(attended, q, sink, scaling, backend), None
+
+
+def _with_sink(attended: Sink, q: Tensor, sink: Sink | None, scale: float, backend: Backend) -> Tensor:
+    """The output of attention, given with its log-sum-exp, beside a sink, if there is one."""
+    return attended[0] if sink is None else backend.add_sink(*attended, q, *sink, scale)[0]
 
 
 def prepare(
@@ -105,6 +116,7 @@ def pruned(
     scaling: float,
     backend: Backend,
     shards: "ShardedSequence | None" = None,
+    sink: Sink | None = None,
 ) -> Decay:
     """`prune` by the settings of a call, whose ``eps`` is not None.
 
@@ -117,14 +129,18 @@ def pruned(
         scaling: multiplies the logits.
         backend: whose search it is.
         shards: with context parallelism, who has which tokens.
+        sink: key and value of the attention sink.
     """
     options: dict[str, Any] = {"eps": settings.eps, "rule": settings.rule}
     options["logit_bound"] = _bound(module, settings, q.dtype)
+    sink_k = None if sink is None else sink[0].detach()
+    if settings.centers:
+        center = (key_center if shards is None else shards.key_center)(k.detach())
+        k, sink_k = k.detach() - center, None if sink_k is None else sink_k - center[:, 0]
+    options["sink"] = sink_k
     if shards is not None:
-        keys = shards.centered(k) if settings.centers else k
-        return shards.prune(decay, q, keys, scale=scaling, **options, backend=backend)
-    keys = centered(k) if settings.centers else k
-    return prune(decay, q, keys, scale=scaling, **options, search=backend.search_kv_start)
+        return shards.prune(decay, q, k, scale=scaling, **options, backend=backend)
+    return prune(decay, q, k, scale=scaling, **options, search=backend.search_kv_start)
 
 
 def _bound(module: Any, settings: AttentionSettings, dtype: torch.dtype) -> Tensor | None:
@@ -140,6 +156,7 @@ def _decode(
     view: CacheView,
     scale: float,
     backend: Backend,
+    sink: Sink | None,
     eps: float | None = None,
     rule: Rule = "tight",
     logit_bound: Tensor | None = None,
@@ -154,7 +171,7 @@ def _decode(
         norms = norms * (abs(scale) * (1.0 + logit_margin(q.shape[-1], torch.float32)))
         logit_bound = norms * largest[..., 0].repeat_interleave(q.shape[2] // largest.shape[1], dim=1)
     assert backend.decode is not None, "there is a view only where there is a decode"
-    out, _ = backend.decode(
+    attended = backend.decode(
         q,
         key,
         value,
@@ -164,11 +181,12 @@ def _decode(
         eps=eps,
         rule=rule,
         logit_bound=logit_bound,
+        sink=None if sink is None else sink[0],
         real=real,
         pages=view.pages,
         start=view.start,
     )
-    return out
+    return _with_sink(attended, q, sink, scale, backend)
 
 
 def reference_attention_forward(
@@ -185,6 +203,7 @@ def reference_attention_forward(
     shards: "ShardedSequence | None" = None,
     backend: Backend = PYTORCH,
     settings: AttentionSettings | None = None,
+    sink: Sink | None = None,
 ) -> tuple[Tensor, None]:
     """`reference_attention` behind transformers' signature.
 
@@ -202,15 +221,15 @@ def reference_attention_forward(
         shards: with context parallelism, who has which tokens: all of the above is then of this rank's.
         backend: where ``fox`` runs; the others run in PyTorch.
         settings: of this call, by default as the layer's configuration is now. Only ``fox`` reads them.
+        sink: key and value of the attention sink, ``[G, D]`` each; None without one.
 
     Returns:
         ``[B, Tq, H, D]`` and None: the weights are never held.
     """
     q, k, v = (x.transpose(1, 2) for x in (query, key, value))
-    if shards is not None:
-        return shards.attention(q, k, v, decay, scale=scaling, dropout=dropout, backend=PYTORCH), None
-    out, _ = PYTORCH.attention(q, k, v, decay, scale=scaling, dropout=dropout)
-    return out, None
+    attention = PYTORCH.attention if shards is None else partial(shards.attention, backend=PYTORCH)
+    attended = attention(q, k, v, decay, scale=scaling, dropout=dropout)
+    return _with_sink(attended, q, sink, scaling, PYTORCH), None
 
 
 def eager_attention_forward(
@@ -227,17 +246,28 @@ def eager_attention_forward(
     shards: "ShardedSequence | None" = None,
     backend: Backend = PYTORCH,
     settings: AttentionSettings | None = None,
+    sink: Sink | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Attention written out, as `reference_attention_forward`; returns the weights ``[B, H, Tq, Tk]`` too."""
+    """Attention written out, as `reference_attention_forward`; returns the weights ``[B, H, Tq, Tk]`` too.
+
+    With a sink they add up to less than 1: its own are left out.
+    """
     query, key, value = _without_padding(query, key, value, decay, real)
     groups = query.shape[1] // key.shape[1]
     key, value = (x.repeat_interleave(groups, dim=1) for x in (key, value))
     bias, fully_masked = _dense_bias(decay, query)
     with maybe_autocast(query.device.type, enabled=False):
-        scores = (query.to(bias.dtype) * scaling) @ key.to(bias.dtype).mT + bias
-        weights = nn.functional.softmax(scores, dim=-1).masked_fill(fully_masked, 0.0)
+        scaled = query.to(bias.dtype) * scaling
+        scores = scaled @ key.to(bias.dtype).mT + bias
+        if sink is None:
+            weights = nn.functional.softmax(scores, dim=-1).masked_fill(fully_masked, 0.0)
+        else:
+            sink_k, sink_v = (x.to(bias.dtype).repeat_interleave(groups, dim=0)[:, None] for x in sink)
+            scores = torch.cat([scaled @ sink_k.mT, scores.masked_fill(fully_masked, -math.inf)], dim=-1)
+            share, weights = nn.functional.softmax(scores, dim=-1).tensor_split([1], dim=-1)
         weights = nn.functional.dropout(weights, p=dropout, training=module.training)
-        out = (weights @ value.to(bias.dtype)).to(query.dtype)
+        out = weights @ value.to(bias.dtype)
+        out = (out if sink is None else out + share * sink_v).to(query.dtype)
     return out.transpose(1, 2).contiguous(), weights.to(query.dtype)
 
 
@@ -255,12 +285,19 @@ def sdpa_forward(
     shards: "ShardedSequence | None" = None,
     backend: Backend = PYTORCH,
     settings: AttentionSettings | None = None,
+    sink: Sink | None = None,
 ) -> tuple[Tensor, None]:
     """transformers' own SDPA function with the decay as its mask. Arguments as for `reference_attention_forward`."""
     output_dtype = query.dtype
     # In float32 throughout: SDPA wants the mask in the type of the queries, and rounded to bfloat16 a decay of -5 would
     # be off by 2% in the weight.
-    bias, _ = _dense_bias(decay, query)
+    bias, fully_masked = _dense_bias(decay, query)
+    if sink is not None:
+        if dropout > 0.0:
+            raise ValueError("attention_dropout must be 0 with an attention_sink and attn_implementation 'sdpa'")
+        sink_k, sink_v = (x[:, None].expand(len(key), -1, -1, -1) for x in sink)
+        key, value = torch.cat([sink_k, key], dim=2), torch.cat([sink_v, value], dim=2)
+        bias = nn.functional.pad(bias.masked_fill(fully_masked, -math.inf), (1, 0))
     query, key, value = (x.to(bias.dtype) for x in _without_padding(query, key, value, decay, real))
     with maybe_autocast(query.device.type, enabled=False):
         out, _ = sdpa_attention_forward(

@@ -108,6 +108,11 @@ class FoxConfig(PreTrainedConfig):
         decay_time_min, decay_time_max (`float`, default to 2.0 and 2048.0): Decay times, in tokens, that gates start
             from: log-spaced over the heads of each layer by the bias `b = -log(expm1(1 / T))`, so that
             `log f = -1 / T` where the input is zero. Both `1 / ln 2` is the paper's start of `full` gates, `f = 0.5`.
+        attention_sink (`str`, defaults to `"none"`): `"learned"` gives each key/value head a learned key and value that
+            every query sees beside its keys and no gate decays.
+        sink_token_id (`int`, *optional*): A token that sinks stand for, as after `foxlm graft --calibrate`. Where a
+            sequence begins with it, later tokens do not see it a second time, and its own attention is its sink's
+            value. Seen in `input_ids` only.
         qk_norm (`str`, defaults to `"per_head"`): RMSNorm of queries and keys over each head: `"per_head"`, each head
             has its weights; `"shared"`, all heads share them (the authors' checkpoints). `"all_heads"`: one RMSNorm
             over all heads together. `"none"`.
@@ -190,6 +195,8 @@ class FoxConfig(PreTrainedConfig):
     forget_gate_heads: Literal["query", "key_value"] = "query"
     decay_time_min: float | int = 2.0
     decay_time_max: float | int = 2048.0
+    attention_sink: Literal["none", "learned"] = "none"
+    sink_token_id: int | None = None
     qk_norm: Literal["per_head", "shared", "all_heads", "none"] = "per_head"
     qk_norm_eps: float | None = None
     use_key_shift: bool = True
@@ -298,6 +305,8 @@ class FoxConfig(PreTrainedConfig):
         elif self.qk_norm == "shared":
             # Each rank sees the gradient of its own heads only.
             plan |= dict.fromkeys(("q_norm", "k_norm"), SHARED_BY_HEADS)
+        if self.attention_sink != "none":
+            plan |= {"sink.key": "colwise", "sink.value": "colwise"}
         if self.use_key_shift:
             plan["key_shift.proj"] = "colwise"
         if self.use_value_shift:
@@ -445,6 +454,10 @@ class FoxConfig(PreTrainedConfig):
         if self.pad_token_id is not None:
             accepted = f"None or in [0, vocab_size) = [0, {self.vocab_size})"
             self._require("pad_token_id", 0 <= self.pad_token_id < self.vocab_size, accepted)
+        if self.sink_token_id is not None:
+            accepted = f"None or in [0, vocab_size) = [0, {self.vocab_size})"
+            self._require("sink_token_id", 0 <= self.sink_token_id < self.vocab_size, accepted)
+            self._require("sink_token_id", self.attention_sink != "none", "None without an attention_sink")
         self._require("hidden_act", self.hidden_act in ACT2FN, f"one of {sorted(ACT2FN)}")
         self._require("attention_dropout", 0 <= self.attention_dropout < 1, "a number in [0, 1)")
         self._require(

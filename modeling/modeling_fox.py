@@ -136,13 +136,17 @@ class FoxModel(FoxPreTrainedModel):
         elif use_cache:
             cache = DynamicCache(config=self.config)
         cu_seqlens = (kwargs.get("cu_seq_lens_q"), kwargs.get("cu_seq_lens_k"))
-        layout = token_layout(tokens, inputs_embeds.device, attention_mask, position_ids, cu_seqlens, cache)
+        token, stands_for = self.config.sink_token_id, None
+        if token is not None and input_ids is not None:
+            stands_for = input_ids.to(inputs_embeds.device) == token
+        device = inputs_embeds.device
+        layout = token_layout(tokens, device, attention_mask, position_ids, cu_seqlens, cache, stands_for=stands_for)
         if shards is not None:
             layout = layout.shard(shards)
         position_embeddings = None
         if self.rotary_emb is not None:
             if position_ids is None:
-                position_ids = layout.positions[None]
+                position_ids = layout.rope_positions(counts_padding=self.config.attention_sink == "none")
             elif shards is not None:
                 position_ids = shards.take(position_ids)
             position_embeddings = self.rotary_emb(inputs_embeds, position_ids)

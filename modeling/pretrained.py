@@ -21,6 +21,7 @@ from .configuration_fox import (
     FoxConfig,
 )
 from .layers.attention import FoxAttention
+from .layers.attention_sink import FoxAttentionSink
 from .layers.block import FoxDecoderLayer
 from .layers.forget_gate import FoxConstantGate, FoxForgetGate, decay_time_bias
 from .layers.fused_projections import FusableProjections, fuse_projections
@@ -76,6 +77,9 @@ class FoxPreTrainedModel(PreTrainedModel):
         super()._init_weights(module)
         if isinstance(module, FoxForgetGate | FoxConstantGate):
             init.copy_(module.bias, decay_time_bias(self.config))
+        elif isinstance(module, FoxAttentionSink):
+            init.zeros_(module.key)
+            init.zeros_(module.value)
 
     @classmethod
     def from_pretrained(cls, *args, **kwargs):

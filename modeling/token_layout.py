@@ -5,14 +5,15 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch import Tensor, nn
 from transformers.cache_utils import Cache
-from transformers.utils.import_utils import is_torchdynamo_compiling
+from transformers.utils.import_utils import is_torchdynamo_compiling, is_torchdynamo_exporting
 
-from ..kernels.decay import first_visible, running_max, sequence_starts
+from ..kernels.decay import accumulate, first_visible, running_max, sequence_starts
 from ..kernels.tiles import PRUNED_KEYS
 from ..kernels.validation import bool_mask, check_cu_seqlens, check_tensor
 from .versions import CACHE
 
 if TYPE_CHECKING:
+    from ..kernels.backends import Backend
     from ..kernels.context_parallel.sequence import ShardedSequence
 
 # transformers' caches know one class per layer type. A copy of this code under another package name, loaded from a
@@ -31,6 +32,8 @@ class TokenLayout(NamedTuple):
         slots: ``[1 + T]`` int64 index modulo 64 of the token before and of each: slots in a page of the cache.
         last_real: ``[B, 1 + T]`` int64, see `last_real_tokens`; None without padding.
         first_visible: ``[B, 1, T]`` int64, see `first_visible`; None without padding.
+        after_sink: ``[B, 1, T]`` int64, first key of each token's sequence after a token that the attention sink stands
+            for, 0 where it begins with another; None where that is not looked for.
         shards: with context parallelism, which rank has which tokens; all of the above is then of this rank's tokens.
         real_of_all_ranks: ``[B, tokens of all ranks]`` bool as `real`.
     """
@@ -42,18 +45,45 @@ class TokenLayout(NamedTuple):
     slots: Tensor
     last_real: Tensor | None = None
     first_visible: Tensor | None = None
+    after_sink: Tensor | None = None
     shards: "ShardedSequence | None" = None
     real_of_all_ranks: Tensor | None = None
 
-    def mask_gates(self, log_f: Tensor) -> Tensor:
-        """Log gates ``[B, T, Hf]`` with 0 in padding, which decays nothing."""
-        return log_f if self.real is None else log_f.masked_fill(~self.real[..., None], 0.0)
+    def accumulate(
+        self,
+        log_f: Tensor,
+        backend: "Backend",
+        offset: int | Tensor = 0,
+        carry: tuple[Tensor, Tensor] | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """`decay.accumulate` of these tokens' log gates, ``[B, T, Hf]``; padding decays nothing."""
+        if self.real is not None:
+            log_f = log_f.masked_fill(~self.real[..., None], 0.0)
+        if self.shards is not None:
+            c, kv_start = self.shards.accumulate(log_f, self.starts, backend)
+        else:
+            c, kv_start = accumulate(log_f, offset, carry, self.starts, backend.sum_gates)
+        return c, kv_start if self.after_sink is None else torch.maximum(kv_start, self.after_sink)
+
+    def rope_positions(self, counts_padding: bool) -> Tensor:
+        """Positions that RoPE reads where none are given, ``[B or 1, T]``.
+
+        Args:
+            counts_padding: as everywhere in transformers, which differences of positions do not see. The key of an
+                attention sink is at the place of the first real token.
+        """
+        real = self.real_keys if self.shards is None else self.real_of_all_ranks
+        if counts_padding or real is None:
+            return self.positions[None]
+        return (real.cumsum(1) - 1).clamp(min=0).index_select(1, self.positions)
 
     def shard(self, shards: "ShardedSequence") -> "TokenLayout":
         """The layout of this rank's tokens."""
         real, starts = (None if x is None else shards.take(x) for x in (self.real, self.starts))
         positions = shards.take(self.positions, dim=0)
-        return TokenLayout(positions, real, real, starts, self.slots, shards=shards, real_of_all_ranks=self.real)
+        after_sink = None if self.after_sink is None else shards.take(self.after_sink, dim=2)
+        layout = TokenLayout(positions, real, real, starts, self.slots, after_sink=after_sink)
+        return layout._replace(shards=shards, real_of_all_ranks=self.real)
 
 
 def token_layout(
@@ -64,6 +94,7 @@ def token_layout(
     cu_seqlens: tuple[Tensor | None, Tensor | None],
     cache: Cache | None,
     layer_idx: int = 0,
+    stands_for: Tensor | None = None,
 ) -> TokenLayout:
     """Check a caller's mask, positions and packing, and combine them.
 
@@ -76,6 +107,7 @@ def token_layout(
             may be None.
         cache: earlier tokens.
         layer_idx: the cache's layer that is asked for its length, before it takes in the new tokens.
+        stands_for: ``[B, T]`` bool, tokens that the attention sink stands for where they begin a sequence.
 
     Raises:
         ValueError: an argument does not fit; the message names it.
@@ -122,9 +154,22 @@ def token_layout(
     elif position_ids is not None and fresh:
         starts = _restarts(position_ids.to(device).expand(batch, -1), real, jumps=attention_mask is None)
     layout = TokenLayout(positions, real, real_keys, starts, indices.remainder(PRUNED_KEYS))
+    # A sequence may begin after padding, or where the host does not know what came before; but not in a decoding step,
+    # where each layer would pay for it.
+    may_begin = seen == 0 or (length > 1 and (seen is None or real is not None)) or is_torchdynamo_exporting()
+    if stands_for is not None and may_begin:
+        layout = layout._replace(after_sink=_after_sink(stands_for, positions, real_keys, starts))
     if real is None or real_keys is None:
         return layout
     return layout._replace(last_real=last_real_tokens(real), first_visible=first_visible(real_keys, real, positions))
+
+
+def _after_sink(stands_for: Tensor, positions: Tensor, real_keys: Tensor | None, starts: Tensor | None) -> Tensor:
+    """`TokenLayout.after_sink`; arguments as there."""
+    begins = positions == (0 if real_keys is None else real_keys.int().argmax(1, keepdim=True))
+    if starts is not None:
+        begins = begins | starts
+    return running_max(torch.where(begins & stands_for, positions + 1, 0))[:, None]
 
 
 def last_real_tokens(real: Tensor) -> Tensor:

@@ -1,11 +1,13 @@
 """The public function of context parallelism: forgetting attention of a sequence that lies on several ranks."""
 
+from typing import Any
+
 from torch import Tensor
 
 from ..backends import backend_of
 from ..decay import Decay, sequence_starts, without_padding
 from ..pruning.rules import Rule, check_rule
-from ..validation import check_gates, check_inputs, check_options, check_packing, real_tokens
+from ..validation import check_gates, check_inputs, check_options, check_packing, check_sink, real_tokens
 from .group import ContextParallel
 
 
@@ -24,6 +26,8 @@ def context_parallel_attention(
     eps: float | None = None,
     rule: Rule = "tight",
     logit_bound: float | Tensor | None = None,
+    sink_k: Tensor | None = None,
+    sink_v: Tensor | None = None,
 ) -> Tensor:
     """`forgetting_attention` of this rank's queries over the keys of all ranks, which call it together.
 
@@ -39,6 +43,7 @@ def context_parallel_attention(
         attention_mask: ``[B, length]``, of all tokens, the same on all ranks.
         cu_seqlens: ``[N + 1]``, of all tokens, the same on all ranks.
         scale, dropout, eps, rule, logit_bound: as for `forgetting_attention`, but for the rule ``measured``.
+        sink_k, sink_v: as for `forgetting_attention`, the same on all ranks; gradients are of this rank's queries.
 
     Returns:
         ``[B, T, H, D]`` in the type of ``q``.
@@ -56,6 +61,7 @@ def context_parallel_attention(
             f"q, k and v must have this rank's {tokens} of {length} tokens, got {q.shape[1]} and {k.shape[1]}"
         )
     check_options(scale=scale, dropout=dropout)
+    sink = check_sink(sink_k, sink_v, q, k)
     # An unknown rule is refused even where eps is None.
     check_rule(0.5 if eps is None else eps, rule)
     starts = real = None
@@ -74,5 +80,10 @@ def context_parallel_attention(
         q, k, v = without_padding(q, k, v, decay, real)
     scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
     if eps is not None:
-        decay = shards.prune(decay, q, k, eps=eps, rule=rule, scale=scale, logit_bound=logit_bound, backend=backend)
-    return shards.attention(q, k, v, decay, scale=scale, dropout=dropout, backend=backend)
+        bounds: dict[str, Any] = {"logit_bound": logit_bound, "sink": sink_k}
+        decay = shards.prune(decay, q, k, eps=eps, rule=rule, scale=scale, **bounds, backend=backend)
+    attended = shards.attention(q, k, v, decay, scale=scale, dropout=dropout, backend=backend)
+    if sink is None:
+        return attended[0]
+    out, _ = backend.add_sink(*attended, q, *sink, scale)
+    return out if real is None else out.masked_fill(~real[..., None, None], 0.0)

@@ -151,10 +151,13 @@ class _ShardedAttention(torch.autograd.Function):
         ctx.save_for_backward(*x, out, lse, *seeds, *(packed or ()))
         ctx.plan, ctx.backend, ctx.ops, ctx.scale, ctx.dropout = plan, backend, ops, scale, dropout
         ctx.calls = len(seeds)
-        return out
+        assert lse is not None, "there is a local task"
+        # The log-sum-exp seldom has a gradient.
+        ctx.set_materialize_grads(False)
+        return out, lse
 
     @staticmethod
-    def backward(ctx, d_out):
+    def backward(ctx, d_out, d_lse):
         if torch.is_grad_enabled():
             # With create_graph=True. Not later, as other operators do: what is sent has no graph that could lead here.
             raise NotImplementedError(ONLY_REVERSE_MODE)
@@ -162,6 +165,8 @@ class _ShardedAttention(torch.autograd.Function):
         # Once: what activation checkpointing has stored in their place may be asked for only once.
         saved = ctx.saved_tensors
         x, (out, lse), seeds = _Tensors(*saved[:6]), saved[6:8], saved[8 : 8 + ctx.calls]
+        d_out = torch.zeros_like(out) if d_out is None else d_out
+        d_lse = torch.zeros_like(lse, dtype=torch.float32) if d_lse is None else d_lse
         packed = None if plan.fetch.idle else Packed(*saved[8 + ctx.calls :])
         local = plan.local()
         gradients = _Gradients(x, packed, plan, local, ctx.ops)
@@ -169,8 +174,8 @@ class _ShardedAttention(torch.autograd.Function):
         def run(placed: Placed, seed: Tensor | None) -> None:
             inputs = _inputs(x, placed, packed, plan.shards, ctx.ops)
             d, o = (_get(y, placed, token_dim=1) for y in (d_out, out))
-            sums = _get(lse, placed, token_dim=2).contiguous()
-            gradients.add(placed, *ctx.backend.backward(d, *inputs, o, sums, ctx.scale, ctx.dropout, seed))
+            d_sums, sums = (_get(y, placed, token_dim=2).contiguous() for y in (d_lse, lse))
+            gradients.add(placed, *ctx.backend.backward(d, d_sums, *inputs, o, sums, ctx.scale, ctx.dropout, seed))
 
         for placed, seed in zip(plan.others, seeds[ctx.calls - len(plan.others) :], strict=True):
             run(placed, seed)
@@ -275,7 +280,7 @@ def sharded_attention(
     *,
     scale: float,
     dropout: float = 0.0,
-) -> Tensor:
+) -> tuple[Tensor, Tensor]:
     """Forgetting attention of this rank's queries over the keys of all ranks; differentiable as `reference_attention`.
 
     All ranks of the group call it together. Synchronises with the device once, for the metadata exchange.
@@ -292,7 +297,7 @@ def sharded_attention(
         dropout: probability of dropping an attention weight.
 
     Returns:
-        ``[B, T, H, D]`` in the type of ``q``.
+        ``[B, T, H, D]`` in the type of ``q``, and log-sum-exp ``[B, H, T]``, float32 (float64 for float64).
     """
     kv_heads, heads = k.shape[2], q.shape[2]
     c_q, c_k, kv_start = decay.query, decay.key, decay.kv_start
@@ -301,4 +306,5 @@ def sharded_attention(
     if kv_start.shape[1] != heads:
         kv_start = kv_start.repeat_interleave(heads // kv_start.shape[1], dim=1)
     k, v = maybe_contiguous(k), maybe_contiguous(v)
-    return _ShardedAttention.apply(q, k, v, c_q, c_k, kv_start, shards, backend, ops, scale, dropout)
+    out, lse = _ShardedAttention.apply(q, k, v, c_q, c_k, kv_start, shards, backend, ops, scale, dropout)
+    return out, lse if q.dtype == torch.float64 else lse.float()

@@ -341,7 +341,9 @@ def copy_rows(source: Rows, target: Rows, runs: Runs, *, add: bool = False, back
         )  # fmt: skip
 
 
-def summarize(q: Tensor, k: Tensor, c_k: Tensor, scale: float, shards: Shards) -> tuple[QueryRows, Tensor]:
+def summarize(
+    q: Tensor, k: Tensor, c_k: Tensor, scale: float, sink: Tensor | None, shards: Shards
+) -> tuple[QueryRows, Tensor]:
     """As `pruning.summarize`."""
     batch, gates, tokens = c_k.shape
     kv_heads, blocks = k.shape[2], -(-tokens // PRUNED_KEYS)
@@ -349,7 +351,7 @@ def summarize(q: Tensor, k: Tensor, c_k: Tensor, scale: float, shards: Shards) -
     decays, largest = packed.split([2 * batch * gates, batch * kv_heads])
     end, log_sum = decays.view(2, batch, gates, blocks).unbind()
     out = Blocks(end, log_sum, largest)
-    norm, diagonal, _ = summarize_blocks(q, k, c_k, shards.tables(q.device).tokens, scale, out)
+    norm, diagonal, _ = summarize_blocks(q, k, c_k, shards.tables(q.device).tokens, scale, sink, out)
     return QueryRows(norm, diagonal), packed
 
 

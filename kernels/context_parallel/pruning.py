@@ -77,6 +77,7 @@ def prune_shards(
     rule: Rule,
     scale: float,
     logit_bound: float | Tensor | None = None,
+    sink: Tensor | None = None,
 ) -> Decay:
     """As `pruning.rules.prune`, for this rank's queries over the keys of all ranks.
 
@@ -85,7 +86,7 @@ def prune_shards(
         q, k: ``[B, T, heads, D]`` of this rank's tokens, finite.
         shards: who has which tokens.
         ops: what runs on the device.
-        eps, rule, scale, logit_bound: as for `pruning.rules.prune`.
+        eps, rule, scale, logit_bound, sink: as for `pruning.rules.prune`.
 
     Returns:
         ``decay`` with ``kv_start`` raised, ``[B, H, T]``.
@@ -99,7 +100,9 @@ def prune_shards(
     heads, kv_heads = q.shape[2], k.shape[2]
     check_logit_bound(logit_bound, len(q), heads)
     q, k = maybe_contiguous(q), maybe_contiguous(k)
-    bounds, packed = _summarize(q, k, decay.key, scale, shards, ops)
+    if sink is not None:
+        sink = maybe_contiguous(sink).expand(len(q), *sink.shape[-2:])
+    bounds, packed = _summarize(q, k, decay.key, scale, sink, shards, ops)
     blocks = _blocks_of_all(packed, decay.key.shape[:2], kv_heads, shards)
     logit_bound = _bound(logit_bound, bounds, blocks, kv_heads, shards) if known.reads_bound else None
     log_eps = log_allowed(eps, margin_dtype(k), known.terms(shards.split.length))
@@ -129,18 +132,22 @@ def _parts(shards: Shards) -> list[slice]:
 
 
 def _summarize(
-    q: Tensor, k: Tensor, c_k: Tensor, scale: float, shards: Shards, ops: ContextBackend
+    q: Tensor, k: Tensor, c_k: Tensor, scale: float, sink: Tensor | None, shards: Shards, ops: ContextBackend
 ) -> tuple[Rows, Tensor]:
     """As `summarize`, of all queries and keys of this rank."""
-    found = [ops.summarize(q[:, part], k[:, part], c_k[..., part], scale, shards) for part in _parts(shards)]
+    found = [ops.summarize(q[:, part], k[:, part], c_k[..., part], scale, sink, shards) for part in _parts(shards)]
     if len(found) == 1:
         return found[0]
     rows, packed = zip(*found, strict=True)
     return Rows(*(torch.cat(x, -1) for x in zip(*rows, strict=True))), torch.cat(packed, -1)
 
 
-def summarize(q: Tensor, k: Tensor, c_k: Tensor, scale: float, shards: Shards) -> tuple[Rows, Tensor]:
+def summarize(
+    q: Tensor, k: Tensor, c_k: Tensor, scale: float, sink: Tensor | None, shards: Shards
+) -> tuple[Rows, Tensor]:
     """What the rules read of queries ``[B, T, H, D]`` and of blocks of 64 of the keys at the same tokens.
+
+    With a sink, its key is ``[B, G, D]``.
 
     Returns:
         Of the queries, and `KeyBlocks` of the keys one after the other, ``[rows, blocks]`` float64.
@@ -150,7 +157,8 @@ def summarize(q: Tensor, k: Tensor, c_k: Tensor, scale: float, shards: Shards) -
     log_sum = torch.logsumexp((end[..., None] - c).masked_fill(torch.isposinf(c), float("-inf")), -1)
     largest = _blocks(k.double().norm(dim=-1).transpose(1, 2), 0.0).amax(-1)
     packed = torch.cat([x.flatten(0, 1) for x in (end, log_sum, largest)])
-    return Rows(*query_bounds(q, k, scale)), packed
+    norm, diagonal, _ = query_bounds(q, k, scale, sink)
+    return Rows(norm, diagonal), packed
 
 
 def _blocks(x: Tensor, filling: float) -> Tensor:

@@ -1,5 +1,7 @@
 """A sequence of which each rank has a part: what a model's layers ask of it."""
 
+from typing import Any
+
 from torch import Tensor
 
 from ..backends import Backend
@@ -64,15 +66,17 @@ class ShardedSequence(Shards):
         rule: Rule,
         scale: float,
         logit_bound: float | Tensor | None,
+        sink: Tensor | None = None,
         backend: Backend,
     ) -> Decay:
         """As `pruning.rules.prune`, for this rank's queries over the keys of all ranks: see `prune_shards`."""
         ops = context_backend_of(backend)
-        return prune_shards(decay, q, k, self, ops, eps=eps, rule=rule, scale=scale, logit_bound=logit_bound)
+        options: dict[str, Any] = {"eps": eps, "rule": rule, "scale": scale, "logit_bound": logit_bound, "sink": sink}
+        return prune_shards(decay, q, k, self, ops, **options)
 
     def attention(
         self, q: Tensor, k: Tensor, v: Tensor, decay: Decay, *, scale: float, dropout: float, backend: Backend
-    ) -> Tensor:
+    ) -> tuple[Tensor, Tensor]:
         """Attention of this rank's queries over the keys of all ranks: see `sharded_attention`."""
         return sharded_attention(
             q, k, v, decay, self, backend, context_backend_of(backend), scale=scale, dropout=dropout

@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ..tiles import PRUNED_KEYS
+from ..pruning.rules import key_center
 from .partition import SplitTables, TokenSplit, split_tables
 
 if dist.is_available():
@@ -92,11 +92,9 @@ class Shards:
         return _Sum.apply(x, self.group)
 
     @torch.no_grad()
-    def centered(self, k: Tensor) -> Tensor:
-        """As `pruning.rules.centered`, for this rank's keys: minus the mean of the first 64 of the first segment."""
-        k = k.to(torch.promote_types(k.dtype, torch.float32))
-        means = self.from_all([k[:, rows][:, :PRUNED_KEYS].mean(1, keepdim=True) for rows in self.rows])
-        return k - means[0]
+    def key_center(self, k: Tensor) -> Tensor:
+        """As `pruning.rules.key_center`, from this rank's keys: the mean of the first 64 of the first segment."""
+        return self.from_all([key_center(k[:, rows]) for rows in self.rows])[0]
 
 
 class _Sum(torch.autograd.Function):

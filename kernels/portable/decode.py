@@ -39,6 +39,7 @@ def decode_attention(
     eps: float | None = None,
     rule: Rule = "tight",
     logit_bound: float | Tensor | None = None,
+    sink: Tensor | None = None,
     pages: Tensor | None = None,
     start: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
@@ -59,6 +60,7 @@ def decode_attention(
             weight in total, in ``(0, 1)``.
         rule: how that is proven, ``"tight"`` or ``"paper"``: see `pruning`. ``"measured"`` is taken as ``"tight"``.
         logit_bound: ``U`` of the rule ``paper``, a number, ``[H]`` or ``[B, H]``, as for `forgetting_attention`.
+        sink: ``[G, D]`` key of an attention sink, which pruning is to know of; it is not attended to.
         pages: ``[B, G, N]`` int32 page of each block of 64 tokens; -1 where there is none. A row that must read such a
             block becomes NaN.
         start: ``[B, G]`` int32 first block that is still held; those before are not read.
@@ -102,6 +104,7 @@ def decode_attention(
         log_decays,
         largest,
         bounds,
+        sink,
         bound,
         scale,
         log_eps,
@@ -124,6 +127,7 @@ def _launch(
     log_decays: Tensor | None,
     largest: Tensor | None,
     bounds: Tensor | None,
+    sink: Tensor | None,
     bound: float,
     scale: float,
     log_eps: float,
@@ -138,7 +142,8 @@ def _launch(
     summary = None
     if c is not None and log_decays is not None and largest is not None:
         summary = KeySummary(c, log_decays, largest)
-    pruning = DecodePruning(rule, log_eps, bound, bounds, summary)
+    sink = None if sink is None else sink.contiguous()
+    pruning = DecodePruning(rule, log_eps, bound, bounds, summary, sink)
     with on_device_of(q):
         ranges = search_blocks(inputs, pruning, scale)
         attend_blocks(inputs, ranges, out, lse, scale, choose_decode_tile(inputs.rows, q.shape[3]))

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ..launch import launched
 from ..pruning.key_stats import KeySummary
-from ..pruning.predicates import lengths, may_drop, raised
+from ..pruning.predicates import lengths, log_add, may_drop, raised, sink_bound
 from ..pruning.rounding import decay_margin, logit_margin
 from ..tiles import PRUNED_KEYS, cdiv, next_power_of_2, padded_head_dim
 from ..triton_common import INF, INT32_MAX, PARTS_OF_TENSORS, VARYING_SIZES
@@ -88,6 +88,7 @@ class DecodePruning(NamedTuple):
         bound: ``U`` of ``paper``, unless there are ``bounds``.
         bounds: ``[B, H]``, ``U`` of each head.
         summary: of the keys; None without a rule.
+        sink: contiguous ``[G, D]`` key of an attention sink, or None.
     """
 
     rule: str | None
@@ -95,11 +96,12 @@ class DecodePruning(NamedTuple):
     bound: float
     bounds: Tensor | None
     summary: KeySummary | None
+    sink: Tensor | None = None
 
 
 @decode_kernel
 def _decode_search_kernel(
-    Q, K, C_Q, KV_START, LAST, PAGES, HELD_FROM, C, LOG_DECAYS, LARGEST, BOUND, RANGES,
+    Q, K, C_Q, KV_START, LAST, PAGES, HELD_FROM, C, LOG_DECAYS, LARGEST, BOUND, SINK, RANGES,
     q_b, q_t, q_h, k_b, k_t, k_h, cq_b, cq_h, s_b, s_h, c_b, c_h, decays_b, decays_h, largest_b, largest_h, bound_b,
     bound_h,
     scale, bound, log_eps, margin, c_margin, bound_margin, TQ, H, HF, G, START_HEADS, NB, STEPS,
@@ -151,7 +153,11 @@ def _decode_search_kernel(
             # how `scale` is rounded. The length of the key would cost as much as all the rest here.
             diagonal_logit = tl.sum(b_q * b_k, 1) * scale
             diagonal_logit -= margin * tl.abs(diagonal_logit)
-            norm = (lengths(b_q) * (1.0 + margin) * tl.abs(scale))[:, None]
+            norm = lengths(b_q) * (1.0 + margin) * tl.abs(scale)
+            if SINK is not None:
+                of_sink = sink_bound(b_q, SINK + i_g.to(tl.int64) * D, norm, scale, margin, D, BLOCK_D)
+                diagonal_logit = log_add(diagonal_logit, of_sink)
+            norm = norm[:, None]
             diagonal_logit = diagonal_logit[:, None]
             p_decays = LOG_DECAYS + i_b * decays_b + i_gate.to(tl.int64) * decays_h
             p_largest = LARGEST + i_b * largest_b + i_g.to(tl.int64) * largest_h
@@ -231,6 +237,7 @@ def search_blocks(inputs: DecodeInputs, pruning: DecodePruning, scale: float) ->
         LOG_DECAYS=log_decays, decays_b=decays_b, decays_h=decays_h,
         LARGEST=largest, largest_b=largest_b, largest_h=largest_h,
         BOUND=bounds, bound_b=bound_b, bound_h=bound_h,
+        SINK=pruning.sink,
         RANGES=ranges,
         scale=scale,
         bound=pruning.bound,

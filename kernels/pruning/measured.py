@@ -10,8 +10,9 @@ block's first query. With ``near = r - 64 - (r - f) // 8``, rounded down to a bl
 
     Z_i = sum_{near <= j <= i} exp(S_ij)        T_in = exp(scale |q_i| Kmax_f + c_i + P_f) + sum_{f <= j < n} exp(S_ij)
 
-and all keys before ``n`` are dropped: the most blocks up to ``near`` with ``T_in <= eps Z_i`` for every row ``i``, and
-with ``D_rj <= log(eps) / 2`` for the last key ``j`` of each.
+(with the term of an attention sink in ``Z_i``, if there is one), and all keys before ``n`` are dropped: the most blocks
+up to ``near`` with ``T_in <= eps Z_i`` for every row ``i``, and with ``D_rj <= log(eps) / 2`` for the last key ``j`` of
+each.
 
 *Proof.* The first term of ``T_in`` is what the bound allows the keys before ``f`` to add up to, as in the proof of
 ``tight``; it is left out where a hard reset hides them. So ``T_in`` is at least the sum of all dropped terms of row
@@ -30,6 +31,7 @@ bfloat16 first, which raises ``m`` by `rounding.stored_margin`. `rounding.log_al
 """
 
 import math
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -38,6 +40,9 @@ from ..decay import Decay
 from ..tiles import PRUNED_KEYS
 from .key_stats import KeySummary
 from .rounding import log_allowed, logit_margin
+
+if TYPE_CHECKING:
+    from .rules import QueryBounds
 
 # The nearest keys are one in so many of those that the bound keeps.
 NEAR_SHARE = 8
@@ -55,8 +60,7 @@ def measured_kv_start(
     q: Tensor,
     k: Tensor,
     kv_start: Tensor,
-    c: Tensor,
-    norm: Tensor,
+    query: "QueryBounds",
     keys: KeySummary,
     eps: float,
     scale: float,
@@ -70,7 +74,7 @@ def measured_kv_start(
         q: ``[B, Tq, H, D]``.
         k: ``[B, Tk, G, D]``; may be `rules.centered`.
         kv_start: ``[B, H, Tq]`` int64, first key that each query keeps by the rule ``tight`` in these blocks.
-        c, norm: ``[B, H, Tq]`` float64, of `rules.QueryBounds`.
+        query: ``[B, H, Tq]`` float64 each.
         keys: ``[B, H, Tk]`` each, of every key and all before.
         eps, scale: as for `rules.first_kept`.
         block_q, block_k: sizes of a block of queries and of keys.
@@ -104,13 +108,14 @@ def measured_kv_start(
         logits.masked_fill_(is_hidden, -math.inf)
         is_far = index < near[..., None]
         log_z = logits.masked_fill(is_far, -math.inf).logsumexp(-1)
+        if query.sink is not None:
+            log_z = torch.logaddexp(log_z, query.sink[..., rows])
         before = (first - 1).clamp(min=0)
-        dropped = norm[..., rows] * keys.largest.gather(-1, before) + c[..., rows] + keys.log_decays.gather(-1, before)
+        norm, c = query.norm[..., rows], query.c[..., rows]
+        dropped = norm * keys.largest.gather(-1, before) + c + keys.log_decays.gather(-1, before)
         dropped = dropped.masked_fill((first == 0) | (reset >= first), -math.inf)
         log_t = torch.logaddexp(logits.logcumsumexp(-1), dropped[..., None])
-        margin = (
-            2.0 * logit_margin(q.shape[-1], dtype) * norm[..., rows] * keys.largest.gather(-1, last.expand_as(first))
-        )
+        margin = 2.0 * logit_margin(q.shape[-1], dtype) * norm * keys.largest.gather(-1, last.expand_as(first))
         is_negligible = log_t <= (log_eps - margin + log_z)[..., None]
         is_decayed = c_q[..., rows][..., of_block, None] - c_end[..., None, :] <= math.log(eps) / 2.0
         # What comes before the first key is not looked at.

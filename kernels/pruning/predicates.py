@@ -27,6 +27,20 @@ def query_bounds(q, diagonal_key, key_length, scale, margin):
 
 
 @triton.jit
+def sink_bound(q, SINK, norm, scale, margin, D: tl.constexpr, BLOCK_D: tl.constexpr):
+    """At most the logit with the sink's key, ``[D]`` at ``SINK``, of rows ``[N, BLOCK_D]``; ``norm`` as above."""
+    o_d = tl.arange(0, BLOCK_D)
+    key = tl.load(SINK + o_d, mask=o_d < D, other=0.0).to(q.dtype)[None, :]
+    return tl.sum(q * key, 1) * scale - margin * (norm * lengths(key))
+
+
+@triton.jit
+def log_add(a, b):
+    """``log(exp(a) + exp(b))`` of finite numbers."""
+    return tl.maximum(a, b) + tl.log(1.0 + tl.exp(-tl.abs(a - b)))
+
+
+@triton.jit
 def raised(c, margin):
     """``c`` of a query, float64, with the margin of all decays to it."""
     return c + margin * (32.0 - c)

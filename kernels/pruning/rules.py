@@ -16,6 +16,9 @@ with ``j`` and falls with ``i``, so what a query keeps is one range that ends at
     Drops what ``tight`` drops, then measures the weights of what is left from its first key on, and drops more while
     their sum is at most ``eps``: see `measured`.
 
+An attention sink is a key that every query sees undecayed (`elementwise.attention_sink`): a term of the normalizer
+that is known before any key is read. ``tight`` and ``measured`` add it to ``exp(s_ii)``; ``paper`` does without.
+
 All hold for `centered` keys as well. `PruningRule` names them. Each is written once in PyTorch, which is the
 definition (`may_drop`), and once in Triton (`predicates.may_drop`), for all kernels that search. `first_kept` is for
 analysis; `prune` is what attention runs, on a GPU by the kernels of `search`.
@@ -135,6 +138,7 @@ def first_kept(
     logit_bound: float | Tensor | None = None,
     block_q: int = 1,
     block_k: int = 1,
+    sink: Tensor | None = None,
 ) -> Tensor:
     """First key that each block of queries keeps: it may drop every key before.
 
@@ -150,6 +154,7 @@ def first_kept(
             ``|scale * q . k|`` exceeds it by ``x``, rows may lose up to ``exp(2 x) eps``. Values on a GPU are not
             checked: nothing is dropped where they are NaN, infinite or negative.
         block_q, block_k: queries and keys are dropped in blocks of these sizes; 1 is per query and key.
+        sink: as for `prune`.
 
     Returns:
         ``[B, H, ceil(Tq / block_q)]`` int64, multiples of ``block_k``. Keys hidden by a hard reset count as dropped.
@@ -166,12 +171,12 @@ def first_kept(
     c, kv_start = accumulate(log_f)
     last = torch.arange(keys - queries, keys, device=c.device)
     decay = Decay(c[..., keys - queries :], c, kv_start[..., keys - queries :], last)
-    query, summary = _summarize(decay, q, k, known, scale, logit_bound)
+    query, summary = _summarize(decay, q, k, known, scale, logit_bound, sink)
     kept = _kept(decay, query, summary, eps, known, margin_dtype(k))
     kept = _blocks_minimum(torch.maximum(kept, _per_query_head(decay.kv_start, heads)), block_q) // block_k * block_k
     if known is PruningRule.MEASURED:
         rows = kept.repeat_interleave(block_q, dim=-1)[..., :queries]
-        rows = measured_kv_start(decay, q, k, rows, query.c, query.norm, summary, eps, scale, block_q, block_k)
+        rows = measured_kv_start(decay, q, k, rows, query, summary, eps, scale, block_q, block_k)
         kept = rows[..., ::block_q]
     return kept
 
@@ -185,12 +190,13 @@ def search_kv_start(
     rule: PruningRule,
     scale: float,
     logit_bound: float | Tensor | None,
+    sink: Tensor | None = None,
 ) -> Tensor:
     """First key that each query keeps, ``[B, H, Tq]`` int64, in blocks of 128 queries and 64 keys: the definition.
 
     Arguments as for `prune`, which checks them. At least ``decay.kv_start``.
     """
-    query, keys = _summarize(decay, q, k, rule, scale, logit_bound)
+    query, keys = _summarize(decay, q, k, rule, scale, logit_bound, sink)
     kept = _kept(decay, query, keys, eps, rule, margin_dtype(k))
     kv_start = _per_query_head(decay.kv_start, q.shape[2])
     fully_masked = kv_start > decay.last
@@ -201,7 +207,7 @@ def search_kv_start(
     if rule is not PruningRule.MEASURED:
         return kv_start
     blocks = (PRUNED_QUERIES, PRUNED_KEYS)
-    return measured_kv_start(decay, q, k, kv_start, query.c, query.norm, keys, eps, scale, *blocks)
+    return measured_kv_start(decay, q, k, kv_start, query, keys, eps, scale, *blocks)
 
 
 def prune(
@@ -213,6 +219,7 @@ def prune(
     rule: Rule = "tight",
     scale: float,
     logit_bound: float | Tensor | None = None,
+    sink: Tensor | None = None,
     search: Callable[..., Tensor] = search_kv_start,
 ) -> Decay:
     """Hide from every query the keys that it may drop, in blocks of 128 queries and 64 keys.
@@ -222,6 +229,7 @@ def prune(
         q, k, eps, rule, logit_bound: as for `first_kept`; q and k finite, also where they are padding; k may have a
             wider dtype than q (see `centered`).
         scale: multiplies the logits.
+        sink: key of an attention sink, ``[G, D]``, or ``[B, G, D]`` less the `key_center` if ``k`` is centered.
         search: that of the `Backend`.
 
     Returns:
@@ -234,7 +242,14 @@ def prune(
     check_logit_bound(logit_bound, q.shape[0], q.shape[2])
     if k.shape[1] <= PRUNED_KEYS or q.numel() == 0:
         return decay
-    return decay._replace(kv_start=search(decay, q, k, eps=eps, rule=known, scale=scale, logit_bound=logit_bound))
+    options = {"eps": eps, "rule": known, "scale": scale, "logit_bound": logit_bound, "sink": sink}
+    return decay._replace(kv_start=search(decay, q, k, **options))
+
+
+@torch.no_grad()
+def key_center(k: Tensor) -> Tensor:
+    """Mean of the first 64 keys ``[B, T, G, D]``: ``[B, 1, G, D]``, float32 or wider."""
+    return k[:, :PRUNED_KEYS].to(torch.promote_types(k.dtype, torch.float32)).mean(1, keepdim=True)
 
 
 @torch.no_grad()
@@ -246,8 +261,7 @@ def centered(k: Tensor) -> Tensor:
     bound ``scale |q| max |k|`` is loosened by it: in SmolLM2 it is 40 nats, and 27 nats with centered keys. Of the
     first 64 because they are there before anything can be dropped.
     """
-    k = k.to(torch.promote_types(k.dtype, torch.float32))
-    return k - k[:, :PRUNED_KEYS].mean(1, keepdim=True)
+    return k - key_center(k)
 
 
 class QueryBounds(NamedTuple):
@@ -256,29 +270,43 @@ class QueryBounds(NamedTuple):
     Attributes:
         c: float64, at least the running sum.
         norm: at least ``scale |q|``.
-        diagonal: at most the logit with the diagonal key, which is the query's own.
+        diagonal: at most the logit with the diagonal key, which is the query's own; with a sink, at most the log of the
+            sum of both terms.
         logit_bound: ``U`` of a rule that reads one, ``[B, H, 1]``; None for others.
+        sink: at most the logit with the sink; None without one.
     """
 
     c: Tensor
     norm: Tensor
     diagonal: Tensor
     logit_bound: Tensor | None = None
+    sink: Tensor | None = None
 
 
-def query_bounds(q: Tensor, diagonal_key: Tensor, scale: float) -> tuple[Tensor, Tensor]:
-    """``norm`` and ``diagonal`` of `QueryBounds`, in float64.
+def query_bounds(
+    q: Tensor, diagonal_key: Tensor, scale: float, sink: Tensor | None = None
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """``norm``, ``diagonal`` and ``sink`` of `QueryBounds`, in float64.
 
     Args:
         q: ``[B, Tq, H, D]``.
         diagonal_key: ``[B, Tq, G, D]``, the key at each query's token.
         scale: multiplies the logits.
+        sink: as for `prune`.
     """
     margin = logit_margin(q.shape[-1], margin_dtype(diagonal_key))
     q, diagonal_key = (x.double().transpose(1, 2) for x in (q, diagonal_key))
-    diagonal_key = _per_query_head(diagonal_key, q.shape[1])
     norm = q.norm(dim=-1) * (abs(scale) * (1.0 + margin))
-    return norm, scale * (q * diagonal_key).sum(-1) - margin * norm * diagonal_key.norm(dim=-1)
+
+    def least_logit(key: Tensor) -> Tensor:
+        key = _per_query_head(key, q.shape[1])
+        return scale * (q * key).sum(-1) - margin * norm * key.norm(dim=-1)
+
+    diagonal = least_logit(diagonal_key)
+    if sink is None:
+        return norm, diagonal, None
+    of_sink = least_logit(sink.double().expand(len(q), *sink.shape[-2:])[..., None, :])
+    return norm, torch.logaddexp(diagonal, of_sink), of_sink
 
 
 def margin_dtype(k: Tensor) -> torch.dtype:
@@ -408,12 +436,18 @@ def _per_query_head(x: Tensor, heads: int) -> Tensor:
 
 
 def _summarize(
-    decay: Decay, q: Tensor, k: Tensor, rule: PruningRule, scale: float, logit_bound: float | Tensor | None
+    decay: Decay,
+    q: Tensor,
+    k: Tensor,
+    rule: PruningRule,
+    scale: float,
+    logit_bound: float | Tensor | None,
+    sink: Tensor | None,
 ) -> tuple[QueryBounds, KeySummary]:
     """What ``rule`` reads of every query, and of every key and all before, ``[B, H, Tk]`` each."""
     batch, _, heads, _ = q.shape
     c_q, c_k = (_per_query_head(x, heads) for x in (decay.query, decay.key))
-    norm, diagonal = query_bounds(q, k.index_select(1, decay.last), scale)
+    norm, diagonal, of_sink = query_bounds(q, k.index_select(1, decay.last), scale, sink)
     k_norm = _per_query_head(k.double().norm(dim=-1).transpose(1, 2), heads).masked_fill(torch.isposinf(c_k), 0.0)
     # A hidden key (c = +inf) takes the running sum of the last visible key before it.
     keys = KeySummary(c_k.cummin(-1).values, torch.logcumsumexp(-c_k, dim=-1), k_norm.cummax(-1).values)
@@ -422,7 +456,7 @@ def _summarize(
         if logit_bound is None:
             logit_bound = norm.amax(-1) * k_norm.amax(-1)
         bound = torch.as_tensor(logit_bound, dtype=torch.float64, device=c_q.device).expand(batch, heads)[..., None]
-    return QueryBounds(raised(c_q, k.shape[1]), norm, diagonal, bound), keys
+    return QueryBounds(raised(c_q, k.shape[1]), norm, diagonal, bound, of_sink), keys
 
 
 def _kept(

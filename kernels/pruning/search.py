@@ -17,7 +17,7 @@ from ..devices import on_device_of
 from ..operators import NAMESPACE, maybe_contiguous, nothing_sees
 from ..tiles import PRUNED_KEYS, PRUNED_QUERIES, padded_head_dim
 from ..triton_common import INF, INT32_MAX, kernel, larger, load_rows
-from .predicates import lengths, may_drop, query_bounds, raised
+from .predicates import lengths, log_add, may_drop, query_bounds, raised, sink_bound
 from .rounding import decay_margin, log_allowed, logit_margin
 from .rules import PruningRule
 from .triton_measured import measure
@@ -50,8 +50,8 @@ def _block_decay_kernel(C, END, LOG_SUM, c_b, c_h, HF, TK, NB):
 
 @kernel
 def _summary_kernel(
-    Q, K, C, LAST, NORM, DIAGONAL, END, LOG_SUM, LARGEST,
-    q_b, q_t, q_h, k_b, k_t, k_h, c_b, c_h,
+    Q, K, C, LAST, SINK, NORM, DIAGONAL, END, LOG_SUM, LARGEST,
+    q_b, q_t, q_h, k_b, k_t, k_h, c_b, c_h, sink_b, sink_h,
     scale, margin,
     TQ, TK, H, HF, G, NB,
     D: tl.constexpr,
@@ -76,6 +76,8 @@ def _summary_kernel(
     p_row = head.to(tl.int64) * TQ + rows
     k_length = lengths(k)
     norm, diagonal = query_bounds(q, k, k_length, scale, margin)
+    if SINK is not None:
+        diagonal = log_add(diagonal, sink_bound(q, SINK + b * sink_b + g * sink_h, norm, scale, margin, D, BLOCK_D))
     tl.store(NORM + p_row, norm, mask=is_row)
     tl.store(DIAGONAL + p_row, diagonal, mask=is_row)
     tl.store(LARGEST + (b * G + g) * NB + block, tl.max(k_length, 0), mask=h % (H // G) == 0)
@@ -201,6 +203,7 @@ def search_kv_start(
     rule: PruningRule,
     scale: float,
     logit_bound: float | Tensor | None,
+    sink: Tensor | None = None,
 ) -> Tensor:
     """As `rules.search_kv_start`, for q up to float32. Where ``logit_bound`` is no bound nothing is dropped."""
     if logit_bound is not None:
@@ -209,8 +212,9 @@ def search_kv_start(
             logit_bound = torch.full((1,), logit_bound, dtype=torch.float32, device=q.device)
         logit_bound = logit_bound.to(device=q.device, dtype=torch.float32).expand(q.shape[0], q.shape[2])
     q, k, c_q, c_k = (x.detach() for x in (q, k, decay.query, decay.key))
+    sink = None if sink is None else sink.detach().expand(len(q), *sink.shape[-2:])
     search_blocks = _search if nothing_sees(q, k, c_q, c_k) else _search_kv_start
-    return search_blocks(q, k, c_q, c_k, decay.kv_start, decay.last, eps, rule.value, scale, logit_bound)
+    return search_blocks(q, k, c_q, c_k, decay.kv_start, decay.last, eps, rule.value, scale, logit_bound, sink)
 
 
 def _search(
@@ -224,28 +228,37 @@ def _search(
     rule: str,
     scale: float,
     logit_bound: Tensor | None,
+    sink: Tensor | None,
 ) -> Tensor:
     q, k, c_q, c_k, kv_start = (maybe_contiguous(x) for x in (q, k, c_q, c_k, kv_start))
+    sink = None if sink is None else maybe_contiguous(sink)
     with on_device_of(q):
-        return _launch(Decay(c_q, c_k, kv_start, last), q, k, eps, PruningRule(rule), scale, logit_bound)
+        return _launch(Decay(c_q, c_k, kv_start, last), q, k, eps, PruningRule(rule), scale, logit_bound, sink)
 
 
 _search_kv_start = torch.library.custom_op(f"{NAMESPACE}::search_kv_start", _search, mutates_args=())
 
 
 @_search_kv_start.register_fake
-def _search_kv_start_fake(q, k, c_q, c_k, kv_start, last, eps, rule, scale, logit_bound):
+def _search_kv_start_fake(q, k, c_q, c_k, kv_start, last, eps, rule, scale, logit_bound, sink):
     return kv_start.new_empty(q.shape[0], q.shape[2], q.shape[1])
 
 
 def _launch(
-    decay: Decay, q: Tensor, k: Tensor, eps: float, rule: PruningRule, scale: float, logit_bound: Tensor | None
+    decay: Decay,
+    q: Tensor,
+    k: Tensor,
+    eps: float,
+    rule: PruningRule,
+    scale: float,
+    logit_bound: Tensor | None,
+    sink: Tensor | None,
 ) -> Tensor:
     norm = diagonal = None
     if rule.reads_bound and logit_bound is not None:
         blocks = decay_by_blocks(decay.key)
     else:
-        norm, diagonal, blocks = summarize(q, k, decay.key, decay.last, scale)
+        norm, diagonal, blocks = summarize(q, k, decay.key, decay.last, scale, sink)
         if rule.reads_bound:
             assert blocks.largest is not None
             logit_bound = norm.amax(-1) * blocks.largest.amax(-1).repeat_interleave(q.shape[2] // k.shape[2], dim=1)
@@ -255,7 +268,7 @@ def _launch(
     kept = search(rule, rows, blocks, q.shape[2], k.shape[2], log_eps, logit_bound)
     if rule is PruningRule.MEASURED:
         assert norm is not None and blocks.largest is not None
-        measure(q, k, decay, kept, norm, blocks.end, blocks.log_sum, blocks.largest, eps, scale)
+        measure(q, k, decay, kept, norm, blocks.end, blocks.log_sum, blocks.largest, eps, scale, sink)
     return kept
 
 
@@ -269,7 +282,7 @@ class Queries(NamedTuple):
         last: ``[Tq]`` int64 diagonal keys.
         norm: ``[B, H, Tq]`` float32, at least ``scale |q|``; this and the next are not needed by a rule that reads a
             bound.
-        diagonal: ``[B, H, Tq]`` float32, at most the logits with the diagonal keys.
+        diagonal: ``[B, H, Tq]`` float32, as in `rules.QueryBounds`.
         diagonal_block: ``[Tq]`` int64 block of keys that each one's diagonal key is in; None if it is that of ``last``.
     """
 
@@ -312,9 +325,15 @@ def decay_by_blocks(c_k: Tensor) -> Blocks:
 
 
 def summarize(
-    q: Tensor, k: Tensor, c_k: Tensor, last: Tensor, scale: float, out: Blocks | None = None
+    q: Tensor,
+    k: Tensor,
+    c_k: Tensor,
+    last: Tensor,
+    scale: float,
+    sink: Tensor | None,
+    out: Blocks | None = None,
 ) -> tuple[Tensor, Tensor, Blocks]:
-    """``norm`` and ``diagonal`` of `Queries`, and each block of keys alone.
+    """``norm`` and ``diagonal`` of `Queries`, with ``sink`` ``[B, G, D]``, and each block of keys alone.
 
     The latter are written to ``out``, whose ``largest`` may have any type, if it is given.
     """
@@ -330,6 +349,7 @@ def summarize(
         K=k, k_b=k.stride(0), k_t=k.stride(1), k_h=k.stride(2),
         C=c_k, c_b=c_k.stride(0), c_h=c_k.stride(1),
         LAST=last,
+        SINK=sink, sink_b=0 if sink is None else sink.stride(0), sink_h=0 if sink is None else sink.stride(1),
         NORM=norm,
         DIAGONAL=diagonal,
         END=out.end,

@@ -11,7 +11,7 @@ from ..decay import Decay
 from ..tiles import PRUNED_KEYS, PRUNED_QUERIES, cdiv, padded_head_dim
 from ..triton_common import INF, INT32_MAX, INTERPRETED, LOG2_E, kernel, load_rows, split_fp64
 from .measured import NEAR_SHARE, log_measured
-from .predicates import raised
+from .predicates import raised, sink_bound
 from .rounding import decay_margin, logit_margin, stored_margin
 
 _QUERY_BLOCK, _KEY_BLOCK = tl.constexpr(PRUNED_QUERIES), tl.constexpr(PRUNED_KEYS)
@@ -35,8 +35,8 @@ def _operand(x, IS_ROUNDED: tl.constexpr):
 
 @kernel
 def _measure_kernel(
-    Q, K, C_Q, C_K, KV_START, LAST, NORM, END, LOG_SUM, LARGEST, OUT,
-    q_b, q_t, q_h, k_b, k_t, k_h, cq_b, cq_h, ck_b, ck_h, s_b, s_h,
+    Q, K, C_Q, C_K, KV_START, LAST, SINK, NORM, END, LOG_SUM, LARGEST, OUT,
+    q_b, q_t, q_h, k_b, k_t, k_h, cq_b, cq_h, ck_b, ck_h, s_b, s_h, sink_b, sink_h,
     scale, log_eps, undecayed, margin, c_margin, underflow, TQ, TK, H, HF, KV_GROUP, GATE_GROUP, START_GROUP, NM, NB,
     D: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -66,6 +66,13 @@ def _measure_kernel(
     )
     if is_open:
         b_q = load_rows(Q + i_b * q_b + i_h.to(tl.int64) * q_h, o_m, q_t, m_q, D, BLOCK_D, True)
+        norm = tl.load(NORM + p_row, mask=m_q, other=0.0)
+        maximum = tl.full([_QUERY_BLOCK], -INF, tl.float32)
+        total = tl.zeros([_QUERY_BLOCK], tl.float32)
+        if SINK is not None:
+            p_sink = SINK + i_b * sink_b + i_g.to(tl.int64) * sink_h
+            maximum = sink_bound(b_q.to(tl.float32), p_sink, norm, scale, margin, D, BLOCK_D) * LOG2_E
+            total += 1.0
         b_q = _operand(b_q, IS_ROUNDED)
         p_k = K + i_b * k_b + i_g.to(tl.int64) * k_h
         base = c_row * LOG2_E
@@ -74,8 +81,6 @@ def _measure_kernel(
         row_high = tl.where(m_q, row_high, 0.0)
         qk_scale = scale * LOG2_E
 
-        maximum = tl.full([_QUERY_BLOCK], -INF, tl.float32)
-        total = tl.zeros([_QUERY_BLOCK], tl.float32)
         for n in range(near, tl.minimum(row + _QUERY_BLOCK, TK), BLOCK_N):
             o_n = n + tl.arange(0, BLOCK_N)
             m_k = o_n < TK
@@ -91,7 +96,6 @@ def _measure_kernel(
             maximum = new_maximum
         shift = tl.where(maximum == -INF, 0.0, maximum)
 
-        norm = tl.load(NORM + p_row, mask=m_q, other=0.0)
         p_largest = LARGEST + (i_b * (H // KV_GROUP) + i_g) * NB
         largest = tl.load(p_largest + tl.minimum(row + _QUERY_BLOCK - 1, TK - 1) // _KEY_BLOCK)
         limit = total * tl.exp2((log_eps - margin * norm * largest) * LOG2_E)
@@ -140,6 +144,7 @@ def measure(
     largest: Tensor,
     eps: float,
     scale: float,
+    sink: Tensor | None,
 ) -> None:
     """Raise ``kv_start`` in place as `measured.measured_kv_start` does, in blocks of 128 queries and 64 keys.
 
@@ -151,6 +156,7 @@ def measure(
         norm: ``[B, H, Tq]`` float32, of `search.Queries`.
         end, log_sum, largest: of `search.Blocks`.
         eps, scale: as for `rules.first_kept`.
+        sink: ``[B, G, D]`` with contiguous rows, or None.
     """
     batch, queries, heads, head_dim = q.shape
     keys, kv_heads, gates = k.shape[1], k.shape[2], decay.key.shape[1]
@@ -164,6 +170,7 @@ def measure(
         C_K=decay.key, ck_b=decay.key.stride(0), ck_h=decay.key.stride(1),
         KV_START=decay.kv_start, s_b=decay.kv_start.stride(0), s_h=decay.kv_start.stride(1),
         LAST=decay.last,
+        SINK=sink, sink_b=0 if sink is None else sink.stride(0), sink_h=0 if sink is None else sink.stride(1),
         NORM=norm,
         END=end,
         LOG_SUM=log_sum,

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from transformers.cache_utils import DynamicLayer
 from transformers.utils.import_utils import is_torchdynamo_compiling, is_torchdynamo_exporting
 
-from ...kernels.decay import Decay, accumulate
+from ...kernels.decay import Decay
 from ...kernels.pruning.key_stats import KeySummary, Running, empty_summary, extend_summary, running_before
 from ...kernels.tiles import PRUNED_KEYS
 from ..token_layout import TokenLayout
@@ -105,8 +105,7 @@ class DynamicForgettingLayer(DynamicLayer):
         if self.gates is not None:
             old_c, old_first = self.gates
             past, carry = old_c.shape[-1], (old_c[..., -1], old_first[..., -1])
-        log_f = layout.mask_gates(log_f)
-        c, first = accumulate(log_f, past, carry, layout.starts, backend.sum_gates)
+        c, first = layout.accumulate(log_f, backend, past, carry)
         if self.gates is None:
             self.gates = c, first.int()
         else:

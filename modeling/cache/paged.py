@@ -19,7 +19,7 @@ from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin
 from transformers.utils.import_utils import is_torchdynamo_compiling
 
-from ...kernels.decay import Decay, accumulate
+from ...kernels.decay import Decay
 from ...kernels.pruning.key_stats import KeySummary, Running, empty_summary, extend_summary, running_before
 from ...kernels.pruning.rules import Rule, first_needed_block, future_query_bounds
 from ..token_layout import TokenLayout, refuse_overflow
@@ -141,8 +141,7 @@ class PagedForgettingLayer(PagePool, CacheLayerMixin):
             )
         last_c, last_first = (self.recent[name].index_select(-1, layout.slots[:1])[..., 0] for name in ("c", "first"))
         carry = last_c, last_first
-        log_f = layout.mask_gates(log_f)
-        c, first = accumulate(log_f, self.cumulative_length, carry, layout.starts, backend.sum_gates)
+        c, first = layout.accumulate(log_f, backend, self.cumulative_length, carry)
         self._write_recent("c", c, -1, layout)
         self._write_recent("first", first, -1, layout)
         self._new = Decay(c, c, first, layout.positions)

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, ClassVar
 import torch
 from torch import Tensor
 
-from ...kernels.decay import Decay, accumulate
+from ...kernels.decay import Decay
 from ...kernels.pruning.key_stats import empty_summary, extend_summary
 from ...kernels.tiles import PRUNED_KEYS
 from ..token_layout import TokenLayout
@@ -167,8 +167,7 @@ class ReservedForgettingLayer(StaticForgettingLayer):
         for name, x in states.items():
             self._keep_unshifted(name, x, layout)
         all_c, last_c, last_first, all_first = self.gates
-        log_f = layout.mask_gates(log_f)
-        c, first = accumulate(log_f, self.cumulative_length, (last_c, last_first), layout.starts, backend.sum_gates)
+        c, first = layout.accumulate(log_f, backend, self.cumulative_length, (last_c, last_first))
         all_c.index_copy_(2, layout.positions, c)
         all_first.index_copy_(2, layout.positions, first.int())
         last_c.copy_(c[..., -1])

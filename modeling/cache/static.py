@@ -8,7 +8,7 @@ from torch import Tensor
 from transformers.cache_utils import StaticLayer
 from transformers.utils.import_utils import is_torchdynamo_compiling, is_torchdynamo_exporting
 
-from ...kernels.decay import Decay, accumulate
+from ...kernels.decay import Decay
 from ...kernels.operators import may_launch
 from ...kernels.pruning.key_stats import KeySummary, Running, empty_summary, extend_summary
 from ..token_layout import TokenLayout
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 
 # See `dynamic`: what exporters find in ``vars(layer)`` is the state of a cache.
-_STATIC_NOT_EXPORTED = ("_new", "_states", "summary")
+_STATIC_NOT_EXPORTED = ("_new", "_states", "summary", "was_reset")
 
 
 class GateSums(tuple):
@@ -136,6 +136,8 @@ class StaticForgettingLayer(StaticLayer):
 
     summary: tuple[KeySummary, Running] | None
     _new: Decay | NewGates | None
+    # Whether the host knows that the buffers hold nothing: packed sequences may begin, and a sink stand for a token.
+    was_reset: bool
     # Unshifted states of new tokens, by name, until `append_gates`.
     _states: dict[str, Tensor]
 
@@ -143,7 +145,7 @@ class StaticForgettingLayer(StaticLayer):
         # Not in __init__, which exporters do not call.
         layer = super().__new__(cls)
         layer.summary = layer._new = None
-        layer._states = {}
+        layer._states, layer.was_reset = {}, False
         return layer
 
     def __init__(self, max_cache_len: int, made_for: StateSizes) -> None:
@@ -192,8 +194,7 @@ class StaticForgettingLayer(StaticLayer):
         if is_torchdynamo_exporting():
             last_c, last_first = self._unless_restarted(last_c), self._unless_restarted(last_first)
         carry = last_c, last_first
-        log_f = layout.mask_gates(log_f)
-        c, first = accumulate(log_f, self.cumulative_length, carry, layout.starts, backend.sum_gates)
+        c, first = layout.accumulate(log_f, backend, self.cumulative_length, carry)
         all_c.index_copy_(2, layout.positions, c)
         for held, new in zip(self.gates[1:], (c, first), strict=True):
             held.copy_(new[..., -1])
@@ -203,6 +204,7 @@ class StaticForgettingLayer(StaticLayer):
         """As `DynamicForgettingLayer.update`."""
         new = self._new
         check_gates(new)
+        self.was_reset = False
         if isinstance(new, NewGates):
             self._new = self._append_by_kernel(new, key_states, value_states)
             return self.keys, self.values
@@ -270,8 +272,12 @@ class StaticForgettingLayer(StaticLayer):
         summary, running = self.summary or ((), ())
         return [*(self.gates or ()), *self.unshifted.values(), *summary, *running]
 
+    def get_seq_length(self) -> Tensor | int:
+        return 0 if self.was_reset else super().get_seq_length()
+
     def reset(self) -> None:
         super().reset()
+        self.was_reset = True
         for buffer in self._buffers():
             buffer.zero_()
         if self.summary is not None:

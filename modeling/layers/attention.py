@@ -18,7 +18,7 @@ from transformers.cache_utils import Cache
 from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs
 
-from ...kernels.decay import Decay, accumulate, hide_keys, skip_keys
+from ...kernels.decay import Decay, hide_keys, skip_keys
 from ...kernels.elementwise.gated_norm import ACTIVATIONS
 from ...kernels.elementwise.prologue import PrologueInputs
 from ..arguments import DECODER_ARGUMENTS, refuse_unknown
@@ -31,6 +31,7 @@ from ..configuration_fox import DEFAULT_IMPLEMENTATION, FoxConfig
 from ..parallel.tensor_parallel import local_part, sum_gradients
 from ..token_layout import TokenLayout, token_layout
 from ..versions import CACHE, one_cache
+from .attention_sink import FoxAttentionSink
 from .forget_gate import make_forget_gate
 from .fused_projections import FusableProjections, are_called_plainly, has_hooks
 from .logit_bounds import qk_norm_bounds
@@ -81,6 +82,7 @@ class FoxAttention(FusableProjections):
         # What the modules below are made for; a configuration is slow to read.
         self.qk_norm = config.qk_norm
         self.has_forget_gate = config.forget_gate != "none"
+        self.has_sink = config.attention_sink != "none"
         self.has_output_norm, self.has_output_gate = config.use_output_norm, config.use_output_gate
         self.shifted = state_sizes(config)[2]
         # Else keys or values are cached as they are projected.
@@ -102,6 +104,8 @@ class FoxAttention(FusableProjections):
 
         if config.forget_gate != "none":
             self.forget_gate = make_forget_gate(config)
+        if self.has_sink:
+            self.sink = FoxAttentionSink(config)
         if config.qk_norm != "none":
             shared = config.qk_norm == "shared"
             eps = config.rms_norm_eps if config.qk_norm_eps is None else config.qk_norm_eps
@@ -170,9 +174,9 @@ class FoxAttention(FusableProjections):
                 self.layer_idx,
             )
         if self.use_rope and position_embeddings is None:
-            position_embeddings = self.rotary_emb(
-                hidden_states, layout.positions[None] if position_ids is None else position_ids
-            )
+            if position_ids is None:
+                position_ids = layout.rope_positions(counts_padding=not self.has_sink)
+            position_embeddings = self.rotary_emb(hidden_states, position_ids)
         cache_layer = None if cache is None else layer_of(cache, self.layer_idx)
         # On the first call the cache is empty: nothing to search, and no page is allocated.
         has_past = cache_layer is not None and cache_layer.is_initialized
@@ -202,17 +206,13 @@ class FoxAttention(FusableProjections):
                     cache_layer.append_unshifted(name, states[1 if name == "key" else 2], layout)
         log_f = self.log_forget_gates(hidden_states)
 
-        few = has_past and is_fox and self._can_use_decode_kernels(q, k, backend)
+        few = has_past and is_fox and layout.after_sink is None and self._can_use_decode_kernels(q, k, backend)
         dropout = self.attention_dropout if self.training else 0.0
         if is_fox and not few and layout.shards is None:
             prepare(self, settings, q, k, v, log_f, dropout, backend)
         q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
-        if layout.shards is not None:
-            c, kv_start = layout.shards.accumulate(layout.mask_gates(log_f), layout.starts, backend)
-            decay = Decay(c, c, kv_start, layout.positions)
-        elif cache is None or cache_layer is None:
-            log_f = layout.mask_gates(log_f)
-            c, kv_start = accumulate(log_f, starts=layout.starts, sum_gates=backend.sum_gates)
+        if cache is None or cache_layer is None:
+            c, kv_start = layout.accumulate(log_f, backend)
             decay = Decay(c, c, kv_start, layout.positions)
         else:
             cache_layer.append_gates(log_f, layout, backend, few)
@@ -224,6 +224,7 @@ class FoxAttention(FusableProjections):
 
         attend = ALL_ATTENTION_FUNCTIONS.get_interface(settings.implementation, eager_attention_forward)
         options = {"real": real, "view": view, "shards": layout.shards, "backend": backend, "settings": settings}
+        options["sink"] = self.sink(q) if self.has_sink else None
         out, weights = attend(self, q, k, v, None, decay=decay, scaling=self.scaling, dropout=dropout, **options)
 
         return self.o_proj(self._normalize_and_gate(out, hidden_states, fused)), weights

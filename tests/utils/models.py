@@ -65,6 +65,8 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "llama-rope": LLAMA | ROPE,
     "transformer": LLAMA | ROPE | {"forget_gate": "none"},
     "partial-rope": {"rope_parameters": ROPE["rope_parameters"] | {"partial_rotary_factor": 0.5}},
+    "sink": {"attention_sink": "learned"},
+    "rope-sink": LLAMA | ROPE | {"attention_sink": "learned", "sink_token_id": 1},
     "nope-layers": ROPE | {"nope_layers": [1]},
     "post-norm": {"norm_position": "post"},
     "llama-post-norm": LLAMA | {"norm_position": "post"},
@@ -80,7 +82,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
 }
 
 # What decides how a model is decoded; the rest of the switches act within one token.
-DECODING_VARIANTS = ("pro", "llama", "rope", "key-value-gates", "bias-only", "olmo")
+DECODING_VARIANTS = ("pro", "llama", "rope", "key-value-gates", "bias-only", "olmo", "rope-sink")
 IMPLEMENTATIONS = ("fox", "sdpa", "eager")
 
 
@@ -97,7 +99,7 @@ def tiny_model(
     dtype: torch.dtype = torch.float64,
     **overrides: Any,
 ) -> Any:
-    """A random model in evaluation mode. Norm weights and biases are random too: at 1 and 0 a mixed-up head hides."""
+    """A random model in evaluation mode. Norm weights, biases and sinks are random too: a mixed-up head shows."""
     torch.manual_seed(seed)
     model = model_class(tiny_config(variant, **overrides)).eval().to(dtype)
     with torch.no_grad():
@@ -105,7 +107,7 @@ def tiny_model(
             if name.endswith("forget_gate.weight"):
                 # Log gates of about -1/20 to -1/2: what is lost 10 tokens back must show as well.
                 parameter.mul_(0.25)
-            if parameter.ndim == 1:
+            if parameter.ndim == 1 or ".sink." in name:
                 parameter.add_(torch.empty_like(parameter).uniform_(-0.5, 0.5))
     if model.can_generate():
         model.generation_config.pad_token_id = 0

@@ -15,7 +15,7 @@ from torch import Tensor
 from attention_inputs import attention, draw_inputs, forgetting_attention, output_and_gradients, padding_mask
 from foxlm.kernels.backends import HAS_TRITON, backend_of
 from foxlm.kernels.decay import Decay, accumulate, hide_padding, sequence_starts
-from foxlm.kernels.pruning.rules import Rule, centered, first_kept, prune
+from foxlm.kernels.pruning.rules import Rule, centered, first_kept, key_center, prune
 from foxlm.kernels.tiles import PRUNED_KEYS, PRUNED_QUERIES
 from kernel_device import DEVICES, INTERPRETED
 from one_rank import Alone
@@ -70,16 +70,22 @@ def decay_of(log_f: Tensor, queries: int, mask: Tensor | None = None, offsets: T
     return decay if real is None else hide_padding(decay, real)
 
 
-def exact_weights(q: Tensor, k: Tensor, decay: Decay, scale: float) -> Tensor:
-    """``[B, H, Tq, Tk]`` float64; zero in rows that see nothing."""
-    k = k.repeat_interleave(q.shape[2] // k.shape[2], dim=2)
+def exact_weights(q: Tensor, k: Tensor, decay: Decay, scale: float, sink: Tensor | None = None) -> Tensor:
+    """``[B, H, Tq, Tk]`` float64 beside a sink ``[G, D]``; zero in rows that see nothing."""
+    groups = q.shape[2] // k.shape[2]
+    k = k.repeat_interleave(groups, dim=2)
     bias = decay.bias()
     bias = bias.repeat_interleave(q.shape[2] // bias.shape[1], dim=1)
-    return (torch.einsum("bihd,bjhd->bhij", q.double(), k.double()) * scale + bias).softmax(-1).nan_to_num()
+    logits = torch.einsum("bihd,bjhd->bhij", q.double(), k.double()) * scale + bias
+    if sink is None:
+        return logits.softmax(-1).nan_to_num()
+    of_sink = torch.einsum("bihd,hd->bhi", q.double(), sink.double().repeat_interleave(groups, dim=0)) * scale
+    return torch.cat([of_sink[..., None], logits], -1).softmax(-1)[..., 1:]
 
 
 def pruned_first(q: Tensor, k: Tensor, decay: Decay, device: str, **options: Any) -> Tensor:
     """First keys ``[B, H, Tq]`` by what runs on ``device``, on the CPU."""
+    options["sink"] = None if options.get("sink") is None else options["sink"].to(device)
     moved = Decay(*(x.to(device) for x in decay))
     q, k = q.to(device), k.to(device)
     return prune(moved, q, k, **options, search=backend_of(q).search_kv_start).kv_start.cpu()
@@ -98,10 +104,11 @@ def pruned_first(q: Tensor, k: Tensor, decay: Decay, device: str, **options: Any
     hidden=st.sampled_from(["nothing", "left", "right", "holes", "empty", "packed"]),
     dtype=st.sampled_from([torch.float32, torch.float16]),
     centers=st.booleans(),
+    sink_size=st.sampled_from([None, 0.0, 1.0, 10.0]),
     seed=st.integers(0, 2**20),
 )
 def test_no_row_loses_more_than_eps(
-    device, kind, keys, fewer, heads, rate, size, scale, eps, hidden, dtype, centers, seed
+    device, kind, keys, fewer, heads, rate, size, scale, eps, hidden, dtype, centers, sink_size, seed
 ):
     queries = max(1, keys - fewer)
     q, k, log_f = draw(kind, keys, queries, heads, rate, size, seed)
@@ -113,12 +120,15 @@ def test_no_row_loses_more_than_eps(
     elif hidden != "nothing":
         mask = padding_mask(hidden, 2, keys)
     decay = decay_of(log_f, queries, mask, offsets)
-    weights = exact_weights(q, k, decay, scale)
+    sink = None if sink_size is None else sink_size * q[0, -1, : heads[1]]
+    weights = exact_weights(q, k, decay, scale, sink)
     visible = decay.kv_start.repeat_interleave(heads[0] // heads[2], dim=1)
-    bounded = centered(k) if centers else k
+    bounded = k
+    if centers:
+        bounded, sink = centered(k), None if sink is None else sink - key_center(k)[:, 0]
     found = {}
     for rule in RULES:
-        first = found[rule] = pruned_first(q, bounded, decay, device, eps=eps, rule=rule, scale=scale)
+        first = found[rule] = pruned_first(q, bounded, decay, device, eps=eps, rule=rule, scale=scale, sink=sink)
         dropped = torch.arange(keys) < first[..., None]
         assert (weights * dropped).sum(-1).max() <= eps, rule
         assert (first >= visible).all(), rule
@@ -131,12 +141,21 @@ def test_no_row_loses_more_than_eps(
 @pytest.mark.parametrize("heads", [(2, 2, 2), (4, 2, 2), (4, 2, 1)], ids=str)
 @pytest.mark.parametrize("rule", RULES)
 @pytest.mark.parametrize("queries", [400, 130])
-def test_blocks_are_dropped_as_defined(device, rule, heads, queries):
+@pytest.mark.parametrize("has_sink", [False, True])
+def test_blocks_are_dropped_as_defined(device, rule, heads, queries, has_sink):
     q, k, log_f = draw("random", 400, queries, heads, 0.2, 1.0, seed=0)
     log_f[:, 300, 0] = -torch.inf
-    first = pruned_first(q, k, decay_of(log_f, queries), device, eps=1e-4, rule=rule, scale=0.25)
-    blocks = {"block_q": PRUNED_QUERIES, "block_k": PRUNED_KEYS}
-    defined = first_kept(q, k, log_f, eps=1e-4, rule=rule, scale=0.25, **blocks)
+    q[..., 0] = 1.0
+    options: dict[str, Any] = {"eps": 1e-4, "rule": rule, "scale": 0.25}
+    without = pruned_first(q, k, decay_of(log_f, queries), device, **options)
+    if has_sink:
+        # Of all rows most of the weight, which lets `tight` and `measured` drop more.
+        options["sink"] = torch.zeros(heads[1], 16)
+        options["sink"][:, 0] = 40.0
+    first = pruned_first(q, k, decay_of(log_f, queries), device, **options)
+    more = (first > without).any()
+    assert more == (has_sink and rule != "paper")
+    defined = first_kept(q, k, log_f, **options, block_q=PRUNED_QUERIES, block_k=PRUNED_KEYS)
     defined = defined.repeat_interleave(PRUNED_QUERIES, dim=-1)[..., :queries]
     visible = decay_of(log_f, queries).kv_start
     visible = visible.repeat_interleave(heads[0] // heads[2], dim=1)

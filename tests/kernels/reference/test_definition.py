@@ -1,5 +1,7 @@
 """The reference equals a second implementation of the paper's equations in float64: output and every gradient."""
 
+from typing import Any
+
 import pytest
 import torch
 from torch.autograd.gradcheck import GradcheckError
@@ -8,9 +10,11 @@ from attention_inputs import (
     assert_same,
     attention,
     draw_inputs,
+    draw_sink,
     forgetting_attention,
     output_and_gradients,
     padding_mask,
+    with_sink,
 )
 from foxlm.kernels import reference
 from naive import naive_attention
@@ -74,6 +78,20 @@ def test_agrees_with_naive_on_padding_inside_packing(kind, chunks):
     inputs = draw_inputs(70, 40, batch=1)
     offsets = torch.tensor([0, 20, 20, 45, 70], dtype=torch.int32)
     assert_agrees_with_naive(inputs, attention_mask=padding_mask(kind, 1, 70), cu_seqlens=offsets)
+
+
+@pytest.mark.parametrize("heads", HEADS, ids=str)
+@pytest.mark.parametrize("options", ["plain", "padding", "packing"])
+def test_agrees_with_naive_on_a_sink(options, heads):
+    batch = 1 if options == "packing" else 3
+    given: dict[str, dict[str, Any]] = {
+        "plain": {},
+        "padding": {"attention_mask": padding_mask("holes", batch, 70)},
+        "packing": {"cu_seqlens": torch.tensor([0, 33, 34, 70])},
+    }
+    inputs = draw_sink(draw_inputs(70, 40, batch=batch, heads=heads))
+    actual = output_and_gradients(with_sink(attention), inputs, **given[options])
+    assert_same(actual, output_and_gradients(with_sink(naive_attention), inputs, **given[options]))
 
 
 @pytest.mark.parametrize("scale", [0.0, 0.1, 2.0, -0.5])

@@ -97,8 +97,21 @@ def output_and_gradients(
     # A fully masked row has log-sum-exp -inf, a constant: its cotangent must change nothing.
     cotangents = [d.to(x) for d, x in zip(cotangents, (out, lse), strict=True)]
     gradients = torch.autograd.grad([out, lse], inputs, cotangents, materialize_grads=True)
-    names = ("dq", "dk", "dv", "dlog_f")
-    return {"out": out.detach(), "lse": lse.detach(), **dict(zip(names, gradients, strict=True))}
+    names = ("dq", "dk", "dv", "dlog_f", "dsink_k", "dsink_v")
+    return {"out": out.detach(), "lse": lse.detach(), **dict(zip(names, gradients, strict=False))}
+
+
+def with_sink(function: Callable[..., tuple[Tensor, Tensor]]) -> Callable[..., tuple[Tensor, Tensor]]:
+    """``function`` of six tensors: the key and value of a sink behind the others."""
+    return lambda *inputs, **options: function(*inputs[:4], sink_k=inputs[4], sink_v=inputs[5], **options)
+
+
+def draw_sink(inputs: list[Tensor]) -> list[Tensor]:
+    """``inputs`` of `draw_inputs` and a key and value of a sink, ``[G, D]``, which many rows give much weight."""
+    k = inputs[1]
+    generator = torch.Generator().manual_seed(1)
+    sink = 3.0 * torch.randn(2, *k.shape[2:], generator=generator, dtype=torch.float64)
+    return [*inputs, *(x.to(k).requires_grad_() for x in sink)]
 
 
 def assert_same(actual: dict[str, Tensor], expected: dict[str, Tensor], atol: float = 1e-10) -> None:

@@ -23,6 +23,8 @@ def naive_attention(
     scale: float | None = None,
     attention_mask: Tensor | None = None,
     cu_seqlens: Tensor | None = None,
+    sink_k: Tensor | None = None,
+    sink_v: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Take the arguments of `foxlm.forgetting_attention`; return output and log-sum-exp in float64."""
     batch, queries, heads, head_dim = q.shape
@@ -43,8 +45,13 @@ def naive_attention(
             asked = own[rows] - (keys - queries)
             logits = scale * torch.einsum("ihd,jhd->ijh", q[b, asked], k[b, own])
             weights = _forget_matrix(f[b, own])[rows] * logits.exp()
-            total = weights.sum(1)
-            mixed = torch.einsum("ijh,jhd->ihd", weights, v[b, own]) / total[..., None]
+            total, mixed = weights.sum(1), torch.einsum("ijh,jhd->ihd", weights, v[b, own])
+            if sink_k is not None and sink_v is not None:
+                # One more key, which no gate decays.
+                sinks = [_per_query_head(x.double()[None, None], heads)[0, 0] for x in (sink_k, sink_v)]
+                weight = (scale * (q[b, asked] * sinks[0]).sum(-1)).exp()
+                total, mixed = total + weight, mixed + weight[..., None] * sinks[1]
+            mixed = mixed / total[..., None]
             out = out.index_put((torch.tensor(b), asked), mixed)
             lse = lse.index_put((torch.tensor(b), asked), total.log())
     return out, lse.transpose(1, 2)
