@@ -8,7 +8,7 @@ from torch import Tensor
 
 from foxlm.kernels.backends import backend_of
 from foxlm.kernels.decay import Decay, accumulate
-from foxlm.kernels.pruning.rules import Rule, centered, first_kept, prune, share_skipped
+from foxlm.kernels.pruning.rules import Rule, centered, first_kept, key_center, prune, share_skipped
 from foxlm.kernels.tiles import PRUNED_KEYS, PRUNED_QUERIES
 
 from .recording import AttentionInputs
@@ -63,9 +63,10 @@ def skipped_shares(
 
 def kept_from(layer: AttentionInputs, log_eps: float, rule: Rule, block_q: int = 1, block_k: int = 1) -> Tensor:
     """`first_kept` of a recorded layer, as its model bounds the logits: ``[B, H, ceil(T / block_q)]`` int64."""
+    keys, sink = bounded_keys(layer, rule)
     return first_kept(
         layer.q,
-        bounded_keys(layer, rule),
+        keys,
         layer.log_f,
         eps=math.exp(log_eps),
         rule=rule,
@@ -73,17 +74,23 @@ def kept_from(layer: AttentionInputs, log_eps: float, rule: Rule, block_q: int =
         logit_bound=layer.logit_bound,
         block_q=block_q,
         block_k=block_k,
+        sink=sink,
     )
 
 
-def bounded_keys(layer: AttentionInputs, rule: Rule) -> Tensor:
-    """The keys that the model gives to ``rule``."""
-    return centered(layer.k) if layer.centers and rule != "paper" else layer.k
+def bounded_keys(layer: AttentionInputs, rule: Rule) -> tuple[Tensor, Tensor | None]:
+    """The keys that the model gives to ``rule``, and that of the sink."""
+    sink = None if layer.sink is None else layer.sink[0]
+    if not layer.centers or rule == "paper":
+        return layer.k, sink
+    return centered(layer.k), None if sink is None else sink - key_center(layer.k)[:, 0]
 
 
 def decay_of(layer: AttentionInputs) -> Decay:
     """The decay of a recorded layer, each query at its own key."""
     c, kv_start = accumulate(layer.log_f, sum_gates=backend_of(layer.q).sum_gates)
+    if layer.after_sink is not None:
+        kv_start = torch.maximum(kv_start, layer.after_sink)
     return Decay(c, c, kv_start, torch.arange(c.shape[-1], device=c.device))
 
 
@@ -94,14 +101,16 @@ def search(layer: AttentionInputs, decay: Decay, log_eps: float, rule: Rule) -> 
         layer, log_eps, rule: as of `skipped_shares`.
         decay: `decay_of` the layer.
     """
+    keys, sink = bounded_keys(layer, rule)
     return prune(
         decay,
         layer.q,
-        bounded_keys(layer, rule),
+        keys,
         eps=math.exp(log_eps),
         rule=rule,
         scale=layer.scale,
         logit_bound=layer.logit_bound if rule == "paper" else None,
+        sink=sink,
         search=backend_of(layer.q).search_kv_start,
     )
 
@@ -119,13 +128,18 @@ def share_of_tiles_skipped(first: Tensor) -> Tensor:
 
 
 def attention_weights(layer: AttentionInputs, head: int, sequence: int = 0) -> Tensor:
-    """The dense attention weights of one head: ``[T, T]`` float64, zero above the diagonal."""
+    """The dense attention weights of one head: ``[T, T]`` float64, zero above the diagonal; without that of a sink."""
     q = layer.q[sequence, :, head].double()
     k = layer.k[sequence, :, head * layer.k.shape[2] // layer.q.shape[2]].double()
     gate = head * layer.log_f.shape[2] // layer.q.shape[2]
-    c, first = accumulate(layer.log_f[sequence : sequence + 1, :, gate : gate + 1])
-    decay = Decay(c, c, first, torch.arange(len(q), device=q.device))
-    return (layer.scale * q @ k.T + decay.bias()[0, 0]).softmax(-1)
+    one = layer._replace(log_f=layer.log_f[sequence : sequence + 1, :, gate : gate + 1])
+    if layer.after_sink is not None:
+        one = one._replace(after_sink=layer.after_sink[sequence : sequence + 1])
+    logits = layer.scale * q @ k.T + decay_of(one).bias()[0, 0]
+    if layer.sink is None:
+        return logits.softmax(-1)
+    of_sink = layer.scale * q @ layer.sink[0][head * layer.k.shape[2] // layer.q.shape[2]].double()
+    return torch.cat([of_sink[:, None], logits], dim=1).softmax(-1)[:, 1:]
 
 
 def attention_reach(layers: Sequence[AttentionInputs], share: float = 0.9, rows: int = 128) -> Tensor:
@@ -150,8 +164,8 @@ def attention_reach(layers: Sequence[AttentionInputs], share: float = 0.9, rows:
 def _reach(layer: AttentionInputs, share: float, rows: int) -> Tensor:
     length, heads = layer.q.shape[1:3]
     query = torch.linspace(length // 2, length - 1, min(rows, length - length // 2), device=layer.q.device).long()
-    c, first = accumulate(layer.log_f)
-    bias = Decay(c[..., query], c, first[..., query], query).bias().float()
+    decay = decay_of(layer)
+    bias = Decay(decay.query[..., query], decay.key, decay.kv_start[..., query], query).bias().float()
     seen = torch.arange(length, device=query.device) <= query[:, None]
     group, reach = heads // layer.k.shape[2], []
     for head in range(heads):

@@ -23,6 +23,8 @@ class AttentionInputs(NamedTuple):
         centers: whether by the rule ``tight`` the model takes `centered` keys to find what may be left out.
         logit_bound: ``U`` that the model gives the rule ``paper``, ``[H]`` or ``[1]`` from the weights of QK-norm; None
             where it is ``scale * max |q| * max |k|`` of what is there.
+        sink: key and value of the attention sink, ``[G, D]`` each; None without one.
+        after_sink: ``[B, 1, T]`` int64, first key that each query may see after a token that the sink stands for.
     """
 
     layer: int
@@ -33,6 +35,8 @@ class AttentionInputs(NamedTuple):
     scale: float
     centers: bool = False
     logit_bound: Tensor | None = None
+    sink: tuple[Tensor, Tensor] | None = None
+    after_sink: Tensor | None = None
 
 
 @contextmanager
@@ -65,7 +69,7 @@ def record_attention(
         raise ValueError(f"model must have FoX attention layers, got {type(model).__name__} with none")
     recorded: list[AttentionInputs] = []
     keep = recorded.append if take is None else take
-    gates: dict[int, Tensor] = {}
+    gates: dict[int, tuple[Tensor, Tensor | None]] = {}
     name = attentions[0].config._attn_implementation
     attend = ALL_ATTENTION_FUNCTIONS.get_interface(name, eager_attention_forward)
 
@@ -74,12 +78,12 @@ def record_attention(
         layout = kwargs["layout"] if "layout" in kwargs else args[1]
         if layout.real_keys is not None or layout.starts is not None:
             raise ValueError("model must be run without padding and packing while its attention is recorded")
-        gates[module.layer_idx] = module.log_forget_gates(hidden_states).detach()
+        gates[module.layer_idx] = module.log_forget_gates(hidden_states).detach(), layout.after_sink
 
     def recording(module, query, key, value, attention_mask, **kwargs):
         # A module of another model, or a pass that this context did not see begin, is none of ours.
-        log_f = gates.pop(module.layer_idx, None)
-        if log_f is not None:
+        recorded = gates.pop(module.layer_idx, None)
+        if recorded is not None:
             if key.shape[2] != query.shape[2]:
                 raise ValueError(
                     f"model must be run without earlier tokens while its attention is recorded, "
@@ -87,7 +91,9 @@ def record_attention(
                 )
             q, k, v = (x.detach().transpose(1, 2) for x in (query, key, value))
             centers, bound = module.config.qk_norm == "none", module.logit_bound(query.dtype)
-            keep(AttentionInputs(module.layer_idx, q, k, v, log_f, kwargs["scaling"], centers, bound))
+            sink = None if kwargs["sink"] is None else tuple(x.detach() for x in kwargs["sink"])
+            log_f, after = recorded
+            keep(AttentionInputs(module.layer_idx, q, k, v, log_f, kwargs["scaling"], centers, bound, sink, after))
         return attend(module, query, key, value, attention_mask, **kwargs)
 
     hooks = [module.register_forward_pre_hook(before_layer, with_kwargs=True) for module in attentions]

@@ -20,9 +20,10 @@ from triton.runtime.jit import JITFunction
 
 from .decay import Decay, accumulate
 from .devices import capability_of
+from .elementwise.triton_attention_sink import add_sink
 from .operators import may_launch
 from .portable.scan import sum_gates
-from .pruning.rules import Rule, centered, prune
+from .pruning.rules import Rule, centered, key_center, prune
 from .pruning.search import search_kv_start
 from .tiles import PRUNED_KEYS
 from .triton_attention import triton_attention
@@ -128,17 +129,19 @@ def prepare_attention(
     logit_bound: float | Tensor | Callable[[], Tensor | None] | None = None,
     dropout: float = 0.0,
     center: bool = False,
+    has_sink: bool = False,
 ) -> None:
     """Begin to compile what `forgetting_attention` and its gradients will launch; the first call with such inputs does.
 
     Arguments as for `forgetting_attention`, whose results do not depend on this. ``logit_bound`` may be a function, and
-    ``center`` says that the search for what may be left out is given `centered` keys.
+    ``center`` says that the search for what may be left out is given `centered` keys, ``has_sink`` that there is an
+    attention sink.
     """
     if torch.compiler.is_compiling() or INTERPRETED:
         return
     inputs = (q, k, v, log_f)
     needed = tuple(torch.is_grad_enabled() and x.requires_grad for x in inputs)
-    options = (eps is None, rule, logit_bound is None, center, dropout > 0.0)
+    options = (eps is None, rule, logit_bound is None, center, has_sink, dropout > 0.0)
     key = (q.device, q.dtype, log_f.dtype, q.shape[2:], k.shape[2], log_f.shape[2], *options, needed)
     if key in _prepared or not _can_prepare(inputs):
         return
@@ -156,7 +159,7 @@ def prepare_attention(
 
     random = torch.random.fork_rng([q.device] if q.is_cuda else [])
     with random, torch.set_grad_enabled(any(needed)), torch.cuda.device_of(q), launches_left_out(load):
-        _attend(inputs, eps, rule, logit_bound, dropout, center)
+        _attend(inputs, eps, rule, logit_bound, dropout, center, has_sink)
 
 
 def _can_prepare(inputs: tuple[Tensor, ...]) -> bool:
@@ -173,6 +176,7 @@ def _attend(
     logit_bound: float | Tensor | None,
     dropout: float,
     center: bool,
+    has_sink: bool,
 ) -> None:
     """What `forgetting_attention` does, on the first tokens of one sequence, and its backward pass."""
     parts = [x.detach()[:1, :_TOKENS].requires_grad_(x.requires_grad) for x in inputs]
@@ -180,9 +184,14 @@ def _attend(
     c, kv_start = accumulate(log_f, sum_gates=sum_gates)
     decay = Decay(c, c, kv_start, torch.arange(_TOKENS, device=q.device))
     scale = q.shape[-1] ** -0.5
+    sink = k.new_zeros(k.shape[2:]) if has_sink else None
     if eps is not None:
         options: dict[str, Any] = {"eps": eps, "rule": rule, "logit_bound": logit_bound, "search": search_kv_start}
+        if sink is not None:
+            options["sink"] = sink - key_center(k)[:, 0] if center else sink
         decay = prune(decay, q, centered(k) if center else k, scale=scale, **options)
-    out, _ = triton_attention(q, k, v, decay, scale=scale, dropout=dropout)
+    out, lse = triton_attention(q, k, v, decay, scale=scale, dropout=dropout)
+    if sink is not None:
+        out, _ = add_sink(out, lse, q, sink, sink, scale)
     if torch.is_grad_enabled():
         torch.autograd.grad(out, [x for x in parts if x.requires_grad], torch.empty_like(out))

@@ -145,7 +145,8 @@ def forgetting_attention(
         log_f = log_f.masked_fill(~real[..., None], 0.0)
     check_gates(log_f)
     backend = backend_of(q)
-    backend.prepare(q, k, v, log_f, eps=eps, rule=rule, logit_bound=logit_bound, dropout=dropout)
+    options: dict[str, Any] = {"eps": eps, "rule": rule, "logit_bound": logit_bound}
+    backend.prepare(q, k, v, log_f, dropout=dropout, has_sink=sink is not None, **options)
     starts = None if cu_seqlens is None else sequence_starts(cu_seqlens.to(log_f.device), k.shape[1])
     queries, keys = q.shape[1], k.shape[1]
     c, kv_start = accumulate(log_f, starts=starts, sum_gates=backend.sum_gates)
@@ -157,8 +158,7 @@ def forgetting_attention(
     scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
     if eps is not None:
         search = backend.search_kv_start
-        bounds: dict[str, Any] = {"logit_bound": logit_bound, "sink": sink_k}
-        decay = prune(decay, q, k, eps=eps, rule=rule, scale=scale, **bounds, search=search)
+        decay = prune(decay, q, k, scale=scale, sink=sink_k, search=search, **options)
     out, lse = backend.attention(q, k, v, decay, scale=scale, dropout=dropout)
     if sink is not None:
         out, lse = backend.add_sink(out, lse, q, *sink, scale)

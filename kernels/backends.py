@@ -30,6 +30,7 @@ HAS_TRITON = triton is not None
 
 if HAS_TRITON:
     from .ahead_of_time import prepare_attention
+    from .elementwise.triton_attention_sink import add_sink as triton_add_sink
     from .elementwise.triton_gate_logits import gate_logits as triton_gate_logits
     from .elementwise.triton_gated_norm import gated_norm as triton_gated_norm
     from .elementwise.triton_prologue import attention_prologue
@@ -116,7 +117,7 @@ if HAS_TRITON:
         decode=decode_attention,
         gated_norm=triton_gated_norm,
         append=append_tokens,
-        add_sink=add_sink,
+        add_sink=triton_add_sink,
         silu_product=triton_silu_product,
         gate_logits=triton_gate_logits,
         prologue=attention_prologue,

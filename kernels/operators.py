@@ -42,12 +42,16 @@ def nothing_sees(*inputs: Tensor) -> bool:
 
 
 def gradients_by_torch(
-    ctx: Any, function: Callable[..., Tensor], inputs: tuple[Tensor | None, ...], d_out: Tensor
+    ctx: Any,
+    function: Callable[..., Any],
+    inputs: tuple[Tensor | None, ...],
+    d_out: Tensor | tuple[Tensor, ...],
 ) -> tuple[Tensor | None, ...]:
     """Gradients of ``function(*inputs)`` that can be differentiated again, for the backward pass of its kernel.
 
     Args:
         ctx: of the kernel's `torch.autograd.Function`, whose first inputs they are.
+        function: returns one tensor, or as many as ``d_out`` has.
     """
     # Aliases: one input may have been computed from another, and that path is not this function's.
     aliases = [None if x is None else x.view_as(x) for x in inputs]

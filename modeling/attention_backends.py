@@ -99,9 +99,9 @@ def prepare(
         dropout: probability of dropping an attention weight.
         backend: of these.
     """
-    options: dict[str, Any] = {}
+    options: dict[str, Any] = {"has_sink": module.has_sink}
     if settings.eps is not None:
-        options = {"eps": settings.eps, "rule": settings.rule, "center": settings.centers}
+        options |= {"eps": settings.eps, "rule": settings.rule, "center": settings.centers}
         if settings.reads_bound:
             options["logit_bound"] = lambda: _bound(module, settings, q.dtype)
     backend.prepare(q, k, v, log_f, dropout=dropout, **options)

@@ -8,10 +8,9 @@ import math
 import torch
 from torch import Tensor
 
-from foxlm.kernels.decay import accumulate
 from foxlm.kernels.pruning.rules import Rule
 
-from ..gates import bounded_keys
+from ..gates import bounded_keys, decay_of
 from ..recording import AttentionInputs
 
 # Weights that are held at once, 8 bytes each, several times over.
@@ -31,9 +30,9 @@ class ProvenBounds:
 
     def __init__(self, layer: AttentionInputs) -> None:
         heads = layer.q.shape[2]
-        c, first = accumulate(layer.log_f)
+        decay = decay_of(layer)
         self._layer = layer
-        self.c, self.first = (x[0].repeat_interleave(heads // x.shape[1], dim=0) for x in (c, first))
+        self.c, self.first = (x[0].repeat_interleave(heads // x.shape[1], dim=0) for x in (decay.query, decay.kv_start))
         self._q_norm = layer.q[0].norm(dim=-1).T * abs(layer.scale)
 
     def of(self, rule: Rule, first: Tensor) -> Tensor:
@@ -51,10 +50,14 @@ class ProvenBounds:
 
     def _tight(self, first: Tensor) -> Tensor:
         layer = self._layer
-        keys = bounded_keys(layer, "tight")[0].repeat_interleave(layer.q.shape[2] // layer.k.shape[2], dim=1)
+        bounded, sink = bounded_keys(layer, "tight")
+        groups = layer.q.shape[2] // layer.k.shape[2]
+        keys = bounded[0].repeat_interleave(groups, dim=1)
         last_dropped = (first - 1).clamp(min=0)
         largest = keys.norm(dim=-1).T.cummax(1).values.gather(1, last_dropped)
         own = layer.scale * (layer.q[0] * keys).sum(-1).T
+        if sink is not None:
+            own = torch.logaddexp(own, layer.scale * _of_sink(layer.q[0], sink.expand(1, *sink.shape[-2:])[0]))
         return self._q_norm * largest + self.c + (-self.c).logcumsumexp(-1).gather(1, last_dropped) - own
 
     def _paper(self, first: Tensor) -> Tensor:
@@ -66,6 +69,11 @@ class ProvenBounds:
             bound = layer.logit_bound.double().expand(len(self.c))
         last_dropped = self.c.gather(1, (first - 1).clamp(min=0))
         return 2.0 * bound[:, None] + math.log(self.c.shape[1]) + self.c - last_dropped
+
+
+def _of_sink(q: Tensor, sink: Tensor) -> Tensor:
+    """``[T, H, D]`` queries times the key ``[G, D]`` of a sink: ``[H, T]``."""
+    return (q * sink.to(q.dtype).repeat_interleave(q.shape[1] // len(sink), dim=0)).sum(-1).T
 
 
 def choose_rows(bounds: Tensor, spread: int, adversarial: int, seed: int) -> Tensor:
@@ -114,7 +122,12 @@ def log_dropped(layer: AttentionInputs, bounds: ProvenBounds, rows: Tensor, firs
         c, first = bounds.c[some], bounds.first[some]
         logits += c.gather(1, rows[some])[..., None] - c[:, None]
         hidden = (keys > rows[some, :, None]) | (keys < first.gather(1, rows[some])[..., None])
-        before = logits.masked_fill_(hidden, float("-inf")).log_softmax(-1).logcumsumexp(-1)
+        logits.masked_fill_(hidden, float("-inf"))
+        normalizer = logits.logsumexp(-1)
+        if layer.sink is not None:
+            of_sink = layer.scale * _of_sink(q, layer.sink[0])[some].gather(1, rows[some])
+            normalizer = torch.logaddexp(normalizer, of_sink)
+        before = (logits - normalizer[..., None]).logcumsumexp(-1)
         # Entry n: all keys before n.
         before = torch.nn.functional.pad(before, (1, 0), value=float("-inf"))
         lost.append(before.gather(2, kept[some]))

@@ -69,6 +69,7 @@ def test_notices_gates_that_are_not_carried_over() -> None:
 
 def test_models_of_one_device() -> None:
     variants = ["pro", "llama-rope", "key-value-gates", "multi-query", "bias-only", "fixed", "olmo", "tied"]
+    variants.append("rope-sink")
     for of_rank in run_ranks("context_checks:model_errors", 2, variants):
         for case, errors in of_rank.items():
             # Cross entropy and rotary angles are in float32.

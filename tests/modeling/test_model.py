@@ -120,9 +120,14 @@ class LoopModel:
                 keys = [rotate(k, t, config.rope_parameters) for t, k in enumerate(keys)]
             log_f = [self.log_gate(layer + "forget_gate", x, head) for x in xs]
             for i, q in enumerate(queries):
-                logits = torch.stack([q @ keys[j] / math.sqrt(size) + sum(log_f[j + 1 : i + 1]) for j in range(i + 1)])
+                seen = [q @ keys[j] / math.sqrt(size) + sum(log_f[j + 1 : i + 1]) for j in range(i + 1)]
+                of_seen = values[: i + 1]
+                if config.attention_sink != "none":
+                    seen.append(q @ self.weights[layer + "sink.key"][kv] / math.sqrt(size))
+                    of_seen = [*of_seen, self.weights[layer + "sink.value"][kv]]
+                logits = torch.stack(seen)
                 weights = torch.exp(logits - logits.max())
-                out = sum(w * v for w, v in zip(weights, values, strict=False)) / weights.sum()
+                out = sum(w * v for w, v in zip(weights, of_seen, strict=True)) / weights.sum()
                 if config.use_output_norm:
                     out = rms(out, self.head_weight(layer + "output_norm", head), config.rms_norm_eps)
                 if config.use_output_gate:

@@ -54,7 +54,7 @@ def test_what_is_launched_is_prepared(gradients, head_dim, options):
 
 
 @pytest.mark.parametrize("gradients", [False, True])
-@pytest.mark.parametrize("variant", ["pro", "llama", "gateless", "key-value-gates"])
+@pytest.mark.parametrize("variant", ["pro", "llama", "gateless", "key-value-gates", "sink"])
 @pytest.mark.parametrize("rule", ["measured", "paper"])
 def test_a_model_launches_what_it_prepares(rule, variant, gradients, monkeypatch):
     config = FoxConfig(**SIZES | VARIANTS[variant] | {"hidden_size": 64, "head_dim": 16, "acp_rule": rule})

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from attention_inputs import attention, draw_inputs, output_and_gradients
+from attention_inputs import attention, draw_inputs, draw_sink, output_and_gradients, with_sink
 from foxlm.kernels import backends
 from foxlm.kernels.backends import HAS_TRITON
 from foxlm.kernels.decay import Decay
@@ -35,6 +35,7 @@ from foxlm.kernels.context_parallel.kernels import (
 from foxlm.kernels.context_parallel.partition import NAMED_SPLITS, TokenSplit, split_tables
 from foxlm.kernels.context_parallel.row_copy import Place, Rows, Runs
 from foxlm.kernels.elementwise.prologue import PrologueInputs
+from foxlm.kernels.elementwise.triton_attention_sink import add_sink
 from foxlm.kernels.elementwise.triton_gate_logits import gate_logits
 from foxlm.kernels.elementwise.triton_gated_norm import gated_norm
 from foxlm.kernels.elementwise.triton_prologue import attention_prologue
@@ -80,11 +81,11 @@ KERNELS = {
 def compile_for(
     capability: int, tiles: Tiles, inputs: list[Tensor], monkeypatch: pytest.MonkeyPatch, **options: Any
 ) -> dict[str, Any]:
-    """The kernels that forward and backward launch, by name."""
+    """The kernels that forward and backward launch, by name; with a sink if ``inputs`` have one."""
     monkeypatch.setattr(backends, "_runs_triton", lambda x: True)
     monkeypatch.setattr(triton_attention, "_tiles", lambda q: tiles)
     with compiling_only(capability) as compiled:
-        output_and_gradients(attention, inputs, **options)
+        output_and_gradients(attention if len(inputs) == 4 else with_sink(attention), inputs, **options)
     return {kernel.metadata.name: kernel for kernel in compiled}
 
 
@@ -105,8 +106,8 @@ def resources(kernel: Any, folder: Path) -> dict[str, int]:
 def test_kernels_fit(capability, head_dim, dtype, monkeypatch, tmp_path):
     inputs = draw_inputs(300, batch=1, heads=(2, 1, 2), head_dim=head_dim, dtype=dtype)
     tiles = choose_tiles(head_dim, dtype, (capability // 10, capability % 10))
-    kernels = compile_for(capability, tiles, inputs, monkeypatch, eps=1e-3, rule="measured")
-    assert set(kernels) == KERNELS
+    kernels = compile_for(capability, tiles, draw_sink(inputs), monkeypatch, eps=1e-3, rule="measured")
+    assert set(kernels) == KERNELS | {"_sink_kernel", "_sink_backward_kernel"}
     for name, kernel in kernels.items():
         assert kernel.metadata.target.arch == capability
         assert kernel.metadata.shared <= SHARED_MEMORY[capability] * 1024, name
@@ -144,7 +145,11 @@ def compile_decoding_for(
 @pytest.mark.parametrize("head_dim", [64, 128, 256])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
 def test_decoding_fits(dtype, head_dim, capability, tmp_path):
-    cases = [((2, 2, 2), False, {}), ((8, 2, 8), True, {"rule": "paper", "logit_bound": 8.0})]
+    cases: list[tuple[tuple[int, int, int], bool, dict[str, Any]]] = [
+        ((2, 2, 2), False, {}),
+        ((8, 2, 8), True, {"rule": "paper", "logit_bound": 8.0}),
+        ((8, 2, 8), False, {"sink": torch.empty(2, head_dim, dtype=dtype)}),
+    ]
     for heads, paged, options in cases:
         kernels = compile_decoding_for(capability, head_dim, dtype, heads, paged, **options)
         assert [kernel.metadata.name for kernel in kernels] == ["_decode_search_kernel", "_decode_attend_kernel"]
@@ -234,8 +239,12 @@ def test_elementwise_kernels_fit_and_compile_once(dtype, head_dim, capability, t
             torch.autograd.grad(out, x, torch.empty_like(out))
             out = silu_product(x.flatten(-2), gate)
             torch.autograd.grad(out, x, torch.empty_like(out))
+            lse, sink = torch.empty(2, 3, tokens), torch.empty(3, head_dim, dtype=dtype)
+            out, lse = add_sink(x, lse, x, sink, sink, 0.125)
+            torch.autograd.grad(out, x, torch.empty_like(out))
     kernels = {kernel.hash: kernel for kernel in compiled}.values()
-    names = {f"_{name}{backward}_kernel" for name in ("gated_norm", "silu_product") for backward in ("", "_backward")}
+    launched = ("gated_norm", "silu_product", "sink")
+    names = {f"_{name}{backward}_kernel" for name in launched for backward in ("", "_backward")}
     assert {kernel.metadata.name for kernel in kernels} == names
     assert len(kernels) == len(names)
     for kernel in kernels:
