@@ -289,6 +289,12 @@ class FoxAttention(FusableProjections):
             k = self.key_shift(hidden_states, k, layout, cache_layer, "key", logits[0])
         if "value" in self.shifted:
             v = self.value_shift(hidden_states, v, layout, cache_layer, "value", logits[1])
+        return self._normalize_and_rotate(q, k, v, position_embeddings)
+
+    def _normalize_and_rotate(
+        self, q: Tensor, k: Tensor, v: Tensor, position_embeddings: tuple[Tensor, Tensor] | None
+    ) -> _States:
+        """QK-norm and RoPE, where the layer has them; all ``[B, T, H or G, D]``, keys and values already shifted."""
         if self.qk_norm == "all_heads":
             q, k = (norm(x.flatten(-2)).view_as(x) for norm, x in ((self.q_norm, q), (self.k_norm, k)))
         elif self.qk_norm != "none":

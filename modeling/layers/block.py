@@ -1,5 +1,7 @@
 """The block of a FoX model: attention and MLP, each with its norm and a residual connection."""
 
+from typing import ClassVar
+
 import torch
 from torch import Tensor, nn
 from transformers.activations import ACT2FN
@@ -47,9 +49,11 @@ class FoxDecoderLayer(GradientCheckpointingLayer):
     Arguments as for `FoxAttention`, those of `forward` too; it returns ``[B, T, hidden]``.
     """
 
+    attention_class: ClassVar[type[FoxAttention]] = FoxAttention
+
     def __init__(self, config: FoxConfig, layer_idx: int) -> None:
         super().__init__()
-        self.self_attn = FoxAttention(config, layer_idx)
+        self.self_attn = self.attention_class(config, layer_idx)
         self.norms_first = config.norm_position == "pre"
         self.mlp = FoxMLP(config)
         # Names of Llama, where `post_attention_layernorm` precedes the MLP, and of OLMo 2, where it follows attention.

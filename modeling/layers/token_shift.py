@@ -56,12 +56,16 @@ class FoxTokenShift(nn.Module):
             previous = _previous(past, states, layout.last_real)
         if layout.starts is not None:
             previous = previous.masked_fill(layout.starts[..., None, None], 0.0)
-        logits = self.proj(hidden_states) if logits is None else logits
-        mixed = recompute_if_large(_mix, states, previous, logits)
+        mixed = self.mix(hidden_states, states, previous, logits)
         # After the state that it may write over has been read.
         if cache_layer is not None and layout.shards is None:
             cache_layer.append_unshifted(name, states, layout)
         return mixed
+
+    def mix(self, hidden_states: Tensor, states: Tensor, previous: Tensor, logits: Tensor | None = None) -> Tensor:
+        """``states`` mixed with ``previous``, the state before each, ``[B, T, G, D]``; the rest as for `forward`."""
+        logits = self.proj(hidden_states) if logits is None else logits
+        return recompute_if_large(_mix, states, previous, logits)
 
 
 def _previous(past: Tensor, states: Tensor, last_real: Tensor | None) -> Tensor:
