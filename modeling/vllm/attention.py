@@ -1,0 +1,115 @@
+"""The attention of a FoX layer over the pages of vLLM's cache."""
+
+import torch
+from torch import Tensor
+from vllm.config import VllmConfig, get_current_vllm_config
+from vllm.forward_context import get_forward_context
+from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
+from vllm.v1.kv_cache_interface import FullAttentionSpec
+
+from ...kernels.decay import Decay
+from ..attention_backends import ALL_ATTENTION_FUNCTIONS, eager_attention_forward
+from ..attention_settings import attention_settings
+from ..configuration_fox import FoxConfig
+from ..layers.attention import FoxAttention
+from .engine import FoxAttentionBackend
+from .pages import Chunk, PageLayout, Pages, Step
+
+
+class ServedAttention(FoxAttention, AttentionLayerBase):
+    """`FoxAttention` of the tokens of many requests at once, whose keys and gates are in pages of vLLM's cache.
+
+    To be made while vLLM makes a model: it enters itself where vLLM looks for layers that need a cache.
+
+    Args:
+        config: as for `FoxAttention`.
+        layer_idx: index of the layer.
+    """
+
+    def __init__(self, config: FoxConfig, layer_idx: int) -> None:
+        super().__init__(config, layer_idx)
+        self.settings = attention_settings(config)
+        self.layer_name = f"model.layers.{layer_idx}.self_attn"
+        self.pages: Pages | None = None
+        vllm_config = get_current_vllm_config()
+        self.cache_dtype = vllm_config.model_config.dtype
+        vllm_config.compilation_config.static_forward_context[self.layer_name] = self
+
+    def get_attn_backend(self) -> type[FoxAttentionBackend]:
+        return FoxAttentionBackend
+
+    def get_kv_cache_spec(self, vllm_config: VllmConfig) -> FullAttentionSpec:
+        layout = self._page_layout(vllm_config.cache_config.block_size)
+        return FullAttentionSpec(
+            block_size=layout.tokens,
+            num_kv_heads=layout.kv_heads,
+            head_size=layout.head_dim,
+            dtype=torch.int8,
+            # Bytes, in an order of our own.
+            num_head_slots=1,
+            state_content_bytes=layout.bytes_per_token(),
+        )
+
+    def _page_layout(self, tokens: int) -> PageLayout:
+        _, kv_heads, head_dim = self.config.heads
+        return PageLayout(tokens, self.config.num_forget_gates, kv_heads, head_dim, self.shifted, self.cache_dtype)
+
+    def bind_kv_cache(self, kv_cache: Tensor) -> None:
+        super().bind_kv_cache(kv_cache)
+        self.pages = Pages(kv_cache, self._page_layout(kv_cache.shape[2]))
+
+    def forward(  # type: ignore[override]
+        self, hidden_states: Tensor, *, position_embeddings: tuple[Tensor, Tensor] | None
+    ) -> tuple[Tensor, None]:
+        """
+        Args:
+            hidden_states: ``[1, T, hidden]``, of the tokens of all requests of the step.
+            position_embeddings: cosines and sines ``[1, T, rotated size]``; None without RoPE.
+
+        Returns:
+            ``[1, T, hidden]`` and None.
+        """
+        fused = self.project(hidden_states)
+        q, k, v = self._heads(hidden_states, fused)
+        steps = get_forward_context().attn_metadata
+        # vLLM measures the memory of a pass without a cache.
+        if steps is None:
+            out = torch.zeros_like(q)
+        else:
+            assert isinstance(steps, dict) and self.pages is not None, "vLLM binds a cache before it runs a step"
+            out = self._attend(steps[self.layer_name], self.pages, hidden_states, fused, (q, k, v), position_embeddings)
+        return self.o_proj(self._normalize_and_gate(out, hidden_states, fused)), None
+
+    def _attend(
+        self,
+        step: Step,
+        pages: Pages,
+        hidden_states: Tensor,
+        fused: dict[str, Tensor],
+        states: tuple[Tensor, Tensor, Tensor],
+        position_embeddings: tuple[Tensor, Tensor] | None,
+    ) -> Tensor:
+        """Attention of each request over its own keys: ``[1, T, H, D]``."""
+        q, k, v = states
+        if "key" in self.shifted:
+            previous = pages.previous("key", k, step)
+            k = self.key_shift.mix(hidden_states, k, previous, fused.get("key_shift.proj"))
+        if "value" in self.shifted:
+            previous = pages.previous("value", v, step)
+            v = self.value_shift.mix(hidden_states, v, previous, fused.get("value_shift.proj"))
+        q, k, v = self._normalize_and_rotate(q, k, v, position_embeddings if self.use_rope else None)
+        decays = pages.append_gates(self.log_forget_gates(hidden_states), step)
+        pages.append_keys(k, v, step)
+        out = torch.empty_like(q)
+        for chunk, decay in zip(step.chunks, decays, strict=True):
+            out[:, chunk.rows] = self._attend_chunk(pages, chunk, q[:, chunk.rows], decay)
+        return out
+
+    def _attend_chunk(self, pages: Pages, chunk: Chunk, q: Tensor, decay: Decay) -> Tensor:
+        """``[1, Tq, H, D]`` queries of one request over all of its keys."""
+        k, v, c = pages.read(chunk)
+        attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.settings.implementation, eager_attention_forward)
+        heads_first = (x.transpose(1, 2) for x in (q, k, v))
+        decay = decay._replace(key=c)
+        out, _ = attend(self, *heads_first, None, decay=decay, scaling=self.scaling, settings=self.settings)
+        return out

@@ -1,0 +1,51 @@
+"""What FoX cannot do on vLLM, refused by name before anything is computed."""
+
+import warnings
+from importlib.metadata import version
+from typing import Any
+
+from ..configuration_fox import FoxConfig
+
+# Of `vllm` in setup.cfg: the plugin uses parts of vLLM that change without notice.
+TESTED = "0.32"
+# Types of RoPE whose angles depend on how long a sequence has become: requests of one step are of many lengths.
+_ROPE_BY_LENGTH = ("dynamic", "longrope")
+
+
+def check_limits(config: FoxConfig, vllm_config: Any) -> None:
+    """Refuse what a model or an engine is configured for and FoX does not support on vLLM.
+
+    Args:
+        config: of the model.
+        vllm_config: of the engine.
+
+    Raises:
+        ValueError: the message names the option, what it is, and what is accepted.
+    """
+    import vllm
+
+    if not vllm.__version__.startswith(f"{TESTED}."):
+        warnings.warn(f"foxlm was tested with vLLM {TESTED}, and this is {vllm.__version__}", stacklevel=2)
+    if not isinstance(config, FoxConfig):
+        raise ValueError(f"the model's configuration must be foxlm's FoxConfig, got {type(config).__module__}")
+    rope_type = (config.rope_parameters or {}).get("rope_type")
+    if rope_type in _ROPE_BY_LENGTH:
+        raise ValueError(
+            f"rope_parameters must have a rope_type whose angles do not depend on the length of a sequence to be "
+            f"served by vLLM, got {rope_type!r}"
+        )
+    parallel, cache = vllm_config.parallel_config, vllm_config.cache_config
+    for name, value, accepted in (
+        ("device", vllm_config.device_config.device_type, "cpu"),
+        ("tensor_parallel_size", parallel.tensor_parallel_size, 1),
+        ("pipeline_parallel_size", parallel.pipeline_parallel_size, 1),
+        ("decode_context_parallel_size", parallel.decode_context_parallel_size, 1),
+        ("prefill_context_parallel_size", parallel.prefill_context_parallel_size, 1),
+        ("kv_cache_dtype", cache.cache_dtype, "auto"),
+        ("quantization", vllm_config.model_config.quantization, None),
+        ("speculative_config", vllm_config.speculative_config, None),
+        ("kv_transfer_config", vllm_config.kv_transfer_config, None),
+        ("lora_config", vllm_config.lora_config, None),
+    ):
+        if value != accepted:
+            raise ValueError(f"{name} must be {accepted!r} for a FoX model on vLLM, got {value!r}")

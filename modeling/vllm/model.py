@@ -1,0 +1,97 @@
+"""FoX as a model of vLLM: the modules of `modeling_fox`, with attention over vLLM's cache."""
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from vllm.config import VllmConfig
+from vllm.model_executor.models.utils import AutoWeightsLoader
+
+from ..configuration_fox import FoxConfig
+from ..layers.block import FoxDecoderLayer
+from ..layers.norm import FoxRMSNorm
+from ..layers.rotary import FoxRotaryEmbedding
+from ..losses import FoxLMHead
+from .attention import ServedAttention
+from .limits import check_limits
+
+
+class ServedDecoderLayer(FoxDecoderLayer):
+    """`FoxDecoderLayer` of the tokens of many requests at once."""
+
+    attention_class = ServedAttention
+
+
+class ServedModel(nn.Module):
+    """The decoder without a head; its weights have the names of `FoxModel`'s."""
+
+    def __init__(self, config: FoxConfig) -> None:
+        super().__init__()
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, config.pad_token_id)
+        self.layers = nn.ModuleList(ServedDecoderLayer(config, index) for index in range(config.num_hidden_layers))
+        self.norm = FoxRMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.rotary_emb = None if config.rope_parameters is None else FoxRotaryEmbedding(config)
+
+    def forward(self, hidden_states: Tensor, positions: Tensor) -> Tensor:
+        """``[T, hidden]`` embeddings and ``[T]`` positions of the tokens of a step to ``[T, hidden]``."""
+        hidden_states = hidden_states[None]
+        angles = None if self.rotary_emb is None else self.rotary_emb(hidden_states, positions[None])
+        for layer in self.layers:
+            # The layout is vLLM's: there is none of ours to be checked.
+            hidden_states = layer(hidden_states, position_embeddings=angles)
+        return self.norm(hidden_states)[0]
+
+
+class FoxForServing(nn.Module):
+    """The language model that vLLM serves for ``FoxForCausalLM``.
+
+    Args:
+        vllm_config: of the engine.
+        prefix: of the names of its layers, which is empty for a whole model.
+
+    Raises:
+        ValueError: the engine is asked for what FoX does not support on it (`check_limits`); the message names it.
+    """
+
+    def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
+        super().__init__()
+        config = vllm_config.model_config.hf_config
+        check_limits(config, vllm_config)
+        self.config = config
+        self.model = ServedModel(config)
+        self.lm_head = FoxLMHead(config.hidden_size, config.vocab_size, bias=False)
+        if config.tie_word_embeddings:
+            self.lm_head.weight = self.model.embed_tokens.weight
+
+    def embed_input_ids(self, input_ids: Tensor) -> Tensor:
+        return self.model.embed_tokens(input_ids)
+
+    def forward(
+        self,
+        input_ids: Tensor | None,
+        positions: Tensor,
+        intermediate_tensors: Any = None,
+        inputs_embeds: Tensor | None = None,
+    ) -> Tensor:
+        """
+        Args:
+            input_ids: ``[T]`` tokens of all requests of a step, or None with ``inputs_embeds``.
+            positions: ``[T]``.
+            intermediate_tensors: of pipeline parallelism, which is refused: None.
+            inputs_embeds: ``[T, hidden]`` instead of tokens.
+
+        Returns:
+            ``[T, hidden]``.
+        """
+        if inputs_embeds is None:
+            inputs_embeds = self.embed_input_ids(input_ids)
+        return self.model(inputs_embeds, positions)
+
+    def compute_logits(self, hidden_states: Tensor) -> Tensor:
+        """``[T, hidden] -> [T, vocabulary]``."""
+        return self.lm_head(hidden_states)
+
+    def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str]:
+        """Take in a checkpoint's weights by name; returns the names."""
+        return AutoWeightsLoader(self).load_weights(weights)

@@ -1,0 +1,205 @@
+"""FoX in vLLM's engine, in this process: tokens and log-probabilities are those of transformers."""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+# Before vLLM is imported: one process, one thread, nothing sent anywhere.
+os.environ |= {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_NO_USAGE_STATS": "1", "OMP_NUM_THREADS": "1"}
+pytest.importorskip("vllm", reason="make test-vllm installs vLLM into an environment of its own")
+
+from vllm import LLM, SamplingParams
+from vllm.distributed import cleanup_dist_env_and_memory
+
+from foxlm import FoxForCausalLM
+from models import LLAMA, VARIANTS, rope, tiny_model, tokens
+
+NEW = 40
+LENGTHS = (5, 17, 30, 14, 9, 61)
+# Less than all requests need at once, in chunks shorter than prompts.
+SMALL = {"num_gpu_blocks_override": 12, "max_num_batched_tokens": 24, "max_num_seqs": 6}
+
+
+@contextmanager
+def engine(model: Any, folder: Path, **options: Any) -> Iterator[LLM]:
+    model.save_pretrained(folder)
+    defaults = {
+        "dtype": "float32",
+        "max_model_len": 128,
+        "block_size": 16,
+        "kv_cache_memory_bytes": 1 << 24,
+        "skip_tokenizer_init": True,
+        "disable_log_stats": False,
+        "enforce_eager": True,
+    }
+    llm = LLM(str(folder), **(defaults | options))
+    try:
+        yield llm
+    finally:
+        llm.llm_engine.engine_core.shutdown()
+        del llm
+        cleanup_dist_env_and_memory()
+
+
+def greedy(count: int = NEW, **options: Any) -> SamplingParams:
+    return SamplingParams(temperature=0.0, max_tokens=count, ignore_eos=True, logprobs=0, detokenize=False, **options)
+
+
+def answer_in_turn(llm: LLM, prompts: list[list[int]], every: int = 2) -> list[Any]:
+    """One more request after each so many steps of the engine, which goes on with those before."""
+    engine, done, steps, waiting = llm.llm_engine, {}, 0, list(enumerate(prompts))
+    while waiting or engine.has_unfinished_requests():
+        if waiting and steps % every == 0:
+            index, prompt = waiting.pop(0)
+            engine.add_request(f"{id(prompts)}-{index}", {"prompt_token_ids": prompt}, greedy())
+        for output in engine.step():
+            if output.finished:
+                done[int(output.request_id.split("-")[1])] = output
+        steps += 1
+    return [done[i] for i in range(len(prompts))]
+
+
+def answer(llm: LLM, prompts: list[list[int]], params: SamplingParams | None = None) -> list[Any]:
+    return llm.generate([{"prompt_token_ids": x} for x in prompts], params or greedy(), use_tqdm=False)
+
+
+def counted(llm: LLM, name: str) -> float:
+    return sum(metric.value for metric in llm.get_metrics() if metric.name == f"vllm:{name}")
+
+
+def assert_as_transformers(model: Any, prompts: list[list[int]], outputs: list[Any]) -> None:
+    for prompt, output in zip(prompts, outputs, strict=True):
+        ids = torch.tensor([prompt])
+        written = model.generate(ids, max_new_tokens=NEW, do_sample=False, eos_token_id=None)
+        answer = output.outputs[0]
+        assert list(answer.token_ids) == written[0, len(prompt) :].tolist()
+        with torch.no_grad():
+            logprobs = model(written).logits[0, len(prompt) - 1 : -1].log_softmax(-1)
+        expected = logprobs.gather(1, torch.tensor(answer.token_ids)[:, None])[:, 0]
+        given = torch.tensor([x[token].logprob for x, token in zip(answer.logprobs, answer.token_ids, strict=True)])
+        assert (given - expected).abs().max() < 1e-4
+
+
+def prompts() -> list[list[int]]:
+    return [tokens(length, seed=length).tolist() for length in LENGTHS]
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_every_variant_in_chunks_preempted_and_in_turn(variant: str, tmp_path: Path) -> None:
+    model = tiny_model(variant, dtype=torch.float32)
+    with engine(model, tmp_path, **SMALL) as llm:
+        assert_as_transformers(model, prompts(), answer_in_turn(llm, prompts()))
+        assert_as_transformers(model, prompts(), answer(llm, prompts()))
+        assert counted(llm, "num_preemptions") > 0
+
+
+@pytest.mark.parametrize("rope_type", ["linear", "yarn", "llama3", "proportional"])
+def test_types_of_rope(rope_type: str, tmp_path: Path) -> None:
+    model = tiny_model("llama", dtype=torch.float32, rope_parameters=rope(rope_type))
+    with engine(model, tmp_path, **SMALL) as llm:
+        assert_as_transformers(model, prompts(), answer(llm, prompts()))
+
+
+@pytest.mark.parametrize("variant", ["pro", "llama"])
+def test_requests_share_prefixes(variant: str, tmp_path: Path) -> None:
+    """Pages of requests that have ended, and of requests that are computed in the same step."""
+    model = tiny_model(variant, dtype=torch.float32)
+    prefix = tokens(48, seed=3).tolist()
+    asked = [prefix + tokens(length, seed=length).tolist() for length in (1, 1, 7, 20)]
+    with engine(model, tmp_path) as llm:
+        outputs = answer(llm, [*asked, asked[3]])
+        assert_as_transformers(model, [*asked, asked[3]], outputs)
+        assert sorted(x.num_cached_tokens for x in outputs) == [0, 48, 48, 48, 64]
+        later = answer(llm, asked)
+        assert_as_transformers(model, asked, later)
+        assert all(x.num_cached_tokens >= 48 for x in later)
+
+
+def test_gates_of_zero_hide_what_is_before_them(tmp_path: Path) -> None:
+    model = tiny_model("pro", dtype=torch.float32)
+    with torch.no_grad():
+        for layer in model.model.layers:
+            # Some tokens have a gate far below the smallest number.
+            layer.self_attn.forget_gate.weight.mul_(2e4)
+    with engine(model, tmp_path, **SMALL) as llm:
+        assert_as_transformers(model, prompts(), answer(llm, prompts()))
+
+
+def test_half_precision_is_as_near_as_transformers(tmp_path: Path) -> None:
+    """Log-probabilities of prompts in bfloat16, against float64: the error of either is rounding of the same size."""
+    half = tiny_model("pro", dtype=torch.float32).to(torch.bfloat16)
+    half.save_pretrained(tmp_path)
+    half = FoxForCausalLM.from_pretrained(tmp_path, dtype=torch.bfloat16).eval()
+    exact = FoxForCausalLM.from_pretrained(tmp_path, dtype=torch.float64).eval()
+    asked = prompts()
+    with engine(half, tmp_path, dtype="bfloat16", max_num_batched_tokens=24, max_num_seqs=6) as llm:
+        params = SamplingParams(max_tokens=1, prompt_logprobs=0, detokenize=False)
+        outputs = answer(llm, asked, params)
+    errors: dict[str, list[torch.Tensor]] = {"vllm": [], "transformers": []}
+    for prompt, output in zip(asked, outputs, strict=True):
+        ids = torch.tensor([prompt])
+        with torch.no_grad():
+            want, near = (
+                x(ids).logits[0, :-1].double().log_softmax(-1).gather(1, ids[0, 1:, None])[:, 0] for x in (exact, half)
+            )
+        given = torch.tensor([x[token].logprob for x, token in zip(output.prompt_logprobs[1:], prompt[1:], strict=True)])
+        errors["vllm"].append((given - want).abs())
+        errors["transformers"].append((near - want).abs())
+    ours, theirs = (torch.cat(x) for x in errors.values())
+    assert 0 < ours.mean() <= 1.5 * theirs.mean() and ours.max() <= 2.0 * theirs.max()
+
+
+def test_sampling_has_the_models_distribution(tmp_path: Path) -> None:
+    model = tiny_model("pro", dtype=torch.float32)
+    prompt = tokens(9, seed=1).tolist()
+    with torch.no_grad():
+        expected = model(torch.tensor([prompt])).logits[0, -1].softmax(-1)
+    with engine(model, tmp_path) as llm:
+        params = SamplingParams(n=512, temperature=1.0, max_tokens=1, seed=0, detokenize=False)
+        (output,) = answer(llm, [prompt], params)
+    drawn = torch.bincount(torch.tensor([x.token_ids[0] for x in output.outputs]), minlength=len(expected)) / 512
+    # Of 512 draws from 97 tokens; the same draws from a uniform distribution are at 0.35 or more.
+    assert (drawn - expected).abs().sum() / 2 < 0.2
+
+
+def test_what_does_not_fit_is_refused_and_the_next_request_is_right(tmp_path: Path) -> None:
+    model = tiny_model("pro", dtype=torch.float32)
+    with engine(model, tmp_path, **SMALL) as llm:
+        with pytest.raises(ValueError, match="128"):
+            answer(llm, [tokens(129).tolist()])
+        assert_as_transformers(model, prompts(), answer(llm, prompts()))
+
+
+@pytest.mark.parametrize(
+    ("changes", "options", "named"),
+    [
+        ({"rope_parameters": rope("dynamic")}, {}, "rope_type"),
+        ({}, {"kv_cache_dtype": "fp8"}, "kv_cache_dtype"),
+        ({}, {"quantization": "fp8"}, "quantization"),
+        ({}, {"speculative_config": {"method": "ngram", "num_speculative_tokens": 2}}, "speculative_config"),
+        ({}, {"enable_lora": True}, "LoRA|lora"),
+    ],
+)
+def test_what_is_not_supported_is_refused_by_name(
+    changes: dict[str, Any], options: dict[str, Any], named: str, tmp_path: Path
+) -> None:
+    model = tiny_model("llama", dtype=torch.float32, **changes)
+    with pytest.raises(ValueError, match=named), engine(model, tmp_path, **options):
+        pass
+    cleanup_dist_env_and_memory()
+
+
+def test_weights_that_are_missing_are_named(tmp_path: Path) -> None:
+    model = tiny_model("pro", dtype=torch.float32)
+    model.save_pretrained(tmp_path)
+    changed = FoxForCausalLM.from_pretrained(tmp_path, **LLAMA)
+    changed.save_pretrained(tmp_path)
+    (tmp_path / "config.json").write_text(model.config.to_json_string())
+    with pytest.raises(ValueError, match="output_gate"):
+        LLM(str(tmp_path), dtype="float32", kv_cache_memory_bytes=1 << 24, skip_tokenizer_init=True, max_model_len=96)
+    cleanup_dist_env_and_memory()
