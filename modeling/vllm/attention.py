@@ -59,12 +59,17 @@ class ServedAttention(FoxAttention, AttentionLayerBase):
         self.pages = Pages(kv_cache, self._page_layout(kv_cache.shape[2]))
 
     def forward(  # type: ignore[override]
-        self, hidden_states: Tensor, *, position_embeddings: tuple[Tensor, Tensor] | None
+        self,
+        hidden_states: Tensor,
+        *,
+        position_embeddings: tuple[Tensor, Tensor] | None,
+        stands_for: Tensor | None,
     ) -> tuple[Tensor, None]:
         """
         Args:
             hidden_states: ``[1, T, hidden]``, of the tokens of all requests of the step.
             position_embeddings: cosines and sines ``[1, T, rotated size]``; None without RoPE.
+            stands_for: ``[T]`` bool, tokens that the attention sink stands for where they begin a request, or None.
 
         Returns:
             ``[1, T, hidden]`` and None.
@@ -72,25 +77,13 @@ class ServedAttention(FoxAttention, AttentionLayerBase):
         fused = self.project(hidden_states)
         q, k, v = self._heads(hidden_states, fused)
         steps = get_forward_context().attn_metadata
-        # vLLM measures the memory of a pass without a cache.
         if steps is None:
-            out = torch.zeros_like(q)
-        else:
-            assert isinstance(steps, dict) and self.pages is not None, "vLLM binds a cache before it runs a step"
-            out = self._attend(steps[self.layer_name], self.pages, hidden_states, fused, (q, k, v), position_embeddings)
-        return self.o_proj(self._normalize_and_gate(out, hidden_states, fused)), None
-
-    def _attend(
-        self,
-        step: Step,
-        pages: Pages,
-        hidden_states: Tensor,
-        fused: dict[str, Tensor],
-        states: tuple[Tensor, Tensor, Tensor],
-        position_embeddings: tuple[Tensor, Tensor] | None,
-    ) -> Tensor:
-        """Attention of each request over its own keys: ``[1, T, H, D]``."""
-        q, k, v = states
+            # vLLM measures the memory of a pass before there is a cache.
+            return self.o_proj(self._normalize_and_gate(torch.zeros_like(q), hidden_states, fused)), None
+        assert isinstance(steps, dict) and self.pages is not None, "vLLM binds a cache before it runs a step"
+        step: Step = steps[self.layer_name]
+        pages = self.pages
+        assert step.tokens == hidden_states.shape[1], "only captured graphs are padded, and there are none"
         if "key" in self.shifted:
             previous = pages.previous("key", k, step)
             k = self.key_shift.mix(hidden_states, k, previous, fused.get("key_shift.proj"))
@@ -98,18 +91,18 @@ class ServedAttention(FoxAttention, AttentionLayerBase):
             previous = pages.previous("value", v, step)
             v = self.value_shift.mix(hidden_states, v, previous, fused.get("value_shift.proj"))
         q, k, v = self._normalize_and_rotate(q, k, v, position_embeddings if self.use_rope else None)
-        decays = pages.append_gates(self.log_forget_gates(hidden_states), step)
+        decays = pages.append_gates(self.log_forget_gates(hidden_states), step, stands_for)
         pages.append_keys(k, v, step)
         out = torch.empty_like(q)
         for chunk, decay in zip(step.chunks, decays, strict=True):
-            out[:, chunk.rows] = self._attend_chunk(pages, chunk, q[:, chunk.rows], decay)
-        return out
+            out[:, chunk.rows] = self._attend(pages, chunk, q[:, chunk.rows], decay)
+        return self.o_proj(self._normalize_and_gate(out, hidden_states, fused)), None
 
-    def _attend_chunk(self, pages: Pages, chunk: Chunk, q: Tensor, decay: Decay) -> Tensor:
-        """``[1, Tq, H, D]`` queries of one request over all of its keys."""
+    def _attend(self, pages: Pages, chunk: Chunk, q: Tensor, decay: Decay) -> Tensor:
+        """``[1, Tq, H, D]`` queries of one request over all of its keys, and the sink."""
         k, v, c = pages.read(chunk)
         attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.settings.implementation, eager_attention_forward)
         heads_first = (x.transpose(1, 2) for x in (q, k, v))
-        decay = decay._replace(key=c)
-        out, _ = attend(self, *heads_first, None, decay=decay, scaling=self.scaling, settings=self.settings)
+        options = {"scaling": self.scaling, "settings": self.settings, "sink": self.sink(q) if self.has_sink else None}
+        out, _ = attend(self, *heads_first, None, decay=decay._replace(key=c), **options)
         return out

@@ -1,7 +1,6 @@
 """What FoX cannot do on vLLM, refused by name before anything is computed."""
 
 import warnings
-from importlib.metadata import version
 from typing import Any
 
 from ..configuration_fox import FoxConfig
@@ -33,6 +32,11 @@ def check_limits(config: FoxConfig, vllm_config: Any) -> None:
         raise ValueError(
             f"rope_parameters must have a rope_type whose angles do not depend on the length of a sequence to be "
             f"served by vLLM, got {rope_type!r}"
+        )
+    if config.sink_token_id is not None and vllm_config.model_config.enable_prompt_embeds:
+        raise ValueError(
+            f"enable_prompt_embeds must be False for a model with a sink_token_id, here {config.sink_token_id}: where "
+            "vLLM takes embeddings it does not say which tokens they are of"
         )
     parallel, cache = vllm_config.parallel_config, vllm_config.cache_config
     for name, value, accepted in (

@@ -33,13 +33,15 @@ class ServedModel(nn.Module):
         self.norm = FoxRMSNorm(config.hidden_size, config.rms_norm_eps)
         self.rotary_emb = None if config.rope_parameters is None else FoxRotaryEmbedding(config)
 
-    def forward(self, hidden_states: Tensor, positions: Tensor) -> Tensor:
-        """``[T, hidden]`` embeddings and ``[T]`` positions of the tokens of a step to ``[T, hidden]``."""
+    def forward(self, hidden_states: Tensor, positions: Tensor, stands_for: Tensor | None) -> Tensor:
+        """``[T, hidden]`` embeddings and ``[T]`` positions of the tokens of a step to ``[T, hidden]``.
+
+        ``stands_for`` as for `ServedAttention`.
+        """
         hidden_states = hidden_states[None]
         angles = None if self.rotary_emb is None else self.rotary_emb(hidden_states, positions[None])
         for layer in self.layers:
-            # The layout is vLLM's: there is none of ours to be checked.
-            hidden_states = layer(hidden_states, position_embeddings=angles)
+            hidden_states = layer(hidden_states, position_embeddings=angles, stands_for=stands_for)
         return self.norm(hidden_states)[0]
 
 
@@ -84,9 +86,13 @@ class FoxForServing(nn.Module):
         Returns:
             ``[T, hidden]``.
         """
+        stands_for = None
         if inputs_embeds is None:
+            assert input_ids is not None, "vLLM gives tokens or embeddings"
             inputs_embeds = self.embed_input_ids(input_ids)
-        return self.model(inputs_embeds, positions)
+            if self.config.sink_token_id is not None:
+                stands_for = input_ids == self.config.sink_token_id
+        return self.model(inputs_embeds, positions, stands_for)
 
     def compute_logits(self, hidden_states: Tensor) -> Tensor:
         """``[T, hidden] -> [T, vocabulary]``."""

@@ -188,10 +188,16 @@ class Pages:
         previous[0, step.after.rows] = held[step.after.pages]
         return previous
 
-    def append_gates(self, log_f: Tensor, step: Step) -> list[Decay]:
-        """Take in log gates ``[1, T, Hf]``; returns the decay of each of the step's chunks, without that of its keys.
+    def append_gates(self, log_f: Tensor, step: Step, stands_for: Tensor | None = None) -> list[Decay]:
+        """Take in the log gates of a step.
 
-        The keys' running sums are those of the queries alone: `keys_of` has all of them.
+        Args:
+            log_f: ``[1, T, Hf]``.
+            step: whose tokens these are.
+            stands_for: ``[T]`` bool, tokens that the attention sink stands for where they begin a request, or None.
+
+        Returns:
+            The decay of each of the step's chunks, over its own keys: `read` has the sums of all.
         """
         sums, kv_starts, size = self.views["gate_sum"], self.views["kv_start"], self.layout.tokens
         decays = []
@@ -201,6 +207,9 @@ class Pages:
                 before, offset = int(chunk.pages[(chunk.start - 1) // size]), (chunk.start - 1) % size
                 carry = sums[before, offset][None], kv_starts[before][None]
             c, kv_start = accumulate(log_f[:, chunk.rows], chunk.start, carry)
+            if chunk.start == 0 and stands_for is not None and stands_for[chunk.rows.start]:
+                # Nothing sees the first key beside the sink.
+                kv_start = kv_start.clamp(min=1)
             pages, offsets = step.pages[chunk.rows], step.offsets[chunk.rows]
             sums[pages, offsets] = c[0].T
             last = torch.arange(chunk.start, chunk.end)
