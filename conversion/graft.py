@@ -6,14 +6,15 @@
 
 The result is a FoX model with the weights of the base, mapped one to one by name, plus forget gates that do not depend
 on the data yet: each head starts with a decay time of its own. With infinite decay times (`decay_times=math.inf`) the
-model computes what its base does. Supported bases are listed in `formats.llama_family`.
+model computes what its base does. `calibration.calibrate` measures on text which decay times cost least, and gives the
+graft attention sinks. Supported bases are listed in `formats.llama_family`.
 """
 
 import copy
 import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from huggingface_hub import snapshot_download
@@ -35,6 +36,10 @@ from foxlm.modeling.configuration_fox import FoxConfig
 from foxlm.modeling.layers.forget_gate import bias_for_times, log_spaced_times
 from foxlm.modeling.modeling_fox import FoxForCausalLM
 
+if TYPE_CHECKING:
+    from foxlm.conversion.calibrated_graft import CalibrationText
+    from foxlm.conversion.calibration import Calibration
+
 DecayTimes = float | Sequence[float] | Sequence[Sequence[float]] | Tensor
 
 _GATES = ("full", "bias_only", "fixed", "none")
@@ -42,6 +47,7 @@ _LOCAL = 64.0
 _BEYOND_CONTEXT = 16.0
 # New weights besides the biases of the gates.
 _NEW_ZEROS = ("forget_gate.weight", "output_gate.weight")
+_SINK = "model.layers.{}.self_attn.sink."
 _FETCHED = ["config.json", "model*.safetensors*", *TEXT_FILES]
 
 
@@ -49,6 +55,7 @@ def graft(
     model: PreTrainedModel | str | Path,
     *,
     decay_times: DecayTimes | None = None,
+    calibration: "Calibration | None" = None,
     forget_gate: str = "full",
     forget_gate_heads: str = "query",
     output_gate: bool = False,
@@ -67,6 +74,9 @@ def graft(
             `(min, max)`, log-spaced over the heads of each layer; or a table `[layers, gates]`. None means
             `(64, 16 * max_position_embeddings)`, from local to longer than the context. An infinite decay time leaves
             a head unchanged, and its gradient is zero, so it stays infinite.
+        calibration: of this model, by `calibration.calibrate` for the same ``forget_gate_heads``: the graft gets its
+            attention sinks, which stand for the separator where a text begins with it, and its decay times unless
+            ``decay_times`` is given.
         forget_gate: as in `FoxConfig`: `"full"`, whose weights start from zero, `"bias_only"` or `"fixed"`; or
             `"none"`, the base model as a FoX model, to compare finetuning with and without gates.
         forget_gate_heads: `"query"` or `"key_value"`, as in `FoxConfig`.
@@ -80,8 +90,9 @@ def graft(
     """
     if forget_gate not in _GATES:
         raise ValueError(f"forget_gate must be one of {_GATES}, got {forget_gate!r}")
-    if forget_gate == "none" and decay_times is not None:
-        raise ValueError("decay_times has no effect with forget_gate 'none'")
+    for name, given in (("decay_times", decay_times), ("calibration", calibration)):
+        if forget_gate == "none" and given is not None:
+            raise ValueError(f"{name} has no effect with forget_gate 'none'")
     if isinstance(model, str | Path):
         model = _folder_of(model)
     with invalid_config_as_value_error():
@@ -94,6 +105,10 @@ def graft(
             use_output_gate=output_gate,
         )
     config.grafted_from = source.model_type
+    sinks: dict[str, Tensor] = {}
+    if calibration is not None:
+        decay_times = calibration.decay_times if decay_times is None else decay_times
+        sinks = _set_sinks(config, calibration)
     biases = {} if forget_gate == "none" else _set_decay_times(config, decay_times)
 
     with invalid_config_as_value_error():
@@ -109,18 +124,22 @@ def graft(
             weights[name] = 2 * weights[name]
     gate_dtype = torch.promote_types(model.dtype, torch.float32)
     weights |= {name: bias.to(gate_dtype) for name, bias in biases.items()}
+    weights |= {name: sink.to(model.device, model.dtype) for name, sink in sinks.items()}
     plan.check(weights, weights.__getitem__)
     grafted = make_model(plan, config, weights.__getitem__, model.dtype).to(model.device)
     grafted.generation_config = copy.deepcopy(model.generation_config)
     return grafted
 
 
-def graft_to_folder(source: str | Path, out: str | Path, **options: Any) -> None:
+def graft_to_folder(
+    source: str | Path, out: str | Path, *, calibrate: "CalibrationText | None" = None, **options: Any
+) -> None:
     """Write `graft` of ``source``, and its tokenizer, to the new folder ``out``, atomically.
 
     Args:
         source: folder, or name on the Hugging Face Hub.
         out: folder to make.
+        calibrate: text to calibrate on; what was found is then in ``out`` too.
         options: of `graft`.
 
     Raises:
@@ -130,10 +149,19 @@ def graft_to_folder(source: str | Path, out: str | Path, **options: Any) -> None
     # Before anything is fetched or read; `new_folder` checks again.
     check_new(Path(out), Path(source))
     source = _folder_of(source)
-    model = graft(source, **options)
+    report = None
+    if calibrate is None:
+        model = graft(source, **options)
+    else:
+        # Imported when it is used: evaluation imports much.
+        from foxlm.conversion.calibrated_graft import calibrated_graft, write_report
+
+        model, report = calibrated_graft(source, calibrate, **options)
     with new_folder(out) as folder:
         model.save_pretrained(folder)
         copy_text_files(source, folder)
+        if report is not None:
+            write_report(report, folder)
 
 
 def decay_time_table(decay_times: DecayTimes | None, config: FoxConfig) -> Tensor:
@@ -166,6 +194,23 @@ def _set_decay_times(config: FoxConfig, decay_times: DecayTimes | None) -> dict[
     config.decay_time_min, config.decay_time_max = (_recorded(time) for time in (times.min(), times.max()))
     return {
         f"model.layers.{layer}.self_attn.forget_gate.bias": bias for layer, bias in enumerate(bias_for_times(times))
+    }
+
+
+def _set_sinks(config: FoxConfig, calibration: "Calibration") -> dict[str, Tensor]:
+    """Give ``config`` attention sinks and return their weights, by name."""
+    _, kv_heads, head_dim = config.heads
+    shape = (config.num_hidden_layers, kv_heads, head_dim)
+    if calibration.sink_keys.shape != shape:
+        raise ValueError(
+            f"calibration must be of this model, with sinks of shape {list(shape)}, "
+            f"got {list(calibration.sink_keys.shape)}"
+        )
+    config.attention_sink, config.sink_token_id = "learned", calibration.separator
+    return {
+        _SINK.format(layer) + name: sink
+        for name, sinks in (("key", calibration.sink_keys), ("value", calibration.sink_values))
+        for layer, sink in enumerate(sinks)
     }
 
 

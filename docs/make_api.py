@@ -47,6 +47,8 @@ SECTIONS = {
     "Conversion, grafting and publishing": {
         "foxlm.conversion.convert": ["convert_to_folder"],
         "foxlm.conversion.graft": ["graft", "graft_to_folder"],
+        "foxlm.conversion.calibration": ["calibrate", "Calibration"],
+        "foxlm.conversion.calibrated_graft": ["CalibrationText"],
         "foxlm.conversion.hub.model_card": ["write_model_card"],
         "foxlm.conversion.hub.publish": ["check_folder", "push_folder"],
     },

@@ -5,8 +5,11 @@ from typing import Annotated
 
 import typer
 
+from foxlm.cli.options import Device, Join, Seed
+
 
 def graft(
+    context: typer.Context,
     source: Annotated[
         str,
         typer.Argument(help="Folder, or name on the Hugging Face Hub: llama, mistral, qwen2, qwen3, smollm3 or olmo2."),
@@ -19,6 +22,32 @@ def graft(
             "changes nothing. Default: 64 to 16 times the model's context."
         ),
     ] = None,
+    calibrate: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="TEXT",
+            help="Set decay times and attention sinks by what forgetting costs on this text: a UTF-8 file, .jsonl with "
+            'a "text" in each line, .npy token numbers, or a folder of such files. What was found is written to OUT.',
+        ),
+    ] = None,
+    skip: Annotated[
+        float, typer.Option(help="With --calibrate: share of attention to skip on rows of --length tokens.")
+    ] = 0.5,
+    separator: Annotated[
+        str | None,
+        typer.Option(
+            help="With --calibrate: the token that texts begin with. Default: the tokenizer's beginning-of-text token, "
+            "else its end-of-text token."
+        ),
+    ] = None,
+    length: Annotated[
+        int | None,
+        typer.Option(help="With --calibrate: tokens of a row. Default: the model's context, at most 8192."),
+    ] = None,
+    rows: Annotated[int, typer.Option(help="With --calibrate: rows of text.")] = 4,
+    join: Join = False,
+    device: Device = "auto",
+    seed: Seed = 0,
     forget_gate: Annotated[str, typer.Option(help="full, bias_only, fixed or none: no gates.")] = "full",
     forget_gate_heads: Annotated[str, typer.Option(help="query or key_value: what has a gate of its own.")] = "query",
     output_gate: Annotated[
@@ -29,18 +58,40 @@ def graft(
     ] = False,
 ) -> None:
     """Put forget gates on a pretrained Transformer, for finetuning: a FoX model of the same weights."""
+    if calibrate is None:
+        _require_calibrate(context)
+    elif decay_times is not None:
+        raise ValueError("--calibrate sets decay times: leave out --decay-times")
+    elif not calibrate.exists():
+        raise ValueError(f"--calibrate must be a file or a folder, {calibrate} does not exist")
     from foxlm.conversion.graft import graft_to_folder
 
+    text = None
+    if calibrate is not None:
+        from foxlm.conversion.calibrated_graft import CalibrationText
+
+        text = CalibrationText(calibrate, skip, separator, length, rows, join, device, seed)
     graft_to_folder(
         source,
         out,
+        calibrate=text,
         decay_times=_decay_times(decay_times),
         forget_gate=forget_gate,
         forget_gate_heads=forget_gate_heads,
         output_gate=output_gate,
         keep_rope=not remove_rope,
     )
+    if text is not None:
+        typer.echo((out / "calibration.md").read_text(encoding="utf-8"))
     typer.echo(f"wrote {out}")
+
+
+def _require_calibrate(context: typer.Context) -> None:
+    """Refuse options that say how to calibrate where nothing is calibrated."""
+    for name in ("skip", "separator", "length", "rows", "join", "device", "seed"):
+        source = context.get_parameter_source(name)
+        if source is not None and source.name == "COMMANDLINE":
+            raise ValueError(f"--{name} needs --calibrate TEXT")
 
 
 def _decay_times(text: str | None) -> float | list[float] | None:

@@ -1,0 +1,211 @@
+"""Graft a model in a folder with decay times and sinks calibrated on a text, and report what that costs and saves."""
+
+import copy
+import math
+import time
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from tqdm import tqdm
+from transformers import PreTrainedTokenizerBase
+
+from foxlm.conversion.calibration import LOG_EPS, Calibration, calibrate
+from foxlm.conversion.graft import graft
+from foxlm.evaluation.loading import load_tokenizer, resolve_device
+from foxlm.evaluation.loss_by_position import row_losses
+from foxlm.evaluation.provenance import provenance
+from foxlm.evaluation.results import write_json, write_whole
+from foxlm.evaluation.tables import percent, table
+from foxlm.evaluation.text import rows
+from foxlm.kernels.tiles import PRUNED_QUERIES
+from foxlm.modeling.modeling_fox import FoxForCausalLM
+
+# Texts that are longer than this are cut to rows of it, unless the user says otherwise.
+_DEFAULT_LENGTH = 8192
+
+
+@dataclass(frozen=True)
+class CalibrationText:
+    """What `calibrated_graft` calibrates on.
+
+    Attributes:
+        path: as `evaluation.text.documents` takes it.
+        skip: share of attention to skip, as for `calibrate`.
+        separator: token that texts begin with, by its name in the tokenizer; None takes the beginning-of-text token,
+            or else the end-of-text token.
+        length: tokens of a row, the separator included; None takes what the base was trained at, at most 8,192.
+        count: rows.
+        join: as for `evaluation.text.rows`.
+        device: as for `evaluation.loading.load_model`.
+        seed: as for `calibrate`.
+    """
+
+    path: Path
+    skip: float = 0.5
+    separator: str | None = None
+    length: int | None = None
+    count: int = 4
+    join: bool = False
+    device: str = "auto"
+    seed: int = 0
+
+
+def calibrated_graft(source: Path, text: CalibrationText, **options: Any) -> tuple[FoxForCausalLM, dict[str, Any]]:
+    """`graft` of the model in ``source``, calibrated on ``text``, with bars on stderr; and a report as JSON holds it.
+
+    Args:
+        source: folder of the model and its tokenizer.
+        text: to calibrate on.
+        options: of `graft`.
+
+    Raises:
+        ValueError: the text has no row of that length, a number is out of range, or as `graft`.
+        OSError: a file cannot be read.
+    """
+    if not 0.0 < text.skip < 1.0:
+        raise ValueError(f"--skip must be a share between 0 and 1, got {text.skip}")
+    if text.count < 1:
+        raise ValueError(f"--rows must be at least 1, got {text.count}")
+    if text.length is not None and text.length <= 2 * PRUNED_QUERIES:
+        raise ValueError(f"--length must be more than {2 * PRUNED_QUERIES} tokens, got {text.length}")
+    for name in ("decay_times", "calibration"):
+        if options.pop(name, None) is not None:
+            raise ValueError(f"{name} has no effect where a calibration sets decay times")
+    if options.get("forget_gate") == "none":
+        raise ValueError("calibration has no effect with forget_gate 'none'")
+    began, device = time.monotonic(), resolve_device(text.device)
+    run = provenance(device, text.seed)
+    tokenizer = load_tokenizer(str(source))
+    separator = _separator(tokenizer, text.separator)
+    base = _measurable(graft(source, forget_gate="none"), device)
+    length = text.length or min(base.config.max_position_embeddings, _DEFAULT_LENGTH)
+    found = rows(text.path, tokenizer, length - 1, text.count, text.join)
+    tokens = torch.from_numpy(np.stack([np.concatenate([[separator], row]) for row in found]))
+    calibration = calibrate(
+        base,
+        tokens,
+        skip=text.skip,
+        forget_gate_heads=options.get("forget_gate_heads", "query"),
+        seed=text.seed,
+        progress=True,
+    )
+    losses = {"base": _losses(base, tokens, "loss of the base")}
+    del base
+    model = graft(source, calibration=calibration, **options)
+    losses["graft"] = _losses(_measurable(model, device), tokens, "loss of the graft")
+    settings = {
+        "text": text.path.name,
+        "rows": len(tokens),
+        "separator": tokenizer.convert_ids_to_tokens(separator),
+        "joined": text.join,
+        "options": options,
+    }
+    report = _report(calibration, losses) | {"settings": settings}
+    return model, {"run": run | {"seconds": time.monotonic() - began}} | report
+
+
+def write_report(report: dict[str, Any], folder: Path) -> None:
+    """Write ``calibration.json``, ``calibration.md`` and, where matplotlib is installed, ``calibration.svg``."""
+    write_json(folder / "calibration.json", report)
+    write_whole(folder / "calibration.md", as_markdown(report))
+    if find_spec("matplotlib") is not None:
+        from foxlm.evaluation.plots.figure import save_plot
+        from foxlm.evaluation.plots.pruning import plot_head_map
+
+        times = np.array(report["by_head"]["decay_times"], dtype=float)
+        # None, for ever, is NaN by now.
+        figure = plot_head_map(np.where(np.isnan(times), np.inf, times), _title(report), "gate", unit="tokens")
+        save_plot(figure, folder / "calibration.svg")
+
+
+def as_markdown(report: dict[str, Any]) -> str:
+    """The report for a reader: totals, what other shares would cost, and decay times by layer and head."""
+    loss, by_head = report["loss"], report["by_head"]
+    lines = [f"# {_title(report)}", ""]
+    lines += [
+        f"No training; {report['settings']['rows']} rows of {report['length']:,} tokens of "
+        f"{report['settings']['text']}, each after {report['settings']['separator']}.",
+        "",
+        f"- Loss: base {loss['base']:.4f}, graft {loss['graft']:.4f} nats a token, {100 * loss['over']:+.2f}%.",
+        f"- Attention skipped at eps = e^{LOG_EPS:g}, tiles: "
+        + ", ".join(f"{percent(share)} by the rule {rule}" for rule, share in report["skipped"].items())
+        + ".",
+        "",
+        "What other shares are expected to cost, in nats a token (second order, heads independent):",
+        "",
+        table(
+            ["--skip", *(f"{float(x):g}" for x in report["frontier"])],
+            [["nats", *(f"{x:.4f}" for x in report["frontier"].values())]],
+        ),
+        "",
+        "Decay times in tokens by layer and gate; in parentheses the distance within which 90% of attention lies:",
+        "",
+    ]
+    group = len(by_head["reach"][0]) // len(by_head["decay_times"][0])
+    cells = [
+        [
+            str(layer),
+            *(
+                f"{'inf' if time is None else f'{time:.0f}'} ({max(reach[gate * group : (gate + 1) * group]):.0f})"
+                for gate, time in enumerate(times)
+            ),
+        ]
+        for layer, (times, reach) in enumerate(zip(by_head["decay_times"], by_head["reach"], strict=True))
+    ]
+    lines.append(table(["layer", *map(str, range(len(by_head["decay_times"][0])))], cells))
+    return "\n".join(lines) + "\n"
+
+
+def _title(report: dict[str, Any]) -> str:
+    share = percent(report["skipped"]["measured"])
+    return f"Decay times that skip {share} of attention at {100 * report['loss']['over']:+.2f}% of loss"
+
+
+def _report(calibration: Calibration, losses: dict[str, Tensor]) -> dict[str, Any]:
+    base, grafted = (losses[name].double() for name in ("base", "graft"))
+    return {
+        "length": calibration.length,
+        "skip": calibration.skip,
+        "loss": {
+            "base": base.mean().item(),
+            "graft": grafted.mean().item(),
+            "over": (grafted.mean() / base.mean()).item() - 1.0,
+            "by_row": {name: x.mean(1).tolist() for name, x in losses.items()},
+        },
+        "skipped": {rule: share.mean().item() for rule, share in calibration.skipped.items()},
+        "frontier": {str(share): cost for share, cost in calibration.frontier.items()},
+        "by_head": {
+            # None: for ever, which JSON has no number for.
+            "decay_times": [[x if x < math.inf else None for x in row] for row in calibration.decay_times.tolist()],
+            "reach": calibration.reach.tolist(),
+            "cost": calibration.cost.tolist(),
+            **{f"skipped, {rule}": share.tolist() for rule, share in calibration.skipped.items()},
+        },
+    }
+
+
+def _separator(tokenizer: PreTrainedTokenizerBase, name: str | None) -> int:
+    if name is None:
+        found = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
+        if found is None:
+            raise ValueError("the tokenizer has no beginning-of-text and no end-of-text token: give --separator TOKEN")
+        return int(found)
+    if name not in tokenizer.get_vocab():
+        raise ValueError(f"--separator must be a token of the tokenizer, such as {tokenizer.eos_token}, got {name!r}")
+    return int(tokenizer.get_vocab()[name])
+
+
+def _measurable(model: FoxForCausalLM, device: str) -> FoxForCausalLM:
+    """``model`` on ``device``; on a CPU a copy in float32 unless it is, which is faster there than half precision."""
+    if device == "cpu" and model.dtype != torch.float32:
+        model = copy.deepcopy(model).float()
+    return model.to(device).eval()
+
+
+def _losses(model: FoxForCausalLM, tokens: Tensor, name: str) -> Tensor:
+    return torch.stack(list(row_losses(model, tqdm(tokens, desc=name, unit="row"))))
