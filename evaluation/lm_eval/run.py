@@ -37,7 +37,7 @@ from .results import (
     write_json,
     write_samples,
 )
-from .suites import MADE_HERE, OWN_TEXT, Unit, check_names, units_of
+from .suites import MADE_HERE, OWN_TEXT, RULER, Unit, check_names, units_of
 
 # Definitions of foxlm's own tasks.
 TASKS = Path(__file__).parent / "tasks"
@@ -127,7 +127,8 @@ class _Run:
         include = [str(TASKS), *([] if options.include_path is None else [str(options.include_path)])]
         self.manager = TaskManager(include_path=include, metadata=self.metadata)
         check_names(options.tasks, self.manager.all_tasks)
-        if not {unit.task for unit in self.units} <= {*MADE_HERE, *OWN_TEXT} and (why := go_offline_if_unreachable()):
+        on_this_machine = {*OWN_TEXT, *(MADE_HERE if ruler.own_data() is None else RULER)}
+        if not {unit.task for unit in self.units} <= on_this_machine and (why := go_offline_if_unreachable()):
             say(f"note: {why}; only data sets on this machine are used")
         self.model = load_model(
             options.model, device=options.device, dtype=options.dtype, eps=options.eps, rule=options.rule

