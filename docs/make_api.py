@@ -30,6 +30,7 @@ SECTIONS = {
     },
     "Training": {
         "foxlm.training": ["FoxTrainer"],
+        "foxlm": ["peft_targets"],
         "foxlm.warmup": ["compile_kernels"],
         "foxlm.evaluation.skipped_share": ["skipped_share"],
     },

@@ -32,9 +32,10 @@ from transformers import (
     set_seed,
 )
 
-from foxlm import FoxForCausalLM
+from foxlm import FoxForCausalLM, peft_targets
+from foxlm.conversion.calibration import Calibration, calibrate
 from foxlm.conversion.graft import graft
-from foxlm.evaluation.gates import RULES, attention_reach, decay_time_table, skipped_shares
+from foxlm.evaluation.gates import RULES, decay_time_table, skipped_shares
 from foxlm.evaluation.loss_by_position import by_interval, loss_by_position
 from foxlm.evaluation.recording import record_attention
 from foxlm.kernels.attention import forgetting_attention
@@ -53,22 +54,21 @@ class GraftingArguments:
     data: str = field(metadata={"help": "text or .npy tokens to finetune on"})
     held_out: str = field(metadata={"help": "text or .npy tokens to evaluate on"})
     decay_times: str = field(
-        default="measured",
+        default="calibrated",
         metadata={
-            "help": "initial decay times in tokens: `measured` gives --local_time to the heads of the base with the "
-            "shortest reach and a practically infinite one to the others; MIN:MAX is log-spaced over the heads of each "
-            "layer; one number is for all; `none` adds no gates"
+            "help": "initial decay times in tokens: `calibrated` adds attention sinks, and skips --skip of attention "
+            "at the least expected cost; MIN:MAX is log-spaced over the heads of each layer; one number is for all; "
+            "`none` adds no gates"
         },
     )
-    local_share: float = field(default=0.67, metadata={"help": "with `measured`: share of the heads that start local"})
-    local_time: float = field(default=16.0, metadata={"help": "with `measured`: their decay time"})
+    skip: float = field(default=0.5, metadata={"help": "with `calibrated`: share of attention to skip"})
     remove_rope: bool = field(default=False, metadata={"help": "remove the rotary embeddings"})
     output_gate: bool = field(default=False, metadata={"help": "add an output gate, which starts as an identity"})
     forget_aux_loss_coef: float = field(default=0.0, metadata={"help": "weight of the forget-gate regularisation"})
     length: int = field(default=8192, metadata={"help": "tokens in a training example"})
-    gate_steps: int = field(default=0, metadata={"help": "first steps, which train only the gates"})
+    gate_steps: int = field(default=0, metadata={"help": "first steps, which train only gates and sinks"})
     bias_learning_rate: float = field(default=1e-2, metadata={"help": "of the gates' biases, which move by whole nats"})
-    lora_rank: int = field(default=0, metadata={"help": "train a LoRA of this rank and the gates; 0 trains all"})
+    lora_rank: int = field(default=0, metadata={"help": "train a LoRA of this rank, gates and sinks; 0 trains all"})
     compile_layers: bool = field(default=False, metadata={"help": "compile each layer"})
 
     def __post_init__(self) -> None:
@@ -76,8 +76,6 @@ class GraftingArguments:
         for name, least in (("length", 8), ("gate_steps", 0), ("lora_rank", 0), ("forget_aux_loss_coef", 0)):
             if not getattr(self, name) >= least:
                 raise ValueError(f"--{name} must be at least {least}, got {getattr(self, name)}")
-        if not 0 <= self.local_share <= 1:
-            raise ValueError(f"--local_share must be in [0, 1], got {self.local_share}")
 
 
 class Rows(Dataset):
@@ -122,16 +120,13 @@ def read_rows(path: str, tokenizer, length: int, least: int) -> Tensor:
     return torch.from_numpy(tokens.astype(np.int64))
 
 
-def measured_decay_times(base: PreTrainedModel, rows: Tensor, own: GraftingArguments, device: str) -> Tensor:
-    """``[layers, heads]``: ``--local_time`` for the ``--local_share`` of heads with the shortest reach on ``rows``."""
-    model = graft(base, decay_times=math.inf).to(device).eval()
-    with torch.no_grad(), record_attention(model) as layers:
-        model.base_model(input_ids=rows.to(device), use_cache=False)
-    reach = attention_reach(layers)
-    return torch.where(reach <= reach.flatten().quantile(own.local_share), own.local_time, GLOBAL)
+def calibration_of(base: PreTrainedModel, rows: Tensor, separator: int, skip: float, device: str) -> Calibration:
+    """Decay times and sinks by what forgetting costs on ``rows``, each begun with the separator."""
+    rows = torch.cat([torch.full_like(rows[:, :1], separator), rows[:, :-1]], dim=1)
+    return calibrate(graft(base, forget_gate="none").to(device).eval(), rows, skip=skip, progress=True)
 
 
-def make_model(own: GraftingArguments, rows: Rows, device: str) -> FoxForCausalLM:
+def make_model(own: GraftingArguments, rows: Rows, tokenizer, device: str) -> FoxForCausalLM:
     """The grafted model, its weights in float32."""
     base = AutoModelForCausalLM.from_pretrained(own.base, dtype=torch.float32)
     options: dict[str, Any] = {"keep_rope": not own.remove_rope, "output_gate": own.output_gate}
@@ -139,24 +134,31 @@ def make_model(own: GraftingArguments, rows: Rows, device: str) -> FoxForCausalL
         if own.forget_aux_loss_coef:
             raise ValueError("--forget_aux_loss_coef needs gates, which --decay_times none leaves out")
         return graft(base, forget_gate="none", **options)
-    times: Tensor | tuple[float, ...] | float
-    if own.decay_times == "measured":
-        times = measured_decay_times(base, rows.some(4), own, device)
+    if own.decay_times == "calibrated":
+        separator = tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id
+        if separator is None:
+            raise ValueError("--decay_times calibrated needs a tokenizer with a beginning- or end-of-text token")
+        options["calibration"] = calibration_of(base, rows.some(4), separator, own.skip, device)
     else:
         try:
             times = tuple(float(x) for x in own.decay_times.split(":"))
         except ValueError:
             raise ValueError(
-                f"--decay_times must be measured, MIN:MAX, a number or none, got {own.decay_times!r}"
+                f"--decay_times must be calibrated, MIN:MAX, a number or none, got {own.decay_times!r}"
             ) from None
-        times = times[0] if len(times) == 1 else times
-    model = graft(base, decay_times=times, **options)
+        options["decay_times"] = times[0] if len(times) == 1 else times
+    model = graft(base, **options)
     model.config.forget_aux_loss_coef = own.forget_aux_loss_coef
     return model
 
 
 def is_gate(name: str) -> bool:
     return ".forget_gate." in name
+
+
+def is_new(name: str) -> bool:
+    """Whether the base has no such weight: of gates and sinks."""
+    return is_gate(name) or ".sink." in name
 
 
 def new_optimizer(model, own: GraftingArguments, training: TrainingArguments) -> torch.optim.Optimizer:
@@ -176,10 +178,10 @@ def new_optimizer(model, own: GraftingArguments, training: TrainingArguments) ->
 def finetune(
     model: FoxForCausalLM, rows: Rows, own: GraftingArguments, training: TrainingArguments
 ) -> tuple[FoxForCausalLM, int]:
-    """Gates only for ``--gate_steps``, then a LoRA and the gates, or everything; the model, and how many steps."""
+    """Gates and sinks for ``--gate_steps``, then a LoRA beside them, or everything; the model, and how many steps."""
     steps = 0
     if own.gate_steps and own.decay_times != "none":
-        frozen = [weight for name, weight in model.named_parameters() if not is_gate(name)]
+        frozen = [weight for name, weight in model.named_parameters() if not is_new(name)]
         for weight in frozen:
             weight.requires_grad_(False)
         first = TrainingArguments(**{**training.to_dict(), "max_steps": own.gate_steps})
@@ -194,7 +196,7 @@ def finetune(
             task_type="CAUSAL_LM",
             r=own.lora_rank,
             lora_alpha=2 * own.lora_rank,
-            modules_to_save=None if own.decay_times == "none" else ["forget_gate"],
+            **peft_targets(model),
         )
         model = get_peft_model(model, adapter)
     trainer = FoxTrainer(model, training, train_dataset=rows, optimizers=(new_optimizer(model, own, training), None))
@@ -297,7 +299,7 @@ def main(arguments: list[str] | None = None) -> dict:
     tokenizer = AutoTokenizer.from_pretrained(own.base)
     rows = Rows(read_tokens(own.data, tokenizer), own.length)
     held_out = read_rows(own.held_out, tokenizer, 4 * own.length, own.length)
-    model = make_model(own, rows, device)
+    model = make_model(own, rows, tokenizer, device)
     if own.compile_layers:
         for layer in model.model.layers:
             layer.compile(dynamic=False)

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from foxlm.kernels.context_parallel.api import context_parallel_attention
     from foxlm.kernels.context_parallel.group import ContextParallel
     from foxlm.modeling.cache.paged import FoxPagedCache
-    from foxlm.modeling.configuration_fox import FoxConfig
+    from foxlm.modeling.configuration_fox import FoxConfig, peft_targets
     from foxlm.modeling.generation import decoding_weights
     from foxlm.modeling.layers.attention import FoxAttention
     from foxlm.modeling.layers.block import FoxDecoderLayer
@@ -53,6 +53,7 @@ __all__ = [
     "context_parallel_attention",
     "decoding_weights",
     "forgetting_attention",
+    "peft_targets",
 ]
 
 _MODULES = {
@@ -62,7 +63,7 @@ _MODULES = {
         "kernels.context_parallel.api": ["context_parallel_attention"],
         "kernels.context_parallel.group": ["ContextParallel"],
         "modeling.cache.paged": ["FoxPagedCache"],
-        "modeling.configuration_fox": ["FoxConfig"],
+        "modeling.configuration_fox": ["FoxConfig", "peft_targets"],
         "modeling.generation": ["decoding_weights"],
         "modeling.layers.attention": ["FoxAttention"],
         "modeling.layers.block": ["FoxDecoderLayer"],

@@ -4,7 +4,7 @@ import math
 import os
 import sys
 from pathlib import Path
-from typing import ClassVar, Literal, cast
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, cast
 
 from huggingface_hub.dataclasses import strict
 from transformers.activations import ACT2FN
@@ -23,6 +23,9 @@ from .config_fields import (
     warn_unknown,
 )
 from .remote_code import AUTO_MAP, export_code
+
+if TYPE_CHECKING:
+    from torch import nn
 
 DEFAULT_IMPLEMENTATION = "fox"
 IMPLEMENTATIONS = (DEFAULT_IMPLEMENTATION, "fox_reference", "sdpa", "eager")
@@ -64,6 +67,34 @@ def extend_peft_defaults() -> None:
     for name, mapping in vars(constants).items() if constants else ():
         if name.startswith("TRANSFORMERS_MODELS_TO_") and "llama" in mapping:
             mapping.setdefault(FoxConfig.model_type, mapping["llama"])
+
+
+def peft_targets(model: "nn.Module | FoxConfig") -> dict[str, Any]:
+    """What a LoRA of a FoX model adapts, and what it trains whole: gates that learn, and attention sinks.
+
+    Args:
+        model: a FoX model or its configuration.
+
+    Returns:
+        ``target_modules`` and ``modules_to_save`` of a configuration of PEFT.
+
+    Raises:
+        ValueError: ``model`` is neither.
+
+    Example:
+        >>> model = FoxForCausalLM(FoxConfig(hidden_size=64, num_attention_heads=4, num_hidden_layers=1))
+        >>> peft_targets(model)["modules_to_save"]
+        ['forget_gate']
+    """
+    config: Any = getattr(model, "config", model)
+    if getattr(config, "model_type", None) != FoxConfig.model_type:
+        raise ValueError(f"model must be a FoX model or a FoxConfig, got {type(model).__name__}")
+    adapted = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+    trained = {"forget_gate": config.forget_gate in ("full", "bias_only"), "sink": config.attention_sink != "none"}
+    return {
+        "target_modules": [*adapted, "output_gate"] if config.use_output_gate else adapted,
+        "modules_to_save": [name for name, learns in trained.items() if learns],
+    }
 
 
 @strict

@@ -182,6 +182,9 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def run_graft(base: Path, text: Path, out: Path, *options: str) -> dict:
     (out.parent / "all.txt").write_text("".join(file.read_text() for file in sorted(text.glob("*.txt"))))
     data = [x for name in ("--data", "--held_out") for x in (name, str(out.parent / "all.txt"))]
+    # Rows of the usual length are too short to be calibrated on.
+    if "--decay_times" not in options and "--length" not in options:
+        options += ("--decay_times", "16:1000")
     arguments = [
         "--base",
         str(base),
@@ -200,7 +203,7 @@ def run_graft(base: Path, text: Path, out: Path, *options: str) -> dict:
 @pytest.mark.parametrize(
     "options",
     [
-        ("--gate_steps", "2", "--forget_aux_loss_coef", "5"),
+        ("--gate_steps", "2", "--forget_aux_loss_coef", "5", "--decay_times", "16:1000"),
         ("--lora_rank", "2", "--decay_times", "4:100", "--bf16", "True"),
         ("--decay_times", "none"),
         ("--lora_rank", "2", "--decay_times", "none"),
@@ -237,6 +240,16 @@ def test_grafting_finetunes_and_reports(
         assert times.max() < 1e6, "the regularisation shortens decay times"
 
 
+def test_grafting_starts_from_a_calibration(base: Path, text: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    report = run_graft(base, text, out, "--length", "512", "--skip", "0.05", "--gate_steps", "1", "--max_steps", "1")
+    assert report["steps"] == 2
+    model = AutoModelForCausalLM.from_pretrained(out / "model")
+    assert model.config.attention_sink == "learned"
+    assert model.config.sink_token_id == AutoTokenizer.from_pretrained(base).eos_token_id
+    assert model.model.layers[0].self_attn.sink.value.abs().max() > 0
+
+
 @pytest.mark.parametrize(
     ("options", "named"),
     [
@@ -246,7 +259,8 @@ def test_grafting_finetunes_and_reports(
         (("--length", "100000"), "--data must hold"),
         (("--length", "4"), "--length must be at least 8, got 4"),
         (("--resume_from_checkpoint", "out"), "--resume_from_checkpoint must be left out, got out"),
-        (("--local_share", "1.5"), "--local_share must be in .*got 1.5"),
+        (("--skip", "1.5", "--length", "300"), r"skip must be a share in \(0, 1\), got 1.5"),
+        (("--length", "200"), "rows must be longer than 256 tokens, got 200"),
         (("--lora_rank", "-1"), "--lora_rank must be at least 0"),
         (("--forget_aux_loss_coef", "-1"), "--forget_aux_loss_coef must be at least 0"),
     ],

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
+import foxlm
 from foxlm import FoxForCausalLM
 from foxlm.conversion.graft import graft
 from models import assert_close, tiny_model, tokens
@@ -207,3 +208,30 @@ def test_prefix_tuning_is_refused_by_name() -> None:
     model = peft.get_peft_model(tiny_model(), peft.PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3))
     with pytest.raises(ValueError, match=r"must keep the forget gates.*prefix tuning.*LoRA or prompt tuning"):
         model(tokens(1, 5))
+
+
+def test_an_adapter_holds_gates_and_sinks_without_a_list(tmp_path: Path) -> None:
+    model = base(attention_sink="learned", use_output_gate=True)
+    model.save_pretrained(tmp_path / "base")
+    adapted = peft.get_peft_model(model, peft.LoraConfig(task_type="CAUSAL_LM", r=2, **foxlm.peft_targets(model)))
+    before = logits(adapted)
+    first, last = train(adapted)
+    assert last < 0.9 * first
+    adapted.save_pretrained(tmp_path / "adapter")
+    saved = peft.load_peft_weights(tmp_path / "adapter")
+    for part in ("forget_gate.weight", "forget_gate.bias", "sink.key", "sink.value", "output_gate.lora_A.weight"):
+        assert sum(name.endswith(part) for name in saved) == 2, part
+    again = peft.PeftModel.from_pretrained(
+        AutoModelForCausalLM.from_pretrained(tmp_path / "base"), tmp_path / "adapter"
+    ).eval()
+    assert torch.equal(logits(again), logits(adapted)) and not torch.equal(logits(again), before)
+    merged = again.merge_and_unload()
+    assert_close(logits(merged), logits(adapted), 1e-4)
+    assert merged.model.layers[0].self_attn.sink.key.abs().max() > 0
+
+
+def test_targets_of_other_models() -> None:
+    assert foxlm.peft_targets(base(forget_gate="fixed").config)["modules_to_save"] == []
+    assert "output_gate" not in foxlm.peft_targets(base(use_output_gate=False))["target_modules"]
+    with pytest.raises(ValueError, match="model must be a FoX model or a FoxConfig, got LlamaConfig"):
+        foxlm.peft_targets(LlamaConfig())
