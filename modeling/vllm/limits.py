@@ -40,6 +40,7 @@ def check_limits(config: FoxConfig, vllm_config: Any) -> None:
         )
     parallel, cache = vllm_config.parallel_config, vllm_config.cache_config
     for name, value, accepted in (
+        ("runner", vllm_config.model_config.runner_type, "generate"),
         ("device", vllm_config.device_config.device_type, "cpu"),
         ("tensor_parallel_size", parallel.tensor_parallel_size, 1),
         ("pipeline_parallel_size", parallel.pipeline_parallel_size, 1),

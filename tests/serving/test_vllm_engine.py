@@ -4,6 +4,7 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -16,8 +17,9 @@ pytest.importorskip("vllm", reason="make test-vllm installs vLLM into an environ
 from vllm import LLM, SamplingParams
 from vllm.distributed import cleanup_dist_env_and_memory
 
-from foxlm import FoxForCausalLM
-from models import LLAMA, VARIANTS, rope, tiny_model, tokens
+from foxlm import FoxForCausalLM, FoxForSequenceClassification
+from foxlm.modeling.vllm.limits import check_limits
+from models import LLAMA, VARIANTS, rope, tiny_config, tiny_model, tokens
 
 NEW = 16
 LENGTHS = (5, 17, 23, 9)
@@ -195,6 +197,42 @@ def test_what_is_not_supported_is_refused_by_name(
     with pytest.raises(ValueError, match=named), engine(model, tmp_path, **options):
         pass
     cleanup_dist_env_and_memory()
+
+
+def test_task_heads_are_refused_by_name(tmp_path: Path) -> None:
+    model = tiny_model("llama", dtype=torch.float32, model_class=FoxForSequenceClassification)
+    refused = "runner must be 'generate' for a FoX model on vLLM, got 'pooling'"
+    with pytest.raises(ValueError, match=refused), engine(model, tmp_path):
+        pass
+    cleanup_dist_env_and_memory()
+
+
+@pytest.mark.parametrize(
+    ("part", "field", "value", "named"),
+    [
+        ("device_config", "device_type", "cuda", "device"),
+        ("parallel_config", "tensor_parallel_size", 2, "tensor_parallel_size"),
+        ("parallel_config", "pipeline_parallel_size", 2, "pipeline_parallel_size"),
+        ("parallel_config", "decode_context_parallel_size", 2, "decode_context_parallel_size"),
+        ("parallel_config", "prefill_context_parallel_size", 2, "prefill_context_parallel_size"),
+        ("model_config", "enable_prompt_embeds", True, "enable_prompt_embeds"),
+    ],
+)
+def test_what_no_engine_can_be_made_for_here_is_refused_by_name(part: str, field: str, value: Any, named: str) -> None:
+    sizes = ("tensor", "pipeline", "decode_context", "prefill_context")
+    config = SimpleNamespace(
+        model_config=SimpleNamespace(runner_type="generate", quantization=None, enable_prompt_embeds=False),
+        device_config=SimpleNamespace(device_type="cpu"),
+        parallel_config=SimpleNamespace(**{f"{name}_parallel_size": 1 for name in sizes}),
+        cache_config=SimpleNamespace(cache_dtype="auto"),
+        speculative_config=None,
+        kv_transfer_config=None,
+        lora_config=None,
+    )
+    check_limits(tiny_config("rope-sink"), config)
+    setattr(getattr(config, part), field, value)
+    with pytest.raises(ValueError, match=named):
+        check_limits(tiny_config("rope-sink"), config)
 
 
 def test_weights_that_are_missing_are_named(tmp_path: Path) -> None:
