@@ -75,8 +75,8 @@ def graft(
             `(64, 16 * max_position_embeddings)`, from local to longer than the context. An infinite decay time leaves
             a head unchanged, and its gradient is zero, so it stays infinite.
         calibration: of this model, by `calibration.calibrate` for the same ``forget_gate_heads``: the graft gets its
-            attention sinks, which stand for the separator where a text begins with it, and its decay times unless
-            ``decay_times`` is given.
+            attention sinks, which stand for the separator where a text begins with it, the pruning rule ``measured``,
+            and its decay times unless ``decay_times`` is given.
         forget_gate: as in `FoxConfig`: `"full"`, whose weights start from zero, `"bias_only"` or `"fixed"`; or
             `"none"`, the base model as a FoX model, to compare finetuning with and without gates.
         forget_gate_heads: `"query"` or `"key_value"`, as in `FoxConfig`.
@@ -198,7 +198,7 @@ def _set_decay_times(config: FoxConfig, decay_times: DecayTimes | None) -> dict[
 
 
 def _set_sinks(config: FoxConfig, calibration: "Calibration") -> dict[str, Tensor]:
-    """Give ``config`` attention sinks and return their weights, by name."""
+    """Give ``config`` attention sinks and the rule ``measured``; returns the sinks' weights, by name."""
     _, kv_heads, head_dim = config.heads
     shape = (config.num_hidden_layers, kv_heads, head_dim)
     if calibration.sink_keys.shape != shape:
@@ -207,6 +207,8 @@ def _set_sinks(config: FoxConfig, calibration: "Calibration") -> dict[str, Tenso
             f"got {list(calibration.sink_keys.shape)}"
         )
     config.attention_sink, config.sink_token_id = "learned", calibration.separator
+    # By which the share to skip was counted; without QK-norm a bound of logits shows little of it.
+    config.acp_rule = "measured"
     return {
         _SINK.format(layer) + name: sink
         for name, sinks in (("key", calibration.sink_keys), ("value", calibration.sink_values))

@@ -220,6 +220,7 @@ def test_command_writes_a_calibrated_folder_and_says_what_it_costs(folder: Path,
     assert 0.15 < report["skipped"]["measured"] < 0.3
     model: Any = FoxForCausalLM.from_pretrained(out).eval()
     assert (model.config.sink_token_id, model.config.attention_sink) == (2, "learned")
+    assert model.config.acp_rule == "measured"
     bias = model.model.layers[1].self_attn.forget_gate.bias.double()
     times = [time or math.inf for time in report["by_head"]["decay_times"][1]]
     np.testing.assert_allclose((-1 / torch.nn.functional.logsigmoid(bias)).tolist(), times, rtol=1e-5)
