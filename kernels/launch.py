@@ -34,6 +34,7 @@ from triton.runtime.jit import JITFunction
 try:
     from triton.backends.nvidia.driver import CudaLauncher, make_tensordesc_arg
     from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+    from triton.knobs import HookChain
 except ImportError:
     # Another release, or a build for AMD's GPUs alone.
     CudaLauncher = None
@@ -72,13 +73,14 @@ class Launched:
 
     def __getitem__(self, grid: Any) -> Callable[..., Any]:
         runtime = triton.knobs.runtime
+        before, after = runtime.launch_enter_hook, runtime.launch_exit_hook
         if (
             type(grid) is tuple
             # Others put functions of their own in its place, as `ahead_of_time` does.
             and JITFunction.run is _RUN
             and not self.function.pre_run_hooks
-            and not _does_something(runtime.launch_enter_hook)
-            and not _does_something(runtime.launch_exit_hook)
+            and (before is None or (type(before) is HookChain and not before.calls))
+            and (after is None or (type(after) is HookChain and not after.calls))
             and runtime.add_stages_inspection_hook is None
             and not runtime.debug
             and not triton.knobs.compilation.instrumentation_mode
@@ -93,10 +95,6 @@ class Launched:
         return launch(grid, options, *arguments)
 
 
-def _does_something(hook: Any) -> bool:
-    return hook is not None and getattr(hook, "calls", True)
-
-
 class _Compiled(NamedTuple):
     """A compiled kernel as launches need it.
 
@@ -106,7 +104,7 @@ class _Compiled(NamedTuple):
         first: what is the same in each launch.
         metadata: of each tensor descriptor.
         layouts: of the descriptors; a key has their addresses, which are theirs as long as they are kept.
-        read: globals that were compiled into it, as `_globals_of` gives them.
+        read: globals that were compiled into it, as `_globals_of` gives them; all must still be what they were.
     """
 
     kernel: Any
@@ -147,12 +145,12 @@ def bind(_grid, {parameters}, **_options):
 def _launch_of(function: JITFunction, types: tuple[type, ...]) -> Callable[..., Any]:
     """What launches the kernel for arguments of these types, which decide what the key is made of."""
     names = ", ".join(function.arg_names)
-    key, passed = ["_device", "*_options.items()"], []
+    key, passed = ["_device", "*(_options and _options.items())"], []
     tensors: list[str] = []
     descriptors: list[str] = []
     narrow: list[str] = []
     # What must be true for there to be a key.
-    conditions = ["_OPTIONS.issuperset(map(type, _options.values()))"]
+    conditions = ["(not _options or _OPTIONS.issuperset(map(type, _options.values())))"]
     for parameter, kind in zip(function.params, types, strict=True):
         x, argument = parameter.name, parameter.name
         if kind is type(None) or (kind is float and not parameter.is_constexpr):
@@ -191,11 +189,15 @@ def launch(_grid, _options, {names}):
         {"".join(f"_p_{x} = {x}.data_ptr(); " for x in tensors)}
         _key = ({", ".join(key)})
         _found = _compiled.get(_key)
-        if _found is not None and _are_unchanged(_found.read):
-            _x, _y, _z = (*_grid, 1, 1)[:3]
-            _stream = _driver.get_current_stream(_device)
-            _found.launch(_x, _y, _z, _stream, *_found.first, {"*" * _IS_FLAT}({", ".join(passed)},))
-            return _found.kernel
+        if _found is not None:
+            for _get, _space, _seen in _found.read:
+                # It is for Triton to raise an error.
+                if _get(_space) != _seen: break
+            else:
+                _x, _y, _z = (*_grid, 1, 1)[:3]
+                _stream = _driver.get_current_stream(_device)
+                _found.launch(_x, _y, _z, _stream, *_found.first, {"*" * _IS_FLAT}({", ".join(passed)},))
+                return _found.kernel
     return _remember(_grid, _options, _key, ({"".join(f"{x}.layout, " for x in descriptors)}), {names})
 """
     compiled: dict[Any, _Compiled] = {}
@@ -205,7 +207,6 @@ def launch(_grid, _options, {names}):
         function,
         _compiled=compiled,
         _remember=functools.partial(_remember, function, compiled),
-        _are_unchanged=_are_unchanged,
         _expand=make_tensordesc_arg,
         _DRIVERS=triton.runtime.driver,
         _OPTIONS=frozenset((int, type(None))),
@@ -257,11 +258,6 @@ def _globals_of(function: JITFunction) -> list[_Globals]:
     # One of them twice: of a single one there would be no tuple.
     getters = [(operator.itemgetter(names[i][0], *names[i]), space) for i, space in spaces.items()]
     return [_Globals(get, space, get(space)) for get, space in getters]
-
-
-def _are_unchanged(read: list[_Globals]) -> bool:
-    """Whether all still are what the kernel was compiled with; otherwise it is for Triton to raise an error."""
-    return all([get(space) == seen for get, space, seen in read])
 
 
 def _define(name: str, source: str, function: JITFunction, **names: Any) -> Callable[..., Any]:

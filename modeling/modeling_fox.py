@@ -37,6 +37,7 @@ from .decoding_graphs import running as running_graphs
 from .generation import FoxGenerationMixin
 from .inputs import check_labels, check_logits_to_keep, check_tokens, embed, warn_of_missing_attentions
 from .layers.block import FoxDecoderLayer
+from .layers.fused_projections import fuse_projections
 from .layers.norm import FoxRMSNorm
 from .layers.rotary import FoxRotaryEmbedding
 from .losses import FoxLMHead, forget_aux_loss, loss_in_chunks, number_of_targets, targets_of_shard
@@ -72,6 +73,9 @@ class FoxModel(FoxPreTrainedModel):
         self.rotary_emb = None if config.rope_parameters is None else FoxRotaryEmbedding(config)
         self.gradient_checkpointing = False
         self.context_parallel: ContextParallel | None = None
+        # Whether the next call without gradients is to fuse projections, and whether any may: in a model that trains,
+        # engines and captured graphs may hold addresses of weights.
+        self.is_to_fuse = self.fuses_itself = True
         # Before torch.compile traces a forward that makes a cache: it guards the table that this writes to.
         register_layer_type(config)
         self.post_init()
@@ -131,6 +135,8 @@ class FoxModel(FoxPreTrainedModel):
             arguments |= {"input_ids": input_ids, "inputs_embeds": inputs_embeds, "cache": cache}
             return _outside_of_graphs(self.forward, **arguments, **kwargs)
         inputs_embeds = given if input_ids is None else embed(self.embed_tokens, given, self.config.vocab_size)
+        if not is_torchdynamo_compiling() and self.is_to_fuse and self.fuses_itself:
+            self._fuse_before_inference(inputs_embeds)
         if cache is not None:
             self._prepare_cache(cache, inputs_embeds, reserved=isinstance(attention_mask, dict))
         elif use_cache:
@@ -167,6 +173,29 @@ class FoxModel(FoxPreTrainedModel):
             last_hidden_state=self.norm(hidden_states),
             **{CACHE: cache if use_cache else None},
         )
+
+    def _fuse_before_inference(self, inputs_embeds: Tensor) -> None:
+        """Fuse projections if this is inference on kernels; never again if it is training."""
+        from ..kernels.backends import PYTORCH, elementwise_backend_of
+
+        if self.training or torch.is_grad_enabled():
+            self.fuses_itself = not (self.training and torch.is_grad_enabled())
+        elif elementwise_backend_of(inputs_embeds) is not PYTORCH:
+            # A graph that is captured without a call before it keeps the addresses of now.
+            self.fuses_itself = not (inputs_embeds.is_cuda and torch.cuda.is_current_stream_capturing())
+            if self.fuses_itself:
+                fuse_projections(self)
+                self.is_to_fuse = False
+
+    def train(self, mode: bool = True) -> Any:
+        self.fuses_itself &= not mode
+        return super().train(mode)
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Any:
+        super()._apply(fn, recurse)
+        # What was fused may have moved.
+        self.is_to_fuse = True
+        return self
 
     def _prepare_cache(self, cache: Cache, inputs_embeds: Tensor, reserved: bool) -> None:
         """Check the cache; a paged one learns the bounds of queries and makes room, unless it has (``reserved``)."""

@@ -119,8 +119,9 @@ class FoxPreTrainedModel(PreTrainedModel):
         """Have calls without gradients of up to 64 tokens compute the projections of one input as one matmul.
 
         On a GPU, prompts of up to 8,192 tokens too, except in attention layers without token shift of values. For
-        decoding loops of your own; `generate` does it by itself. Per attention layer and MLP, weights are copied into
-        one buffer and become its rows: parameters remain the same objects with the same names and values, no weight is
+        decoding loops of your own; `generate` does it by itself, and so does the first call without gradients on a GPU,
+        of a model in eval mode that was never in training. Per attention layer and MLP, weights are copied into one
+        buffer and become its rows: parameters remain the same objects with the same names and values, no weight is
         held twice, and saving, training and changes of weights in place work as before.
 
         The contract is that of ``model.to()``: tensors taken from the model before, as by ``state_dict()``, keep their
@@ -128,7 +129,7 @@ class FoxPreTrainedModel(PreTrainedModel):
         ``model.to()`` and its kin and ``model.train()`` undo it. Where a projection is replaced, adapted or hooked
         afterwards, its layer calls projections one by one; a compiled model does not look, and needs another call of
         this or of `unfuse_projections`. Before weights are moved one by one (accelerate's ``dispatch_model``), call
-        `unfuse_projections`, since the buffer would hold their memory.
+        `unfuse_projections`, since the buffer would hold their memory until the next call.
 
         A layer is left as it is where a projection is more than a matmul (LoRA, quantized), has hooks, is on another
         device, is a part of a larger memory or shares its weight; under FSDP; and where its buffer does not fit.
@@ -144,7 +145,11 @@ class FoxPreTrainedModel(PreTrainedModel):
         fuse_projections(self)
 
     def unfuse_projections(self) -> None:
-        """Undo `fuse_projections`, and what `generate` left fused: each weight gets memory of its own again."""
+        """Undo `fuse_projections`, and what calls left fused: each weight gets memory of its own again.
+
+        Plain calls no longer fuse by themselves.
+        """
+        self.base_model.fuses_itself = False
         for module in self.modules():
             if isinstance(module, FusableProjections):
                 module.unfuse_projections()

@@ -10,13 +10,18 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 def _strides(x: Tensor) -> list[int]:
     """Strides of ``[B, T, heads, D]`` but the last; that of a single element may be anything."""
-    return [step if size > 1 else x.shape[-1] for size, step in zip(x.shape[:-1], x.stride()[:-1], strict=True)]
+    batch, tokens, heads, head_dim = x.shape
+    b, t, h, _ = x.stride()
+    return [b if batch > 1 else head_dim, t if tokens > 1 else head_dim, h if heads > 1 else head_dim]
 
 
 def fits_tma(x: Tensor) -> bool:
     """Whether TMA can read ``x``, ``[B, T, heads, D]``: aligned to 16 bytes, strides are multiples of 16 bytes."""
-    strides = [step * x.element_size() for step in _strides(x)]
-    return x.stride(-1) == 1 and x.data_ptr() % 16 == 0 and all(step > 0 and step % 16 == 0 for step in strides)
+    if x.stride(-1) != 1 or x.data_ptr() % 16 != 0:
+        return False
+    size = x.element_size()
+    b, t, h = _strides(x)
+    return b > 0 and t > 0 and h > 0 and (b * size | t * size | h * size) % 16 == 0
 
 
 def for_tma(x: Tensor) -> Tensor:
@@ -35,12 +40,18 @@ def describe_by_head(x: Tensor, rows: int) -> TensorDescriptor:
     """``x``, ``[B, T, heads, D]``, as ``[B, heads, T, D]`` in tiles of ``rows`` tokens of one head."""
     batch, tokens, heads, head_dim = x.shape
     b, t, h = _strides(x)
-    block, layout = [1, 1, rows, head_dim], tile_layout(rows, head_dim, x.dtype)
-    return TensorDescriptor(x, [batch, heads, tokens, head_dim], [b, h, t, 1], block, layout)
+    return _described(x, [batch, heads, tokens, head_dim], [b, h, t, 1], [1, 1, rows, head_dim], rows)
 
 
 def describe_by_token(x: Tensor, rows: int) -> TensorDescriptor:
     """``x``, ``[B, T, heads, D]``, in tiles of ``rows`` tokens of one head."""
-    head_dim = x.shape[-1]
-    layout = tile_layout(rows, head_dim, x.dtype)
-    return TensorDescriptor(x, list(x.shape), [*_strides(x), 1], [1, rows, 1, head_dim], layout)
+    return _described(x, list(x.shape), [*_strides(x), 1], [1, rows, 1, x.shape[-1]], rows)
+
+
+def _described(x: Tensor, shape: list[int], strides: list[int], block: list[int], rows: int) -> TensorDescriptor:
+    """What the class itself makes, without its checks of what `fits_tma`: they take as long as two launches."""
+    descriptor = object.__new__(TensorDescriptor)
+    # As a dataclass its other fields are defaults of the class.
+    descriptor.base, descriptor.shape, descriptor.strides = x, shape, strides
+    descriptor.block_shape, descriptor.layout = block, tile_layout(rows, x.shape[-1], x.dtype)
+    return descriptor

@@ -1,4 +1,4 @@
-"""Fused projections: linear layers with the same input, computed as one matmul in decoding.
+"""Fused projections: linear layers with the same input, computed as one matmul without gradients.
 
 A step of decoding multiplies a few rows by every weight, so its time is launches and how well each launch reads its
 weight: the six projections of an attention layer's input are six small matmuls, some with a dozen rows of output.
@@ -42,6 +42,8 @@ class FusedProjections(NamedTuple):
         weight: ``[sum of sizes, in]``, and rows of zeros up to a multiple of 16: kernels that read the outputs are
             compiled for strides that are a multiple of it, and once more for others.
         bias: of each row, zero for a projection without a bias; None if none has one.
+        modules: each one on the way to a projection, with the dictionary and the name that it was found by.
+        linears: the projections, with the weight and bias of each.
     """
 
     names: tuple[str, ...]
@@ -50,6 +52,8 @@ class FusedProjections(NamedTuple):
     # Parameters, whose addresses torch.compile takes for fixed.
     weight: nn.Parameter
     bias: nn.Parameter | None
+    modules: tuple[tuple[dict[str, Any], str, nn.Module], ...] = ()
+    linears: tuple[tuple[nn.Linear, nn.Parameter, nn.Parameter | None], ...] = ()
 
     def __reduce__(self) -> tuple:
         # A copy of the model has weights of its own: None in its place.
@@ -107,10 +111,16 @@ class FusableProjections(nn.Module):
         # accelerate moves an offloaded model when it is called; autocast would cast the whole buffer at each call.
         if fused.weight.device != x.device or _autocasts(x):
             return {}
-        if self.uses_fused == "checked" and not torch.compiler.is_compiling() and not self._is_fused():
-            return {}
+        if self.uses_fused == "checked" and not torch.compiler.is_compiling():
+            if not (self._is_untouched(fused) or self._is_fused()):
+                if not self._holds_weights():
+                    # The buffer would be memory that nothing reads.
+                    self.unfuse_projections()
+                return {}
         outputs = nn.functional.linear(x, fused.weight, fused.bias)
-        return dict(zip(fused.names, outputs[..., : sum(fused.sizes)].split(fused.sizes, dim=-1), strict=True))
+        rest = outputs.shape[-1] - sum(fused.sizes)
+        # The rows of zeros are left out by zip.
+        return dict(zip(fused.names, outputs.split_with_sizes((*fused.sizes, rest), dim=-1), strict=False))
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
         super()._apply(fn, recurse)
@@ -132,16 +142,41 @@ class FusableProjections(nn.Module):
         compiles = torch.compiler.is_compiling()
         return self.reads_views and not compiles and elementwise_backend_of(x) is not PYTORCH
 
+    @staticmethod
+    def _is_untouched(fused: FusedProjections) -> bool:
+        """As `_is_fused`, for an eighth of its time. False also means that it has to be asked."""
+        if _module._global_forward_hooks or _module._global_forward_pre_hooks:
+            return False
+        for modules, name, module in fused.modules:
+            if name not in modules or modules[name] is not module:
+                return False
+        for (linear, weight, bias), addresses in zip(fused.linears, fused.addresses, strict=True):
+            state = linear.__dict__
+            parameters = state["_parameters"]
+            if type(linear) is not nn.Linear or "forward" in state or "_hf_hook" in state:
+                return False
+            if state["_forward_hooks"] or state["_forward_pre_hooks"] or len(parameters) != 2:
+                return False
+            if parameters["weight"] is not weight or type(weight) is not nn.Parameter or parameters["bias"] is not bias:
+                return False
+            if weight.data_ptr() != addresses[0] or (bias is not None and bias.data_ptr() != addresses[1]):
+                return False
+        return True
+
     def _is_fused(self) -> bool:
         """Whether each projection still is a plain linear layer whose weights are rows of the buffer."""
         fused = self.fused_projections
+        if fused is None or not self._holds_weights():
+            return False
+        return all(_is_matmul(_submodule(self, name)) for name in fused.names)
+
+    def _holds_weights(self) -> bool:
+        """Whether the weights of all projections are rows of the buffer."""
+        fused = self.fused_projections
         if fused is None:
             return False
-        for name, addresses in zip(fused.names, fused.addresses, strict=True):
-            linear = _submodule(self, name)
-            if not _is_matmul(linear) or tuple(map(_address, _parameters(linear))) != addresses:
-                return False
-        return True
+        found = (tuple(map(_address, _parameters(_submodule(self, name)))) for name in fused.names)
+        return all(x == addresses for x, addresses in zip(found, fused.addresses, strict=True))
 
     def _fuse(self, taken: set[int | None]) -> bool:
         """Make the projections rows of one buffer, where they are not yet and can be.
@@ -167,7 +202,9 @@ class FusableProjections(nn.Module):
             if not all(is_sharded(x) or x.untyped_storage().nbytes() == x.nbytes for x in weights):
                 return False
             with torch.inference_mode(False), torch.no_grad():
-                self.fused_projections = _move_to_buffer(names, linears)
+                fused = _move_to_buffer(names, linears)
+            kept = tuple((x, *_parameters(x)) for x in linears)
+            self.fused_projections = fused._replace(modules=_ways(self, names), linears=kept)
         taken.update(map(_address, weights))
         return True
 
@@ -192,7 +229,7 @@ def fuse_projections(
             before = "never" if module.fused_projections is None else module.uses_fused
             # Where there is no memory for one more buffer, the module stays as it is.
             with contextlib.suppress(torch.OutOfMemoryError):
-                if module._fuse(taken) and before != uses:
+                if module._fuse(taken) and before not in (uses, "always"):
                     module.uses_fused = uses
                     changed.append((module, before))
     return changed
@@ -202,6 +239,17 @@ def _submodule(owner: Any, name: str) -> Any:
     for part in name.split("."):
         owner = getattr(owner, part, None)
     return owner
+
+
+def _ways(owner: Any, names: tuple[str, ...]) -> tuple[tuple[dict[str, Any], str, nn.Module], ...]:
+    """`FusedProjections.modules`."""
+    ways = []
+    for name in names:
+        above = owner
+        for part in name.split("."):
+            ways.append((above._modules, part, above._modules[part]))
+            above = above._modules[part]
+    return tuple(ways)
 
 
 def _parameters(linear: Any) -> tuple[Any, Any]:

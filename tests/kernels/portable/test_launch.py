@@ -107,7 +107,7 @@ CONTROLS = [
     ("stride", {}, {"stride": 47}),
     ("D", {}, {"D": 32}),
     ("KIND", {"KIND": "b"}, {}),
-    ("*_options.items()", {}, {"num_warps": 8}),
+    ("*(_options and _options.items())", {}, {"num_warps": 8}),
     ("0 <= (LENGTH | HEADS) <= 0x7FFFFFFF", {}, {"LENGTH": 2**31}),
     ("type(LENGTH)", {}, {"LENGTH": True}),
 ]
