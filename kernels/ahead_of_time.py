@@ -140,7 +140,7 @@ def prepare_attention(
     if torch.compiler.is_compiling() or INTERPRETED:
         return
     inputs = (q, k, v, log_f)
-    needed = tuple(torch.is_grad_enabled() and x.requires_grad for x in inputs)
+    needed = tuple(x.requires_grad for x in inputs) if torch.is_grad_enabled() else ()
     options = (eps is None, rule, logit_bound is None, center, has_sink, dropout > 0.0)
     key = (q.device, q.dtype, log_f.dtype, q.shape[2:], k.shape[2], log_f.shape[2], *options, needed)
     if key in _prepared or not _can_prepare(inputs):

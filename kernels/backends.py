@@ -83,7 +83,7 @@ class Backend(NamedTuple):
     append: Callable[..., tuple[Tensor, Tensor]] | None
     add_sink: Callable[..., tuple[Tensor, Tensor]]
     silu_product: Callable[[Tensor, Tensor], Tensor]
-    gate_logits: Callable[[Tensor, Tensor, Tensor], Tensor]
+    gate_logits: Callable[..., Tensor]
     prologue: Callable[[PrologueInputs, float], tuple[Tensor, Tensor, Tensor] | None]
 
 

@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .validation import ONLY_REVERSE_MODE, is_transformed
+from .decay import Decay
+from .validation import ONLY_REVERSE_MODE, is_transformed_in_eager
 
 # Two copies of this code can live in one process under different package names: each names its operators after its
 # own, because registering a name twice replaces the first silently. Such a name may hold ASCII only.
@@ -22,6 +23,14 @@ def maybe_contiguous(x: Tensor) -> Tensor:
     return x if x.stride(-1) == 1 else x.contiguous()
 
 
+def contiguous_decay(decay: Decay) -> Decay:
+    """``decay`` with contiguous rows."""
+    query, key, kv_start, last = decay
+    if query.stride(-1) == key.stride(-1) == kv_start.stride(-1) == 1:
+        return decay
+    return Decay(maybe_contiguous(query), maybe_contiguous(key), maybe_contiguous(kv_start), last)
+
+
 def refuse_second_derivative(ctx, *grads: Tensor):
     """Autograd rule of an operator that is itself a gradient."""
     raise NotImplementedError(ONLY_REVERSE_MODE)
@@ -30,9 +39,9 @@ def refuse_second_derivative(ctx, *grads: Tensor):
 def may_launch(*inputs: Tensor) -> bool:
     """Whether a kernel that is no operator may be launched on these: no compiler, tracer, transform of torch.func or
     tensor class has to see what happens to them."""
-    if torch.compiler.is_compiling() or torch.jit.is_tracing():
+    if torch.compiler.is_compiling() or torch._C._is_tracing():
         return False
-    return _PLAIN.issuperset(map(type, inputs)) and not is_transformed(*inputs)
+    return _PLAIN.issuperset(map(type, inputs)) and not is_transformed_in_eager(inputs)
 
 
 def nothing_sees(*inputs: Tensor) -> bool:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from .decay import Decay
 from .devices import capability_of, on_device_of
-from .operators import NAMESPACE, maybe_contiguous, nothing_sees, refuse_second_derivative
+from .operators import NAMESPACE, contiguous_decay, maybe_contiguous, nothing_sees, refuse_second_derivative
 from .portable.backward import backward
 from .portable.forward import forward
 from .tiles import choose_tiles
@@ -36,9 +36,11 @@ def triton_attention(
 
     float16, bfloat16 or float32; heads up to 256. Results are bitwise deterministic.
     """
-    refuse_transforms(q, k, v, decay.query, decay.key)
+    is_seen = not nothing_sees(q, k, v, decay.query, decay.key)
+    if is_seen:
+        refuse_transforms(q, k, v, decay.query, decay.key)
     seed = torch.randint(2**62, (), dtype=torch.int64, device=q.device) if dropout > 0.0 else None
-    if not nothing_sees(q, k, v, decay.query, decay.key):
+    if is_seen:
         out, lse = _forward(q, k, v, decay.query, decay.key, decay.kv_start, decay.last, scale, dropout, seed)
     elif torch.is_grad_enabled():
         out, lse = _Attention.apply(q, k, v, decay.query, decay.key, decay.kv_start, decay.last, scale, dropout, seed)
@@ -99,17 +101,12 @@ def _launch_forward(
 ) -> tuple[Tensor, Tensor]:
     if q.numel() == 0:
         return torch.empty_like(q, memory_format=torch.contiguous_format), _empty_lse(q)
-    q, k, v = (maybe_contiguous(x) for x in (q, k, v))
-    decay = _contiguous_rows(decay)
+    q, k, v = maybe_contiguous(q), maybe_contiguous(k), maybe_contiguous(v)
+    decay = contiguous_decay(decay)
     with on_device_of(q):
         if HAS_GLUON and hopper_forward_takes(q, k, v, dropout):
             return hopper_forward(q, k, v, decay, scale)
         return forward(q, k, v, decay, scale, dropout, seed, _tiles(q).forward)
-
-
-def _contiguous_rows(decay: Decay) -> Decay:
-    c_q, c_k, kv_start = (maybe_contiguous(x) for x in (decay.query, decay.key, decay.kv_start))
-    return Decay(c_q, c_k, kv_start, decay.last)
 
 
 def _empty_lse(q: Tensor) -> Tensor:
@@ -167,7 +164,7 @@ def _launch_backward(
         return dq, dk, dv, dc_q, dc_k
     gates = decay.query.shape[1]
     d_out, d_lse, q, k, v = (maybe_contiguous(x) for x in (d_out, d_lse, q, k, v))
-    decay = _contiguous_rows(decay)
+    decay = contiguous_decay(decay)
     with on_device_of(q):
         if HAS_GLUON and hopper_forward_takes(q, k, v, dropout) and hopper_backward_takes(q, k):
             dq, dk, dv, dc_q, dc_k = hopper_backward(d_out, d_lse, q, k, v, decay, out, lse, scale)

@@ -62,8 +62,11 @@ def check_inputs(q: Tensor, k: Tensor, v: Tensor, log_f: Tensor) -> None:
 def is_transformed(*inputs: Tensor) -> bool:
     """Whether one of them carries a tangent of forward mode, which operators without a rule drop without a word, or is
     what a transform of torch.func makes of a tensor."""
-    if torch.compiler.is_compiling():
-        return False
+    return not torch.compiler.is_compiling() and is_transformed_in_eager(inputs)
+
+
+def is_transformed_in_eager(inputs: tuple[Tensor, ...]) -> bool:
+    """`is_transformed` where nothing is compiled."""
     # All layers ask, hundreds of times a pass: so by torch.func's own check, and of tangents where there can be any.
     if any(map(torch._C._functorch.is_functorch_wrapped_tensor, inputs)):
         return True
@@ -178,7 +181,7 @@ def check_tensor(name: str, x: object) -> None:
 
 def is_number(x: object) -> bool:
     """Whether ``x`` is a real number of Python or numpy; a tensor is none: its gradient would be lost."""
-    return isinstance(x, Real) and not isinstance(x, bool)
+    return type(x) is float or (isinstance(x, Real) and not isinstance(x, bool))
 
 
 def is_readable(x: Tensor) -> bool:

@@ -4,8 +4,8 @@ import torch
 from torch import Tensor, nn
 
 
-def gate_logits(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    """``x weight^T + bias`` in float32, or wider.
+def gate_logits(x: Tensor, weight: Tensor, bias: Tensor, log_sigmoid: bool = False) -> Tensor:
+    """``x weight^T + bias`` in float32, or wider; with ``log_sigmoid`` the log gates that these logits mean.
 
     Args:
         x: ``[..., hidden]``.
@@ -13,4 +13,5 @@ def gate_logits(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
         bias: ``[Hf]``.
     """
     dtype = torch.promote_types(x.dtype, torch.float32)
-    return nn.functional.linear(x.to(dtype), weight.to(dtype), bias.to(dtype))
+    logits = nn.functional.linear(x.to(dtype), weight.to(dtype), bias.to(dtype))
+    return nn.functional.logsigmoid(logits) if log_sigmoid else logits

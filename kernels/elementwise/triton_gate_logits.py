@@ -25,14 +25,25 @@ _MANY_TOKENS, _MOST_GATES = 64, 64
 _ROW_VALUES = 1024
 
 
+@triton.jit
+def _log_sigmoid(x):
+    """``min(x, 0) - log1p(exp(-|x|))`` of float32 values, in float64: the logarithm of a slow gate is as small as what
+    is added to 1."""
+    x = x.to(tl.float64)
+    z = tl.exp(-tl.abs(x))
+    log1p = tl.where(z < 2.0**-20, z * (1.0 - 0.5 * z), tl.log(1.0 + z))
+    return (tl.minimum(x, 0.0) - log1p).to(tl.float32)
+
+
 @launched
 @triton.jit(do_not_specialize=["N"])
 def _gate_logits_kernel(
     X, x_n, WEIGHT, BIAS, OUT,
     N, HIDDEN, HF,
     BLOCK_N: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_SUM: tl.constexpr,
+    LOG_SIGMOID: tl.constexpr,
 ):  # fmt: skip
-    """``OUT[n, h] = sum_k X[n, k] WEIGHT[h, k] + BIAS[h]``, as exact as in float32."""
+    """``OUT[n, h] = sum_k X[n, k] WEIGHT[h, k] + BIAS[h]``, as exact as in float32; or the `_log_sigmoid` of that."""
     o_n, o_h = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_H)
     m_n, m_h = o_n < N, o_h < HF
     acc = tl.zeros([BLOCK_N, BLOCK_H], tl.float32)
@@ -48,12 +59,14 @@ def _gate_logits_kernel(
             part = tl.dot(b_x, b_w, part, input_precision="tf32x3")
         acc += part
     acc += tl.load(BIAS + o_h, mask=m_h, other=0.0)[None, :]
+    if LOG_SIGMOID:
+        acc = _log_sigmoid(acc)
     tl.store(OUT + o_n[:, None].to(tl.int64) * HF + o_h[None, :], acc, mask=m_n[:, None] & m_h[None, :])
 
 
 @launched
 @triton.jit
-def _gate_logit_kernel(X, x_n, WEIGHT, BIAS, OUT, HIDDEN, BLOCK_K: tl.constexpr):
+def _gate_logit_kernel(X, x_n, WEIGHT, BIAS, OUT, HIDDEN, BLOCK_K: tl.constexpr, LOG_SIGMOID: tl.constexpr):
     """As `_gate_logits_kernel`, one value: a decoding step has few, and waits for each launch."""
     i_n, i_h, gates = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.num_programs(1)
     acc = tl.zeros([BLOCK_K], tl.float32)
@@ -62,20 +75,21 @@ def _gate_logit_kernel(X, x_n, WEIGHT, BIAS, OUT, HIDDEN, BLOCK_K: tl.constexpr)
         m_k = o_k < HIDDEN
         b_x = tl.load(X + i_n * x_n + o_k, mask=m_k, other=0.0).to(tl.float32)
         acc += b_x * tl.load(WEIGHT + i_h * HIDDEN + o_k, mask=m_k, other=0.0)
-    tl.store(OUT + i_n * gates + i_h, tl.sum(acc, 0) + tl.load(BIAS + i_h))
+    logit = tl.sum(acc, 0) + tl.load(BIAS + i_h)
+    tl.store(OUT + i_n * gates + i_h, _log_sigmoid(logit) if LOG_SIGMOID else logit)
 
 
-def gate_logits(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+def gate_logits(x: Tensor, weight: Tensor, bias: Tensor, log_sigmoid: bool = False) -> Tensor:
     """As `gate_logits.gate_logits`, which itself runs for gradients and other dtypes."""
     tokens, (gates, hidden) = x.shape[:-1].numel(), weight.shape
     fits = tokens > 0 and gates <= _MOST_GATES and x.dtype in (torch.float16, torch.bfloat16)
     fits &= weight.dtype == bias.dtype == torch.float32 and weight.is_contiguous() and not torch.is_grad_enabled()
     if not fits or not may_launch(x, weight, bias) or not weight.device == bias.device == x.device:
-        return gate_logits_in_pytorch(x, weight, bias)
+        return gate_logits_in_pytorch(x, weight, bias, log_sigmoid)
     rows = x.reshape(tokens, hidden)
     rows = rows if rows.stride(1) == 1 else rows.contiguous()
     out = torch.empty(*x.shape[:-1], gates, dtype=torch.float32, device=x.device)
-    arguments = dict(X=rows, x_n=rows.stride(0), WEIGHT=weight, BIAS=bias, OUT=out, HIDDEN=hidden)
+    arguments = dict(X=rows, x_n=rows.stride(0), WEIGHT=weight, BIAS=bias, OUT=out, HIDDEN=hidden, LOG_SIGMOID=log_sigmoid)
     with on_device_of(x):
         if tokens < _MANY_TOKENS:
             _gate_logit_kernel[(tokens, gates)](**arguments, BLOCK_K=_ROW_VALUES)

@@ -73,7 +73,9 @@ def hopper_forward_takes(q: Tensor, k: Tensor, v: Tensor, dropout: float) -> boo
         and q.dtype == k.dtype == v.dtype
         and q.shape[-1] in HOPPER_FORWARD
         and q.numel() > 0
-        and all(fits_tma(x) for x in (q, k, v))
+        and fits_tma(q)
+        and fits_tma(k)
+        and fits_tma(v)
     )
 
 

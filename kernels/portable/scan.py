@@ -144,9 +144,11 @@ def _gradient_scan_kernel(
 def sum_gates(log_f: Tensor, starts: Tensor | None, no_reset: int) -> tuple[Tensor, Tensor]:
     """As `decay.sum_gates`, differentiable in ``log_f`` twice too. For few tokens, and for what torch.func's transforms
     and forward mode make of gates, that itself."""
-    if log_f.shape[1] <= _FEW or is_transformed(log_f):
+    if log_f.shape[1] <= _FEW:
         return sum_gates_in_pytorch(log_f, starts, no_reset)
     if not may_launch(log_f):
+        if is_transformed(log_f):
+            return sum_gates_in_pytorch(log_f, starts, no_reset)
         return _sum_gates(log_f, starts, LOG_ZERO_GATE, no_reset)
     if torch.is_grad_enabled() and log_f.requires_grad:
         return _SumGates.apply(log_f, starts, no_reset)

@@ -14,8 +14,8 @@ from torch import Tensor
 
 from ..decay import Decay
 from ..devices import on_device_of
-from ..operators import NAMESPACE, maybe_contiguous, nothing_sees
-from ..tiles import PRUNED_KEYS, PRUNED_QUERIES, padded_head_dim
+from ..operators import NAMESPACE, contiguous_decay, maybe_contiguous, nothing_sees
+from ..tiles import PRUNED_KEYS, PRUNED_QUERIES, cdiv, padded_head_dim
 from ..triton_common import INF, INT32_MAX, kernel, larger, load_rows
 from .predicates import lengths, log_add, may_drop, query_bounds, raised, sink_bound
 from .rounding import decay_margin, log_allowed, logit_margin
@@ -211,10 +211,15 @@ def search_kv_start(
             # Filled on the device: a copy of a number from the host would wait for all that is queued.
             logit_bound = torch.full((1,), logit_bound, dtype=torch.float32, device=q.device)
         logit_bound = logit_bound.to(device=q.device, dtype=torch.float32).expand(q.shape[0], q.shape[2])
-    q, k, c_q, c_k = (x.detach() for x in (q, k, decay.query, decay.key))
     sink = None if sink is None else sink.detach().expand(len(q), *sink.shape[-2:])
-    search_blocks = _search if nothing_sees(q, k, c_q, c_k) else _search_kv_start
-    return search_blocks(q, k, c_q, c_k, decay.kv_start, decay.last, eps, rule.value, scale, logit_bound, sink)
+    if torch.is_grad_enabled():
+        q, k, c_q, c_k = (x.detach() for x in (q, k, decay.query, decay.key))
+        decay = decay._replace(query=c_q, key=c_k)
+    if nothing_sees(q, k, decay.query, decay.key):
+        return _search_blocks(decay, q, k, eps, rule, scale, logit_bound, sink)
+    return _search_kv_start(
+        q, k, decay.query, decay.key, decay.kv_start, decay.last, eps, rule.value, scale, logit_bound, sink
+    )
 
 
 def _search(
@@ -230,10 +235,7 @@ def _search(
     logit_bound: Tensor | None,
     sink: Tensor | None,
 ) -> Tensor:
-    q, k, c_q, c_k, kv_start = (maybe_contiguous(x) for x in (q, k, c_q, c_k, kv_start))
-    sink = None if sink is None else maybe_contiguous(sink)
-    with on_device_of(q):
-        return _launch(Decay(c_q, c_k, kv_start, last), q, k, eps, PruningRule(rule), scale, logit_bound, sink)
+    return _search_blocks(Decay(c_q, c_k, kv_start, last), q, k, eps, PruningRule(rule), scale, logit_bound, sink)
 
 
 _search_kv_start = torch.library.custom_op(f"{NAMESPACE}::search_kv_start", _search, mutates_args=())
@@ -242,6 +244,22 @@ _search_kv_start = torch.library.custom_op(f"{NAMESPACE}::search_kv_start", _sea
 @_search_kv_start.register_fake
 def _search_kv_start_fake(q, k, c_q, c_k, kv_start, last, eps, rule, scale, logit_bound, sink):
     return kv_start.new_empty(q.shape[0], q.shape[2], q.shape[1])
+
+
+def _search_blocks(
+    decay: Decay,
+    q: Tensor,
+    k: Tensor,
+    eps: float,
+    rule: PruningRule,
+    scale: float,
+    logit_bound: Tensor | None,
+    sink: Tensor | None,
+) -> Tensor:
+    decay, q, k = contiguous_decay(decay), maybe_contiguous(q), maybe_contiguous(k)
+    sink = None if sink is None else maybe_contiguous(sink)
+    with on_device_of(q):
+        return _launch(decay, q, k, eps, rule, scale, logit_bound, sink)
 
 
 def _launch(
@@ -314,7 +332,7 @@ class Blocks(NamedTuple):
 def decay_by_blocks(c_k: Tensor) -> Blocks:
     """Each block alone, without ``largest``, from ``[B, Hf, Tk]`` running sums."""
     batch, gates, keys = c_k.shape
-    blocks = triton.cdiv(keys, PRUNED_KEYS)
+    blocks = cdiv(keys, PRUNED_KEYS)
     end, log_sum = torch.empty(2, batch, gates, blocks, dtype=torch.float64, device=c_k.device).unbind()
     _block_decay_kernel[(batch * gates, blocks)](
         C=c_k, c_b=c_k.stride(0), c_h=c_k.stride(1),
@@ -339,7 +357,7 @@ def summarize(
     """
     batch, queries, heads, head_dim = q.shape
     keys, kv_heads, gates = k.shape[1], k.shape[2], c_k.shape[1]
-    count = triton.cdiv(keys, PRUNED_KEYS)
+    count = cdiv(keys, PRUNED_KEYS)
     norm, diagonal = torch.empty(2, batch, heads, queries, dtype=torch.float32, device=q.device).unbind()
     if out is None:
         end, log_sum = torch.empty(2, batch, gates, count, dtype=torch.float64, device=q.device).unbind()
@@ -408,7 +426,7 @@ def search(
     kv_start = torch.empty(batch, heads, queries, dtype=torch.int64, device=rows.c.device)
     bound = logit_bound if rule.reads_bound else None
     count = blocks.end.shape[-1]
-    _search_kernel[(batch * heads, triton.cdiv(queries, PRUNED_QUERIES))](
+    _search_kernel[(batch * heads, cdiv(queries, PRUNED_QUERIES))](
         C_Q=rows.c, cq_b=rows.c.stride(0), cq_h=rows.c.stride(1),
         END=blocks.end,
         LOG_SUM=blocks.log_sum,

@@ -126,8 +126,9 @@ class DynamicForgettingLayer(DynamicLayer):
             self.is_initialized = True
         if self.keys is None or self.keys.numel() == 0:
             # A graph is traced for the strides of its inputs, so a step must return the strides that it takes.
-            traced = is_torchdynamo_compiling()
-            self.keys, self.values = (x.contiguous() if traced else x for x in (key_states, value_states))
+            if is_torchdynamo_compiling():
+                key_states, value_states = key_states.contiguous(), value_states.contiguous()
+            self.keys, self.values = key_states, value_states
         else:
             self.keys = self._append("keys", self.keys, key_states, -2)
             self.values = self._append("values", self.values, value_states, -2)
@@ -191,6 +192,11 @@ class DynamicForgettingLayer(DynamicLayer):
 
     def append_unshifted(self, name: str, states: Tensor, layout: TokenLayout) -> None:
         """Keep the unshifted ``name`` of new tokens, ``[B, T, G, D]``."""
+        is_long = states.shape[1] > 2 * self.rollback_window and layout.last_real is None and not self.record_past
+        if is_long and not is_torchdynamo_exporting():
+            # Of long prompts none of the past.
+            self.unshifted = self.unshifted | {name: states[:, -self.rollback_window :].clone()}
+            return
         past, exporting = self.previous_unshifted(name, layout), is_torchdynamo_exporting()
         count = states.shape[1] + (1 if past is None else past.shape[1])
         # Trimmed only at twice the window, so that a decoding step seldom copies it.

@@ -28,11 +28,10 @@ from ..cache.paged import FoxPagedCache
 from ..cache.static import StaticForgettingLayer, state_sizes
 from ..cache.view import CacheView
 from ..configuration_fox import DEFAULT_IMPLEMENTATION, FoxConfig
-from ..parallel.tensor_parallel import local_part, sum_gradients
 from ..token_layout import TokenLayout, token_layout
 from ..versions import CACHE, one_cache
 from .attention_sink import FoxAttentionSink
-from .forget_gate import make_forget_gate
+from .forget_gate import FoxForgetGate, make_forget_gate
 from .fused_projections import FusableProjections, are_called_plainly, has_hooks
 from .logit_bounds import qk_norm_bounds
 from .norm import FoxRMSNorm
@@ -332,7 +331,7 @@ class FoxAttention(FusableProjections):
             pasts[1] = _last_unshifted("value", layout, cache_layer)
         weights: list[Tensor | None] = [None, None]
         if self.qk_norm != "none":
-            weights = [sum_gradients(local_part(x.weight), x.ranks) for x in (self.q_norm, self.k_norm)]
+            weights = [self.q_norm.local_weight(), self.k_norm.local_weight()]
         cos, sin = (None, None) if position_embeddings is None else position_embeddings
         shift = key_logits, value_logits, pasts[0], pasts[1]
         return PrologueInputs(*states, *shift, weights[0], weights[1], cos, sin, layout.starts, layout.last_real)
@@ -365,7 +364,10 @@ class FoxAttention(FusableProjections):
         if not self.has_forget_gate:
             dtype = torch.promote_types(hidden_states.dtype, torch.float32)
             return hidden_states.new_zeros(*hidden_states.shape[:-1], 1, dtype=dtype)
-        return nn.functional.logsigmoid(self.forget_gate(hidden_states))
+        gate = self.forget_gate
+        if not torch.compiler.is_compiling() and are_called_plainly([gate], FoxForgetGate):
+            return gate.forward(hidden_states, log_sigmoid=True)
+        return nn.functional.logsigmoid(gate(hidden_states))
 
     def logit_bound(self, dtype: torch.dtype) -> Tensor | None:
         """Bound of ``|scale * q . k|`` by the weights of QK-norm, ``[H]`` or ``[1]``; None as for `norm_bounds`.

@@ -30,7 +30,7 @@ class FoxMLP(FusableProjections, LlamaMLP):
 
     def forward(self, x: Tensor) -> Tensor:
         fused = self.project(x)
-        gate, up = (fused[name] if fused else getattr(self, name)(x) for name in ("gate_proj", "up_proj"))
+        gate, up = fused.values() if fused else (self.gate_proj(x), self.up_proj(x))
         return self.down_proj(self._activate(gate, up))
 
     def _activate(self, gate: Tensor, up: Tensor) -> Tensor:

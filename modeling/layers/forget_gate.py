@@ -47,13 +47,14 @@ class FoxForgetGate(nn.Linear):
     def __init__(self, hidden_size: int, gates: int) -> None:
         super().__init__(hidden_size, gates, dtype=_gate_dtype())
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, log_sigmoid: bool = False) -> Tensor:
+        """Logits; or in eager mode their `logsigmoid`, which is then no launch of its own."""
         with maybe_autocast(x.device.type, enabled=False):
             if not torch.compiler.is_compiling():
                 # Imported when they are used, since importing the kernels takes time.
                 from ...kernels.backends import elementwise_backend_of
 
-                return elementwise_backend_of(x).gate_logits(x, self.weight, self.bias)
+                return elementwise_backend_of(x).gate_logits(x, self.weight, self.bias, log_sigmoid)
             # An exported program takes any number of tokens, and must not be specialized on one side of the limit.
             traced = not torch.compiler.is_exporting()
             if traced and not torch.is_grad_enabled() and x.shape[:-1].numel() <= _FEW_TOKENS:

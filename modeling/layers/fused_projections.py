@@ -44,6 +44,7 @@ class FusedProjections(NamedTuple):
         bias: of each row, zero for a projection without a bias; None if none has one.
         modules: each one on the way to a projection, with the dictionary and the name that it was found by.
         linears: the projections, with the weight and bias of each.
+        on_kernels: whether kernels read what is projected.
     """
 
     names: tuple[str, ...]
@@ -54,6 +55,7 @@ class FusedProjections(NamedTuple):
     bias: nn.Parameter | None
     modules: tuple[tuple[dict[str, Any], str, nn.Module], ...] = ()
     linears: tuple[tuple[nn.Linear, nn.Parameter, nn.Parameter | None], ...] = ()
+    on_kernels: bool = False
 
     def __reduce__(self) -> tuple:
         # A copy of the model has weights of its own: None in its place.
@@ -106,8 +108,10 @@ class FusableProjections(nn.Module):
         if fused is None or self.uses_fused == "never" or torch.is_grad_enabled():
             return {}
         tokens = x.shape[:-1].numel()
-        if tokens > MAX_FUSED_TOKENS and (tokens > MAX_FUSED_PROMPT or not self._kernels_read_views(x)):
-            return {}
+        if tokens > MAX_FUSED_TOKENS:
+            reads_views = fused.on_kernels and self.reads_views and not torch.compiler.is_compiling()
+            if tokens > MAX_FUSED_PROMPT or not reads_views:
+                return {}
         # accelerate moves an offloaded model when it is called; autocast would cast the whole buffer at each call.
         if fused.weight.device != x.device or _autocasts(x):
             return {}
@@ -134,13 +138,6 @@ class FusableProjections(nn.Module):
             # An engine that shards or offloads what it trains could not free weights that the buffer holds too.
             self.unfuse_projections()
         return super().train(mode)
-
-    def _kernels_read_views(self, x: Tensor) -> bool:
-        # Imported when they are used, since importing the kernels takes time.
-        from ...kernels.backends import PYTORCH, elementwise_backend_of
-
-        compiles = torch.compiler.is_compiling()
-        return self.reads_views and not compiles and elementwise_backend_of(x) is not PYTORCH
 
     @staticmethod
     def _is_untouched(fused: FusedProjections) -> bool:
@@ -203,8 +200,12 @@ class FusableProjections(nn.Module):
                 return False
             with torch.inference_mode(False), torch.no_grad():
                 fused = _move_to_buffer(names, linears)
+            # Imported when they are used, since importing the kernels takes time.
+            from ...kernels.backends import PYTORCH, elementwise_backend_of
+
             kept = tuple((x, *_parameters(x)) for x in linears)
-            self.fused_projections = fused._replace(modules=_ways(self, names), linears=kept)
+            on_kernels = elementwise_backend_of(fused.weight) is not PYTORCH
+            self.fused_projections = fused._replace(modules=_ways(self, names), linears=kept, on_kernels=on_kernels)
         taken.update(map(_address, weights))
         return True
 

@@ -37,7 +37,7 @@ class FoxRMSNorm(nn.Module):
         Returns:
             The shape of ``x``; its dtype, promoted with that of the gate.
         """
-        weight = sum_gradients(local_part(self.weight), self.ranks)
+        weight = self.local_weight()
         if torch.compiler.is_compiling():
             return gated_norm(x, weight, self.eps, gate, activation)
         if gate is None and _torch_fuses(x, weight):
@@ -47,6 +47,14 @@ class FoxRMSNorm(nn.Module):
         from ...kernels.backends import elementwise_backend_of
 
         return elementwise_backend_of(x).gated_norm(x, weight, self.eps, gate, activation)
+
+    def local_weight(self) -> Tensor:
+        """This rank's part of the weight."""
+        weight = self.weight
+        # Of a plain one at once: hosts are slower than GPUs for short prompts.
+        if self.ranks is None and type(weight) is nn.Parameter:
+            return weight
+        return sum_gradients(local_part(weight), self.ranks)
 
     def extra_repr(self) -> str:
         return f"{tuple(self.weight.shape)}, eps={self.eps}"

@@ -42,3 +42,18 @@ def test_what_is_left_to_torch(case):
     bias = torch.zeros_like(weight[:, 0])
     with torch.set_grad_enabled(case == "gradients"):
         assert torch.equal(TRITON.gate_logits(x, weight, bias), PYTORCH.gate_logits(x, weight, bias))
+
+
+@pytest.mark.parametrize("tokens", [1, 70])
+def test_log_sigmoid(tokens):
+    """Each value rounded once: those of slow gates are tiny, and of what never forgets zero."""
+    x, weight = torch.zeros(tokens, 32, device=DEVICE, dtype=torch.float16), torch.randn(64, 32, device=DEVICE)
+    bias = torch.cat([torch.linspace(-100.0, 80.0, 60), torch.tensor([0.0, 13.9, 128.0, -2e4])]).to(DEVICE)
+    exact = torch.nn.functional.logsigmoid(bias.double())
+    with torch.no_grad():
+        found = TRITON.gate_logits(x, weight, bias, log_sigmoid=True)
+        logits = TRITON.gate_logits(x, weight, bias)
+        expected = PYTORCH.gate_logits(x, weight, bias, log_sigmoid=True)
+    assert torch.equal(logits, bias.expand(tokens, -1)) and found.dtype == torch.float32
+    assert ((found - exact).abs() <= 2.0**-23 * exact.abs() + 2.0**-149).all()
+    torch.testing.assert_close(found, expected, rtol=2.0**-22, atol=0.0)
