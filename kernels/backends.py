@@ -37,6 +37,7 @@ if HAS_TRITON:
     from .elementwise.triton_silu_product import silu_product as triton_silu_product
     from .portable.decode import can_decode, decode_attention
     from .portable.decode_append import append_tokens
+    from .portable.paged_chunk import take_chunk, write_chunk
     from .portable.scan import sum_gates as triton_sum_gates
     from .pruning.search import search_kv_start as triton_search_kv_start
     from .triton_attention import backward_pass as triton_backward_pass
@@ -64,6 +65,8 @@ class Backend(NamedTuple):
         gated_norm: RMSNorm of the output of each head and the output gate: `elementwise.gated_norm.gated_norm`.
         append: take the tokens of a decoding step into a layer's cache: `portable.decode_append.append_tokens`; None if
             the cache is to do so by operators of its own.
+        take_chunk, write_chunk: take a chunk of a prompt into an evicting cache: `portable.paged_chunk.take_chunk` and
+            `write_chunk`; None as above.
         add_sink: an attention sink beside the keys: `elementwise.attention_sink.add_sink`.
         silu_product: the activation of a gated MLP: `elementwise.silu_product.silu_product`.
         gate_logits: logits of the forget gates: `elementwise.gate_logits.gate_logits`.
@@ -82,6 +85,8 @@ class Backend(NamedTuple):
     gated_norm: Callable[..., Tensor]
     append: Callable[..., tuple[Tensor, Tensor]] | None
     add_sink: Callable[..., tuple[Tensor, Tensor]]
+    take_chunk: Callable[..., tuple[Tensor, Tensor, Tensor, Tensor | None]] | None
+    write_chunk: Callable[..., None] | None
     silu_product: Callable[[Tensor, Tensor], Tensor]
     gate_logits: Callable[..., Tensor]
     prologue: Callable[[PrologueInputs, float], tuple[Tensor, Tensor, Tensor] | None]
@@ -99,6 +104,8 @@ PYTORCH = Backend(
     gated_norm=gated_norm,
     append=None,
     add_sink=add_sink,
+    take_chunk=None,
+    write_chunk=None,
     silu_product=silu_product,
     gate_logits=gate_logits,
     prologue=lambda inputs, eps: None,
@@ -118,6 +125,8 @@ if HAS_TRITON:
         gated_norm=triton_gated_norm,
         append=append_tokens,
         add_sink=triton_add_sink,
+        take_chunk=take_chunk,
+        write_chunk=write_chunk,
         silu_product=triton_silu_product,
         gate_logits=triton_gate_logits,
         prologue=attention_prologue,

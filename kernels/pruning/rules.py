@@ -374,6 +374,24 @@ def future_query_bounds(bounds: tuple[Tensor, Tensor], heads: int, head_dim: int
     return norm, -logit_bound
 
 
+class QueriesToCome(NamedTuple):
+    """By which `first_needed_block` finds what no later query needs.
+
+    Attributes:
+        rule, eps: as for `first_kept`.
+        norm, diagonal: ``[H, 1]`` float64, as `future_query_bounds` gives them.
+        token: whose running sum no later one exceeds; at least 64.
+        most_keys: that there will ever be.
+    """
+
+    rule: PruningRule
+    eps: float
+    norm: Tensor
+    diagonal: Tensor
+    token: int
+    most_keys: int
+
+
 def first_needed_block(
     c: Tensor,
     summary: KeySummary,

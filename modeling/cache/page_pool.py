@@ -62,14 +62,6 @@ class PagePool:
         """Bytes of keys, values and running sums of gates, those of unused pages included."""
         return sum(x.nbytes for x in (self.keys, self.values, self.c) if x is not None)
 
-    def _plan(self, start: Tensor | None, blocks: int) -> "_PagePlan":
-        """What `move_pages` does to this layer."""
-        start = self.start if start is None else torch.maximum(start, self.start)
-        index = torch.arange(self.pages.shape[-1], device=self.device)
-        held, needed = self.pages >= 0, index >= start[..., None]
-        evicted, wanted = held & ~needed, ~held & needed & (index < blocks)
-        return _PagePlan(start, evicted, wanted, torch.stack([evicted.sum(), wanted.sum()]))
-
     def _carry_out(self, plan: "_PagePlan", evicted: int, wanted: int) -> None:
         """Do it; ``evicted`` and ``wanted`` are the numbers of pages."""
         if evicted:
@@ -172,38 +164,40 @@ class PagePool:
 
 
 class _PagePlan(NamedTuple):
-    """Blocks of a layer whose pages are freed, and that get pages: ``[B, G, N]`` bool, and the numbers of both.
+    """Blocks of layers whose pages are freed, and that get pages: ``[L, B, G, N]`` bool.
 
     Attributes:
-        start: `PagePool.start` from then on.
+        start: ``[L, B, G]``, `PagePool.start` from then on.
     """
 
     start: Tensor
     evicted: Tensor
     wanted: Tensor
-    counts: Tensor
 
 
 def move_pages(layers: Sequence[PagePool], starts: Sequence[Tensor | None], blocks: int) -> None:
     """Evict all blocks before ``starts``, then have pages for all of the first ``blocks`` that are not evicted.
 
-    Synchronises once for the layers of a device: one synchronisation for each layer would keep the device waiting for
-    the host as often.
+    Plans for all layers of a device at once and synchronises once: operators and synchronisations for each layer would
+    keep the device waiting for the host.
 
     Args:
         layers: of a cache.
         starts: of each, ``[B, G]`` int32; None evicts nothing.
         blocks: of 64 tokens.
     """
-    plans = [layer._plan(start, blocks) for layer, start in zip(layers, starts, strict=True)]
-    devices = {plan.counts.device for plan in plans}
-    numbers: dict[int, list[int]] = {}
-    for device in devices:
-        of_device = [i for i, plan in enumerate(plans) if plan.counts.device == device]
-        read = torch.stack([plans[i].counts for i in of_device]).tolist()
-        numbers |= dict(zip(of_device, read, strict=True))
-    for i, (layer, plan) in enumerate(zip(layers, plans, strict=True)):
-        layer._carry_out(plan, *numbers[i])
+    for device in dict.fromkeys(layer.pages.device for layer in layers):
+        of_device = [(layer, start) for layer, start in zip(layers, starts, strict=True) if layer.pages.device == device]
+        held_from = torch.stack([layer.start for layer, _ in of_device])
+        start = torch.stack([layer.start if start is None else start for layer, start in of_device])
+        start = torch.maximum(start, held_from)
+        held = torch.stack([layer.pages for layer, _ in of_device]) >= 0
+        index = torch.arange(held.shape[-1], device=device)
+        needed = index >= start[..., None]
+        plan = _PagePlan(start, held & ~needed, ~held & needed & (index < blocks))
+        counts = torch.stack([x.flatten(1).sum(1) for x in (plan.evicted, plan.wanted)], dim=1).tolist()
+        for i, (layer, _) in enumerate(of_device):
+            layer._carry_out(_PagePlan(*(x[i] for x in plan)), *counts[i])
 
 
 def fixed_address(x: Tensor) -> Tensor:

@@ -12,6 +12,7 @@ Pages are allocated and evicted between steps, every 256 tokens or so, by `FoxPa
 
 import weakref
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 import torch
@@ -21,7 +22,8 @@ from transformers.utils.import_utils import is_torchdynamo_compiling
 
 from ...kernels.decay import Decay
 from ...kernels.pruning.key_stats import KeySummary, Running, empty_summary, extend_summary, running_before
-from ...kernels.pruning.rules import Rule, first_needed_block, future_query_bounds
+from ...kernels.operators import may_launch
+from ...kernels.pruning.rules import QueriesToCome, Rule, check_rule, first_needed_block, future_query_bounds
 from ..token_layout import TokenLayout, refuse_overflow
 from ..versions import CACHE
 from .page_pool import PAGE, PagePool, fixed_address, in_blocks, move_pages
@@ -47,16 +49,12 @@ class _Pending(NamedTuple):
     Attributes:
         start: as of `PagedForgettingLayer.first_needed`.
         length: tokens so far.
-        begin: the block that they begin in.
-        keys, values, c: as `PagePool.write_blocks` takes them.
+        write: writes them, once their pages are allocated.
     """
 
     start: Tensor | None
     length: int
-    begin: int
-    keys: Tensor
-    values: Tensor
-    c: Tensor
+    write: Callable[[], None]
 
 
 class PagedForgettingLayer(PagePool, CacheLayerMixin):
@@ -105,6 +103,8 @@ class PagedForgettingLayer(PagePool, CacheLayerMixin):
         self.cumulative_length = torch.tensor(0, dtype=torch.int64)
         self._gathered: Decay | None = None
         self.pending: Any = None
+        # That of new tokens, where its kernels may be launched, from `append_gates` to `update`.
+        self._backend: Backend | None = None
         # Tokens before this pass, if `FoxPagedCache.reserve` has read their number.
         self.known_length: int | None = None
         # A crop must leave at least `_evicted_for` tokens, for which pages were evicted, and at least 32 less than the
@@ -139,18 +139,25 @@ class PagedForgettingLayer(PagePool, CacheLayerMixin):
             self.recent["first"] = fixed_address(
                 torch.zeros(batch, gates, PAGE, dtype=torch.int64, device=log_f.device)
             )
-        last_c, last_first = (self.recent[name].index_select(-1, layout.slots[:1])[..., 0] for name in ("c", "first"))
-        carry = last_c, last_first
+        carry = self._last("c", -1, layout)[..., 0], self._last("first", -1, layout)[..., 0]
         c, first = layout.accumulate(log_f, backend, self.cumulative_length, carry)
         self._write_recent("c", c, -1, layout)
         self._write_recent("first", first, -1, layout)
         self._new = Decay(c, c, first, layout.positions)
+        self._backend = backend if may_launch(log_f) else None
 
     def previous_unshifted(self, name: str, layout: TokenLayout) -> Tensor | None:
         """As `StaticForgettingLayer.previous_unshifted`."""
         if name not in self.recent:
             return None
-        return self.recent[name].index_select(1, layout.slots[:1])
+        return self._last(name, 1, layout)
+
+    def _last(self, name: str, dim: int, layout: TokenLayout) -> Tensor:
+        """What is held of the token before the new ones."""
+        # A step of a few tokens may be captured in a graph that serves any length.
+        if self.known_length is None or len(layout.positions) <= PAGE:
+            return self.recent[name].index_select(dim, layout.slots[:1])
+        return self.recent[name].narrow(dim, (self.known_length - 1) % PAGE, 1)
 
     def append_unshifted(self, name: str, states: Tensor, layout: TokenLayout) -> None:
         """As `StaticForgettingLayer.append_unshifted`."""
@@ -258,27 +265,45 @@ class PagedForgettingLayer(PagePool, CacheLayerMixin):
         length = past + tokens
         if length > self.max_cache_len:
             refuse_overflow(past, self.max_cache_len, tokens)
-        keys, values, c = key_states, value_states, self.by_head(new.query)
-        if past > 0:
-            held_keys, held_values, held_c = self.read(past, self.summary)
-            keys, values = torch.cat([held_keys, keys], dim=2), torch.cat([held_values, values], dim=2)
-            c = torch.cat([held_c, c], dim=-1)
+        keys, values, c_by_gate, start, write = self._take_chunk(key_states, value_states, new.query, past)
         # Queries must not attend to what is evicted; to each other's keys they may.
-        kv_start, evicted = new.kv_start, self.start.long() * PAGE
+        kv_start, evicted = new.kv_start, self.start * PAGE
         heads = evicted.shape[1]
         if kv_start.shape[1] not in (1, heads):
             evicted = evicted.repeat_interleave(kv_start.shape[1] // heads, dim=1)
         kv_start = torch.maximum(kv_start, evicted[..., None])
-        c_by_gate = self.by_gate(c)
         self._gathered = Decay(new.query, c_by_gate, kv_start, new.last)
-
-        self._summarize(new.query, key_states, past)
-        begin = past // PAGE * PAGE
-        blocks = (in_blocks(x[:, :, begin:]) for x in (keys, values, c.mT))
-        self.pending = _Pending(self.first_needed(length, c_by_gate), length, past // PAGE, *blocks)
+        self.pending = _Pending(start, length, write)
         if len(keys) * tokens > _TOKENS_AT_ONCE:
             settle([self])
         return keys, values
+
+    def _take_chunk(
+        self, key_states: Tensor, value_states: Tensor, c_new: Tensor, past: int
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Callable[[], None]]:
+        """All keys, values and running sums by gate; `first_needed` after the new tokens; what writes these to pages."""
+        backend, self._backend = self._backend, None
+        length = past + key_states.shape[2]
+        if backend is not None and backend.take_chunk is not None:
+            new, to_come = (key_states, value_states, c_new, past), self._queries_to_come(length)
+            state = dict(summary=self.summary, running=self.running, to_come=to_come)
+            taken = backend.take_chunk(*new, **self._pools(), **state)
+            if to_come is not None:
+                self._evicted_for = to_come.token + 1
+            return *taken, lambda: backend.write_chunk(*new, **self._pools())
+        keys, values, c = key_states, value_states, self.by_head(c_new)
+        if past > 0:
+            held_keys, held_values, held_c = self.read(past, self.summary)
+            keys, values = torch.cat([held_keys, keys], dim=2), torch.cat([held_values, values], dim=2)
+            c = torch.cat([held_c, c], dim=-1)
+        c_by_gate = self.by_gate(c)
+        self._summarize(c_new, key_states, past)
+        begin = past // PAGE
+        blocks = [in_blocks(x[:, :, begin * PAGE :]) for x in (keys, values, c.mT)]
+        return keys, values, c_by_gate, self.first_needed(length, c_by_gate), partial(self.write_blocks, begin, *blocks)
+
+    def _pools(self) -> dict[str, Tensor]:
+        return dict(keys=self.keys, values=self.values, sums=self.c, pages=self.pages)
 
     def first_needed(self, length: int, c: Tensor | None = None) -> Tensor | None:
         """The first block that some query from ``length - rollback_window`` on may need, ``[B, G]`` int32.
@@ -289,24 +314,19 @@ class PagedForgettingLayer(PagePool, CacheLayerMixin):
             length: tokens so far.
             c: ``[B, Hf, length]`` running sums; None if the last 64 tokens suffice.
         """
-        # Its running sum is one that later queries do not exceed, even after a crop.
-        token = length - 1 - self.rollback_window
+        to_come = self._queries_to_come(length)
         # After a crop, that token may not be among the recent ones.
-        if self.bounds is None or self.eps is None or token < PAGE or (c is None and token < self._longest - PAGE):
+        if to_come is None or (c is None and to_come.token < self._longest - PAGE):
             return None
-        c_then = self.recent["c"][..., token % PAGE] if c is None else c[..., token]
-        if self._bounds_to_come is None:
-            query, logit = (x.to(c_then.device) for x in self.bounds)
-            heads = self.group * self.pages.shape[1]
-            self._bounds_to_come = future_query_bounds((query, logit), heads, self.keys.shape[-1])
+        token = to_come.token
         start = first_needed_block(
-            c_then,
+            self.recent["c"][..., token % PAGE] if c is None else c[..., token],
             self.summary,
-            self._bounds_to_come,
+            (to_come.norm, to_come.diagonal),
             token // PAGE,
-            eps=self.eps,
-            rule=self.rule,
-            keys=self.max_cache_len,
+            eps=to_come.eps,
+            rule=to_come.rule,
+            keys=to_come.most_keys,
         )
         if c is None:
             # Blocks before a hard reset are hidden from all later queries.
@@ -316,6 +336,19 @@ class PagedForgettingLayer(PagePool, CacheLayerMixin):
             start = torch.maximum(start, hidden)
         self._evicted_for = token + 1
         return start
+
+    def _queries_to_come(self, length: int) -> QueriesToCome | None:
+        """What `first_needed` reads of later queries; None where nothing can be evicted."""
+        # Its running sum is one that later queries do not exceed, even after a crop.
+        token = length - 1 - self.rollback_window
+        if self.bounds is None or self.eps is None or token < PAGE:
+            return None
+        if self._bounds_to_come is None:
+            query, logit = (x.to(self.keys.device) for x in self.bounds)
+            heads = self.group * self.pages.shape[1]
+            norm, diagonal = future_query_bounds((query, logit), heads, self.keys.shape[-1])
+            self._bounds_to_come = norm.contiguous(), diagonal.contiguous()
+        return QueriesToCome(check_rule(self.eps, self.rule), self.eps, *self._bounds_to_come, token, self.max_cache_len)
 
     def get_seq_length(self) -> Tensor | int:
         return self.cumulative_length if self.is_initialized else 0
@@ -398,7 +431,7 @@ def settle(layers: list[PagedForgettingLayer]) -> None:
         return
     move_pages(layers, [x.start for x in pending], -(-pending[0].length // PAGE))
     for layer, x in zip(layers, pending, strict=True):
-        layer.write_blocks(x.begin, x.keys, x.values, x.c)
+        x.write()
         layer.pending = None
 
 

@@ -16,6 +16,7 @@ from foxlm.kernels import backends
 from foxlm.kernels.backends import HAS_TRITON
 from foxlm.kernels.decay import Decay
 from foxlm.kernels.pruning.key_stats import KeySummary, empty_summary
+from foxlm.kernels.pruning.rules import PruningRule, QueriesToCome
 from foxlm.kernels.tiles import Tiles, choose_tiles
 from kernel_device import INTERPRETED
 
@@ -42,6 +43,7 @@ from foxlm.kernels.elementwise.triton_prologue import attention_prologue
 from foxlm.kernels.elementwise.triton_silu_product import silu_product
 from foxlm.kernels.portable.decode import decode_attention
 from foxlm.kernels.portable.decode_append import append_tokens
+from foxlm.kernels.portable.paged_chunk import take_chunk, write_chunk
 
 # Shared memory that one program can have, in KiB.
 SHARED_MEMORY = {80: 163, 86: 99, 89: 99, 90: 227, 100: 227}
@@ -308,15 +310,45 @@ def test_prologue_compiles_for_what_a_model_has(shifted, norm, rotated):
 def test_gate_logits_fit_and_compile_once(capability, tmp_path):
     with compiling_only(capability) as compiled, torch.no_grad():
         for tokens in (1, 8, 64, 300, 4097):
-            gate_logits(torch.empty(1, tokens, 1536, dtype=torch.bfloat16), torch.empty(24, 1536), torch.empty(24))
+            inputs = torch.empty(1, tokens, 1536, dtype=torch.bfloat16), torch.empty(24, 1536), torch.empty(24)
+            gate_logits(*inputs)
+            gate_logits(*inputs, log_sigmoid=True)
     kernels = {kernel.hash: kernel for kernel in compiled}.values()
-    # One for few tokens, one for many.
-    assert len(kernels) == 2
+    # One for few tokens, one for many; each with and without the activation.
+    assert len(kernels) == 4
     for kernel in kernels:
         assert kernel.metadata.target.arch == capability
         used = resources(kernel, tmp_path)
         assert used["REG"] * 32 * kernel.metadata.num_warps <= REGISTERS
         assert used["STACK"] == 0
+
+
+@pytest.mark.parametrize("capability", ARCHITECTURES)
+@pytest.mark.parametrize(("heads", "gates", "head_dim"), [(4, 4, 64), (4, 1, 128), (8, 8, 80)])
+def test_chunks_of_an_evicting_cache_fit_and_compile_once(heads, gates, head_dim, capability, tmp_path):
+    """Once for the first chunk of a prompt, which reads no pages, and once for all others."""
+    rows = max(1, gates // 4)
+    pools = dict(keys=torch.empty(9, 64, head_dim, dtype=torch.bfloat16), sums=torch.empty(9, rows, 64).double())
+    pools |= dict(values=pools["keys"], pages=torch.zeros(2, 4, 130, dtype=torch.int32))
+    to_come = QueriesToCome(PruningRule.TIGHT, 1e-3, *torch.empty(2, heads, 1).double().unbind(), 64, 8192)
+    with compiling_only(capability) as compiled:
+        for past, tokens in ((0, 300), (0, 1024), (300, 211), (511, 1), (1024, 4096)):
+            k = torch.empty(2, tokens, 4, head_dim, dtype=torch.bfloat16).transpose(1, 2)
+            c = torch.empty(2, gates, tokens).double()
+            summary, running = empty_summary(c, k, 130 * 64)
+            statistics = dict(summary=summary, running=running, to_come=to_come)
+            all_k, _, all_c, start = take_chunk(k, k, c, past, **pools, **statistics)
+            assert all_k.shape == (2, 4, past + tokens, head_dim) and all_c.shape == (2, gates, past + tokens)
+            assert start.shape == (2, 4)
+            write_chunk(k, k, c, past, **pools)
+    kernels = {kernel.hash: kernel for kernel in compiled}.values()
+    names = [kernel.metadata.name for kernel in kernels]
+    assert sorted(names) == [f"_{x}_chunk_kernel" for x in ("join", "read", "read", "write")]
+    for kernel in kernels:
+        assert kernel.metadata.target.arch == capability
+        used = resources(kernel, tmp_path)
+        assert used["REG"] * 32 * kernel.metadata.num_warps <= REGISTERS
+        assert used["STACK"] == 0, kernel.metadata.name
 
 
 def test_dropout_and_packing_compile(monkeypatch):

@@ -1,0 +1,306 @@
+"""A chunk of a prompt and an evicting cache, in three Triton launches: read what is held, summarize what is new, write.
+
+What `PagePool.read`, `extend_summary`, `first_needed_block` and `PagePool.write_blocks` do in a hundred operators.
+Pages hold 64 tokens of one key/value head (names: `triton_common`; ``PAST`` tokens are held, ``R`` gates belong to a
+head). Blocks are those of 64 tokens of the whole sequence, of which the first that a chunk touches may be half full.
+"""
+
+import math
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ..devices import on_device_of
+from ..launch import launched
+from ..operators import maybe_contiguous
+from ..pruning.key_stats import KeySummary, Running
+from ..pruning.predicates import lengths, may_drop, raised
+from ..pruning.rounding import decay_margin, log_allowed, logit_margin
+from ..pruning.rules import QueriesToCome
+from ..tiles import PRUNED_KEYS, cdiv, padded_head_dim
+from ..triton_common import INF, larger, load_rows
+
+_PAGE = tl.constexpr(PRUNED_KEYS)
+_LOG_PAGE = tl.constexpr(math.log(PRUNED_KEYS))
+# Blocks that a program joins, or looks at, at a time.
+_BLOCKS = 128
+# One compilation serves all lengths and caches.
+_VARYING = ["PAST", "LENGTH", "N", "TOKEN", "BLOCKS", "k_b", "k_h", "v_b", "v_h", "c_b", "c_h"]
+_PARTS = ["K", "V", "C", "OUT_K", "OUT_V", "OUT_C", "PAGES", "START"]
+
+
+@triton.jit
+def _tile(POOL, page, X, x_b, x_h, x_t, i_b, i_g, o_t, PAST, m_held, m_new, D: tl.constexpr, BLOCK_D: tl.constexpr):
+    """Keys or values of a block: those of a page, and new ones."""
+    b_new = load_rows(X + i_b * x_b + i_g.to(tl.int64) * x_h, o_t - PAST, x_t, m_new, D, BLOCK_D, True)
+    b_held = load_rows(POOL + page * _PAGE * D, o_t % _PAGE, D, m_held, D, BLOCK_D, True)
+    return tl.where(m_new[:, None], b_new, b_held), b_new
+
+
+@launched
+@triton.jit(do_not_specialize=_VARYING, do_not_specialize_on_alignment=_PARTS)
+def _read_chunk_kernel(
+    K, V, C, KEYS, VALUES, SUMS, PAGES, OUT_K, OUT_V, OUT_C, BLOCK_C, BLOCK_DECAYS, BLOCK_LARGEST,
+    k_b, k_t, k_h, v_b, v_t, v_h, c_b, c_h,
+    margin, PAST, LENGTH, G, HF, N,
+    R: tl.constexpr,
+    GATE_STEP: tl.constexpr,
+    D: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """A block of a head: what is held and what is new, one after the other; and the summary of what is new alone.
+
+    All keys of an evicted block get the length of the longest key so far and equal decays, whose sum is that of the
+    true ones: see `PagePool.read`.
+    """
+    i_bg, i_block = tl.program_id(0), tl.program_id(1)
+    i_b, i_g = (i_bg // G).to(tl.int64), i_bg % G
+    o_t = i_block * _PAGE + tl.arange(0, _PAGE)
+    m_new = (o_t >= PAST) & (o_t < LENGTH)
+    page = tl.load(PAGES + i_bg * N + i_block, mask=i_block * _PAGE < PAST, other=0).to(tl.int64)
+    is_evicted = page < 0
+    m_held = (o_t < PAST) & (page >= 0)
+    p_out = (i_bg.to(tl.int64) * LENGTH + o_t)[:, None] * D + tl.arange(0, BLOCK_D)[None, :]
+    m_out = (o_t < LENGTH)[:, None] & (tl.arange(0, BLOCK_D) < D)[None, :]
+    b_k, b_new = _tile(KEYS, page, K, k_b, k_h, k_t, i_b, i_g, o_t, PAST, m_held, m_new, D, BLOCK_D)
+    if OUT_K is not None:
+        longest = tl.load(BLOCK_LARGEST + i_bg * N + i_block, mask=is_evicted, other=0.0) * (1.0 + margin)
+        is_first = (tl.arange(0, BLOCK_D) == 0)[None, :] & is_evicted
+        tl.store(OUT_K + p_out, tl.where(is_first, longest.to(b_k.dtype), b_k), mask=m_out)
+        b_v, _ = _tile(VALUES, page, V, v_b, v_h, v_t, i_b, i_g, o_t, PAST, m_held, m_new, D, BLOCK_D)
+        tl.store(OUT_V + p_out, b_v, mask=m_out)
+    is_touched = i_block * _PAGE + _PAGE > PAST
+    tl.store(BLOCK_LARGEST + i_bg * N + i_block, tl.max(tl.where(m_new, lengths(b_new.to(tl.float32)), 0.0), 0),
+             mask=is_touched)  # fmt: skip
+    for r in range(0, R):
+        i_gate = i_g * GATE_STEP + r
+        p_block = (i_b * HF + i_gate) * N + i_block
+        c = tl.load(C + i_b * c_b + i_gate * c_h + o_t - PAST, mask=m_new, other=INF)
+        if OUT_C is not None:
+            held = tl.load(SUMS + (page * R + r) * _PAGE + o_t % _PAGE, mask=m_held, other=0.0)
+            decays = tl.load(BLOCK_DECAYS + p_block, mask=is_evicted, other=0.0)
+            before = tl.load(BLOCK_DECAYS + p_block - 1, mask=is_evicted & (i_block > 0), other=-INF)
+            equal = _LOG_PAGE - decays - tl.log(1.0 - tl.exp(before - decays))
+            held = tl.where(is_evicted, equal, held)
+            p_c = OUT_C + (i_bg.to(tl.int64) * R + r) * LENGTH + o_t
+            tl.store(p_c, tl.where(m_new, c, held), mask=o_t < LENGTH)
+        # Running sums never rise, so the last is the least, and its term the greatest.
+        least = tl.min(c, 0)
+        least = tl.where(least == INF, 0.0, least)
+        log_sum = tl.log(tl.sum(tl.exp(least - c), 0)) - least
+        tl.store(BLOCK_C + p_block, least, mask=is_touched)
+        tl.store(BLOCK_DECAYS + p_block, log_sum, mask=is_touched)
+
+
+@triton.jit
+def _log_add_exp(a, b):
+    high, low = tl.maximum(a, b), tl.minimum(a, b)
+    return tl.where(low == -INF, high, high + tl.log(1.0 + tl.exp(low - high)))
+
+
+@launched
+@triton.jit(do_not_specialize=_VARYING, do_not_specialize_on_alignment=_PARTS)
+def _join_chunk_kernel(
+    BLOCK_C, BLOCK_DECAYS, BLOCK_LARGEST, DECAYS, LARGEST, C, NORM, DIAGONAL, START,
+    c_b, c_h, log_eps, c_margin, bound_margin, PAST, LENGTH, TOKEN, BLOCKS, G, HF, N,
+    HEADS: tl.constexpr,
+    R: tl.constexpr,
+    GATE_STEP: tl.constexpr,
+    KV_GROUP: tl.constexpr,
+    RULE: tl.constexpr,
+    BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Join the blocks that a chunk touches with all before, and find the first that a later query may need.
+
+    A program has ``HEADS`` key/value heads with all gates of theirs: whoever reads a value is the one who writes it.
+    """
+    first, last = PAST // _PAGE, (LENGTH - 1) // _PAGE
+    for i_bg in range(tl.program_id(0) * HEADS, (tl.program_id(0) + 1) * HEADS):
+        i_b, i_g = i_bg // G, i_bg % G
+        longest = tl.zeros([BLOCK], tl.float32) + tl.load(LARGEST + i_bg)
+        for begin in range(first, last + 1, BLOCK):
+            blocks = begin + tl.arange(0, BLOCK)
+            p = BLOCK_LARGEST + i_bg * N + blocks
+            found = tl.associative_scan(tl.load(p, mask=blocks <= last, other=0.0), 0, larger)
+            found = tl.maximum(found, longest)
+            tl.store(p, found, mask=blocks <= last)
+            longest = tl.max(found, 0) + tl.zeros([BLOCK], tl.float32)
+        tl.store(LARGEST + i_bg, tl.max(longest, 0))
+        for r in range(0, R):
+            # A gate that all heads share is joined once.
+            if (i_g == 0) | (GATE_STEP > 0):
+                row = i_b * HF + i_g * GATE_STEP + r
+                total = tl.zeros([BLOCK], tl.float64) + tl.load(DECAYS + row)
+                for begin in range(first, last + 1, BLOCK):
+                    blocks = begin + tl.arange(0, BLOCK)
+                    p = BLOCK_DECAYS + row * N + blocks
+                    sums = tl.associative_scan(tl.load(p, mask=blocks <= last, other=-INF), 0, _log_add_exp)
+                    sums = _log_add_exp(sums, total)
+                    tl.store(p, sums, mask=blocks <= last)
+                    # They never fall.
+                    total = tl.max(sums, 0) + tl.zeros([BLOCK], tl.float64)
+                tl.store(DECAYS + row, tl.max(total, 0))
+        if START is not None:
+            # What other threads of the program have stored is read.
+            tl.debug_barrier()
+            start = BLOCKS
+            for i_h in range(i_g * KV_GROUP, (i_g + 1) * KV_GROUP):
+                r = (i_h - i_g * KV_GROUP) // (KV_GROUP // R)
+                i_gate = i_g * GATE_STEP + r
+                row = i_b * HF + i_gate
+                c = raised(tl.load(C + i_b.to(tl.int64) * c_b + i_gate * c_h + TOKEN), c_margin)
+                norm, diagonal = tl.load(NORM + i_h), tl.load(DIAGONAL + i_h)
+                for begin in range(0, BLOCKS, BLOCK):
+                    blocks = begin + tl.arange(0, BLOCK)
+                    m = blocks < BLOCKS
+                    decay = c - tl.load(BLOCK_C + row * N + blocks, mask=m, other=0.0)
+                    log_decays = c + tl.load(BLOCK_DECAYS + row * N + blocks, mask=m, other=0.0)
+                    largest = tl.load(BLOCK_LARGEST + i_bg * N + blocks, mask=m, other=0.0).to(tl.float64)
+                    may = may_drop(RULE, norm, diagonal, -diagonal, bound_margin, decay, log_decays, largest, log_eps)
+                    start = tl.minimum(start, tl.min(tl.where(m & (may == 0), blocks, BLOCKS), 0))
+            tl.store(START + i_bg, start)
+
+
+@launched
+@triton.jit(do_not_specialize=_VARYING, do_not_specialize_on_alignment=_PARTS)
+def _write_chunk_kernel(
+    K, V, C, KEYS, VALUES, SUMS, PAGES,
+    k_b, k_t, k_h, v_b, v_t, v_h, c_b, c_h,
+    PAST, LENGTH, G, HF, N,
+    R: tl.constexpr,
+    GATE_STEP: tl.constexpr,
+    D: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """The new tokens of a block of a head to its page, if it has one."""
+    i_bg, i_block = tl.program_id(0), tl.program_id(1) + PAST // _PAGE
+    i_b, i_g = (i_bg // G).to(tl.int64), i_bg % G
+    page = tl.load(PAGES + i_bg * N + i_block).to(tl.int64)
+    o_t = i_block * _PAGE + tl.arange(0, _PAGE)
+    m_t = (o_t >= PAST) & (o_t < LENGTH) & (page >= 0)
+    p_out = (page * _PAGE + o_t % _PAGE)[:, None] * D + tl.arange(0, BLOCK_D)[None, :]
+    m_out = m_t[:, None] & (tl.arange(0, BLOCK_D) < D)[None, :]
+    p_k, p_v = K + i_b * k_b + i_g.to(tl.int64) * k_h, V + i_b * v_b + i_g.to(tl.int64) * v_h
+    tl.store(KEYS + p_out, load_rows(p_k, o_t - PAST, k_t, m_t, D, BLOCK_D, True), mask=m_out)
+    tl.store(VALUES + p_out, load_rows(p_v, o_t - PAST, v_t, m_t, D, BLOCK_D, True), mask=m_out)
+    for r in range(0, R):
+        i_gate = i_g * GATE_STEP + r
+        c = tl.load(C + i_b * c_b + i_gate * c_h + o_t - PAST, mask=m_t, other=0.0)
+        tl.store(SUMS + (page * R + r) * _PAGE + o_t % _PAGE, c, mask=m_t)
+
+
+def take_chunk(
+    k: Tensor,
+    v: Tensor,
+    c: Tensor,
+    past: int,
+    *,
+    keys: Tensor,
+    values: Tensor,
+    sums: Tensor,
+    pages: Tensor,
+    summary: KeySummary,
+    running: Running,
+    to_come: QueriesToCome | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """All keys, values and sums of an evicting cache and of new tokens, which the summary takes in, in place.
+
+    Args:
+        k, v: ``[B, G, T, D]`` new keys and values.
+        c: ``[B, Hf, T]`` float64 their running sums.
+        past: tokens held.
+        keys, values, sums, pages: pools and table that hold them, as `PagePool` has them.
+        summary: of all of them, evicted ones included, with room for the new; it and ``running`` contiguous.
+        running: over them.
+        to_come: None if nothing may be evicted.
+
+    Returns:
+        Keys and values ``[B, G, past + T, D]``, sums ``[B, Hf, past + T]``, those of evicted tokens as `PagePool.read`
+        says; and the first block that a later query may need, ``[B, G]`` int32, or None.
+    """
+    arguments, (batch, kv_heads, tokens, rows) = _arguments(k, v, c, past, keys, values, sums, pages)
+    length, gates = past + tokens, c.shape[1]
+    all_k, all_v, all_c, start = k, v, c, None
+    if past:
+        all_k, all_v = k.new_empty(2, batch, kv_heads, length, k.shape[-1]).unbind()
+        all_c = c.new_empty(batch, kv_heads, rows, length)
+    if to_come is not None:
+        start = torch.empty(batch, kv_heads, dtype=torch.int32, device=k.device)
+    statistics = dict(BLOCK_C=summary.c, BLOCK_DECAYS=summary.log_decays, BLOCK_LARGEST=summary.largest)
+    shapes = {name: arguments[name] for name in ("PAST", "LENGTH", "G", "HF", "N", "R", "GATE_STEP")}
+    with on_device_of(k):
+        _read_chunk_kernel[(batch * kv_heads, cdiv(length, PRUNED_KEYS))](
+            **arguments,
+            **statistics,
+            OUT_K=all_k if past else None,
+            OUT_V=all_v if past else None,
+            OUT_C=all_c if past else None,
+            margin=torch.finfo(k.dtype).eps + logit_margin(k.shape[-1], torch.float32),
+        )
+        _join_chunk_kernel[(batch if gates == 1 else batch * kv_heads,)](
+            **statistics,
+            DECAYS=running[0],
+            LARGEST=running[1],
+            C=all_c, c_b=all_c.stride(0), c_h=all_c.stride(-2),
+            NORM=None if to_come is None else to_come.norm,
+            DIAGONAL=None if to_come is None else to_come.diagonal,
+            START=start,
+            log_eps=0.0 if to_come is None else _log_eps(to_come),
+            c_margin=0.0 if to_come is None else decay_margin(to_come.most_keys),
+            bound_margin=logit_margin(0, torch.float32),
+            **shapes,
+            TOKEN=0 if to_come is None else to_come.token,
+            BLOCKS=0 if to_come is None else to_come.token // PRUNED_KEYS,
+            HEADS=kv_heads if gates == 1 else 1,
+            KV_GROUP=1 if to_come is None else len(to_come.norm) // kv_heads,
+            RULE="tight" if to_come is None else to_come.rule.bound.value,
+            BLOCK=_BLOCKS,
+        )  # fmt: skip
+    if past:
+        all_c = all_c[:, 0] if gates == 1 else all_c.flatten(1, 2)
+    return all_k, all_v, all_c, start
+
+
+def write_chunk(
+    k: Tensor, v: Tensor, c: Tensor, past: int, *, keys: Tensor, values: Tensor, sums: Tensor, pages: Tensor
+) -> None:
+    """Write new tokens to their pages, those of evicted blocks nowhere. Arguments as for `take_chunk`."""
+    arguments, (batch, kv_heads, tokens, _) = _arguments(k, v, c, past, keys, values, sums, pages)
+    with on_device_of(k):
+        touched = cdiv(past + tokens, PRUNED_KEYS) - past // PRUNED_KEYS
+        _write_chunk_kernel[(batch * kv_heads, touched)](**arguments)
+
+
+def _log_eps(to_come: QueriesToCome) -> float:
+    return log_allowed(to_come.eps, torch.float32, to_come.rule.terms(to_come.most_keys))
+
+
+def _arguments(
+    k: Tensor, v: Tensor, c: Tensor, past: int, keys: Tensor, values: Tensor, sums: Tensor, pages: Tensor
+) -> tuple[dict[str, Any], tuple[int, int, int, int]]:
+    """What the first and the last kernel take; and sequences, heads, tokens and gates of a head."""
+    batch, kv_heads, tokens, head_dim = k.shape
+    k, v, c = maybe_contiguous(k), maybe_contiguous(v), maybe_contiguous(c)
+    rows = sums.shape[1]
+    arguments = dict(
+        K=k, k_b=k.stride(0), k_t=k.stride(2), k_h=k.stride(1),
+        V=v, v_b=v.stride(0), v_t=v.stride(2), v_h=v.stride(1),
+        C=c, c_b=c.stride(0), c_h=c.stride(1),
+        KEYS=keys,
+        VALUES=values,
+        SUMS=sums,
+        PAGES=pages,
+        PAST=past,
+        LENGTH=past + tokens,
+        G=kv_heads,
+        HF=c.shape[1],
+        N=pages.shape[2],
+        R=rows,
+        GATE_STEP=rows if c.shape[1] > 1 else 0,
+        D=head_dim,
+        BLOCK_D=padded_head_dim(head_dim),
+    )  # fmt: skip
+    return arguments, (batch, kv_heads, tokens, rows)
