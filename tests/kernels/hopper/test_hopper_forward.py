@@ -1,5 +1,6 @@
 """The forward kernel for Hopper: compiled without a GPU it keeps within its registers; on one it is exact."""
 
+import dataclasses
 import re
 import subprocess
 from pathlib import Path
@@ -20,12 +21,13 @@ if not HAS_GLUON:
     pytest.skip("needs Gluon's compiler", allow_module_level=True)
 
 import triton
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from ahead_of_time import compiling_only
 from foxlm.kernels.decay import Decay
 from foxlm.kernels.hopper import forward as module
 from foxlm.kernels.hopper.forward import hopper_forward, hopper_forward_takes
-from foxlm.kernels.hopper.tma import describe_by_head, fits_tma
+from foxlm.kernels.hopper.tma import describe_by_head, describe_by_token, fits_tma
 from foxlm.kernels.reference import reference_attention
 from foxlm.kernels.tiles import HOPPER_FORWARD
 
@@ -134,6 +136,15 @@ def test_the_stride_of_a_single_element_does_not_matter():
     assert fits_tma(x)
     descriptor = describe_by_head(x, 64)
     assert (descriptor.shape, descriptor.strides) == ([1, 1, 5, 64], [64, 64, 64, 1])
+
+
+def test_descriptors_are_those_that_the_class_makes():
+    x = torch.zeros(2, 10, 3, 64, dtype=torch.bfloat16)
+    for found in (describe_by_head(x, 64), describe_by_token(x, 32)):
+        made = TensorDescriptor(found.base, found.shape, found.strides, found.block_shape, found.layout)
+        names = [field.name for field in dataclasses.fields(TensorDescriptor)]
+        assert type(found) is TensorDescriptor and found.base is x
+        assert all(getattr(found, name) == getattr(made, name) for name in names if name != "base")
 
 
 # ---- On a GPU

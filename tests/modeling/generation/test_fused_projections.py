@@ -1,9 +1,10 @@
 """Fused projections compute what those called one by one do, and leave everything but addresses as it was."""
 
+import contextlib
 import copy
 import functools
 import pickle
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,11 +19,12 @@ from torch.nn.utils import parametrizations
 from transformers import CompileConfig, DynamicCache, GenerationMixin
 
 from foxlm import FoxForCausalLM, decoding_weights
-from foxlm.kernels.backends import PYTORCH, backend_of
+from foxlm.kernels.backends import HAS_TRITON, PYTORCH, backend_of
+from foxlm.kernels.devices import GPU, assume_gpu
 from foxlm.modeling.layers import fused_projections
 from foxlm.modeling.layers.fused_projections import MAX_FUSED_TOKENS, FusableProjections
 from foxlm.modeling.versions import cache_of
-from kernel_device import DEVICES
+from kernel_device import DEVICES, INTERPRETED
 from models import VARIANTS, assert_close, tiny_model, tokens
 
 NEW = 6
@@ -513,10 +515,13 @@ def test_a_loop_of_ones_own(calls: list[int]) -> None:
 @pytest.mark.parametrize("device", DEVICES)
 def test_prompts_are_fused_where_kernels_read_views(variant: str, device: str, calls: list[int]) -> None:
     model = tiny_model(variant, dtype=torch.float32).to(device).eval()
+    plain = copy.deepcopy(model)
+    plain.unfuse_projections()
     ids = tokens(1, 2 * MAX_FUSED_TOKENS + 2).to(device)
     with torch.no_grad():
-        expected = model(ids, use_cache=True)
-        model.fuse_projections()
+        expected = plain(ids, use_cache=True)
+        assert not calls
+        # By itself, on kernels.
         found = model(ids, use_cache=True)
     on_kernels = backend_of(expected.logits[..., :1]) is not PYTORCH
     # Without token shift, attention caches values as they are projected, which must not hold the memory of all.
@@ -525,3 +530,76 @@ def test_prompts_are_fused_where_kernels_read_views(variant: str, device: str, c
     for layer in cache_of(found).layers:
         held = [layer.keys, layer.values, *layer.unshifted.values()]
         assert all(x.untyped_storage().nbytes() == x.nbytes for x in held)
+
+
+@contextlib.contextmanager
+def absent_h100() -> Iterator[None]:
+    """Within, kernels are chosen as on an H100, and left out."""
+    if not HAS_TRITON or INTERPRETED:
+        pytest.skip("needs Triton's compiler")
+    from triton.runtime.jit import JITFunction
+
+    from ahead_of_time import specializations
+
+    left_out = pytest.MonkeyPatch.context()
+    with assume_gpu(GPU((9, 0), 132)), specializations(90), torch.no_grad(), left_out as patch:
+        patch.setattr(JITFunction, "run", lambda *_, **__: None)
+        yield
+
+
+def adapt(model: Any) -> None:
+    from peft import LoraConfig, inject_adapter_in_model
+
+    inject_adapter_in_model(LoraConfig(target_modules=["q_proj", "up_proj"]), model)
+
+
+def move_one(model: Any) -> None:
+    """As accelerate's `dispatch_model` moves weights."""
+    linear = model.model.layers[0].mlp.up_proj
+    linear.weight = nn.Parameter(linear.weight.detach().clone())
+
+
+# What was done to a model before and after its first call without gradients, and which layers are fused by then.
+INFERENCE: dict[str, tuple[Callable[[Any], Any], Callable[[Any], Any], list[bool]]] = {
+    "plain": (lambda model: None, lambda model: None, [True] * 4),
+    "generated": (generate, lambda model: None, [True] * 4),
+    "moved": (lambda model: None, lambda model: model.half(), [True] * 4),
+    "one moved": (lambda model: None, move_one, [True, False, True, True]),
+    "adapted": (adapt, lambda model: None, [False] * 4),
+    "adapted later": (lambda model: None, adapt, [True] * 4),
+    "unfused": (lambda model: None, lambda model: model.unfuse_projections(), [False] * 4),
+    "trains": (lambda model: model.train().eval(), lambda model: None, [False] * 4),
+    "to be trained": (lambda model: None, lambda model: model.train().eval(), [False] * 4),
+    "in training": (lambda model: model.train(), lambda model: None, [False] * 4),
+}
+
+
+@pytest.mark.parametrize("case", INFERENCE)
+def test_the_first_inference_fuses(case: str) -> None:
+    before, after, expected = INFERENCE[case]
+    model = tiny_model(dtype=torch.bfloat16).eval()
+    model(tokens(1, 5))
+    with torch.no_grad():
+        model(tokens(1, 5))
+    assert not any(fused_layers(model)), "neither for gradients nor without kernels"
+    before(model)
+    with absent_h100():
+        model(tokens(1, 5))
+        after(model)
+        model(tokens(1, 5))
+        assert fused_layers(model) == expected
+        storages = [x.untyped_storage() for x in model.parameters()]
+        assert sum(x.nbytes() for x in storages) == sum(x.nbytes for x in model.parameters())
+    if case == "adapted later":
+        # The adapters' layers are called one by one.
+        assert not model.model.layers[0].self_attn.project(torch.ones(1, 1, 32, dtype=model.dtype))
+
+
+def test_training_that_has_begun_is_left_alone() -> None:
+    """Though nobody has called `train`."""
+    model = FoxForCausalLM._from_config(tiny_model().config, dtype=torch.bfloat16)
+    assert model.training
+    model(tokens(1, 5))
+    with absent_h100():
+        model.eval()(tokens(1, 5))
+        assert not any(fused_layers(model))
