@@ -89,7 +89,9 @@ def gate_logits(x: Tensor, weight: Tensor, bias: Tensor, log_sigmoid: bool = Fal
     rows = x.reshape(tokens, hidden)
     rows = rows if rows.stride(1) == 1 else rows.contiguous()
     out = torch.empty(*x.shape[:-1], gates, dtype=torch.float32, device=x.device)
-    arguments = dict(X=rows, x_n=rows.stride(0), WEIGHT=weight, BIAS=bias, OUT=out, HIDDEN=hidden, LOG_SIGMOID=log_sigmoid)
+    arguments = dict(
+        X=rows, x_n=rows.stride(0), WEIGHT=weight, BIAS=bias, OUT=out, HIDDEN=hidden, LOG_SIGMOID=log_sigmoid
+    )
     with on_device_of(x):
         if tokens < _MANY_TOKENS:
             _gate_logit_kernel[(tokens, gates)](**arguments, BLOCK_K=_ROW_VALUES)

@@ -187,7 +187,9 @@ def move_pages(layers: Sequence[PagePool], starts: Sequence[Tensor | None], bloc
         blocks: of 64 tokens.
     """
     for device in dict.fromkeys(layer.pages.device for layer in layers):
-        of_device = [(layer, start) for layer, start in zip(layers, starts, strict=True) if layer.pages.device == device]
+        of_device = [
+            (layer, start) for layer, start in zip(layers, starts, strict=True) if layer.pages.device == device
+        ]
         held_from = torch.stack([layer.start for layer, _ in of_device])
         start = torch.stack([layer.start if start is None else start for layer, start in of_device])
         start = torch.maximum(start, held_from)

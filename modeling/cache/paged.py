@@ -21,8 +21,8 @@ from transformers.cache_utils import Cache, CacheLayerMixin
 from transformers.utils.import_utils import is_torchdynamo_compiling
 
 from ...kernels.decay import Decay
-from ...kernels.pruning.key_stats import KeySummary, Running, empty_summary, extend_summary, running_before
 from ...kernels.operators import may_launch
+from ...kernels.pruning.key_stats import KeySummary, Running, empty_summary, extend_summary, running_before
 from ...kernels.pruning.rules import QueriesToCome, Rule, check_rule, first_needed_block, future_query_bounds
 from ..token_layout import TokenLayout, refuse_overflow
 from ..versions import CACHE
@@ -281,16 +281,18 @@ class PagedForgettingLayer(PagePool, CacheLayerMixin):
     def _take_chunk(
         self, key_states: Tensor, value_states: Tensor, c_new: Tensor, past: int
     ) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Callable[[], None]]:
-        """All keys, values and running sums by gate; `first_needed` after the new tokens; what writes these to pages."""
+        """All keys, values and running sums by gate; `first_needed` after the new tokens; what writes them to pages."""
         backend, self._backend = self._backend, None
         length = past + key_states.shape[2]
         if backend is not None and backend.take_chunk is not None:
+            write_chunk = backend.write_chunk
+            assert write_chunk is not None, "both or none"
             new, to_come = (key_states, value_states, c_new, past), self._queries_to_come(length)
             state = dict(summary=self.summary, running=self.running, to_come=to_come)
             taken = backend.take_chunk(*new, **self._pools(), **state)
             if to_come is not None:
                 self._evicted_for = to_come.token + 1
-            return *taken, lambda: backend.write_chunk(*new, **self._pools())
+            return *taken, lambda: write_chunk(*new, **self._pools())
         keys, values, c = key_states, value_states, self.by_head(c_new)
         if past > 0:
             held_keys, held_values, held_c = self.read(past, self.summary)
@@ -325,7 +327,7 @@ class PagedForgettingLayer(PagePool, CacheLayerMixin):
             (to_come.norm, to_come.diagonal),
             token // PAGE,
             eps=to_come.eps,
-            rule=to_come.rule,
+            rule=self.rule,
             keys=to_come.most_keys,
         )
         if c is None:
@@ -348,7 +350,9 @@ class PagedForgettingLayer(PagePool, CacheLayerMixin):
             heads = self.group * self.pages.shape[1]
             norm, diagonal = future_query_bounds((query, logit), heads, self.keys.shape[-1])
             self._bounds_to_come = norm.contiguous(), diagonal.contiguous()
-        return QueriesToCome(check_rule(self.eps, self.rule), self.eps, *self._bounds_to_come, token, self.max_cache_len)
+        return QueriesToCome(
+            check_rule(self.eps, self.rule), self.eps, *self._bounds_to_come, token, self.max_cache_len
+        )
 
     def get_seq_length(self) -> Tensor | int:
         return self.cumulative_length if self.is_initialized else 0

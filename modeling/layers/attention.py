@@ -365,7 +365,8 @@ class FoxAttention(FusableProjections):
             dtype = torch.promote_types(hidden_states.dtype, torch.float32)
             return hidden_states.new_zeros(*hidden_states.shape[:-1], 1, dtype=dtype)
         gate = self.forget_gate
-        if not torch.compiler.is_compiling() and are_called_plainly([gate], FoxForgetGate):
+        plain = not torch.compiler.is_compiling() and are_called_plainly([gate], FoxForgetGate)
+        if plain and isinstance(gate, FoxForgetGate):
             return gate.forward(hidden_states, log_sigmoid=True)
         return nn.functional.logsigmoid(gate(hidden_states))
 

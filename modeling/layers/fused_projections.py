@@ -115,12 +115,12 @@ class FusableProjections(nn.Module):
         # accelerate moves an offloaded model when it is called; autocast would cast the whole buffer at each call.
         if fused.weight.device != x.device or _autocasts(x):
             return {}
-        if self.uses_fused == "checked" and not torch.compiler.is_compiling():
-            if not (self._is_untouched(fused) or self._is_fused()):
-                if not self._holds_weights():
-                    # The buffer would be memory that nothing reads.
-                    self.unfuse_projections()
-                return {}
+        checks = self.uses_fused == "checked" and not torch.compiler.is_compiling()
+        if checks and not (self._is_untouched(fused) or self._is_fused()):
+            if not self._holds_weights():
+                # The buffer would be memory that nothing reads.
+                self.unfuse_projections()
+            return {}
         outputs = nn.functional.linear(x, fused.weight, fused.bias)
         rest = outputs.shape[-1] - sum(fused.sizes)
         # The rows of zeros are left out by zip.

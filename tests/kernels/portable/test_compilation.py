@@ -328,18 +328,21 @@ def test_gate_logits_fit_and_compile_once(capability, tmp_path):
 def test_chunks_of_an_evicting_cache_fit_and_compile_once(heads, gates, head_dim, capability, tmp_path):
     """Once for the first chunk of a prompt, which reads no pages, and once for all others."""
     rows = max(1, gates // 4)
-    pools = dict(keys=torch.empty(9, 64, head_dim, dtype=torch.bfloat16), sums=torch.empty(9, rows, 64).double())
+    pools: dict[str, Any] = dict(
+        keys=torch.empty(9, 64, head_dim, dtype=torch.bfloat16), sums=torch.empty(9, rows, 64).double()
+    )
     pools |= dict(values=pools["keys"], pages=torch.zeros(2, 4, 130, dtype=torch.int32))
-    to_come = QueriesToCome(PruningRule.TIGHT, 1e-3, *torch.empty(2, heads, 1).double().unbind(), 64, 8192)
+    norm, diagonal = torch.empty(2, heads, 1).double().unbind()
+    to_come = QueriesToCome(PruningRule.TIGHT, 1e-3, norm, diagonal, token=64, most_keys=8192)
     with compiling_only(capability) as compiled:
         for past, tokens in ((0, 300), (0, 1024), (300, 211), (511, 1), (1024, 4096)):
             k = torch.empty(2, tokens, 4, head_dim, dtype=torch.bfloat16).transpose(1, 2)
             c = torch.empty(2, gates, tokens).double()
             summary, running = empty_summary(c, k, 130 * 64)
-            statistics = dict(summary=summary, running=running, to_come=to_come)
+            statistics: dict[str, Any] = dict(summary=summary, running=running, to_come=to_come)
             all_k, _, all_c, start = take_chunk(k, k, c, past, **pools, **statistics)
             assert all_k.shape == (2, 4, past + tokens, head_dim) and all_c.shape == (2, gates, past + tokens)
-            assert start.shape == (2, 4)
+            assert start is not None and start.shape == (2, 4)
             write_chunk(k, k, c, past, **pools)
     kernels = {kernel.hash: kernel for kernel in compiled}.values()
     names = [kernel.metadata.name for kernel in kernels]

@@ -111,7 +111,8 @@ def test_a_chunk_of_an_evicting_cache() -> None:
             counted.names[self.__name__] += 1
             return run(self, *args, **options)
 
-        with assume_gpu(GPU((9, 0), 132)), specializations(90), torch.no_grad():
+        one = mock.patch.object(nn.functional, "rms_norm", lambda x, *_: x.clone())
+        with assume_gpu(GPU((9, 0), 132)), specializations(90), torch.no_grad(), one:
             run = JITFunction.run
             with mock.patch.object(JITFunction, "run", left_out):
                 for _ in range(3):
@@ -124,7 +125,7 @@ def test_a_chunk_of_an_evicting_cache() -> None:
     two.subtract(one)
     found = +two
     assert found["_read_chunk_kernel"] == found["_join_chunk_kernel"] == found["_write_chunk_kernel"] == 1
-    assert found.total() <= 40, dict(found)
+    assert found.total() <= 41, dict(found)
 
 
 def python_calls(layers: int) -> int:
