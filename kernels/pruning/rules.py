@@ -380,7 +380,7 @@ class QueriesToCome(NamedTuple):
     Attributes:
         rule, eps: as for `first_kept`.
         norm, diagonal: ``[H, 1]`` float64, as `future_query_bounds` gives them.
-        token: whose running sum no later one exceeds; at least 64.
+        token: whose running sum no later one exceeds; before 64 nothing is found.
         most_keys: that there will ever be.
     """
 

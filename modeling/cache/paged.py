@@ -287,10 +287,10 @@ class PagedForgettingLayer(PagePool, CacheLayerMixin):
         if backend is not None and backend.take_chunk is not None:
             write_chunk = backend.write_chunk
             assert write_chunk is not None, "both or none"
-            new, to_come = (key_states, value_states, c_new, past), self._queries_to_come(length)
+            new, to_come = (key_states, value_states, c_new, past), self._queries_to_come(length, least=0)
             state = dict(summary=self.summary, running=self.running, to_come=to_come)
             taken = backend.take_chunk(*new, **self._pools(), **state)
-            if to_come is not None:
+            if to_come is not None and to_come.token >= PAGE:
                 self._evicted_for = to_come.token + 1
             return *taken, lambda: write_chunk(*new, **self._pools())
         keys, values, c = key_states, value_states, self.by_head(c_new)
@@ -339,11 +339,11 @@ class PagedForgettingLayer(PagePool, CacheLayerMixin):
         self._evicted_for = token + 1
         return start
 
-    def _queries_to_come(self, length: int) -> QueriesToCome | None:
-        """What `first_needed` reads of later queries; None where nothing can be evicted."""
+    def _queries_to_come(self, length: int, least: int = PAGE) -> QueriesToCome | None:
+        """What `first_needed` reads of later queries; None where nothing can be evicted, or before token ``least``."""
         # Its running sum is one that later queries do not exceed, even after a crop.
         token = length - 1 - self.rollback_window
-        if self.bounds is None or self.eps is None or token < PAGE:
+        if self.bounds is None or self.eps is None or token < least:
             return None
         if self._bounds_to_come is None:
             query, logit = (x.to(self.keys.device) for x in self.bounds)
