@@ -38,6 +38,12 @@ class AttentionInputs(NamedTuple):
     sink: tuple[Tensor, Tensor] | None = None
     after_sink: Tensor | None = None
 
+    def first_tokens(self, length: int) -> "AttentionInputs":
+        """The first ``length`` tokens."""
+        parts = {name: getattr(self, name)[:, :length] for name in ("q", "k", "v", "log_f")}
+        after_sink = None if self.after_sink is None else self.after_sink[..., :length]
+        return self._replace(**parts, after_sink=after_sink)
+
 
 @contextmanager
 def record_attention(

@@ -88,16 +88,16 @@ def read_examples(path: Path, tokenizer: PreTrainedTokenizerBase) -> list[str]:
 
 
 def add_lora(model, rank: int, gate: str):
-    """The model with a LoRA on the projections that a Llama has; modules called ``gate`` are trained in full."""
+    """The model with a LoRA on a Llama's projections; modules called ``gate`` or ``sink`` are trained in full."""
     from peft import LoraConfig, get_peft_model
 
-    has_gate = any(name.endswith(gate) for name, _ in model.named_modules())
+    names = {name.rpartition(".")[2] for name, _ in model.named_modules()}
     config = LoraConfig(
         task_type="CAUSAL_LM",
         r=rank,
         lora_alpha=2 * rank,
         target_modules=["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"],
-        modules_to_save=[gate] if has_gate else None,
+        modules_to_save=[name for name in (gate, "sink") if name in names] or None,
     )
     return get_peft_model(model, config)
 

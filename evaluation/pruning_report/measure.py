@@ -151,14 +151,7 @@ def _cases(
 ) -> tuple[dict[tuple[str, Rule], Case], Tensor]:
     """What each way to prune skips and drops, and the rows ``[H, R]`` that were looked at."""
     own = plan.log_eps[plan.own]
-    prefixes = [
-        _search(
-            layer._replace(**{name: getattr(layer, name)[:, :length] for name in ("q", "k", "log_f")}),
-            [own],
-            plan.rules,
-        )
-        for length in plan.lengths
-    ]
+    prefixes = [_search(layer.first_tokens(length), [own], plan.rules) for length in plan.lengths]
     exact = _in_float64(layer)
     proven = ProvenBounds(exact)
     bounds = torch.stack([proven.of(rule, first[plan.own]) for (_, rule), first in firsts.items()])

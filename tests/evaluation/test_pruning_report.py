@@ -115,11 +115,15 @@ def test_streamed_layers_are_the_recorded_ones() -> None:
 
 
 @pytest.mark.parametrize("rule", RULES)
-@pytest.mark.parametrize("variant", ["pro", "llama", "rope", "key-value-gates", "bias-only", "fixed", "olmo"])
+@pytest.mark.parametrize(
+    "variant", ["pro", "llama", "rope", "key-value-gates", "bias-only", "fixed", "olmo", "sink", "rope-sink"]
+)
 def test_no_row_loses_more_than_is_proven(variant: str, rule: Rule) -> None:
     """Every row of every head, against weights from the model's own eager attention; something is dropped."""
     model = spread_model(variant)
     ids = tokens(1, 300)
+    if model.config.sink_token_id is not None:
+        ids[0, 0] = model.config.sink_token_id
     layers = recorded(model, ids)
     model.set_attn_implementation("eager")
     with torch.no_grad():
@@ -362,11 +366,14 @@ def test_what_is_measured_is_reported_beside_the_bounds(tmp_path: Path) -> None:
     assert len(cases) == 2 * len(found["settings"]["log_eps"]) and found["check"]["passed"]
 
 
-@pytest.mark.parametrize("variant", ["llama", "key-value-gates", "fixed", "multi-query", "post-norm"])
+@pytest.mark.parametrize("variant", ["llama", "key-value-gates", "fixed", "multi-query", "post-norm", "rope-sink"])
 def test_every_kind_of_model_is_reported(variant: str, tmp_path: Path) -> None:
     """From token numbers, without a tokenizer: all but the text's own part."""
     source = saved(tmp_path / "model", spread_model(variant, dtype=torch.float32))
-    np.save(tmp_path / "tokens.npy", tokens(1, 200).numpy())
+    ids = tokens(1, 200)
+    # The token that sinks stand for, where there are some.
+    ids[0, 0] = 1
+    np.save(tmp_path / "tokens.npy", ids.numpy())
     found = run_report(Options(source, tmp_path / "tokens.npy", tmp_path / "out", rule="paper", sampled=20))
     assert found["settings"]["length"] == 200 and found["settings"]["rule"] == "paper"
     assert found["check"]["passed"] and found == read_report(tmp_path / "out")

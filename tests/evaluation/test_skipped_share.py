@@ -50,7 +50,7 @@ def count_tiles(first: Tensor, last: Tensor) -> int:
 
 
 @pytest.mark.parametrize("rule", ["paper", "tight"])
-@pytest.mark.parametrize("variant", ["pro", "llama", "key-value-gates"])
+@pytest.mark.parametrize("variant", ["pro", "llama", "key-value-gates", "sink"])
 @pytest.mark.parametrize("kind", ["plain", "positions", "offsets", "padded"])
 def test_it_is_the_share_of_tiles_that_pruning_hides(kind: str, variant: str, rule: str) -> None:
     model, batch = forgetful(variant, acp_rule=rule, acp_eps=1e-2), batches()[kind]
@@ -64,7 +64,10 @@ def test_it_is_the_share_of_tiles_that_pruning_hides(kind: str, variant: str, ru
         q, k, _ = without_padding(q, k, v, decay, kwargs["real"])
         before = decay.kv_start.expand(-1, 4 if decay.kv_start.shape[1] == 1 else -1, -1)
         before = before.repeat_interleave(4 // before.shape[1], dim=1)
-        after = pruned(module, kwargs["settings"], q, k, decay, kwargs["scaling"], kwargs["backend"]).kv_start
+        options = {"sink": kwargs["sink"]}
+        after = pruned(
+            module, kwargs["settings"], q, k, decay, kwargs["scaling"], kwargs["backend"], **options
+        ).kv_start
         counted.append((count_tiles(before, decay.last), count_tiles(after, decay.last)))
         return attend(module, query, key, value, mask, decay=decay, **kwargs)
 
