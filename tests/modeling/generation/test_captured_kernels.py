@@ -20,7 +20,7 @@ pytestmark = ON_KERNELS
 
 # The interpreter is slow.
 NEW = 5 if INTERPRETED else 80
-VARIANTS = ["pro"] if INTERPRETED else ["pro", "llama", "key-value-gates", "multi-query", "rope"]
+VARIANTS = ["pro"] if INTERPRETED else ["pro", "llama", "key-value-gates", "multi-query", "rope", "rope-sink"]
 CACHES: dict[str, dict[str, Any]] = {
     "dynamic": {},
     "static": {"cache_implementation": "static"},

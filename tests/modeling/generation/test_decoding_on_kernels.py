@@ -27,7 +27,8 @@ CACHES: dict[str, Callable[[Any], Cache]] = {
     "paged": lambda config: FoxPagedCache(config, max_cache_len=LENGTH),
 }
 # The interpreter is slow.
-VARIANTS = ["key-value-gates"] if INTERPRETED else ["pro", "llama", "key-value-gates", "multi-query", "rope"]
+COMPILED = ["pro", "llama", "key-value-gates", "multi-query", "rope", "rope-sink"]
+VARIANTS = ["key-value-gates"] if INTERPRETED else COMPILED
 RULES = ["tight"] if INTERPRETED else ["tight", "paper"]
 TYPES = [torch.float32] if INTERPRETED else [torch.float32, torch.bfloat16]
 OPERATIONS = ["crop", "reorder_cache", "batch_select_indices", "batch_repeat_interleave"]
