@@ -1,7 +1,8 @@
 """Run every GPU kernel once on small inputs: what `make sanitize` watches.
 
 Both head sizes that have kernels of their own, one that has not; all types; padding, packing, fewer queries than keys,
-pruning by both rules, dropout; gradients of everything. Decoding over a dense and over a paged cache.
+pruning by each rule, sinks, dropout; gradients of everything. Decoding over a dense and over a paged cache, and chunks
+of a prompt into the latter.
 
 ``--without-gluon`` leaves out the Gluon kernels. compute-sanitizer's racecheck does not follow an mbarrier's order from
 thread to thread: it reports a race between a thread that reads a buffer and the one that writes it after an arrival on
@@ -13,7 +14,8 @@ from typing import Any
 
 import torch
 
-from attention_inputs import draw_inputs, forgetting_attention, padding_mask
+from attention_inputs import attention, draw_inputs, draw_sink, forgetting_attention, padding_mask, with_sink
+from foxlm import FoxConfig, FoxForCausalLM, FoxPagedCache
 from foxlm.kernels import triton_attention
 from foxlm.kernels.decay import Decay, accumulate
 from foxlm.kernels.elementwise.prologue import PrologueInputs
@@ -37,6 +39,11 @@ def main(gluon: bool) -> None:
             inputs = [x.detach().cuda().requires_grad_() for x in inputs]
             out = forgetting_attention(*inputs, **options)
             assert all(grad.isfinite().all() for grad in torch.autograd.grad(out.float().square().sum(), inputs))
+        inputs = [
+            x.detach().cuda().requires_grad_() for x in draw_sink(draw_inputs(300, head_dim=head_dim, dtype=dtype))
+        ]
+        out, _ = with_sink(attention)(*inputs, eps=1e-3, rule="measured")
+        assert all(grad.isfinite().all() for grad in torch.autograd.grad(out.float().square().sum(), inputs))
     packed = [x.detach().cuda() for x in draw_inputs(300, batch=1, head_dim=64, dtype=torch.bfloat16)]
     forgetting_attention(*packed, cu_seqlens=torch.tensor([0, 70, 300], device="cuda"))
     for queries, heads in ((1, (2, 2, 2)), (3, (4, 2, 4))):
@@ -60,6 +67,10 @@ def main(gluon: bool) -> None:
     with torch.no_grad():
         for tokens in (300, 3):
             gate_logits(torch.randn(2, tokens, 200, device="cuda", dtype=torch.float16), weight, bias)
+        config = FoxConfig(vocab_size=32, hidden_size=128, num_attention_heads=2, num_hidden_layers=1)
+        model, cache = FoxForCausalLM(config).eval().cuda().bfloat16(), FoxPagedCache(config, max_cache_len=1024)
+        for _ in range(2):
+            model(torch.randint(32, (1, 300), device="cuda"), cache=cache)
     print("every kernel ran")
 
 
