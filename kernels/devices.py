@@ -62,8 +62,7 @@ def _multiprocessors(device: int) -> int:
 
 def on_device_of(x: Tensor) -> contextlib.AbstractContextManager[None]:
     """As `torch.cuda.device_of`, at a fraction of its cost where the device is the current one, as it mostly is."""
-    # A tensor is there, so CUDA is initialized, which `torch.cuda.current_device` asks first.
-    if not x.is_cuda or x.get_device() == torch._C._cuda_getDevice():
+    if not x.is_cuda or x.get_device() == torch.cuda.current_device():
         return _NOTHING
     return torch.cuda.device_of(x)
 

@@ -26,7 +26,7 @@ from ..triton_common import load_rows
 from .attention_sink import add_sink as add_sink_in_pytorch
 
 # Elements of a program's tile, and programs of a backward pass.
-_SINK_TILE = 1024
+_SINK_TILE = 2048
 _PROGRAMS = 1024
 _SINK_SIZES = ["N", "T", "ROWS", "l_b", "l_h"]
 
@@ -193,6 +193,7 @@ def _sink_arguments(
         D=size,
         BLOCK_N=block_n,
         BLOCK_D=block_d,
+        num_warps=8,
     )  # fmt: skip
     return len(q), block_n, arguments
 
