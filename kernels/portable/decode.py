@@ -146,7 +146,7 @@ def _launch(
     pruning = DecodePruning(rule, log_eps, bound, bounds, summary, sink)
     with on_device_of(q):
         ranges = search_blocks(inputs, pruning, scale)
-        attend_blocks(inputs, ranges, out, lse, scale, choose_decode_tile(inputs.rows, q.shape[3]))
+        attend_blocks(inputs, ranges, out, lse, scale, choose_decode_tile(inputs.rows, q.shape[3], q.dtype))
     return out, lse
 
 

@@ -50,17 +50,19 @@ class DecodeTile(NamedTuple):
 
 
 @functools.cache
-def choose_decode_tile(rows: int, head_dim: int) -> DecodeTile:
+def choose_decode_tile(rows: int, head_dim: int, dtype: torch.dtype) -> DecodeTile:
     """What fits any GPU from compute capability 8.0: 4,096 elements of keys, and as many of values. Tuned on an H100.
 
     Args:
         rows: queries times query heads of a key/value head.
         head_dim: size of a head.
+        dtype: of queries and keys.
     """
     keys = 4096 // max(64, padded_head_dim(head_dim))
     if rows == 1:
         return DecodeTile(dot=False, keys=keys, warps=4, stages=1, programs=4, registers=128)
-    return DecodeTile(dot=True, keys=keys, warps=4, stages=3, programs=2, registers=None)
+    # Three stages of float32 are more than the shared memory of an A10 or L4.
+    return DecodeTile(dot=True, keys=keys, warps=4, stages=3 if dtype.itemsize < 4 else 2, programs=2, registers=None)
 
 
 @triton.jit

@@ -217,7 +217,7 @@ def test_shares_of_any_size(programs, heads, monkeypatch):
     """One program for many heads, and many for one; more heads than are counted at a time."""
     monkeypatch.setattr(decode_attend, "_INTERPRETED_PROGRAMS", programs)
     monkeypatch.setattr(decode_attend, "multiprocessors_of", lambda x: 1 if x.is_cuda else None)
-    tile = choose_decode_tile(heads[0] // heads[1], 16)
+    tile = choose_decode_tile(heads[0] // heads[1], 16, torch.float32)
     monkeypatch.setattr(decode, "choose_decode_tile", lambda *_: tile._replace(programs=programs))
     monkeypatch.setattr(decode_attend, "_SCAN", 2)
     assert_exact(fast(draw(heads, batch=3), 0.01))
