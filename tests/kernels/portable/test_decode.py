@@ -379,7 +379,8 @@ def test_no_gradient():
 def test_operator():
     cache = cache_of(draw())
     q, k, v, (query, key, first, last, *_), _ = cache.to(DEVICE)
-    arguments = (q, k, v, query, key, first, last, None, None, None, *summary_of(cache), None, 0.0, 0.25, -3.0, "tight")
+    inputs = (q, k, v, query, key, first, last, None, None, None, *summary_of(cache))
+    arguments = (*inputs, None, torch.zeros_like(k[0, 0]), 0.0, 0.25, -3.0, "tight")
     torch.library.opcheck(decode._decode, arguments, test_utils=("test_schema", "test_faketensor"))
 
 
