@@ -8,8 +8,9 @@ import pytest
 import torch
 from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor
-from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM, StaticCache
+from transformers import DynamicCache, LlamaForCausalLM, StaticCache
 
+import base_models
 from foxlm import FoxForCausalLM, FoxPagedCache, forgetting_attention
 from foxlm.conversion.graft import graft
 from models import IMPLEMENTATIONS, assert_close, tiny_config, tiny_model, tokens
@@ -26,19 +27,7 @@ def set_to(model: FoxForCausalLM, implementation: str) -> FoxForCausalLM:
 
 @functools.cache
 def base() -> LlamaForCausalLM:
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=97,
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        initializer_range=0.3,
-        bos_token_id=SEPARATOR,
-        pad_token_id=0,
-    )
-    return LlamaForCausalLM(config).double().eval()
+    return base_models.base(dtype=torch.float64, num_hidden_layers=2)
 
 
 @functools.cache
