@@ -153,19 +153,30 @@ def token_layout(
         starts = sequence_starts(queries, length).to(device)
     elif position_ids is not None and fresh:
         starts = _restarts(position_ids.to(device).expand(batch, -1), real, jumps=attention_mask is None)
-    layout = TokenLayout(positions, real, real_keys, starts, indices.remainder(PRUNED_KEYS))
     # A sequence may begin after padding, or where the host does not know what came before; but not in a decoding step,
     # where each layer would pay for it.
     may_begin = seen == 0 or (length > 1 and (seen is None or real is not None)) or is_torchdynamo_exporting()
-    if stands_for is not None and may_begin:
-        layout = layout._replace(after_sink=_after_sink(stands_for, positions, real_keys, starts))
-    if real is None or real_keys is None:
-        return layout
-    return layout._replace(last_real=last_real_tokens(real), first_visible=first_visible(real_keys, real, positions))
+    last_real = visible = None
+    if real is not None and real_keys is not None:
+        last_real, visible = last_real_tokens(real), first_visible(real_keys, real, positions)
+    return TokenLayout(
+        positions,
+        real,
+        real_keys,
+        starts,
+        slots=indices.remainder(PRUNED_KEYS),
+        last_real=last_real,
+        first_visible=visible,
+        after_sink=_after_sink(stands_for, positions, real_keys, starts) if may_begin else None,
+    )
 
 
-def _after_sink(stands_for: Tensor, positions: Tensor, real_keys: Tensor | None, starts: Tensor | None) -> Tensor:
+def _after_sink(
+    stands_for: Tensor | None, positions: Tensor, real_keys: Tensor | None, starts: Tensor | None
+) -> Tensor | None:
     """`TokenLayout.after_sink`; arguments as there."""
+    if stands_for is None:
+        return None
     begins = positions == (0 if real_keys is None else real_keys.int().argmax(1, keepdim=True))
     if starts is not None:
         begins = begins | starts

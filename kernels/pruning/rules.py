@@ -243,7 +243,7 @@ def prune(
     if k.shape[1] <= PRUNED_KEYS or q.numel() == 0:
         return decay
     options = {"eps": eps, "rule": known, "scale": scale, "logit_bound": logit_bound, "sink": sink}
-    return decay._replace(kv_start=search(decay, q, k, **options))
+    return Decay(decay.query, decay.key, search(decay, q, k, **options), decay.last)
 
 
 @torch.no_grad()

@@ -247,7 +247,8 @@ class PagedForgettingLayer(PagePool, CacheLayerMixin):
         if not few:
             assert gathered is not None, "called once after append_gates and update"
             return gathered, None
-        return decay._replace(key=self.c), CacheView(self.summary, self.pages, self.start)
+        decay = Decay(decay.query, self.c, decay.kv_start, decay.last)
+        return decay, CacheView(self.summary, self.pages, self.start)
 
     def _summarize(self, c: Tensor, key_states: Tensor, position: int | Tensor) -> None:
         for held, new in zip(
