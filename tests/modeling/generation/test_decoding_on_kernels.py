@@ -88,7 +88,9 @@ def test_steps_equal_one_pass(variant: str, cache: str, dtype: torch.dtype, rule
     model.set_attn_implementation("fox")
     found = feed(model.to(DEVICE), CACHES[cache](model.config), ids.to(DEVICE), None, STEPS).cpu()
     assert worst(found, expected[:, : sum(STEPS)]) < 10 * EPS + 2 * worst(rounded, expected)
-    assert [shape[1] for shape in decoded] == [1, 1, 3, 3, 1, 1]
+    # Where the host does not know how many tokens are held, three may begin with what a sink stands for.
+    asks = model.config.sink_token_id is not None and cache != "dynamic"
+    assert [shape[1] for shape in decoded] == ([1, 1, 1, 1] if asks else [1, 1, 3, 3, 1, 1])
 
 
 @pytest.mark.parametrize("cache", CACHES)
