@@ -22,7 +22,8 @@ It also holds the current device, which all tensors must be on. Whatever else th
 import functools
 import inspect
 import operator
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import triton
@@ -40,7 +41,7 @@ except ImportError:
     CudaLauncher = None
 
 # Any other release may call launchers in another way.
-_IS_KNOWN = triton.__version__.startswith(("3.6.", "3.7.")) and CudaLauncher is not None
+IS_KNOWN = triton.__version__.startswith(("3.6.", "3.7.")) and CudaLauncher is not None
 # Launchers of 3.6 take the arguments one by one, those of 3.7 in one tuple.
 _IS_FLAT = triton.__version__.startswith("3.6.")
 
@@ -53,7 +54,7 @@ _RUN = JITFunction.run
 
 def launched(function: Any) -> Any:
     """Decorates what `triton.jit` or `gluon.jit` made of a kernel that the host launches."""
-    return Launched(function) if _IS_KNOWN and isinstance(function, JITFunction) else function
+    return Launched(function) if IS_KNOWN and isinstance(function, JITFunction) else function
 
 
 class Launched:
@@ -72,20 +73,10 @@ class Launched:
         return getattr(self.function, name)
 
     def __getitem__(self, grid: Any) -> Callable[..., Any]:
-        runtime = triton.knobs.runtime
-        before, after = runtime.launch_enter_hook, runtime.launch_exit_hook
-        if (
-            type(grid) is tuple
-            # Others put functions of their own in its place, as `ahead_of_time` does.
-            and JITFunction.run is _RUN
-            and not self.function.pre_run_hooks
-            and (before is None or (type(before) is HookChain and not before.calls))
-            and (after is None or (type(after) is HookChain and not after.calls))
-            and runtime.add_stages_inspection_hook is None
-            and not runtime.debug
-            and not triton.knobs.compilation.instrumentation_mode
-        ):
+        if type(grid) is tuple and not self.function.pre_run_hooks and launches_plainly():
             return functools.partial(self._bind, grid)
+        if recording.recorder is not None:
+            recording.recorder.give_up()
         return self.function[grid]
 
     def _first_launch(self, grid: tuple[int, ...], options: dict[str, Any], *arguments: Any) -> Any:
@@ -93,6 +84,30 @@ class Launched:
         types = tuple(map(type, arguments))
         launch = self._launches[types] = _launch_of(self.function, types)
         return launch(grid, options, *arguments)
+
+
+def launches_plainly() -> bool:
+    """Whether a launch is nothing but that: nobody watches it or puts something else in its place."""
+    runtime = triton.knobs.runtime
+    before, after = runtime.launch_enter_hook, runtime.launch_exit_hook
+    return (
+        # Others put functions of their own in its place, as `ahead_of_time` does.
+        JITFunction.run is _RUN
+        and (before is None or (type(before) is HookChain and not before.calls))
+        and (after is None or (type(after) is HookChain and not after.calls))
+        and runtime.add_stages_inspection_hook is None
+        and not runtime.debug
+        and not triton.knobs.compilation.instrumentation_mode
+    )
+
+
+class _Recording(threading.local):
+    """What is told of each launch in this thread; see `replay`."""
+
+    recorder: Any = None
+
+
+recording = _Recording()
 
 
 class _Compiled(NamedTuple):
@@ -112,10 +127,64 @@ class _Compiled(NamedTuple):
     first: tuple[Any, ...]
     metadata: list[Any]
     layouts: tuple[Any, ...]
-    read: "list[_Globals]"
+    read: "list[Globals]"
 
 
-class _Globals(NamedTuple):
+class Launch(NamedTuple):
+    """A launch that can be repeated with other addresses.
+
+    Attributes:
+        function: the kernel.
+        compiled: what was launched.
+        grid: three numbers.
+    """
+
+    function: JITFunction
+    compiled: _Compiled
+    grid: tuple[int, int, int]
+
+    def expand(self, arguments: tuple[Any, ...]) -> list[tuple[Any, Any]]:
+        """Each of the kernel's arguments, and what the launcher takes in its place."""
+        metadata = iter(self.compiled.metadata)
+        return [(x, _expanded(x, metadata)) for x in arguments]
+
+    def repeat(self, stream: int, values: list[Any]) -> None:
+        """Launch with what `expand` gave, in which addresses may be others."""
+        compiled = self.compiled
+        if _IS_FLAT:
+            compiled.launch(*self.grid, stream, *compiled.first, *values)
+        else:
+            compiled.launch(*self.grid, stream, *compiled.first, tuple(values))
+
+    def describe(self, index: int, descriptor: Any) -> Callable[[int], Any]:
+        """What makes the first value of the ``index``-th descriptor for another address."""
+        return functools.partial(_filled, descriptor, self.compiled.metadata[index])
+
+
+class _Address:
+    """In the place of a tensor, of which a descriptor takes only the address."""
+
+    def __init__(self, address: int) -> None:
+        self._address = address
+
+    def data_ptr(self) -> int:
+        return self._address
+
+
+def _expanded(x: Any, metadata: Iterator[Any]) -> Any:
+    if isinstance(x, Tensor):
+        return (x.data_ptr(),)
+    return make_tensordesc_arg(x, next(metadata)) if isinstance(x, TensorDescriptor) else (x,)
+
+
+def _filled(descriptor: Any, metadata: Any, address: int) -> Any:
+    other = object.__new__(TensorDescriptor)
+    other.__dict__.update(descriptor.__dict__)
+    other.base = _Address(address)
+    return make_tensordesc_arg(other, metadata)[0]
+
+
+class Globals(NamedTuple):
     """Those of a namespace that a kernel reads.
 
     Attributes:
@@ -197,6 +266,8 @@ def launch(_grid, _options, {names}):
                 _x, _y, _z = (*_grid, 1, 1)[:3]
                 _stream = _driver.get_current_stream(_device)
                 _found.launch(_x, _y, _z, _stream, *_found.first, {"*" * _IS_FLAT}({", ".join(passed)},))
+                if _recording.recorder is not None:
+                    _recording.recorder.launched(_Launch(_function, _found, (_x, _y, _z)), ({names},))
                 return _found.kernel
     return _remember(_grid, _options, _key, ({"".join(f"{x}.layout, " for x in descriptors)}), {names})
 """
@@ -208,6 +279,9 @@ def launch(_grid, _options, {names}):
         _compiled=compiled,
         _remember=functools.partial(_remember, function, compiled),
         _expand=make_tensordesc_arg,
+        _function=function,
+        _Launch=Launch,
+        _recording=recording,
         _DRIVERS=triton.runtime.driver,
         _OPTIONS=frozenset((int, type(None))),
     )
@@ -223,6 +297,8 @@ def _remember(
     *arguments: Any,
 ) -> Any:
     """Launch through Triton, and remember what it compiled under ``key`` unless that is None."""
+    if recording.recorder is not None:
+        recording.recorder.give_up(for_good=key is None)
     kernel = _through_triton(function, grid, options, *arguments)
     # It is of another type while it is compiled in the background.
     if key is None or type(kernel) is not CompiledKernel:
@@ -249,7 +325,7 @@ def _through_triton(function: JITFunction, grid: tuple[int, ...], options: dict[
     return function[grid](**dict(zip(function.arg_names, arguments, strict=True)), **options)
 
 
-def _globals_of(function: JITFunction) -> list[_Globals]:
+def _globals_of(function: JITFunction) -> list[Globals]:
     names: dict[int, list[str]] = {}
     spaces: dict[int, dict[str, Any]] = {}
     for (name, _), (_, space) in function.used_global_vals.items():
@@ -257,7 +333,7 @@ def _globals_of(function: JITFunction) -> list[_Globals]:
         spaces[id(space)] = space
     # One of them twice: of a single one there would be no tuple.
     getters = [(operator.itemgetter(names[i][0], *names[i]), space) for i, space in spaces.items()]
-    return [_Globals(get, space, get(space)) for get, space in getters]
+    return [Globals(get, space, get(space)) for get, space in getters]
 
 
 def _define(name: str, source: str, function: JITFunction, **names: Any) -> Callable[..., Any]:

@@ -14,6 +14,7 @@ from .devices import capability_of, on_device_of
 from .operators import NAMESPACE, contiguous_decay, maybe_contiguous, nothing_sees, refuse_second_derivative
 from .portable.backward import backward
 from .portable.forward import forward
+from .replay import replayed
 from .tiles import choose_tiles
 from .triton_common import HAS_GLUON
 from .validation import refuse_transforms
@@ -96,6 +97,7 @@ def _forward(
     return _launch_forward(q, k, v, Decay(c_q, c_k, kv_start, last), scale, dropout, seed)
 
 
+@replayed
 def _launch_forward(
     q: Tensor, k: Tensor, v: Tensor, decay: Decay, scale: float, dropout: float, seed: Tensor | None
 ) -> tuple[Tensor, Tensor]:

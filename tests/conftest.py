@@ -1,6 +1,7 @@
 """Settings that every test shares: no network, one share of the cores per worker, the same seed each time."""
 
 import os
+import sys
 from collections.abc import Iterator
 
 # Before transformers is imported: it reads this once.
@@ -36,3 +37,10 @@ def small_chunks_interpreted() -> Iterator[None]:
 def seed() -> None:
     """Start every test from the same random state, whatever ran before it in this process."""
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def no_recordings() -> None:
+    """Tests may change what kernels are launched with."""
+    if replay := sys.modules.get("foxlm.kernels.replay"):
+        replay.forget_all()

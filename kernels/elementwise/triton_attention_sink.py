@@ -21,6 +21,7 @@ from torch import Tensor
 from ..devices import on_device_of
 from ..launch import launched
 from ..operators import gradients_by_torch, may_launch
+from ..replay import replayed
 from ..tiles import cdiv, padded_head_dim
 from ..triton_common import load_rows
 from .attention_sink import add_sink as add_sink_in_pytorch
@@ -198,6 +199,7 @@ def _sink_arguments(
     return len(q), block_n, arguments
 
 
+@replayed
 def _sink_forward(
     out: Tensor, lse: Tensor, q: Tensor, sink_k: Tensor, sink_v: Tensor, scale: float
 ) -> tuple[Tensor, Tensor]:

@@ -13,6 +13,7 @@ from torch import Tensor
 from ..devices import on_device_of
 from ..launch import launched
 from ..operators import may_launch
+from ..replay import replayed
 from ..tiles import cdiv, next_power_of_2
 from .gate_logits import gate_logits as gate_logits_in_pytorch
 
@@ -81,11 +82,17 @@ def _gate_logit_kernel(X, x_n, WEIGHT, BIAS, OUT, HIDDEN, BLOCK_K: tl.constexpr,
 
 def gate_logits(x: Tensor, weight: Tensor, bias: Tensor, log_sigmoid: bool = False) -> Tensor:
     """As `gate_logits.gate_logits`, which itself runs for gradients and other dtypes."""
-    tokens, (gates, hidden) = x.shape[:-1].numel(), weight.shape
+    tokens, gates = x.shape[:-1].numel(), len(weight)
     fits = tokens > 0 and gates <= _MOST_GATES and x.dtype in (torch.float16, torch.bfloat16)
     fits &= weight.dtype == bias.dtype == torch.float32 and weight.is_contiguous() and not torch.is_grad_enabled()
     if not fits or not may_launch(x, weight, bias) or not weight.device == bias.device == x.device:
         return gate_logits_in_pytorch(x, weight, bias, log_sigmoid)
+    return _launch_logits(x, weight, bias, log_sigmoid)
+
+
+@replayed
+def _launch_logits(x: Tensor, weight: Tensor, bias: Tensor, log_sigmoid: bool) -> Tensor:
+    tokens, (gates, hidden) = x.shape[:-1].numel(), weight.shape
     rows = x.reshape(tokens, hidden)
     rows = rows if rows.stride(1) == 1 else rows.contiguous()
     out = torch.empty(*x.shape[:-1], gates, dtype=torch.float32, device=x.device)

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from ..devices import on_device_of
 from ..operators import may_launch, maybe_contiguous, refuse_second_derivative
+from ..replay import replayed
 from ..tiles import LARGEST_HEAD_DIM, cdiv, next_power_of_2
 from .prologue import PrologueInputs
 from .prologue_kernels import prologue_backward_kernel, prologue_forward_kernel
@@ -95,6 +96,7 @@ class _PrologueGradient(torch.autograd.Function):
     backward = staticmethod(refuse_second_derivative)
 
 
+@replayed
 def _prologue_forward(inputs: PrologueInputs, eps: float, slots: _Slots) -> tuple[Tensor | None, ...]:
     """New q, k and v, or None for each that stays what it is."""
     out = [x.new_empty(x.shape) if heads else None for x, heads in zip(inputs[:3], slots, strict=True)]

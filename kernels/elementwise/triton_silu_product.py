@@ -17,6 +17,7 @@ from torch import Tensor
 from ..devices import on_device_of
 from ..launch import launched
 from ..operators import gradients_by_torch, may_launch, maybe_contiguous
+from ..replay import replayed
 from ..tiles import cdiv
 from .activations import activate
 from .silu_product import silu_product as silu_product_in_pytorch
@@ -93,6 +94,7 @@ def _silu_arguments(gate: Tensor, up: Tensor) -> tuple[tuple[int], dict[str, Any
     return (gate.shape[0] * cdiv(size, _BLOCK),), arguments
 
 
+@replayed
 def _silu_forward(gate: Tensor, up: Tensor) -> Tensor:
     out = torch.empty_like(gate, memory_format=torch.contiguous_format)
     if gate.numel() > 0:
@@ -102,6 +104,7 @@ def _silu_forward(gate: Tensor, up: Tensor) -> Tensor:
     return out
 
 
+@replayed
 def _silu_backward(d_out: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
     d_gate, d_up = (torch.empty_like(gate, memory_format=torch.contiguous_format) for _ in range(2))
     if gate.numel() > 0:

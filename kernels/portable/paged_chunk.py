@@ -20,6 +20,7 @@ from ..pruning.key_stats import KeySummary, Running
 from ..pruning.predicates import lengths, may_drop, raised
 from ..pruning.rounding import decay_margin, log_allowed, logit_margin
 from ..pruning.rules import QueriesToCome
+from ..replay import replayed
 from ..tiles import PRUNED_KEYS, cdiv, padded_head_dim
 from ..triton_common import INF, larger, load_rows
 
@@ -221,6 +222,23 @@ def take_chunk(
         Keys and values ``[B, G, past + T, D]``, sums ``[B, Hf, past + T]``, those of evicted tokens as `PagePool.read`
         says; and the first block that a later query may need, ``[B, G]`` int32, or None.
     """
+    return _launch_take(k, v, c, past, keys, values, sums, pages, summary, running, to_come)
+
+
+@replayed
+def _launch_take(
+    k: Tensor,
+    v: Tensor,
+    c: Tensor,
+    past: int,
+    keys: Tensor,
+    values: Tensor,
+    sums: Tensor,
+    pages: Tensor,
+    summary: KeySummary,
+    running: Running,
+    to_come: QueriesToCome | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     arguments, (batch, kv_heads, tokens, rows) = _arguments(k, v, c, past, keys, values, sums, pages)
     length, gates = past + tokens, c.shape[1]
     all_k, all_v, all_c, start = k, v, c, None
@@ -268,6 +286,13 @@ def write_chunk(
     k: Tensor, v: Tensor, c: Tensor, past: int, *, keys: Tensor, values: Tensor, sums: Tensor, pages: Tensor
 ) -> None:
     """Write new tokens to their pages, those of evicted blocks nowhere. Arguments as for `take_chunk`."""
+    _launch_write(k, v, c, past, keys, values, sums, pages)
+
+
+@replayed
+def _launch_write(
+    k: Tensor, v: Tensor, c: Tensor, past: int, keys: Tensor, values: Tensor, sums: Tensor, pages: Tensor
+) -> None:
     arguments, (batch, kv_heads, tokens, _) = _arguments(k, v, c, past, keys, values, sums, pages)
     with on_device_of(k):
         touched = cdiv(past + tokens, PRUNED_KEYS) - past // PRUNED_KEYS

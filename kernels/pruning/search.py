@@ -15,6 +15,7 @@ from torch import Tensor
 from ..decay import Decay
 from ..devices import on_device_of
 from ..operators import NAMESPACE, contiguous_decay, maybe_contiguous, nothing_sees
+from ..replay import replayed
 from ..tiles import PRUNED_KEYS, PRUNED_QUERIES, cdiv, padded_head_dim
 from ..triton_common import INF, INT32_MAX, kernel, larger, load_rows
 from .predicates import lengths, log_add, may_drop, query_bounds, raised, sink_bound
@@ -214,7 +215,7 @@ def search_kv_start(
     sink = None if sink is None else sink.detach().expand(len(q), *sink.shape[-2:])
     if torch.is_grad_enabled():
         q, k, c_q, c_k = (x.detach() for x in (q, k, decay.query, decay.key))
-        decay = decay._replace(query=c_q, key=c_k)
+        decay = Decay(c_q, c_k, decay.kv_start, decay.last)
     if nothing_sees(q, k, decay.query, decay.key):
         return _search_blocks(decay, q, k, eps, rule, scale, logit_bound, sink)
     return _search_kv_start(
@@ -262,6 +263,7 @@ def _search_blocks(
         return _launch(decay, q, k, eps, rule, scale, logit_bound, sink)
 
 
+@replayed
 def _launch(
     decay: Decay,
     q: Tensor,
