@@ -14,7 +14,7 @@ from .decay import sum_gates
 from .devices import capability_of
 from .elementwise.attention_sink import add_sink
 from .elementwise.gate_logits import gate_logits
-from .elementwise.gated_norm import gated_norm
+from .elementwise.gated_norm import add_and_norm, gated_norm
 from .elementwise.prologue import PrologueInputs
 from .elementwise.silu_product import silu_product
 from .pruning.rules import search_kv_start
@@ -32,6 +32,7 @@ if HAS_TRITON:
     from .ahead_of_time import prepare_attention
     from .elementwise.triton_attention_sink import add_sink as triton_add_sink
     from .elementwise.triton_gate_logits import gate_logits as triton_gate_logits
+    from .elementwise.triton_gated_norm import add_and_norm as triton_add_and_norm
     from .elementwise.triton_gated_norm import gated_norm as triton_gated_norm
     from .elementwise.triton_prologue import attention_prologue
     from .elementwise.triton_silu_product import silu_product as triton_silu_product
@@ -63,6 +64,7 @@ class Backend(NamedTuple):
         decode: attention of few queries over a cache, without gradients: `portable.decode.decode_attention`; None if
             the backend has no decode kernel and `attention` is used instead.
         gated_norm: RMSNorm of the output of each head and the output gate: `elementwise.gated_norm.gated_norm`.
+        add_and_norm: the residual connection and the norm after it: `elementwise.gated_norm.add_and_norm`.
         append: take the tokens of a decoding step into a layer's cache: `portable.decode_append.append_tokens`; None if
             the cache is to do so by operators of its own.
         take_chunk, write_chunk: take a chunk of a prompt into an evicting cache: `portable.paged_chunk.take_chunk` and
@@ -83,6 +85,7 @@ class Backend(NamedTuple):
     can_decode: Callable[[Tensor, int], bool]
     decode: Callable[..., tuple[Tensor, Tensor]] | None
     gated_norm: Callable[..., Tensor]
+    add_and_norm: Callable[..., tuple[Tensor, Tensor]]
     append: Callable[..., tuple[Tensor, Tensor]] | None
     add_sink: Callable[..., tuple[Tensor, Tensor]]
     take_chunk: Callable[..., tuple[Tensor, Tensor, Tensor, Tensor | None]] | None
@@ -102,6 +105,7 @@ PYTORCH = Backend(
     can_decode=lambda q, kv_heads: False,
     decode=None,
     gated_norm=gated_norm,
+    add_and_norm=add_and_norm,
     append=None,
     add_sink=add_sink,
     take_chunk=None,
@@ -123,6 +127,7 @@ if HAS_TRITON:
         can_decode=can_decode,
         decode=decode_attention,
         gated_norm=triton_gated_norm,
+        add_and_norm=triton_add_and_norm,
         append=append_tokens,
         add_sink=triton_add_sink,
         take_chunk=take_chunk,

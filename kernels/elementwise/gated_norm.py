@@ -1,6 +1,6 @@
-"""RMSNorm and the output gate after it, in PyTorch: the definition.
+"""RMSNorm with the output gate after it, or with the residual connection before it, in PyTorch: the definition.
 
-    y = w x / sqrt(mean(x^2) + eps) * act(gate)
+    y = w x / sqrt(mean(x^2) + eps) * act(gate)          y = w s / sqrt(mean(s^2) + eps),  s = x + residual
 
 with the mean over the last dimension of ``x``. The Triton kernels that compute the same are in `triton_gated_norm`.
 """
@@ -46,6 +46,12 @@ def gated_norm(
     """
     out = recompute_if_large(lambda x, weight: _normalize(x, weight, eps), x, weight)
     return out if gate is None else out * ACTIVATIONS[activation](gate).view_as(out)
+
+
+def add_and_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """The sum of two tensors ``[..., D]`` of one dtype, in that dtype, and its `gated_norm` without a gate."""
+    total = x + residual
+    return total, gated_norm(total, weight, eps)
 
 
 def _normalize(x: Tensor, weight: Tensor, eps: float) -> Tensor:

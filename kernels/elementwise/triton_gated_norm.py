@@ -1,4 +1,5 @@
 """RMSNorm and the output gate after it in Triton: one kernel forward and one backward, everything inside in float32.
+And, for inference, RMSNorm and the residual connection before it.
 
     n = x / sqrt(mean(x^2) + eps)          y = w n a,  a = act(g)
     dn = dy a w                            dx = (dn - n mean(dn n)) / sqrt(mean(x^2) + eps)
@@ -20,10 +21,12 @@ from torch import Tensor
 
 from ..devices import on_device_of
 from ..launch import launched
-from ..operators import gradients_by_torch, may_launch
+from ..operators import gradients_by_torch, may_launch, maybe_contiguous
+from ..replay import replayed
 from ..tiles import cdiv
 from ..triton_common import load_rows
 from .activations import activate
+from .gated_norm import add_and_norm as add_and_norm_in_pytorch
 from .gated_norm import gated_norm as gated_norm_in_pytorch
 
 # Elements and tokens of a program's tile, and programs of a backward pass: what keeps a large GPU busy.
@@ -189,6 +192,7 @@ def _norm_arguments(
     return tokens, heads, block_n, arguments
 
 
+@replayed
 def _norm_forward(x: Tensor, weight: Tensor, gate: Tensor | None, eps: float, activation: str) -> Tensor:
     out = torch.empty_like(x, memory_format=torch.contiguous_format)
     if x.numel() == 0:
@@ -216,3 +220,52 @@ def _norm_backward(
             **arguments, D_OUT=d_out.contiguous(), DX=dx, D_GATE=d_gate, D_WEIGHT=d_weight, ROWS=rows
         )
     return dx, d_weight.sum(0).to(weight.dtype), d_gate
+
+
+@launched
+@triton.jit
+def _add_and_norm_kernel(
+    X, x_n, RESIDUAL, r_n, WEIGHT, TOTAL, OUT, eps, D: tl.constexpr, BLOCK_D: tl.constexpr
+):  # fmt: skip
+    """A token for each program."""
+    i_n, o_d = tl.program_id(0).to(tl.int64), tl.arange(0, BLOCK_D)
+    m_d = o_d < D
+    b_x = tl.load(X + i_n * x_n + o_d, mask=m_d, other=0.0).to(tl.float32)
+    b_x += tl.load(RESIDUAL + i_n * r_n + o_d, mask=m_d, other=0.0).to(tl.float32)
+    b_total = b_x.to(TOTAL.dtype.element_ty)
+    tl.store(TOTAL + i_n * D + o_d, b_total, mask=m_d)
+    # Of what is stored, as a norm that reads it would see it.
+    b_x = b_total.to(tl.float32)
+    b_r = tl.div_rn(1.0, tl.sqrt_rn(tl.sum(b_x * b_x, 0) / D + eps))
+    b_w = tl.load(WEIGHT + o_d, mask=m_d, other=0.0).to(tl.float32)
+    tl.store(OUT + i_n * D + o_d, (b_x * b_r * b_w).to(OUT.dtype.element_ty), mask=m_d)
+
+
+def add_and_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """`add_and_norm` of the module `gated_norm`; that itself with gradients, and for torch's tracers."""
+    size = x.shape[-1]
+    fits = x.shape == residual.shape and x.dtype == residual.dtype and weight.shape == (size,) and size <= _LARGEST
+    if not fits or torch.is_grad_enabled() or x.numel() == 0 or not may_launch(x, residual, weight):
+        return add_and_norm_in_pytorch(x, residual, weight, eps)
+    return _launch_add_and_norm(x, residual, weight, eps)
+
+
+@replayed
+def _launch_add_and_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    size = x.shape[-1]
+    total, out = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for _ in range(2))
+    x, residual = maybe_contiguous(x.reshape(-1, size)), maybe_contiguous(residual.reshape(-1, size))
+    block_d = triton.next_power_of_2(size)
+    with on_device_of(x):
+        _add_and_norm_kernel[(x.shape[0],)](
+            X=x, x_n=x.stride(0),
+            RESIDUAL=residual, r_n=residual.stride(0),
+            WEIGHT=weight.contiguous(),
+            TOTAL=total,
+            OUT=out,
+            eps=eps,
+            D=size,
+            BLOCK_D=block_d,
+            num_warps=min(16, max(4, block_d // 512)),
+        )  # fmt: skip
+    return total, out

@@ -12,7 +12,7 @@ from transformers.utils import TransformersKwargs
 
 from ..configuration_fox import FoxConfig
 from .attention import FoxAttention
-from .fused_projections import FusableProjections, has_hooks
+from .fused_projections import FusableProjections, are_called_plainly, has_hooks
 from .logit_bounds import projection_bounds, qk_norm_bounds
 from .norm import FoxRMSNorm
 
@@ -69,11 +69,24 @@ class FoxDecoderLayer(GradientCheckpointingLayer):
             self.self_attn.check_hidden_states(hidden_states)
         if self.norms_first:
             attended, _ = self.self_attn(self.input_layernorm(hidden_states), **kwargs)
-            hidden_states = hidden_states + attended
-            return hidden_states + self.mlp(self.post_attention_layernorm(hidden_states))
+            hidden_states, normalized = self._add_and_norm(hidden_states, attended)
+            return hidden_states + self.mlp(normalized)
         attended, _ = self.self_attn(hidden_states, **kwargs)
         hidden_states = hidden_states + self.post_attention_layernorm(attended)
         return hidden_states + self.post_feedforward_layernorm(self.mlp(hidden_states))
+
+    def _add_and_norm(self, hidden_states: Tensor, attended: Tensor) -> tuple[Tensor, Tensor]:
+        """The sum, and its norm; for inference on a GPU by one kernel, unless somebody watches or replaced the norm."""
+        norm = self.post_attention_layernorm
+        if not torch.is_grad_enabled() and not torch.compiler.is_compiling() and are_called_plainly([norm], FoxRMSNorm):
+            # Imported when they are used, since importing the kernels takes time.
+            from ...kernels.backends import PYTORCH, elementwise_backend_of
+
+            backend = elementwise_backend_of(hidden_states)
+            if backend is not PYTORCH:
+                return backend.add_and_norm(hidden_states, attended, norm.local_weight(), norm.eps)
+        hidden_states = hidden_states + attended
+        return hidden_states, norm(hidden_states)
 
     @torch.no_grad()
     def logit_bounds(self, dtype: torch.dtype) -> tuple[Tensor, Tensor] | None:

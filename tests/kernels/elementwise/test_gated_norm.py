@@ -266,3 +266,29 @@ def test_error_of_a_norm_of_one_dtype(dtype, size, rows):
     ours = [y.detach().cpu().double() for y in (out, *torch.autograd.grad(out, [x, norm.weight], d_out))]
     for a, b, c in zip(ours, theirs, exact, strict=True):
         assert (a - c).norm() <= 2 * (b - c).norm()
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("size", [1, 64, 1536, 5000])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_the_norm_after_a_residual_connection(dtype: torch.dtype, size: int) -> None:
+    """The sum is torch's; the norm of it as exact as torch's, for any strides."""
+    generator = torch.Generator().manual_seed(0)
+    x, residual = (torch.randn(2, 7, size + 3, generator=generator).to(DEVICE, dtype)[..., :size] for _ in range(2))
+    weight = (1 + 0.5 * torch.randn(size, generator=generator)).to(DEVICE, dtype)
+    total, found = TRITON.add_and_norm(x, residual, weight, EPS)
+    assert torch.equal(total, x + residual)
+    assert found.dtype == dtype and found.is_contiguous()
+    by_torch = nn.functional.rms_norm(total, (size,), weight, EPS).cpu().double()
+    exact = nn.functional.rms_norm(total.cpu().double(), (size,), weight.cpu().double(), EPS)
+    for order, times in ALLOWED.items():
+        errors = [torch.linalg.vector_norm(a - exact, order).item() for a in (found.cpu().double(), by_torch)]
+        assert errors[0] <= times * errors[1] + 1e-12
+
+
+def test_the_norm_after_a_residual_connection_has_gradients() -> None:
+    x, residual = (torch.randn(2, 5, 16, device=DEVICE, requires_grad=True) for _ in range(2))
+    weight = torch.ones(16, device=DEVICE, requires_grad=True)
+    total, found = TRITON.add_and_norm(x, residual, weight, EPS)
+    assert total.requires_grad and found.requires_grad
+    assert len(torch.autograd.grad(found.square().sum() + total.sum(), [x, residual, weight])) == 3

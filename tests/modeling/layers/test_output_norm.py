@@ -9,6 +9,7 @@ from torch import nn
 from foxlm import FoxConfig
 from foxlm.kernels.elementwise.gated_norm import ACTIVATIONS
 from foxlm.modeling.layers.attention import FoxAttention
+from foxlm.modeling.layers.block import FoxDecoderLayer
 from foxlm.modeling.layers.norm import FoxRMSNorm
 from kernel_device import DEVICES
 
@@ -43,6 +44,20 @@ def test_hooks_see_norm_and_gate_apart(watched, activation, device):
         torch.testing.assert_close(normalized.square().mean(-1), torch.ones(2, 9, 4, device=device), rtol=1e-2, atol=0)
     else:
         torch.testing.assert_close(output, ACTIVATIONS[activation](inputs[0]))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("device", DEVICES)
+def test_a_hook_sees_the_norm_before_the_mlp(device):
+    config = FoxConfig(hidden_size=64, num_attention_heads=4, num_hidden_layers=1)
+    layer, seen = FoxDecoderLayer(config, layer_idx=0).to(device).eval(), []
+    nn.init.normal_(layer.post_attention_layernorm.weight, 1.0, 0.5)
+    hidden = torch.randn(2, 9, 64, device=device)
+    expected = layer(hidden)
+    layer.post_attention_layernorm.register_forward_hook(lambda module, inputs, output: seen.append((*inputs, output)))
+    torch.testing.assert_close(layer(hidden), expected)
+    ((total, normalized),) = seen
+    torch.testing.assert_close(total + layer.mlp(normalized), expected)
 
 
 @pytest.mark.parametrize("device", DEVICES)
