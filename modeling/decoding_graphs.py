@@ -32,7 +32,7 @@ from .cache.paged import PagedForgettingLayer
 from .cache.reserved import ReservedForgettingLayer
 from .cache.static import StaticForgettingLayer, state_sizes
 from .configuration_fox import DEFAULT_IMPLEMENTATION
-from .parallel.tensor_parallel import is_sharded
+from .parallel.tensor_parallel import is_sharded, modules_of
 from .token_layout import LAYER_TYPE, padding_mask
 from .versions import CACHE
 
@@ -115,7 +115,7 @@ def unsupported(model: Any) -> str | None:
     config = model.config
     if config._attn_implementation != DEFAULT_IMPLEMENTATION:
         return f"attn_implementation is {config._attn_implementation!r}, which has no decode kernel"
-    weights = [*model.parameters(), *model.buffers()]
+    modules, weights = _parts_of(model)
     if any(is_sharded(x) for x in weights):
         return "its weights are sharded"
     devices = {x.device for x in weights}
@@ -123,14 +123,28 @@ def unsupported(model: Any) -> str | None:
         return f"its weights are on several devices, {sorted(map(str, devices))}"
     if _module._global_forward_hooks or _module._global_forward_pre_hooks:
         return "hooks are registered for all modules"
-    for name, module in model.named_modules():
+    for module in modules:
         hooks = (*module._forward_hooks.values(), *module._forward_pre_hooks.values())
         # Those of the model itself run before and after a step.
-        if name and any(getattr(hook, "__module__", None) != _INERT_HOOKS for hook in hooks):
-            return f"{name} has hooks, which a captured step would not call"
+        if hooks and module is not model and any(getattr(x, "__module__", None) != _INERT_HOOKS for x in hooks):
+            return f"{_name_of(module, model)} has hooks, which a captured step would not call"
         if "_hf_hook" in vars(module):
-            return f"{name or 'the model'} is moved to its device as it runs (accelerate)"
+            return f"{_name_of(module, model) or 'the model'} is moved to its device as it runs (accelerate)"
     return None
+
+
+def _parts_of(model: Any) -> tuple[list[nn.Module], list[Tensor]]:
+    """Its `modules_of`, and their parameters and buffers, each once."""
+    modules = modules_of(model)
+    weights: dict[int, Tensor] = {}
+    for module in modules:
+        for tensors in (module._parameters, module._buffers):
+            weights.update((id(x), x) for x in tensors.values() if x is not None)
+    return modules, list(weights.values())
+
+
+def _name_of(module: nn.Module, model: nn.Module) -> str:
+    return next(name for name, other in model.named_modules() if other is module)
 
 
 def runs_decode_kernels(model: Any, tokens: int = 1) -> bool:
@@ -413,10 +427,9 @@ def _fingerprint(model: Any) -> Any:
 
     None if there may be more: modules of other libraries, such as adapters, have state of their own.
     """
-    modules = list(model.modules())
-    if any(not type(x).__module__.startswith(_KNOWN_MODULES) for x in modules):
+    modules, weights = _parts_of(model)
+    if any(not x.__module__.startswith(_KNOWN_MODULES) for x in set(map(type, modules))):
         return None
-    weights = [*model.parameters(), *model.buffers()]
     config = model.config
     return (
         tuple((id(x), x.training, "forward" in vars(x)) for x in modules),
@@ -462,9 +475,9 @@ def running(model: Any) -> DecodingGraphs | None:
     return _RUNNING.get({}).get(id(model))
 
 
-def holds_no_padding(cache: Cache) -> bool:
+def holds_no_padding(cache: Cache | None) -> bool:
     """Whether a running `generate` knows that no token of ``cache``, now or to come, is padding."""
-    return any(run.unpadded is cache for run in _RUNNING.get({}).values())
+    return cache is not None and any(run.unpadded is cache for run in _RUNNING.get({}).values())
 
 
 __all__ = ["CacheGraphs", "DecodingGraphs", "StepGraph", "decoding_graphs", "holds_no_padding", "running"]

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules import module as _module
 
-from ..parallel.tensor_parallel import is_sharded, local_tensor, set_local_tensor
+from ..parallel.tensor_parallel import is_sharded, local_tensor, modules_of, set_local_tensor, shards_layers
 
 # Tokens of a call that is fused at most: its outputs are strided views, which longer calls would have to copy.
 MAX_FUSED_TOKENS = 64
@@ -184,6 +184,10 @@ class FusableProjections(nn.Module):
         Returns:
             Whether they are.
         """
+        fused = self.fused_projections
+        if fused is not None and self._is_untouched(fused):
+            taken.update(address for addresses in fused.addresses for address in addresses)
+            return True
         names = tuple(name for name in self.projections if _submodule(self, name) is not None)
         linears = [_submodule(self, name) for name in names]
         fits = all(_is_matmul(x) for x in linears) and _fit_one_buffer(linears)
@@ -219,12 +223,12 @@ def fuse_projections(
         The modules whose `uses_fused` became ``uses``, with what it was.
     """
     changed = []
-    # FSDP's sharded weights are whole only while their layer runs.
-    if any(hasattr(type(module), "unshard") for module in model.modules()):
+    modules = modules_of(model)
+    if shards_layers(modules):
         return []
     with _LOCK:
         taken: set[int | None] = set()
-        for module in model.modules():
+        for module in modules:
             if not isinstance(module, FusableProjections):
                 continue
             before = "never" if module.fused_projections is None else module.uses_fused

