@@ -26,7 +26,8 @@ class Decay(NamedTuple):
 
     ``Hf`` is the number of gates per token: the query heads, the key/value heads, or 1 (shared by all heads). With
     context parallelism all four are of this rank's tokens, but sums and indices count from the beginning of the
-    sequence, and `last` rises by more than one where a segment of another rank lies between.
+    sequence, and `last` rises by more than one where a segment of another rank lies between. Others are made of one by
+    its class: what `_replace` made cannot leave a function that torch.compile has compiled on its own (torch 2.11).
 
     Attributes:
         query: ``[B, Hf, Tq]`` float64, running sum ``c_i`` at each query.
@@ -54,13 +55,20 @@ class Decay(NamedTuple):
         return bias.masked_fill(~visible, float("-inf"))
 
 
-def sum_gates(log_f: Tensor, starts: Tensor | None, no_reset: int) -> tuple[Tensor, Tensor]:
+def sum_gates(
+    log_f: Tensor,
+    starts: Tensor | None,
+    no_reset: int,
+    offset: int | Tensor = 0,
+    carry: tuple[Tensor, Tensor] | None = None,
+) -> tuple[Tensor, Tensor]:
     """Running sums of log gates, and the last reset up to each token: the definition, in PyTorch.
 
     Args:
         log_f: ``[B, T, Hf]`` float32 or float64.
         starts: ``[B, T]`` bool, resets beside those of gates below -1e4; None for none.
         no_reset: what a token without a reset gets, at most 0; 32 bits.
+        offset, carry: as for `accumulate`, whose results they make of those.
 
     Returns:
         ``[B, Hf, T]`` float64, differentiable in ``log_f``, and int64.
@@ -75,7 +83,18 @@ def sum_gates(log_f: Tensor, starts: Tensor | None, no_reset: int) -> tuple[Tens
         resets = resets | starts[:, None, :]
     last_reset = torch.where(resets, torch.arange(log_f.shape[-1], device=log_f.device), no_reset)
     # cummax of an empty tensor raises
-    return c, running_max(last_reset) if last_reset.shape[-1] > 1 else last_reset
+    return continued(c, running_max(last_reset) if last_reset.shape[-1] > 1 else last_reset, offset, carry)
+
+
+def continued(
+    c: Tensor, last_reset: Tensor, offset: int | Tensor = 0, carry: tuple[Tensor, Tensor] | None = None
+) -> tuple[Tensor, Tensor]:
+    """Sums and resets of tokens after others, from those of the tokens alone; the rest as for `accumulate`."""
+    if carry is not None:
+        return c + carry[0][..., None], torch.maximum(last_reset + offset, carry[1][..., None])
+    if isinstance(offset, int) and offset == 0:
+        return c, last_reset
+    return c, (last_reset + offset).clamp(min=0)
 
 
 def accumulate(
@@ -99,12 +118,7 @@ def accumulate(
     """
     unbroken = carry is None and isinstance(offset, int) and offset == 0
     # Far enough below zero that no offset makes it an index.
-    c, last_reset = sum_gates(log_f, starts, 0 if unbroken else -(1 << 31))
-    if unbroken:
-        return c, last_reset
-    if carry is None:
-        return c, (last_reset + offset).clamp(min=0)
-    return c + carry[0][..., None], torch.maximum(last_reset + offset, carry[1][..., None])
+    return sum_gates(log_f, starts, 0) if unbroken else sum_gates(log_f, starts, -(1 << 31), offset, carry)
 
 
 def running_max(x: Tensor) -> Tensor:
@@ -157,17 +171,18 @@ def first_visible(real_keys: Tensor, real: Tensor, last: Tensor) -> Tensor:
 
 def skip_keys(decay: Decay, first: Tensor) -> Decay:
     """``decay`` of queries that attend to no key before ``first``, ``[B, 1, Tq]`` int64."""
-    return decay._replace(kv_start=torch.maximum(decay.kv_start, first))
+    return Decay(decay.query, decay.key, torch.maximum(decay.kv_start, first), decay.last)
 
 
 def hide_keys(decay: Decay, real: Tensor) -> Decay:
     """Hide the keys of padding from every query; ``real`` as for `hide_padding`."""
-    return decay._replace(key=decay.key.masked_fill(~real[:, None, :], float("inf")))
+    return Decay(decay.query, decay.key.masked_fill(~real[:, None, :], float("inf")), decay.kv_start, decay.last)
 
 
 def mask_rows(decay: Decay, real: Tensor) -> Decay:
     """Fully mask the rows of padding; ``real`` is ``[B, Tq]`` bool, of the queries."""
-    return decay._replace(kv_start=torch.where(real[:, None, :], decay.kv_start, decay.last + 1))
+    kv_start = torch.where(real[:, None, :], decay.kv_start, decay.last + 1)
+    return Decay(decay.query, decay.key, kv_start, decay.last)
 
 
 def without_padding(

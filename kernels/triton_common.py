@@ -78,12 +78,14 @@ INT32_MAX = tl.constexpr(2147483647)
 # changes from batch to batch: lengths, numbers of blocks, strides that are lengths, and tensors that may be parts of
 # others. Names are those of parameters; a kernel need not have them all.
 VARYING_SIZES = (
-    "T", "TQ", "TK", "HEADS", "KV_HEADS", "NB", "NC", "NG", "NM", "NN", "NR", "STEPS", "WORK_TILES",
-    "c_b", "c_h", "ck_b", "ck_h", "cq_b", "cq_h", "decays_b", "decays_h", "dl_b", "dl_h", "f_b",
-    "largest_b", "largest_h", "real_b", "s_b", "s_h", "starts_b",
+    "T", "TQ", "TK", "HAS_CARRY", "HEADS", "KV_HEADS", "NB", "NC", "NG", "NM", "NN", "NR", "OFFSET",
+    "STEPS", "WORK_TILES",
+    "c_b", "c_h", "carry_b", "carry_h", "ck_b", "ck_h", "cq_b", "cq_h", "decays_b", "decays_h", "dl_b", "dl_h", "f_b",
+    "first_b", "first_h", "largest_b", "largest_h", "real_b", "s_b", "s_h", "starts_b",
 )  # fmt: skip
 PARTS_OF_TENSORS = (
-    "BASE", "C", "C_K", "C_Q", "DC", "DELTA", "DIAGONAL", "DIAGONAL_BLOCK", "DQ_SCALE", "D_LSE", "END", "GREATEST",
+    "BASE", "C", "CARRY_C", "CARRY_FIRST", "C_K", "C_Q", "DC", "DELTA", "DIAGONAL", "DIAGONAL_BLOCK", "DQ_SCALE",
+    "D_LSE", "END", "GREATEST",
     "HEAD_ORDER", "HELD_FROM", "KV_START", "LARGEST", "LAST", "LEAST", "LOG_DECAYS", "LOG_F", "LOG_SUM", "LSE",
     "M_END", "M_FULL_END", "NORM", "PAGES", "REAL", "RELATIVE", "ROW_BOUND", "ROW_TERM", "SHIFT", "STARTS",
     "WORK_COUNTER",

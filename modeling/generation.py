@@ -12,6 +12,7 @@ from transformers.generation import GenerationMixin
 from transformers.generation.configuration_utils import GenerationMode
 
 from .arguments import MASK_ARGUMENTS, refuse_unknown
+from .cache.dynamic import DynamicForgettingLayer
 from .cache.paged import FoxPagedCache
 from .configuration_fox import FoxConfig
 from .decoding_graphs import decoding_graphs, holds_no_padding
@@ -148,6 +149,13 @@ class FoxGenerationMixin(GenerationMixin):
             )
         if graphs is not None:
             graphs.take_prompt(model_kwargs.get(CACHE), model_kwargs.get("attention_mask"))
+
+    def _prefill(self, input_ids, generation_config, model_kwargs, *args, **kwargs):
+        if generation_config.prefill_chunk_size is not None:
+            for layer in getattr(model_kwargs.get(CACHE), "layers", ()):
+                if isinstance(layer, DynamicForgettingLayer):
+                    layer.expected = input_ids.shape[1]
+        return super()._prefill(input_ids, generation_config, model_kwargs, *args, **kwargs)
 
     # Each entry point to continuous batching, which would otherwise fail inside transformers.
 

@@ -33,6 +33,7 @@ from .configuration_fox import (
     DEFAULT_IMPLEMENTATION,
     FoxConfig,
 )
+from .decoding_graphs import holds_no_padding
 from .decoding_graphs import running as running_graphs
 from .generation import FoxGenerationMixin
 from .inputs import check_labels, check_logits_to_keep, check_tokens, embed, warn_of_missing_attentions
@@ -146,6 +147,9 @@ class FoxModel(FoxPreTrainedModel):
         if token is not None and input_ids is not None:
             stands_for = input_ids.to(inputs_embeds.device) == token
         device = inputs_embeds.device
+        if isinstance(attention_mask, Tensor) and not is_torchdynamo_compiling() and holds_no_padding(cache):
+            # To look again at each chunk of a prompt would wait for the GPU.
+            attention_mask = {LAYER_TYPE: None}
         layout = token_layout(tokens, device, attention_mask, position_ids, cu_seqlens, cache, stands_for=stands_for)
         if shards is not None:
             layout = layout.shard(shards)

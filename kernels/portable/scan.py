@@ -14,10 +14,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..decay import LOG_ZERO_GATE
+from ..decay import LOG_ZERO_GATE, continued
 from ..decay import sum_gates as sum_gates_in_pytorch
 from ..devices import on_device_of
 from ..operators import NAMESPACE, may_launch
+from ..replay import replayed
 from ..tiles import cdiv
 from ..triton_common import kernel, larger
 from ..validation import is_transformed
@@ -87,8 +88,10 @@ def _gate_totals_kernel(
 @kernel
 def _gate_scan_kernel(
     LOG_F, STARTS, TOTALS, RESETS, C, KV_START,
+    CARRY_C, carry_b, carry_h,
+    CARRY_FIRST, first_b, first_h,
     f_b, f_t, f_h, starts_b, starts_t,
-    T, HF, NC, LOG_ZERO, NO_RESET,
+    T, HF, NC, LOG_ZERO, NO_RESET, OFFSET, HAS_CARRY,
     HAS_STARTS: tl.constexpr,
     BLOCK_T: tl.constexpr,
 ):  # fmt: skip
@@ -97,14 +100,22 @@ def _gate_scan_kernel(
     gates = _Gates(LOG_F, f_b, f_t, f_h, STARTS, starts_b, starts_t, T, HF, LOG_ZERO)
     log_f, resets, o_t = _load_gates(gates, i_chunk, i_row, HAS_STARTS, BLOCK_T)
     before, reset = _sum_before(TOTALS + i_row * NC, i_chunk, BLOCK_T), -1
+    i_b, i_gate = (i_row // HF).to(tl.int64), (i_row % HF).to(tl.int64)
     for begin in range(0, i_chunk, BLOCK_T):
         o_chunk = begin + tl.arange(0, BLOCK_T)
         m_chunk = o_chunk < i_chunk
         reset = tl.maximum(reset, tl.max(tl.load(RESETS + i_row * NC + o_chunk, mask=m_chunk, other=-1), 0))
     o_row = i_row.to(tl.int64) * T + o_t
-    tl.store(C + o_row, tl.cumsum(log_f, 0) + before, mask=o_t < T)
+    c = tl.cumsum(log_f, 0) + before
     kv_start = tl.maximum(tl.associative_scan(resets, 0, larger), reset)
-    tl.store(KV_START + o_row, tl.where(kv_start < 0, NO_RESET, kv_start).to(tl.int64), mask=o_t < T)
+    kv_start = tl.where(kv_start < 0, NO_RESET, kv_start).to(tl.int64)
+    # Not a constant: the kernel that takes a prompt takes the chunks after it.
+    if HAS_CARRY:
+        c += tl.load(CARRY_C + i_b * carry_b + i_gate * carry_h)
+        first = tl.load(CARRY_FIRST + i_b * first_b + i_gate * first_h).to(tl.int64)
+        kv_start = tl.maximum(kv_start + OFFSET, first)
+    tl.store(C + o_row, c, mask=o_t < T)
+    tl.store(KV_START + o_row, kv_start, mask=o_t < T)
 
 
 @triton.jit
@@ -141,18 +152,28 @@ def _gradient_scan_kernel(
     tl.store(p_df, sums.to(D_LOG_F.dtype.element_ty), mask=o_t >= 0)
 
 
-def sum_gates(log_f: Tensor, starts: Tensor | None, no_reset: int) -> tuple[Tensor, Tensor]:
+def sum_gates(
+    log_f: Tensor,
+    starts: Tensor | None,
+    no_reset: int,
+    offset: int | Tensor = 0,
+    carry: tuple[Tensor, Tensor] | None = None,
+) -> tuple[Tensor, Tensor]:
     """As `decay.sum_gates`, differentiable in ``log_f`` twice too. For few tokens, and for what torch.func's transforms
     and forward mode make of gates, that itself."""
     if log_f.shape[1] <= _FEW:
-        return sum_gates_in_pytorch(log_f, starts, no_reset)
+        return sum_gates_in_pytorch(log_f, starts, no_reset, offset, carry)
     if not may_launch(log_f):
         if is_transformed(log_f):
-            return sum_gates_in_pytorch(log_f, starts, no_reset)
-        return _sum_gates(log_f, starts, LOG_ZERO_GATE, no_reset)
-    if torch.is_grad_enabled() and log_f.requires_grad:
-        return _SumGates.apply(log_f, starts, no_reset)
-    return _launch_sums(log_f, starts, LOG_ZERO_GATE, no_reset)
+            return sum_gates_in_pytorch(log_f, starts, no_reset, offset, carry)
+        c, last_reset = _sum_gates(log_f, starts, LOG_ZERO_GATE, no_reset)
+    elif torch.is_grad_enabled() and log_f.requires_grad:
+        c, last_reset = _SumGates.apply(log_f, starts, no_reset)
+    elif carry is not None and isinstance(offset, int) and not torch.is_grad_enabled():
+        return _launch_sums(log_f, starts, LOG_ZERO_GATE, no_reset, offset, *carry)
+    else:
+        c, last_reset = _launch_sums(log_f, starts, LOG_ZERO_GATE, no_reset)
+    return continued(c, last_reset, offset, carry)
 
 
 class _SumGates(torch.autograd.Function):
@@ -177,7 +198,16 @@ def _sum_gates(log_f: Tensor, starts: Tensor | None, log_zero: float, no_reset: 
     return _launch_sums(log_f, starts, log_zero, no_reset)
 
 
-def _launch_sums(log_f: Tensor, starts: Tensor | None, log_zero: float, no_reset: int) -> tuple[Tensor, Tensor]:
+@replayed
+def _launch_sums(
+    log_f: Tensor,
+    starts: Tensor | None,
+    log_zero: float,
+    no_reset: int,
+    offset: int = 0,
+    carry_c: Tensor | None = None,
+    carry_first: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
     batch, length, gates = log_f.shape
     c, kv_start = _sum_gates_fake(log_f, starts, log_zero, no_reset)
     if log_f.numel() == 0:
@@ -185,6 +215,9 @@ def _launch_sums(log_f: Tensor, starts: Tensor | None, log_zero: float, no_reset
     chunks = cdiv(length, _CHUNK)
     totals = torch.empty(batch, gates, chunks, dtype=torch.float64, device=log_f.device)
     resets = torch.empty(batch, gates, chunks, dtype=torch.int32, device=log_f.device)
+    has_carry = carry_c is not None and carry_first is not None
+    if carry_c is None or carry_first is None:
+        carry_c, carry_first = totals[..., 0], resets[..., 0]
     marks = None if starts is None else starts.view(torch.uint8)
     starts_b, starts_t = (0, 0) if marks is None else marks.stride()
     grid = (batch * gates, chunks)
@@ -202,7 +235,16 @@ def _launch_sums(log_f: Tensor, starts: Tensor | None, log_zero: float, no_reset
     )  # fmt: skip
     with on_device_of(log_f):
         _gate_totals_kernel[grid](**arguments)
-        _gate_scan_kernel[grid](**arguments, C=c, KV_START=kv_start, NO_RESET=no_reset)
+        _gate_scan_kernel[grid](
+            **arguments,
+            C=c,
+            KV_START=kv_start,
+            CARRY_C=carry_c, carry_b=carry_c.stride(0), carry_h=carry_c.stride(1),
+            CARRY_FIRST=carry_first, first_b=carry_first.stride(0), first_h=carry_first.stride(1),
+            NO_RESET=no_reset,
+            OFFSET=offset,
+            HAS_CARRY=int(has_carry),
+        )  # fmt: skip
     return c, kv_start
 
 
@@ -217,6 +259,7 @@ def _sum_gates_backward(dc: Tensor, log_f: Tensor, log_zero: float) -> Tensor:
     return _launch_gradients(dc, log_f, log_zero)
 
 
+@replayed
 def _launch_gradients(dc: Tensor, log_f: Tensor, log_zero: float) -> Tensor:
     """Each gate gets the sum over its own and all later tokens; resets get zero."""
     batch, length, gates = log_f.shape

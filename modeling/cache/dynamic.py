@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from ...kernels.backends import Backend
 
 # See above: what exporters find in ``vars(layer)`` is the state of a cache.
-_DYNAMIC_NOT_EXPORTED = ("_buffers", "_new", "_reordered", "summarized", "summary")
+_DYNAMIC_NOT_EXPORTED = ("_buffers", "_new", "_reordered", "expected", "summarized", "summary")
 
 
 class DynamicForgettingLayer(DynamicLayer):
@@ -36,6 +36,7 @@ class DynamicForgettingLayer(DynamicLayer):
         unshifted: by name, ``[B, W, G, D]`` keys and values of the latest tokens before token shift; ``W`` is up to
             twice `rollback_window`.
         summary: of the first `summarized` keys, by block and in total; None before the decode kernels need it.
+        expected: tokens that are known to come, those held included: the first buffer that is made has room for them.
     """
 
     __slots__ = _DYNAMIC_NOT_EXPORTED
@@ -44,6 +45,7 @@ class DynamicForgettingLayer(DynamicLayer):
     values: Any
     summary: tuple[KeySummary, Running] | None
     summarized: int
+    expected: int
     is_initialized: bool
     # By name, a larger tensor that begins with what is held, and how many of its tokens are taken.
     _buffers: dict[str, tuple[Tensor, int]]
@@ -75,6 +77,7 @@ class DynamicForgettingLayer(DynamicLayer):
     def _clear_derived(self) -> None:
         self.summary, self.summarized = None, 0
         self._buffers, self._reordered, self._new = {}, False, None
+        self.expected = 0
 
     def __deepcopy__(self, memo: dict) -> "DynamicForgettingLayer":
         """A copy without the unused part of buffers, each tensor contiguous, as a traced step makes them."""
@@ -163,7 +166,7 @@ class DynamicForgettingLayer(DynamicLayer):
         # After a crop, or in a copy of this layer, another tensor may still read what lies behind ``held``.
         if taken != length or not _is_beginning(held, buffer, dim) or buffer.shape[dim] < total:
             shape = list(held.shape)
-            shape[dim] = total + max(self.least_growth, total // 8)
+            shape[dim] = max(total + max(self.least_growth, total // 8), self.expected)
             buffer = held.new_empty(shape)
             buffer.narrow(dim, 0, length).copy_(held)
         buffer.narrow(dim, length, new.shape[dim]).copy_(new)

@@ -241,6 +241,21 @@ def test_sums_of_more_chunks_than_a_chunk_holds(monkeypatch):
     check_sums(log_f, torch.rand(1, log_f.shape[1]) < 0.01, 0)
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int64])
+def test_sums_go_on_where_those_before_ended(dtype: torch.dtype) -> None:
+    _, _, _, log_f = draw_inputs(700, heads=(3, 3, 3), head_dim=1, dtype=torch.float32)
+    c, first = sum_gates(log_f, None, 0)
+    (moved,), past = on_device([log_f]), 400
+    before = scan.sum_gates(moved[:, :past], None, 0)
+    # Parts of what a cache holds.
+    carry = before[0][..., -1], before[1].to(dtype)[..., -1]
+    for offset in (past, torch.tensor(past, device=DEVICE)):
+        found, visible = scan.sum_gates(moved[:, past:], None, -(1 << 31), offset, carry)
+        assert visible.dtype == torch.int64 and torch.equal(visible.cpu(), first[..., past:])
+        torch.testing.assert_close(found.cpu(), c[..., past:], rtol=1e-13, atol=0.0)
+
+
 def check_sums(log_f: Tensor, starts: Tensor | None, no_reset: int) -> None:
     (moved,) = on_device([log_f])
     marks = None if starts is None else starts.to(DEVICE)

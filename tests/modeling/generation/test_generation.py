@@ -84,6 +84,16 @@ def test_cache_of_the_caller(variant: str, search: str, make: Any) -> None:
     assert cache.get_seq_length() == 7 + NEW - 1
 
 
+def test_chunks_of_a_prompt_are_written_to_memory_for_all_of_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny_model("pro", decoding_graphs=False)
+    cache = DynamicCache(config=model.config)
+    monkeypatch.setattr(DynamicForgettingLayer, "least_growth", 1)
+    generate(model, tokens(2, 40), cache=cache, prefill_chunk_size=8, max_new_tokens=1)
+    buffers = cache.layers[0]._buffers
+    assert buffers.keys() == {"c", "first", "keys", "values"}
+    assert {held.shape[-2 if name in ("keys", "values") else -1] for name, (held, _) in buffers.items()} == {40}
+
+
 @pytest.mark.parametrize("variant", DECODING_VARIANTS)
 def test_static_cache_longer_than_the_text_used_twice(variant: str) -> None:
     model = MODELS[variant]
