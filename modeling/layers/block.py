@@ -12,9 +12,10 @@ from transformers.utils import TransformersKwargs
 
 from ..configuration_fox import FoxConfig
 from .attention import FoxAttention
-from .fused_projections import FusableProjections, are_called_plainly, has_hooks
+from .fused_projections import FusableProjections, are_called_plainly, has_hooks, is_called_as_matmul
 from .logit_bounds import projection_bounds, qk_norm_bounds
 from .norm import FoxRMSNorm
+from .saved_activations import computed_again
 
 _SILU = type(ACT2FN["silu"])
 
@@ -31,16 +32,19 @@ class FoxMLP(FusableProjections, LlamaMLP):
     def forward(self, x: Tensor) -> Tensor:
         fused = self.project(x)
         gate, up = fused.values() if fused else (self.gate_proj(x), self.up_proj(x))
-        return self.down_proj(self._activate(gate, up))
-
-    def _activate(self, gate: Tensor, up: Tensor) -> Tensor:
-        """``act(gate) * up``; with SiLU as one kernel on a GPU, unless somebody replaced or watches the activation."""
+        # By one kernel on a GPU, unless somebody replaced or watches the activation.
         if type(self.act_fn) is not _SILU or torch.compiler.is_compiling() or has_hooks(self.act_fn):
-            return self.act_fn(gate) * up
+            return self.down_proj(self.act_fn(gate) * up)
         # Imported when they are used, since importing the kernels takes time.
-        from ...kernels.backends import elementwise_backend_of
+        from ...kernels.backends import PYTORCH, elementwise_backend_of
 
-        return elementwise_backend_of(gate).silu_product(gate, up)
+        backend = elementwise_backend_of(gate)
+        activated = backend.silu_product(gate, up)
+        if backend is PYTORCH or not torch.is_grad_enabled() or not is_called_as_matmul(self.down_proj):
+            return self.down_proj(activated)
+        # The kernel keeps gate and up; their product would be the largest part of what is kept beside them.
+        with computed_again(activated, backend.silu_product, gate, up):
+            return self.down_proj(activated)
 
 
 class FoxDecoderLayer(GradientCheckpointingLayer):

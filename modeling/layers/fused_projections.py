@@ -17,7 +17,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules import module as _module
 
+from ...kernels.operators import may_launch
 from ..parallel.tensor_parallel import is_sharded, local_tensor, modules_of, set_local_tensor, shards_layers
+from .saved_activations import cast_once
 
 # Tokens of a call that is fused at most: its outputs are strided views, which longer calls would have to copy.
 MAX_FUSED_TOKENS = 64
@@ -96,16 +98,18 @@ class FusableProjections(nn.Module):
                         set_local_tensor(parameter, local_tensor(parameter).clone())
 
     def project(self, x: Tensor) -> dict[str, Tensor]:
-        """Outputs of the projections, computed as one matmul.
+        """Outputs of the projections, computed as one matmul; or, in training under autocast, of one cast.
 
         Args:
             x: ``[..., in]``.
 
         Returns:
-            ``[..., size]`` by name, views of one tensor; empty where the projections are to be called one by one.
+            ``[..., size]`` by name; empty where the projections are to be called one by one.
         """
+        if torch.is_grad_enabled():
+            return self._project_one_cast(x)
         fused = self.fused_projections
-        if fused is None or self.uses_fused == "never" or torch.is_grad_enabled():
+        if fused is None or self.uses_fused == "never":
             return {}
         tokens = x.shape[:-1].numel()
         if tokens > MAX_FUSED_TOKENS:
@@ -125,6 +129,16 @@ class FusableProjections(nn.Module):
         rest = outputs.shape[-1] - sum(fused.sizes)
         # The rows of zeros are left out by zip.
         return dict(zip(fused.names, outputs.split_with_sizes((*fused.sizes, rest), dim=-1), strict=False))
+
+    def _project_one_cast(self, x: Tensor) -> dict[str, Tensor]:
+        if torch.compiler.is_compiling() or x.dtype != torch.float32 or not _autocasts(x) or not may_launch(x):
+            return {}
+        linears = {name: _submodule(self, name) for name in self.projections}
+        linears = {name: linear for name, linear in linears.items() if linear is not None}
+        if not all(is_called_as_matmul(linear) for linear in linears.values()):
+            return {}
+        casts = cast_once(x, torch.get_autocast_dtype(x.device.type), len(linears))
+        return {name: linear(cast) for (name, linear), cast in zip(linears.items(), casts, strict=True)}
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
         super()._apply(fn, recurse)
@@ -294,6 +308,11 @@ def _is_matmul(module: Any) -> bool:
     if "forward" in module.__dict__ and not _is_tensor_parallel(module):
         return False
     return not has_hooks(module)
+
+
+def is_called_as_matmul(module: Any) -> bool:
+    """Whether calling ``module`` does nothing but multiply by its whole weight and add its bias."""
+    return _is_matmul(module) and "forward" not in module.__dict__
 
 
 def has_hooks(module: nn.Module) -> bool:
