@@ -29,7 +29,7 @@ SECTIONS = {
         "foxlm.kernels.pruning": ["first_kept", "share_skipped", "centered"],
     },
     "Training": {
-        "foxlm.training": ["FoxTrainer"],
+        "foxlm.training": ["FoxTrainer", "DistillingTrainer", "SkippedShareRamp", "distance"],
         "foxlm": ["peft_targets"],
         "foxlm.warmup": ["compile_kernels"],
         "foxlm.evaluation.skipped_share": ["skipped_share"],

@@ -3,9 +3,10 @@
     python examples/graft.py --base smollm2 --data train.txt --held_out held_out.txt --output_dir grafted \
         --max_steps 300 --learning_rate 3e-4 --bf16
 
+First gates and sinks alone, for --gate_steps, by the distance to the base (--distill gates), then everything or a LoRA.
 The output folder holds the model, report.json and report.md: held-out loss by position, within and beyond the trained
 length, the share of attention that pruning skips, and times. `--decay_times none` finetunes the base without gates in
-the same way, as the baseline.
+the same way, as the baseline. `--resume_from_checkpoint True` goes on in the same folder where a run was interrupted.
 
 Texts are a text file, or `.npy` tokens (`[N]`, and `[rows, length]` for `--held_out`). Every other option is one of
 `TrainingArguments`.
@@ -31,6 +32,7 @@ from transformers import (
     TrainingArguments,
     set_seed,
 )
+from transformers.trainer_utils import get_last_checkpoint
 
 from foxlm import FoxForCausalLM, peft_targets
 from foxlm.conversion.calibration import Calibration, calibrate
@@ -39,13 +41,15 @@ from foxlm.evaluation.gates import RULES, decay_time_table, skipped_shares
 from foxlm.evaluation.loss_by_position import by_interval, loss_by_position
 from foxlm.evaluation.recording import record_attention
 from foxlm.kernels.attention import forgetting_attention
-from foxlm.training import FoxTrainer
+from foxlm.training import DistillingTrainer, FoxTrainer, SkippedShareRamp
 
 LOG_EPS = -10.0
 # The tiles of queries and keys that the kernels skip or keep.
 TILE = (128, 64)
 # Decay time in tokens of heads that start global: longer than any context.
 GLOBAL = 1e6
+# In the output folder, the model after the first steps.
+GATED = "gates/model"
 
 
 @dataclass
@@ -67,6 +71,18 @@ class GraftingArguments:
     forget_aux_loss_coef: float = field(default=0.0, metadata={"help": "weight of the forget-gate regularisation"})
     length: int = field(default=8192, metadata={"help": "tokens in a training example"})
     gate_steps: int = field(default=0, metadata={"help": "first steps, which train only gates and sinks"})
+    distill: str = field(
+        default="gates",
+        metadata={
+            "help": "`gates`: in the first steps the loss is the distance (KL divergence) to the base; `all`: in all "
+            "steps; `none`: it is that of a language model"
+        },
+    )
+    skip_goal: float = field(
+        default=0.0,
+        metadata={"help": "share of attention that the last steps are to skip, which they approach evenly; 0 for none"},
+    )
+    freeze_qk: bool = field(default=False, metadata={"help": "leave the projections of queries and keys as they are"})
     bias_learning_rate: float = field(default=1e-2, metadata={"help": "of the gates' biases, which move by whole nats"})
     lora_rank: int = field(default=0, metadata={"help": "train a LoRA of this rank, gates and sinks; 0 trains all"})
     compile_layers: bool = field(default=False, metadata={"help": "compile each layer"})
@@ -76,6 +92,12 @@ class GraftingArguments:
         for name, least in (("length", 8), ("gate_steps", 0), ("lora_rank", 0), ("forget_aux_loss_coef", 0)):
             if not getattr(self, name) >= least:
                 raise ValueError(f"--{name} must be at least {least}, got {getattr(self, name)}")
+        if self.distill not in ("gates", "all", "none"):
+            raise ValueError(f"--distill must be gates, all or none, got {self.distill!r}")
+        if not 0.0 <= self.skip_goal < 1.0:
+            raise ValueError(f"--skip_goal must be a share in [0, 1), got {self.skip_goal}")
+        if self.freeze_qk and self.lora_rank:
+            raise ValueError("--freeze_qk is for training all weights: --lora_rank adapts queries and keys")
 
 
 class Rows(Dataset):
@@ -131,8 +153,9 @@ def make_model(own: GraftingArguments, rows: Rows, tokenizer, device: str) -> Fo
     base = AutoModelForCausalLM.from_pretrained(own.base, dtype=torch.float32)
     options: dict[str, Any] = {"keep_rope": not own.remove_rope, "output_gate": own.output_gate}
     if own.decay_times == "none":
-        if own.forget_aux_loss_coef:
-            raise ValueError("--forget_aux_loss_coef needs gates, which --decay_times none leaves out")
+        for name in ("forget_aux_loss_coef", "skip_goal"):
+            if getattr(own, name):
+                raise ValueError(f"--{name} needs gates, which --decay_times none leaves out")
         return graft(base, forget_gate="none", **options)
     if own.decay_times == "calibrated":
         separator = tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id
@@ -175,20 +198,66 @@ def new_optimizer(model, own: GraftingArguments, training: TrainingArguments) ->
     )
 
 
+def start_or_resume(
+    own: GraftingArguments, training: TrainingArguments, rows: Rows, tokenizer, device: str
+) -> FoxForCausalLM:
+    """The grafted model; that of the interrupted run, where one is resumed, with its gates if they were finished."""
+    start, gated = (Path(training.output_dir) / name for name in ("start", GATED))
+    for folder in (gated, start):
+        if training.resume_from_checkpoint and folder.exists():
+            return FoxForCausalLM.from_pretrained(folder)
+    model = make_model(own, rows, tokenizer, device)
+    if training.save_strategy != "no":
+        model.save_pretrained(start)
+    return model
+
+
+def train_stage(
+    model,
+    rows: Rows,
+    own: GraftingArguments,
+    training: TrainingArguments,
+    teacher: PreTrainedModel | None,
+    ramp: SkippedShareRamp | None = None,
+) -> int:
+    """Train what is not frozen, from the last checkpoint if a run is resumed; returns the number of steps."""
+    options: dict[str, Any] = {"train_dataset": rows, "optimizers": (new_optimizer(model, own, training), None)}
+    options["callbacks"] = [] if ramp is None else [ramp]
+    if teacher is None:
+        trainer = FoxTrainer(model, training, **options)
+    else:
+        trainer = DistillingTrainer(model, training, teacher=teacher, **options)
+    folder = Path(training.output_dir)
+    last = get_last_checkpoint(str(folder)) if training.resume_from_checkpoint and folder.is_dir() else None
+    trainer.train(resume_from_checkpoint=last)
+    return trainer.state.global_step
+
+
 def finetune(
     model: FoxForCausalLM, rows: Rows, own: GraftingArguments, training: TrainingArguments
 ) -> tuple[FoxForCausalLM, int]:
     """Gates and sinks for ``--gate_steps``, then a LoRA beside them, or everything; the model, and how many steps."""
-    steps = 0
-    if own.gate_steps and own.decay_times != "none":
+    has_gates, gated = own.decay_times != "none", Path(training.output_dir) / GATED
+    steps = own.gate_steps if has_gates else 0
+    teacher = None
+    if has_gates and (own.distill == "all" or (own.distill == "gates" and steps)):
+        # The base itself, on the same kernels.
+        base = AutoModelForCausalLM.from_pretrained(own.base, dtype=torch.bfloat16 if training.bf16 else torch.float32)
+        teacher = graft(base, forget_gate="none")
+    if steps and not (training.resume_from_checkpoint and gated.exists()):
         frozen = [weight for name, weight in model.named_parameters() if not is_new(name)]
         for weight in frozen:
             weight.requires_grad_(False)
-        first = TrainingArguments(**{**training.to_dict(), "max_steps": own.gate_steps})
-        FoxTrainer(model, first, train_dataset=rows, optimizers=(new_optimizer(model, own, first), None)).train()
-        steps = own.gate_steps
+        changed = {"max_steps": steps, "output_dir": str(gated.parent)}
+        train_stage(model, rows, own, TrainingArguments(**{**training.to_dict(), **changed}), teacher)
+        if training.save_strategy != "no":
+            model.save_pretrained(gated)
         for weight in frozen:
             weight.requires_grad_(True)
+    if own.freeze_qk:
+        for name, weight in model.named_parameters():
+            if ".q_proj." in name or ".k_proj." in name:
+                weight.requires_grad_(False)
     if own.lora_rank:
         from peft import LoraConfig, get_peft_model
 
@@ -199,10 +268,17 @@ def finetune(
             **peft_targets(model),
         )
         model = get_peft_model(model, adapter)
-    trainer = FoxTrainer(model, training, train_dataset=rows, optimizers=(new_optimizer(model, own, training), None))
-    trainer.train()
-    steps += trainer.state.global_step
+    ramp = None
+    if own.skip_goal:
+        total = training.max_steps if training.max_steps > 0 else steps_of(rows, training)
+        ramp = SkippedShareRamp(own.skip_goal, max(1, total // 2), own.forget_aux_loss_coef or 0.01)
+    steps += train_stage(model, rows, own, training, teacher if own.distill == "all" else None, ramp)
     return (model.merge_and_unload() if own.lora_rank else model), steps
+
+
+def steps_of(rows: Rows, training: TrainingArguments) -> int:
+    batch = training.train_batch_size * training.gradient_accumulation_steps * training.world_size
+    return int(training.num_train_epochs * len(rows) / batch)
 
 
 def median_ms(call: Callable[[], object], device: str, rounds: int = 7) -> float:
@@ -292,14 +368,17 @@ def as_markdown(report: dict) -> str:
 
 def main(arguments: list[str] | None = None) -> dict:
     own, training = HfArgumentParser((GraftingArguments, TrainingArguments)).parse_args_into_dataclasses(arguments)
-    if training.resume_from_checkpoint:
-        raise ValueError(f"--resume_from_checkpoint must be left out, got {training.resume_from_checkpoint}")
+    if training.resume_from_checkpoint not in (None, "True", "False", True, False):
+        raise ValueError(f"--resume_from_checkpoint must be True or False, got {training.resume_from_checkpoint}")
+    training.resume_from_checkpoint = training.resume_from_checkpoint in ("True", True)
+    # The weight of the regularisation goes on too.
+    training.restore_callback_states_from_checkpoint = training.resume_from_checkpoint
     set_seed(training.seed)
     device = training.device.type
     tokenizer = AutoTokenizer.from_pretrained(own.base)
     rows = Rows(read_tokens(own.data, tokenizer), own.length)
     held_out = read_rows(own.held_out, tokenizer, 4 * own.length, own.length)
-    model = make_model(own, rows, tokenizer, device)
+    model = start_or_resume(own, training, rows, tokenizer, device)
     if own.compile_layers:
         for layer in model.model.layers:
             layer.compile(dynamic=False)

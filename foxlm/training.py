@@ -1,12 +1,18 @@
-"""transformers' Trainer, with what is worth watching while a FoX model trains: tokens per second and what is pruned."""
+"""transformers' Trainer, with what is worth watching while a FoX model trains: tokens per second and what is pruned.
 
+And what finetunes a graft: the distance to the model that it was made of, and forgetting that is asked for by and by.
+"""
+
+import math
 import time
 from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import Trainer
+from torch.utils.checkpoint import checkpoint
+from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer_callback import ExportableState
 
 from foxlm.evaluation.skipped_share import skipped_share
 
@@ -85,3 +91,133 @@ class FoxTrainer(Trainer):
         counted = int(self.accelerator.reduce(tokens, reduction="sum").item()) // same
         self._tokens, self._tokens_of_run = 0, self._tokens_of_run + counted
         return counted
+
+
+# Tokens whose log-probabilities are held at a time, in float32.
+_TOKENS_OF_A_CHUNK = 1024
+
+
+def distance(logits: Tensor, expected: Tensor, real: Tensor | None = None) -> Tensor:
+    """Mean over tokens of the Kullback-Leibler divergence ``KL(softmax(expected) || softmax(logits))``, in float32.
+
+    Hinton et al. (arXiv 1503.02531), at temperature 1. Backward computes a chunk of tokens again at a time: the
+    log-probabilities of 8,192 tokens of a vocabulary of 50,000 take 1.6 GB.
+
+    Args:
+        logits: ``[B, T, vocab]``, of the model that learns.
+        expected: the same of its teacher, without gradients.
+        real: ``[B, T]`` bool, False for tokens that do not count, or None.
+
+    Returns:
+        A scalar in nats; 0 if no token counts.
+    """
+
+    def part(logits: Tensor, expected: Tensor) -> Tensor:
+        ours, theirs = (x.float().log_softmax(-1) for x in (logits, expected))
+        return nn.functional.kl_div(ours, theirs, reduction="sum", log_target=True)
+
+    logits, expected = logits.flatten(0, -2), expected.flatten(0, -2)
+    if real is not None:
+        logits, expected = logits[real.flatten()], expected[real.flatten()]
+    chunks = zip(logits.split(_TOKENS_OF_A_CHUNK), expected.split(_TOKENS_OF_A_CHUNK), strict=True)
+    sums = [checkpoint(part, *chunk, use_reentrant=False, preserve_rng_state=False) for chunk in chunks]
+    return torch.stack(sums).sum() / max(1, len(logits))
+
+
+class DistillingTrainer(FoxTrainer):
+    """`FoxTrainer` whose loss is the `distance` to a teacher, plus the model's own forget-gate regularisation.
+
+    For a graft: its gates learn to leave the model as it was, whatever text they are trained on, where a language-model
+    loss also teaches the text.
+
+    Args:
+        teacher: of the same vocabulary; ``graft(base, forget_gate="none")`` is the base on foxlm's kernels. It is put
+            in evaluation mode and on the device of the training, and is not trained.
+        args, kwargs: as for `Trainer`.
+
+    Raises:
+        ValueError: vocabularies differ, or the model's logits are never whole (``loss_chunk_size``).
+    """
+
+    def __init__(self, *args: Any, teacher: PreTrainedModel, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        config: Any = self.model.config
+        if teacher.config.vocab_size != config.vocab_size:
+            raise ValueError(
+                f"teacher must have the vocabulary of the model, {config.vocab_size} tokens, got "
+                f"{teacher.config.vocab_size}"
+            )
+        if getattr(config, "loss_chunk_size", None) is not None:
+            raise ValueError(f"loss_chunk_size must be None to be distilled, got {config.loss_chunk_size}")
+        self.teacher = teacher.eval().requires_grad_(False).to(self.args.device)
+        # So that a loss is divided by the number of micro-batches: this one is a mean over tokens.
+        self.model_accepts_loss_kwargs = False
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Any:
+        inputs = {name: x for name, x in inputs.items() if name not in ("labels", "use_cache")} | {"use_cache": False}
+        with torch.no_grad():
+            expected = self.teacher(**inputs).logits
+        # Without targets the model's own loss is the regularisation of its gates alone.
+        outputs = model(**inputs, labels=torch.full(expected.shape[:2], -100, device=expected.device))
+        mask = inputs.get("attention_mask")
+        loss = outputs.loss + distance(outputs.logits, expected, None if mask is None else mask.bool())
+        return (loss, outputs) if return_outputs else loss
+
+
+class SkippedShareRamp(TrainerCallback, ExportableState):
+    """Raises the share of attention that pruning skips to a goal, by the weight of the forget-gate regularisation.
+
+    Each time that a `FoxTrainer` logs ``skipped_share``, the weight (`FoxConfig.forget_aux_loss_coef`) grows by as much
+    as the share is below what is wanted by then, and falls likewise; it is logged as ``forget_aux_loss_coef``. What is
+    wanted rises evenly from the first share that was logged to the goal. A model that is compiled as a whole compiles
+    again at each change; layers that are compiled do not.
+
+    Args:
+        goal: share to skip, in (0, 1), by the model's ``acp_eps`` and ``acp_rule``.
+        steps: of training, until the goal is wanted.
+        coefficient: the first weight, above 0.
+        gain: by which factor the weight grows, ``exp(gain * missing share)``, at each log.
+
+    Raises:
+        ValueError: an argument is not as above.
+    """
+
+    def __init__(self, goal: float, steps: int, coefficient: float = 0.01, gain: float = 5.0) -> None:
+        if not 0.0 < goal < 1.0:
+            raise ValueError(f"goal must be a share in (0, 1), got {goal}")
+        for name, value in (("steps", steps), ("coefficient", coefficient), ("gain", gain)):
+            if not value > 0:
+                raise ValueError(f"{name} must be above 0, got {value}")
+        self.goal, self.steps, self.gain = goal, steps, gain
+        self.coefficient = coefficient
+        self.first_share: float | None = None
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        kwargs["model"].config.forget_aux_loss_coef = self.coefficient
+
+    def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        logs = kwargs["logs"]
+        if "skipped_share" not in logs:
+            return
+        share = logs["skipped_share"]
+        self.first_share = share if self.first_share is None else self.first_share
+        progress = min(1.0, state.global_step / self.steps)
+        wanted = self.first_share + progress * (self.goal - self.first_share)
+        self.coefficient *= math.exp(self.gain * (wanted - share))
+        kwargs["model"].config.forget_aux_loss_coef = self.coefficient
+        # The first is what other callbacks see, the second what is kept.
+        for log in (logs, state.log_history[-1]):
+            log["forget_aux_loss_coef"] = self.coefficient
+
+    def state(self) -> dict[str, Any]:
+        """What a checkpoint keeps: with ``restore_callback_states_from_checkpoint`` Trainer goes on from it."""
+        arguments = {"goal": self.goal, "steps": self.steps, "gain": self.gain}
+        return {"args": arguments, "attributes": {"coefficient": self.coefficient, "first_share": self.first_share}}

@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import math
+import shutil
 import sys
 from pathlib import Path
 from types import ModuleType
@@ -250,6 +251,31 @@ def test_grafting_starts_from_a_calibration(base: Path, text: Path, tmp_path: Pa
     assert model.model.layers[0].self_attn.sink.value.abs().max() > 0
 
 
+def test_grafting_leaves_what_it_is_told_to_and_skips_more(base: Path, text: Path, tmp_path: Path) -> None:
+    options = ("--distill", "all", "--freeze_qk", "True", "--skip_goal", "0.5", "--gate_steps", "1")
+    run_graft(base, text, tmp_path / "out", *options)
+    before, after = (AutoModelForCausalLM.from_pretrained(x) for x in (base, tmp_path / "out" / "model"))
+    assert after.config.forget_aux_loss_coef not in (0.0, 0.01)
+    for a, b in zip(before.model.layers, after.model.layers, strict=True):
+        for name in ("q_proj", "k_proj", "v_proj"):
+            ours, theirs = (getattr(layer.self_attn, name).weight for layer in (b, a))
+            assert torch.equal(ours, theirs) == (name != "v_proj")
+
+
+def test_grafting_goes_on_where_it_was_interrupted(base: Path, text: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    options = ("--gate_steps", "2", "--skip_goal", "0.5", "--save_strategy", "steps", "--save_steps", "2")
+    whole = run_graft(base, text, out, *options)
+    expected = AutoModelForCausalLM.from_pretrained(out / "model").state_dict()
+    # As if it had been killed after the fourth step of the second stage.
+    for name in ("model", "checkpoint-6", "checkpoint-8"):
+        shutil.rmtree(out / name)
+    resumed = run_graft(base, text, out, *options, "--resume_from_checkpoint", "True")
+    assert resumed["steps"] == whole["steps"] == 10
+    found = AutoModelForCausalLM.from_pretrained(out / "model").state_dict()
+    assert all(torch.equal(found[name], x) for name, x in expected.items())
+
+
 @pytest.mark.parametrize(
     ("options", "named"),
     [
@@ -258,7 +284,11 @@ def test_grafting_starts_from_a_calibration(base: Path, text: Path, tmp_path: Pa
         (("--decay_times", "none", "--forget_aux_loss_coef", "1"), "--forget_aux_loss_coef"),
         (("--length", "100000"), "--data must hold"),
         (("--length", "4"), "--length must be at least 8, got 4"),
-        (("--resume_from_checkpoint", "out"), "--resume_from_checkpoint must be left out, got out"),
+        (("--resume_from_checkpoint", "out"), "--resume_from_checkpoint must be True or False, got out"),
+        (("--distill", "some"), "--distill must be gates, all or none, got 'some'"),
+        (("--skip_goal", "1"), r"--skip_goal must be a share in \[0, 1\), got 1.0"),
+        (("--skip_goal", "0.5", "--decay_times", "none"), "--skip_goal needs gates"),
+        (("--freeze_qk", "True", "--lora_rank", "2"), "--freeze_qk is for training all weights"),
         (("--skip", "1.5", "--length", "300"), r"skip must be a share in \(0, 1\), got 1.5"),
         (("--length", "200"), "rows must be longer than 256 tokens, got 200"),
         (("--lora_rank", "-1"), "--lora_rank must be at least 0"),
