@@ -8,15 +8,15 @@ later ones allocate the results, put addresses in their places and launch.
 =================  =====================================================================================================
 argument           what of it is in the signature
 =================  =====================================================================================================
-tensor             dtype, shape, strides, device, alignment to 16 bytes, and which other arguments have its address
+tensor             dtype, shape, strides, alignment to 16 bytes, and which other arguments have its address
 tuple              all of these, of what is in it; its length is always the same
 anything else      type and value
 =================  =====================================================================================================
 
-So the function may depend on these, on what does not change within a process, and on whether float32 matmuls may run in
-TF32. It returns tensors, new or its own arguments, and None. Whatever else a recording meets (an operator of PyTorch
-that computes, a kernel that is compiled just then, a part of an argument that could be part of another one) is not
-repeated: calls with that signature run plainly.
+So the function may depend on these, on the current device, which all tensors must be on, on what does not change within
+a process, and on whether float32 matmuls may run in TF32. It returns tensors, new or its own arguments, and None.
+Whatever else a recording meets (an operator of PyTorch that computes, a kernel that is compiled just then, a part of an
+argument that could be part of another one) is not repeated: calls with that signature run plainly.
 """
 
 import functools
@@ -82,14 +82,17 @@ class Replayed:
         tensors = pick.tensors(flat)
         if not tensors or capability_of(tensors[0]) is None:
             return self._function(*arguments)
-        addresses = list(map(Tensor.data_ptr, tensors))
         device = triton.runtime.driver.active.get_current_device()
+        devices = list(map(Tensor.get_device, tensors))
+        if devices.count(device) < len(devices):
+            # On another device the function launches with that as the current one.
+            return self._function(*arguments)
+        addresses = list(map(Tensor.data_ptr, tensors))
         key = (
             types,
             pick.others(flat),
             *map(_shape_and_dtype, tensors),
             *map(Tensor.stride, tensors),
-            *map(Tensor.get_device, tensors),
             *map(_misalignment, addresses),
             *map(addresses.index, addresses),
             device,

@@ -318,6 +318,19 @@ def test_hooks_see_every_launch(hook: str, launches: list[Any], monkeypatch: pyt
     one(x)
 
 
+def test_tensors_on_another_device_than_the_current_one_are_launched_there(
+    launches: list[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def function(x: Tensor) -> Tensor:
+        return x
+
+    one, x = Replayed(function), torch.zeros(16)
+    monkeypatch.setattr(triton.runtime.driver.active, "get_current_device", lambda: 1)
+    for _ in range(3):
+        one(x)
+    assert not tapes(one)
+
+
 def test_it_forgets_before_there_are_too_many(launches: list[Any], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(replay, "_MOST_SIGNATURES", 2)
     one = Replayed(lambda x: x)
