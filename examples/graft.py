@@ -3,7 +3,8 @@
     python examples/graft.py --base smollm2 --data train.txt --held_out held_out.txt --output_dir grafted \
         --max_steps 300 --learning_rate 3e-4 --bf16
 
-First gates and sinks alone, for --gate_steps, by the distance to the base (--distill gates), then everything or a LoRA.
+First gates and sinks alone, for --gate_steps, then everything or a LoRA; by the loss of a language model, or by the
+distance to the base (--distill).
 The output folder holds the model, report.json and report.md: held-out loss by position, within and beyond the trained
 length, the share of attention that pruning skips, and times. `--decay_times none` finetunes the base without gates in
 the same way, as the baseline. `--resume_from_checkpoint True` goes on in the same folder where a run was interrupted.
@@ -72,7 +73,7 @@ class GraftingArguments:
     length: int = field(default=8192, metadata={"help": "tokens in a training example"})
     gate_steps: int = field(default=0, metadata={"help": "first steps, which train only gates and sinks"})
     distill: str = field(
-        default="gates",
+        default="none",
         metadata={
             "help": "`gates`: in the first steps the loss is the distance (KL divergence) to the base; `all`: in all "
             "steps; `none`: it is that of a language model"

@@ -264,7 +264,8 @@ def test_grafting_leaves_what_it_is_told_to_and_skips_more(base: Path, text: Pat
 
 def test_grafting_goes_on_where_it_was_interrupted(base: Path, text: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
-    options = ("--gate_steps", "2", "--skip_goal", "0.5", "--save_strategy", "steps", "--save_steps", "2")
+    options = ("--gate_steps", "2", "--distill", "gates", "--skip_goal", "0.5")
+    options += ("--save_strategy", "steps", "--save_steps", "2")
     whole = run_graft(base, text, out, *options)
     expected = AutoModelForCausalLM.from_pretrained(out / "model").state_dict()
     # As if it had been killed after the fourth step of the second stage.
