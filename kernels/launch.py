@@ -157,8 +157,9 @@ class Launch(NamedTuple):
             compiled.launch(*self.grid, stream, *compiled.first, tuple(values))
 
     def describe(self, index: int, descriptor: Any) -> Callable[[int], Any]:
-        """What makes the first value of the ``index``-th descriptor for another address."""
-        return functools.partial(_filled, descriptor, self.compiled.metadata[index])
+        """What makes the first value of the ``index``-th descriptor for another address; it keeps no tensor."""
+        fields = {name: x for name, x in vars(descriptor).items() if name != "base"}
+        return functools.partial(_filled, fields, self.compiled.metadata[index])
 
 
 class _Address:
@@ -177,10 +178,9 @@ def _expanded(x: Any, metadata: Iterator[Any]) -> Any:
     return make_tensordesc_arg(x, next(metadata)) if isinstance(x, TensorDescriptor) else (x,)
 
 
-def _filled(descriptor: Any, metadata: Any, address: int) -> Any:
+def _filled(fields: dict[str, Any], metadata: Any, address: int) -> Any:
     other = object.__new__(TensorDescriptor)
-    other.__dict__.update(descriptor.__dict__)
-    other.base = _Address(address)
+    vars(other).update(fields, base=_Address(address))
     return make_tensordesc_arg(other, metadata)[0]
 
 

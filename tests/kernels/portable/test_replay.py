@@ -1,5 +1,7 @@
 """What is repeated from memory are the launches that the function would make."""
 
+import gc
+import weakref
 from collections.abc import Iterator
 from typing import Any
 
@@ -164,6 +166,21 @@ def test_what_is_repeated_is_what_the_function_launches(
     assert {"_launch_sums", "_norm_forward", "_silu_forward", "_prologue_forward"} <= repeated
     assert "_launch_forward" in repeated
     assert case != "evicting" or {"_launch_take", "_launch_write"} <= repeated
+
+
+def test_a_recording_keeps_no_tensor(launches: list[Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = calls_of_a_model(monkeypatch, "pro", False, "whole", head_dim=64)
+    functions, made = [Replayed(function) for function, _ in calls], []
+    for one, (_, arguments) in zip(functions, calls, strict=True):
+        moved = elsewhere(arguments)
+        for _ in range(3):
+            result = one(*moved)
+        kept = [x for x in flat((moved, result)) if isinstance(x, Tensor)]
+        made += map(weakref.ref, kept)
+    assert sum(isinstance(tapes(one)[0], Tape) for one in functions) == len(functions)
+    del moved, result, kept, arguments, calls
+    gc.collect()
+    assert not [x().shape for x in made if x() is not None]
 
 
 @launched
