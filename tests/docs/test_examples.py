@@ -265,13 +265,13 @@ def test_grafting_leaves_what_it_is_told_to_and_skips_more(base: Path, text: Pat
 def test_grafting_goes_on_where_it_was_interrupted(base: Path, text: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     options = ("--gate_steps", "2", "--distill", "gates", "--skip_goal", "0.5")
-    options += ("--save_strategy", "steps", "--save_steps", "2")
-    whole = run_graft(base, text, out, *options)
+    saving = ("--save_strategy", "steps", "--save_steps", "2")
+    whole = run_graft(base, text, out, *options, *saving)
     expected = AutoModelForCausalLM.from_pretrained(out / "model").state_dict()
     # As if it had been killed after the fourth step of the second stage.
     for name in ("model", "checkpoint-6", "checkpoint-8"):
         shutil.rmtree(out / name)
-    resumed = run_graft(base, text, out, *options, "--resume_from_checkpoint", "True")
+    resumed = run_graft(base, text, out, *options, *saving, "--resume_from_checkpoint", "True")
     assert resumed["steps"] == whole["steps"] == 10
     found = AutoModelForCausalLM.from_pretrained(out / "model").state_dict()
     assert all(torch.equal(found[name], x) for name, x in expected.items())

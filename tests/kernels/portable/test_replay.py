@@ -170,7 +170,8 @@ def test_what_is_repeated_is_what_the_function_launches(
 
 def test_a_recording_keeps_no_tensor(launches: list[Any], monkeypatch: pytest.MonkeyPatch) -> None:
     calls = calls_of_a_model(monkeypatch, "pro", False, "whole", head_dim=64)
-    functions, made = [Replayed(function) for function, _ in calls], []
+    functions = [Replayed(function) for function, _ in calls]
+    made: list[Any] = []
     for one, (_, arguments) in zip(functions, calls, strict=True):
         moved = elsewhere(arguments)
         for _ in range(3):
