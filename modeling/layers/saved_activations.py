@@ -71,9 +71,10 @@ def computed_again(x: Tensor, function: Callable[..., Tensor], *inputs: Tensor) 
 
 
 def _somebody_decides() -> bool:
-    """Whether there are hooks on saved tensors; torch has no public way to ask."""
+    """Whether there are hooks on saved tensors, or may be none; torch has no public way to ask."""
     top = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", None)
-    return top is None or top(False) is not None
+    enabled = getattr(torch._C._autograd, "_saved_tensors_hooks_is_enabled", None)
+    return top is None or enabled is None or not enabled() or top(False) is not None
 
 
 class _Again:

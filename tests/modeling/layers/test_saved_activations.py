@@ -176,6 +176,14 @@ def test_what_is_offloaded_is_not_computed_again() -> None:
     assert module.computed == 1
 
 
+def test_nothing_is_computed_again_where_hooks_are_forbidden() -> None:
+    module = Gated()
+    with torch.autograd.graph.disable_saved_tensors_hooks("forbidden"):
+        out = module(torch.randn(2, 5, 8))
+    out.sum().backward()
+    assert module.computed == 1
+
+
 @pytest.mark.parametrize("again", [False, True])
 def test_a_weight_that_changes_is_an_error(again: bool) -> None:
     module = Gated(again)
