@@ -194,6 +194,11 @@ def launch_one(x: Tensor, out: Tensor, scale: float = 1.0) -> None:
     _kernel[(3,)](X=x, OUT=out, scale=scale, D=4)
 
 
+def in_place(x: Tensor) -> Tensor:
+    launch_one(x, x)
+    return x
+
+
 def test_arguments_at_one_address_are_told_apart(launches: list[Any]) -> None:
     def function(x: Tensor, y: Tensor) -> Tensor:
         launch_one(x, y)
@@ -273,11 +278,7 @@ def test_another_signature_is_another_recording(other: Any, launches: list[Any])
 
 
 def test_tf32_is_part_of_a_signature(launches: list[Any]) -> None:
-    def function(x: Tensor) -> Tensor:
-        launch_one(x, x)
-        return x
-
-    one, x = Replayed(function), torch.zeros(16)
+    one, x = Replayed(in_place), torch.zeros(16)
     before = torch.backends.cuda.matmul.allow_tf32
     try:
         for allowed in (False, True):
@@ -304,11 +305,7 @@ def test_a_compilation_is_recorded_again_without_it(launches: list[Any]) -> None
 
 
 def test_a_global_that_changes_is_an_error(launches: list[Any], monkeypatch: pytest.MonkeyPatch) -> None:
-    def function(x: Tensor) -> Tensor:
-        launch_one(x, x)
-        return x
-
-    one, x = Replayed(function), torch.zeros(16)
+    one, x = Replayed(in_place), torch.zeros(16)
     for _ in range(3):
         one(x)
     monkeypatch.setitem(globals(), "FACTOR", tl.constexpr(3))
@@ -318,11 +315,7 @@ def test_a_global_that_changes_is_an_error(launches: list[Any], monkeypatch: pyt
 
 @pytest.mark.parametrize("hook", ["on all launches", "on the kernel"])
 def test_hooks_see_every_launch(hook: str, launches: list[Any], monkeypatch: pytest.MonkeyPatch) -> None:
-    def function(x: Tensor) -> Tensor:
-        launch_one(x, x)
-        return x
-
-    one, x = Replayed(function), torch.zeros(16)
+    one, x = Replayed(in_place), torch.zeros(16)
     for _ in range(3):
         one(x)
     monkeypatch.setattr(Tape, "play", lambda *_: pytest.fail("it was repeated"))
