@@ -110,12 +110,11 @@ class _Step(NamedTuple):
     logits: Tensor
 
 
-def unsupported(model: Any) -> str | None:
-    """Why steps of ``model`` cannot be captured; None if they can."""
+def unsupported(model: Any, modules: list[nn.Module], weights: list[Tensor]) -> str | None:
+    """Why steps of ``model``, which has these parts, cannot be captured; None if they can."""
     config = model.config
     if config._attn_implementation != DEFAULT_IMPLEMENTATION:
         return f"attn_implementation is {config._attn_implementation!r}, which has no decode kernel"
-    modules, weights = _parts_of(model)
     if any(is_sharded(x) for x in weights):
         return "its weights are sharded"
     devices = {x.device for x in weights}
@@ -422,12 +421,11 @@ class _Kept(NamedTuple):
 _KEPT: "weakref.WeakKeyDictionary[nn.Module, _Kept]" = weakref.WeakKeyDictionary()
 
 
-def _fingerprint(model: Any) -> Any:
+def _fingerprint(model: Any, modules: list[nn.Module], weights: list[Tensor]) -> Any:
     """All that a captured step depends on, beside values of weights and what its cache's graphs look at themselves.
 
     None if there may be more: modules of other libraries, such as adapters, have state of their own.
     """
-    modules, weights = _parts_of(model)
     if any(not x.__module__.startswith(_KNOWN_MODULES) for x in set(map(type, modules))):
         return None
     config = model.config
@@ -448,12 +446,13 @@ def decoding_graphs(model: Any, own_masks: bool = True) -> Iterator[None]:
     if not model.config.decoding_graphs or not runs_decode_kernels(model):
         yield
         return
-    reason = unsupported(model)
+    parts = _parts_of(model)
+    reason = unsupported(model, *parts)
     if reason is not None:
         _say(reason)
         yield
         return
-    fingerprint = _fingerprint(model)
+    fingerprint = _fingerprint(model, *parts)
     kept = _KEPT.get(model)
     if kept is None or fingerprint is None or kept.fingerprint != fingerprint:
         kept = _Kept(fingerprint, weakref.WeakKeyDictionary(), set())
