@@ -1,4 +1,4 @@
-"""``python -m foxlm.evaluation``: lm-eval's own command line with FoX registered, and the provenance of results."""
+"""``foxlm lm-eval``: lm-eval's own command line with FoX registered, and the provenance of results."""
 
 import json
 import os
@@ -78,7 +78,7 @@ def test_without_lm_eval_one_line_says_what_to_install(tmp_path) -> None:
     script = (
         "import importlib.util as u; found = u.find_spec\n"
         "u.find_spec = lambda name, *rest: None if name == 'lm_eval' else found(name, *rest)\n"
-        "import runpy; runpy.run_module('foxlm.evaluation', run_name='__main__')"
+        "from foxlm.cli import app; app(['lm-eval'], prog_name='foxlm')"
     )
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
     assert done.returncode == 1
