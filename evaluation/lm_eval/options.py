@@ -23,7 +23,6 @@ class Options:
         limit: questions of each task.
         shots: examples in each prompt.
         eps, rule, device, dtype: as of `load_model`.
-        cache: whether generation keeps keys and values.
         seed: of the questions that are drawn.
         include_path: folder with more task definitions.
         samples: write questions and answers too.
@@ -44,7 +43,6 @@ class Options:
     rule: str = "model"
     device: str = "auto"
     dtype: str = "auto"
-    cache: bool = True
     seed: int = 0
     include_path: Path | None = None
     samples: bool = False

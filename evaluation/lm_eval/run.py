@@ -20,10 +20,11 @@ from foxlm.conversion.pretrained import read_config
 from ..loading import load_model, load_tokenizer, position_limit, pruning_used
 from ..provenance import provenance
 from ..requirements import require
+from ..results import fingerprint
 from ..text import texts
 from . import ruler
 from .logs import LOGGER, cut_prompts, in_a_line, logged_to
-from .model import as_lm_eval, check_tokenizer, fingerprint, own_max_length
+from .model import as_lm_eval, check_tokenizer, own_max_length
 from .offline import go_offline_if_unreachable, short_timeouts
 from .options import Options
 from .results import (
@@ -141,7 +142,7 @@ class _Run:
         self.own_length = options.max_length or own_max_length(self.model, self.tokenizer)
         self.positions = position_limit(self.model)
         self.pruning = pruning_used(self.model)
-        self.weights = fingerprint(self.model)
+        self.weights = fingerprint(options.model)
         self.provenance = provenance(str(self.model.device), options.seed, ("lm-eval", "datasets"))
 
     def max_length(self, unit: Unit) -> int:
@@ -159,7 +160,6 @@ class _Run:
             "dtype": str(self.model.dtype).removeprefix("torch."),
             "device": self.model.device.type,
             "batch_size": self.options.batch_size,
-            "cache": self.options.cache,
             "seed": self.options.seed,
             "lm_eval": version("lm_eval"),
             "max_length": self.max_length(unit),
@@ -206,13 +206,8 @@ class _Run:
         from lm_eval.evaluator import evaluate as lm_evaluate
 
         loaded = self._load(unit)
-        lm = as_lm_eval(
-            self.model,
-            self.tokenizer,
-            batch_size=self.options.batch_size,
-            max_length=self.max_length(unit),
-            cache=self.options.cache,
-        )
+        length, batch_size = self.max_length(unit), self.options.batch_size
+        lm = as_lm_eval(self.model, self.tokenizer, batch_size=batch_size, max_length=length)
         # lm-eval's bootstrap in this process: by itself it forks one that may hold a GPU.
         os.environ["DISABLE_MULTIPROC"] = "1"
         results = lm_evaluate(

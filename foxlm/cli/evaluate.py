@@ -59,9 +59,7 @@ def evaluate(
     rule: Rule = "model",
     device: Device = "auto",
     dtype: Dtype = "auto",
-    no_cache: Annotated[
-        bool, typer.Option("--no-cache", help="Generate without a cache of keys and values: slow, for comparison.")
-    ] = False,
+    no_cache: Annotated[bool, typer.Option("--no-cache", hidden=True)] = False,
     out: Annotated[
         Path | None, typer.Option(help="Folder of the results. Default: foxlm-eval/ and the model's name.")
     ] = None,
@@ -75,6 +73,8 @@ def evaluate(
     Each task's results are written when it is done: the same command goes on where it was stopped. Tasks that fail are
     named at the end, and the exit status is then 1. `foxlm card --evaluation FOLDER` puts the results on a model card.
     """
+    if no_cache:
+        raise ValueError("--no-cache was removed; generation without a cache gives the same texts, more slowly")
     from foxlm.evaluation.lm_eval.options import Options
     from foxlm.evaluation.lm_eval.results import table
     from foxlm.evaluation.lm_eval.suites import parse_lengths
@@ -95,7 +95,6 @@ def evaluate(
         rule=rule,
         device=device,
         dtype=dtype,
-        cache=not no_cache,
         seed=seed,
         include_path=include_path,
         samples=samples,
