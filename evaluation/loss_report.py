@@ -3,7 +3,6 @@
 import hashlib
 import itertools
 import math
-import re
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -39,7 +38,6 @@ class LossOptions:
     edges: str = "log"
     chunk: int = 0
     trained_length: int | None = None
-    save_losses: bool = False
     device: str = "auto"
     dtype: str = "auto"
     eps: str = "model"
@@ -83,9 +81,6 @@ def measure_losses(options: LossOptions) -> dict[str, Any]:
             models[name] = measured[name] | {"trained_length": models[name]["trained_length"]}
     # Those of the command line first, in its order; earlier ones stay.
     models |= {name: model for name, model in measured.items() if name not in models}
-    files = [_losses_file(name) for name in models]
-    if options.save_losses and len(set(files)) < len(files):
-        raise ValueError(f"names must differ in letters or digits, or models would share one of {', '.join(files)}")
     for name in names:
         report["models"] = [model for other, model in models.items() if other in measured or other == name]
         if len(models[name]["row_means"]) < count:
@@ -104,7 +99,6 @@ def _measure(model: dict[str, Any], options: LossOptions, settings: dict[str, An
         raise ValueError(f"length must be at most {room}, the number of learned positions of {source}, got {length}")
     model |= {"pruning": pruning_used(loaded), "dtype": str(loaded.dtype).removeprefix("torch.")}
     model["provenance"] = provenance(str(loaded.device), 0)
-    losses = _open_losses(model, options.out, (count, length - 1)) if options.save_losses else None
     done = len(model["row_means"])
     tokens = (torch.from_numpy(row) for row in itertools.islice(_rows(options, source), done, None))
     saved = time.monotonic()
@@ -113,8 +107,6 @@ def _measure(model: dict[str, Any], options: LossOptions, settings: dict[str, An
         with tqdm(desc=model["name"], total=count * length, initial=done * length, unit="tok", unit_scale=True) as bar:
             for index, row in enumerate(row_losses(loaded, tokens, options.chunk), done):
                 found = row.numpy()
-                if losses is not None:
-                    losses[index] = found
                 _note_first_not_finite(model, index, found)
                 # Entry t is of the token with t + 1 before it, and edges count those.
                 bins = (found[start - 1 : end - 1] for start, end in itertools.pairwise(settings["edges"]))
@@ -138,20 +130,6 @@ def _note_first_not_finite(model: dict[str, Any], row: int, losses: np.ndarray) 
         model["not_finite"] = {"row": row, "position": int(bad[0]) + 1, "loss": str(losses[bad[0]])}
         message = f"warning: the loss of {model['name']} is {losses[bad[0]]} in row {row} at position {bad[0] + 1}"
         tqdm.write(f"{message}; its bins with such losses are left out", file=sys.stderr)
-
-
-def _losses_file(name: str) -> str:
-    return f"losses-{re.sub(r'[^A-Za-z0-9._-]+', '_', name)}.npy"
-
-
-def _open_losses(model: dict[str, Any], out: Path, shape: tuple[int, int]) -> np.memmap:
-    """``[rows, length - 1]`` float32 in a file, to be filled; measuring begins anew where rows are not in it."""
-    out.mkdir(parents=True, exist_ok=True)
-    path = out / _losses_file(model["name"])
-    if model["row_means"] and model.get("losses") == path.name and path.exists():
-        return np.lib.format.open_memmap(path, mode="r+")
-    model |= {"row_means": [], "not_finite": None, "losses": path.name}
-    return np.lib.format.open_memmap(path, mode="w+", dtype=np.float32, shape=shape)
 
 
 def summarize(report: dict[str, Any]) -> list[dict[str, Any]]:

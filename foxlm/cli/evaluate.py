@@ -156,10 +156,7 @@ def loss(
         int,
         typer.Option(help="Tokens taken in at once, earlier ones in a cache. 0: a row in one pass, mostly smaller."),
     ] = 0,
-    save_losses: Annotated[
-        bool,
-        typer.Option("--save-losses", help="Write the loss of every token too: losses-NAME.npy, rows x (length - 1)."),
-    ] = False,
+    save_losses: Annotated[bool, typer.Option("--save-losses", hidden=True)] = False,
     out: Annotated[
         Path, typer.Option(help="Folder for loss.json, loss.svg and loss.png; models measured there before are kept.")
     ] = Path("foxlm-loss"),
@@ -183,6 +180,10 @@ def loss(
     from foxlm.evaluation.loss_report import LossOptions, loss_table, measure_losses
     from foxlm.evaluation.results import read_json, reading
 
+    if save_losses:
+        raise ValueError(
+            "--save-losses was removed; foxlm.evaluation.loss_by_position.row_losses gives the loss of every token"
+        )
     if redraw is not None:
         require_nothing_else(context)
         results = redraw / "loss.json" if redraw.is_dir() else redraw
@@ -203,7 +204,6 @@ def loss(
                 edges=edges,
                 chunk=chunk,
                 trained_length=trained_length,
-                save_losses=save_losses,
                 device=device,
                 dtype=dtype,
                 eps=eps,

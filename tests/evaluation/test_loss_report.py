@@ -56,12 +56,6 @@ def test_bins_have_the_known_losses_of_their_positions(folder: Path, tmp_path: P
             assert fast["difference"][name][index] == pytest.approx(difference, abs=1e-6)
 
 
-def test_saved_losses_are_those_of_every_token(folder: Path, tmp_path: Path) -> None:
-    measure_losses(options(folder, tmp_path, "slow", save_losses=True, rows=3))
-    losses = np.load(tmp_path / "losses-slow.npy")
-    np.testing.assert_allclose(losses, counting_losses(128).expand(3, -1), rtol=1e-5)
-
-
 def test_an_interrupted_run_goes_on_at_the_next_row(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -77,15 +71,12 @@ def test_an_interrupted_run_goes_on_at_the_next_row(
 
     monkeypatch.setattr(module, "row_losses", counted)
     with pytest.raises(KeyboardInterrupt):
-        measure_losses(options(folder, tmp_path, "slow", "fast", save_losses=True))
+        measure_losses(options(folder, tmp_path, "slow", "fast"))
     kept = json.loads((tmp_path / "loss.json").read_text())
     assert [len(model["row_means"]) for model in kept["models"]] == [5, 3]
-    report = measure_losses(options(folder, tmp_path, "slow", "fast", save_losses=True))
+    report = measure_losses(options(folder, tmp_path, "slow", "fast"))
     assert measured == 5 * [0.01] + 5 * [0.02]
     assert [len(model["row_means"]) for model in report["models"]] == [5, 5]
-    np.testing.assert_allclose(
-        np.load(tmp_path / "losses-fast.npy"), counting_losses(128, 0.02).expand(5, -1), rtol=1e-4
-    )
     # Nothing is left to do, and no model is loaded for that; overwriting begins anew.
     monkeypatch.setattr(module, "load_model", None)
     assert measure_losses(options(folder, tmp_path, "slow", "fast"))["models"] == report["models"]
@@ -229,6 +220,7 @@ def test_a_fox_model_of_real_text(tmp_path: Path, folder: Path) -> None:
         (["{slow}", "--text", "{text}", "--length", "64", "--device", "tpu"], "device must be auto, cpu"),
         (["{slow}", "--text", "{text}", "--length", "64", "--eps", "0.1"], "eps and rule are of FoX models"),
         (["{slow}", "--text", "{text}", "--length", "64", "--trained-length", "0"], "trained_length must be"),
+        (["{slow}", "--save-losses"], "--save-losses was removed; foxlm.evaluation.loss_by_position.row_losses"),
         (["--redraw", "{text}"], "is not JSON"),
         (["--redraw", "nowhere.json"], "nowhere.json"),
         (["{slow}", "--redraw", "{text}"], "--redraw measures nothing"),
@@ -251,10 +243,7 @@ def test_a_file_in_place_of_the_folder_is_refused(folder: Path, tmp_path: Path) 
     assert (tmp_path / "file").read_text() == "mine"
 
 
-def test_names_that_would_share_a_file_of_losses_are_refused(folder: Path, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"losses-a_b\.npy"):
-        measure_losses(options(folder, tmp_path, "slow", "fast", names=("a/b", "a_b"), save_losses=True))
-    assert not list(tmp_path.iterdir())
+def test_empty_names_are_refused(folder: Path, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="give a --name for each, not empty"):
         measure_losses(options(folder, tmp_path, "slow", names=("",)))
 
