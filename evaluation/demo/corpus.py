@@ -105,3 +105,18 @@ def windows(files: list[SourceFile], length: int, count: int) -> np.ndarray:
     found = np.concatenate(cut)
     chosen = np.unique(np.linspace(0, len(found) - 1, min(count, len(found))).round().astype(int))
     return found[chosen].astype(np.int64)
+
+
+def bigram_costs(tokens: np.ndarray) -> np.ndarray:
+    """The demo's baseline: bits that byte ``b`` costs after ``a``, by Laplace's rule ``(n(a, b) + 1) / (n(a) + 256)``.
+
+    Args:
+        tokens: ``[N]`` to count, bytes and `SEPARATOR`. Of pairs that end in a separator none is counted.
+
+    Returns:
+        ``[257, 256]`` float64; the last row is the start of a file.
+    """
+    before, after = tokens[:-1].astype(np.int64), tokens[1:].astype(np.int64)
+    scored = after != SEPARATOR
+    counts = np.bincount(before[scored] * 256 + after[scored], minlength=257 * 256).reshape(257, 256) + 1
+    return -np.log2(counts / counts.sum(1, keepdims=True))

@@ -20,8 +20,7 @@ from ..pruning_report.run import Options as ReportOptions
 from ..pruning_report.run import draw, run_report
 from ..requirements import require
 from ..results import require_folder, write_json, write_whole
-from .bigram import BigramModel
-from .corpus import load_corpus, to_tokens, windows
+from .corpus import SEPARATOR, bigram_costs, load_corpus, to_tokens, windows
 from .tokenizer import byte_tokenizer
 from .train import GPU_RECIPE, QUICK_RECIPE, Recipe, bits_per_byte, train
 
@@ -92,14 +91,16 @@ def run_demo(out: Path, *, minutes: float, steps: int | None, seed: int, device:
         f"train on, {counts['held_out_files']} other files ({counts['held_out_bytes'] / 1e6:.2f} MB) held out"
     )
     held_out = windows(corpus.held_out, recipe.length, amounts.scored_windows)
-    bigram = BigramModel(to_tokens(corpus.train)).bits_per_byte(held_out)
+    before, after = held_out[:, :-1], held_out[:, 1:]
+    scored = after != SEPARATOR
+    bigram = float(bigram_costs(to_tokens(corpus.train))[before[scored], after[scored]].mean())
     _say(f"byte bigrams: {bigram:.3f} held-out bits per byte")
     trained, training = train(corpus, recipe, device, seed, minutes=minutes, steps=steps)
     trained.save_pretrained(folder)
     byte_tokenizer().save_pretrained(folder)
 
     model = AutoModelForCausalLM.from_pretrained(folder).to(device).eval()
-    fox = bits_per_byte(model, held_out, recipe.batch, lambda parts: tqdm(parts, desc="scoring", unit="batch"))
+    fox = bits_per_byte(model, held_out)
     _say(f"FoX, saved and loaded: {fox:.3f} held-out bits per byte")
     samples = [_generate(model, folder, prompt, amounts.new_tokens, seed) for prompt in PROMPTS]
     for prompt, sample in zip(PROMPTS, samples, strict=True):

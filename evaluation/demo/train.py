@@ -10,11 +10,13 @@ import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset
+from tqdm import tqdm
 from transformers import Trainer, TrainerCallback, TrainingArguments, set_seed
 
 from foxlm.modeling.configuration_fox import FoxConfig
 from foxlm.modeling.modeling_fox import FoxForCausalLM
 
+from ..loss_by_position import row_losses
 from .corpus import SEPARATOR, Corpus, to_tokens, windows
 from .optimizer import MuonAndAdamW
 from .tokenizer import VOCAB_SIZE, byte_tokenizer
@@ -68,27 +70,11 @@ GPU_RECIPE = Recipe(
 )
 
 
-class RandomWindows(Dataset):
-    """Training windows at random places of the text, the same for the same seed.
-
-    Args:
-        tokens: ``[N]`` the whole text.
-        length: tokens per window, at most ``N``.
-        count: number of windows.
-        seed: of the places.
-    """
-
-    def __init__(self, tokens: np.ndarray, length: int, count: int, seed: int) -> None:
-        self.tokens, self.length = tokens, length
-        self.starts = np.random.default_rng(seed).integers(0, len(tokens) - length + 1, size=count)
-
-    def __len__(self) -> int:
-        return len(self.starts)
-
-    def __getitem__(self, index: int) -> dict[str, Tensor]:
-        start = self.starts[index]
-        window = torch.from_numpy(self.tokens[start : start + self.length].astype(np.int64))
-        return {"input_ids": window, "labels": window}
+def random_windows(tokens: np.ndarray, length: int, count: int, seed: int) -> list[dict[str, Tensor]]:
+    """Training windows at random places of the text ``[N]``, the same for the same ``seed``; they share its memory."""
+    text = torch.from_numpy(tokens.astype(np.int64))
+    starts = np.random.default_rng(seed).integers(0, len(text) - length + 1, size=count)
+    return [dict.fromkeys(("input_ids", "labels"), text[start : start + length]) for start in starts]
 
 
 class TimeLimit(TrainerCallback):
@@ -146,7 +132,7 @@ def train(
     limit = TimeLimit(math.inf if steps is not None else 60.0 * minutes)
     if steps is None:
         steps = _steps_within(60.0 * minutes, model, recipe)
-    dataset = RandomWindows(to_tokens(corpus.train), recipe.length, steps * recipe.batch, seed)
+    dataset = random_windows(to_tokens(corpus.train), recipe.length, steps * recipe.batch, seed)
     rows = torch.from_numpy(windows(corpus.held_out, recipe.length, recipe.evaluation_windows))
     held_out = [{"input_ids": row, "labels": row.masked_fill(row >= SEPARATOR, IGNORED)} for row in rows]
     arguments = TrainingArguments(
@@ -172,7 +158,7 @@ def train(
     trainer = Trainer(
         model,
         arguments,
-        train_dataset=dataset,
+        train_dataset=cast(Dataset, dataset),
         eval_dataset=cast(Dataset, held_out),
         optimizers=(MuonAndAdamW(model, recipe.muon_lr, recipe.adamw_lr, recipe.weight_decay), None),
         callbacks=[limit],
@@ -209,16 +195,8 @@ def _steps_within(seconds: float, model: FoxForCausalLM, recipe: Recipe) -> int:
     return min(max(int(seconds / step), recipe.smallest), recipe.largest)
 
 
-@torch.no_grad()
-def bits_per_byte(model: FoxForCausalLM, held_out: np.ndarray, batch: int, progress=iter) -> float:
+def bits_per_byte(model: FoxForCausalLM, held_out: np.ndarray) -> float:
     """Mean cost of every byte that has a token before it, over ``[N, T]`` windows."""
-    tokens = torch.from_numpy(held_out).to(model.device)
-    total, count = 0.0, 0
-    for part in progress(tokens.split(batch)):
-        logits = model(input_ids=part, use_cache=False).logits[:, :-1]
-        targets = part[:, 1:].masked_fill(part[:, 1:] >= SEPARATOR, IGNORED)
-        total += torch.nn.functional.cross_entropy(
-            logits.flatten(0, 1).float(), targets.flatten(), ignore_index=IGNORED, reduction="sum"
-        ).item()
-        count += int((targets != IGNORED).sum())
-    return total / count / math.log(2)
+    rows = torch.from_numpy(held_out)
+    losses = torch.stack(list(row_losses(model, tqdm(rows, desc="scoring", unit="row"))))
+    return losses[rows[:, 1:] < SEPARATOR].double().mean().item() / math.log(2)

@@ -8,10 +8,17 @@ import torch
 from transformers import AutoTokenizer
 
 from byte_models import byte_model
-from foxlm.evaluation.demo.bigram import BigramModel
-from foxlm.evaluation.demo.corpus import SEPARATOR, SourceFile, is_held_out, load_corpus, to_tokens, windows
+from foxlm.evaluation.demo.corpus import (
+    SEPARATOR,
+    SourceFile,
+    bigram_costs,
+    is_held_out,
+    load_corpus,
+    to_tokens,
+    windows,
+)
 from foxlm.evaluation.demo.tokenizer import byte_tokenizer
-from foxlm.evaluation.demo.train import RandomWindows, bits_per_byte
+from foxlm.evaluation.demo.train import bits_per_byte, random_windows
 from foxlm.evaluation.lm_eval.tasks.own_text import CONTINUATION_BYTES, PREFIX_BYTES, next_lines_questions
 
 
@@ -22,15 +29,13 @@ def tokens(batch: int = 2, length: int = 40) -> torch.Tensor:
 def test_bigram_by_hand() -> None:
     # After a: b, b, c. After b: a. The separator starts the text with a.
     stream = np.array([SEPARATOR, 97, 98, 97, 98, 97, 99], dtype=np.uint16)
-    model = BigramModel(stream)
-    assert model.bits[97, 98] == pytest.approx(-math.log2(3 / 259))
-    assert model.bits[97, 99] == pytest.approx(-math.log2(2 / 259))
-    assert model.bits[98, 97] == pytest.approx(-math.log2(3 / 258))
-    assert model.bits[SEPARATOR, 97] == pytest.approx(-math.log2(2 / 257))
-    assert model.bits[0, 0] == pytest.approx(8.0)
-    np.testing.assert_allclose((2.0**-model.bits).sum(1), 1.0)
-    held_out = np.array([[97, 98, SEPARATOR, 97]])
-    assert model.bits_per_byte(held_out) == pytest.approx((model.bits[97, 98] + model.bits[SEPARATOR, 97]) / 2)
+    bits = bigram_costs(stream)
+    assert bits[97, 98] == pytest.approx(-math.log2(3 / 259))
+    assert bits[97, 99] == pytest.approx(-math.log2(2 / 259))
+    assert bits[98, 97] == pytest.approx(-math.log2(3 / 258))
+    assert bits[SEPARATOR, 97] == pytest.approx(-math.log2(2 / 257))
+    assert bits[0, 0] == pytest.approx(8.0)
+    np.testing.assert_allclose((2.0**-bits).sum(1), 1.0)
 
 
 def test_corpus_split_is_disjoint_and_depends_on_names_alone() -> None:
@@ -66,16 +71,16 @@ def test_windows_score_every_byte_once() -> None:
 def test_training_windows_repeat_for_a_seed() -> None:
     stream = to_tokens([SourceFile("a", bytes(range(256)))])
     assert stream.tolist() == [SEPARATOR, *range(256)]
-    first, again, other = (RandomWindows(stream, 16, 8, seed) for seed in (0, 0, 1))
-    drawn = [[draws[i]["input_ids"].tolist() for i in range(8)] for draws in (first, again, other)]
-    assert drawn[0] == drawn[1] != drawn[2]
+    first, again, other = (random_windows(stream, 16, 8, seed) for seed in (0, 0, 1))
+    seen = [[one["input_ids"].tolist() for one in drawn] for drawn in (first, again, other)]
+    assert seen[0] == seen[1] != seen[2]
 
 
 def test_bits_per_byte_is_the_models_own_loss() -> None:
     model = byte_model()
     held_out = tokens(3, 24)
     loss = model(held_out, labels=held_out, use_cache=False).loss.item() / math.log(2)
-    assert bits_per_byte(model, held_out.numpy(), batch=2) == pytest.approx(loss, rel=1e-5)
+    assert bits_per_byte(model, held_out.numpy()) == pytest.approx(loss, rel=1e-5)
 
 
 @pytest.mark.parametrize("text", ["", " a  b\t\r\n", "é€😀", "<|endoftext|> <|padding|> [UNK]", "\x00\x7f ."])
