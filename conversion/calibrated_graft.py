@@ -14,7 +14,7 @@ from torch import Tensor
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
-from foxlm.conversion.calibration import LOG_EPS, Calibration, calibrate
+from foxlm.conversion.calibration import LOG_EPS, SHORTEST, Calibration, calibrate
 from foxlm.conversion.graft import graft
 from foxlm.evaluation.loading import load_tokenizer, resolve_device
 from foxlm.evaluation.loss_by_position import row_losses
@@ -35,7 +35,7 @@ class CalibrationText:
 
     Attributes:
         path: as `evaluation.text.documents` takes it.
-        skip: share of attention to skip, as for `calibrate`.
+        skip, longest: share of attention to skip, and longest decay time in tokens, as for `calibrate`.
         separator: token that texts begin with, by its name in the tokenizer; None takes the beginning-of-text token,
             or else the end-of-text token.
         length: tokens of a row, the separator included; None takes what the base was trained at, at most 8,192.
@@ -47,6 +47,7 @@ class CalibrationText:
 
     path: Path
     skip: float = 0.5
+    longest: float = math.inf
     separator: str | None = None
     length: int | None = None
     count: int = 4
@@ -69,6 +70,8 @@ def calibrated_graft(source: Path, text: CalibrationText, **options: Any) -> tup
     """
     if not 0.0 < text.skip < 1.0:
         raise ValueError(f"--skip must be a share between 0 and 1, got {text.skip}")
+    if not text.longest >= SHORTEST:
+        raise ValueError(f"--longest must be a decay time of at least {SHORTEST:g} tokens, got {text.longest}")
     if text.count < 1:
         raise ValueError(f"--rows must be at least 1, got {text.count}")
     if text.length is not None and text.length <= 2 * PRUNED_QUERIES:
@@ -82,14 +85,16 @@ def calibrated_graft(source: Path, text: CalibrationText, **options: Any) -> tup
     run = provenance(device, text.seed)
     tokenizer = load_tokenizer(str(source))
     separator = _separator(tokenizer, text.separator)
-    base = _measurable(graft(source, forget_gate="none"), device)
-    length = text.length or min(base.config.max_position_embeddings, _DEFAULT_LENGTH)
+    rope_factor = options.get("rope_factor")
+    base = _measurable(graft(source, forget_gate="none", rope_factor=rope_factor), device)
+    length = text.length or min(round(base.config.max_position_embeddings / (rope_factor or 1)), _DEFAULT_LENGTH)
     found = rows(text.path, tokenizer, length - 1, text.count, text.join)
     tokens = torch.from_numpy(np.stack([np.concatenate([[separator], row]) for row in found]))
     calibration = calibrate(
         base,
         tokens,
         skip=text.skip,
+        longest=text.longest,
         forget_gate_heads=options.get("forget_gate_heads", "query"),
         seed=text.seed,
         progress=True,
@@ -171,6 +176,7 @@ def _report(calibration: Calibration, losses: dict[str, Tensor]) -> dict[str, An
     return {
         "length": calibration.length,
         "skip": calibration.skip,
+        "longest": calibration.longest if calibration.longest < math.inf else None,
         "loss": {
             "base": base.mean().item(),
             "graft": grafted.mean().item(),

@@ -19,7 +19,8 @@ decay times ``T``, two numbers are measured on the text:
 
 Chosen are the times with the least sum of costs whose mean share is what was asked for: by a Lagrange multiplier, each
 head takes the ``T`` with the least ``e(T) - m s(T)``, and ``m`` is found by bisection. A head for which no
-share is worth its cost never forgets.
+share is worth its cost never forgets, or has the longest decay time that the user allows: a model with rotary
+embeddings works beyond its trained length only where no head sees that far.
 """
 
 import math
@@ -44,7 +45,7 @@ from foxlm.modeling.modeling_fox import FoxForCausalLM
 # A tile that holds less than this of every row's weight is skipped: the default of `FoxConfig.acp_eps`.
 LOG_EPS = -10.0
 # Decay times that are tried, in tokens: from here to 4 times the text's length, so many for each factor of 2.
-_SHORTEST, _PER_OCTAVE = 8.0, 1.5
+SHORTEST, _PER_OCTAVE = 8.0, 1.5
 # Blocks of queries of each row that are measured, evenly spread, and the step from one query to the next for costs.
 _BLOCKS, _QUERY_STEP = 16, 8
 # Tokens of each row by which the Fisher information is estimated: their activations are held for backward.
@@ -65,6 +66,7 @@ class Calibration:
         separator: token that texts begin with, for which the sinks stand.
         length: tokens of a row of the text.
         skip: share of attention that was to be skipped.
+        longest: decay time in tokens that no head was to exceed.
         decay_times: ``[layers, gates]`` float64, in tokens; ``inf`` for a head that never forgets.
         sink_keys, sink_values: ``[layers, G, D]``, of the separator at the first position.
         reach: ``[layers, H]`` distance in tokens within which 90% of the base's attention lies, first key left out.
@@ -76,6 +78,7 @@ class Calibration:
     separator: int
     length: int
     skip: float
+    longest: float
     decay_times: Tensor
     sink_keys: Tensor
     sink_values: Tensor
@@ -90,6 +93,7 @@ def calibrate(
     rows: Tensor,
     *,
     skip: float = 0.5,
+    longest: float = math.inf,
     forget_gate_heads: str = "query",
     seed: int = 0,
     progress: bool = False,
@@ -102,7 +106,9 @@ def calibrate(
     Args:
         model: the base as a FoX model, ``graft(base, forget_gate="none")``, in evaluation mode.
         rows: ``[N, T]`` int64 tokens, as long as the texts that the graft is for; each begins with the separator.
-        skip: share of attention's tiles that pruning is to skip on rows of this length, in (0, 1).
+        skip: share of attention's tiles that pruning is to skip on rows of this length, in (0, 1); more is skipped
+            where ``longest`` asks for it.
+        longest: decay time in tokens that no head exceeds, at least 8; ``inf``: heads may never forget.
         forget_gate_heads: as in `FoxConfig`.
         seed: of the tokens drawn for the Fisher information.
         progress: whether to show a bar on stderr.
@@ -110,12 +116,12 @@ def calibrate(
     Raises:
         ValueError: an argument is not as above, or rows are too short for so much to be skipped.
     """
-    _check(model, rows, skip, forget_gate_heads)
+    _check(model, rows, skip, longest, forget_gate_heads)
     config, layers = model.config, model.config.num_hidden_layers
     heads, kv_heads, head_dim = config.heads
     group = heads // kv_heads if forget_gate_heads == "key_value" else 1
     rows = rows.to(model.device)
-    times = _candidates(rows.shape[1]).to(model.device)
+    times = _candidates(rows.shape[1], longest).to(model.device)
     sink_keys, sink_values = read_sinks(model, int(rows[0, 0]))
     with tqdm(total=len(rows) * (layers + 1) + layers, desc="calibrating", unit="layer", disable=not progress) as bar:
         fisher = torch.zeros(layers, heads, head_dim, head_dim, device=model.device)
@@ -141,9 +147,10 @@ def calibrate(
                 f"skip must be at most {most:.2f}, what decay times of {times[0]:g} tokens skip of rows of "
                 f"{rows.shape[1]}, got {skip}"
             )
-        # Never to forget skips nothing and costs nothing.
-        shares, costs = (nn.functional.pad(x, (0, 1)) for x in (shares, costs))
-        times = torch.cat([times, times.new_tensor([math.inf])])
+        if longest == math.inf:
+            # Never to forget skips nothing and costs nothing.
+            shares, costs = (nn.functional.pad(x, (0, 1)) for x in (shares, costs))
+            times = torch.cat([times, times.new_tensor([math.inf])])
         chosen = _choose(shares, costs, skip)
         decay_times = times[chosen]
         found: dict[Rule, list[Tensor]] = {"tight": [], "measured": []}
@@ -160,6 +167,7 @@ def calibrate(
         separator=int(rows[0, 0]),
         length=rows.shape[1],
         skip=skip,
+        longest=longest,
         decay_times=decay_times.cpu(),
         sink_keys=sink_keys,
         sink_values=sink_values,
@@ -195,11 +203,13 @@ class _Profile(NamedTuple):
     reach: Tensor
 
 
-def _check(model: FoxForCausalLM, rows: Tensor, skip: float, forget_gate_heads: str) -> None:
+def _check(model: FoxForCausalLM, rows: Tensor, skip: float, longest: float, forget_gate_heads: str) -> None:
     if not isinstance(model, FoxForCausalLM) or model.config.forget_gate != "none":
         raise ValueError("model must be a FoX model without forget gates, graft(base, forget_gate='none')")
     if not (is_number(skip) and 0.0 < skip < 1.0):
         raise ValueError(f"skip must be a share in (0, 1), got {skip!r}")
+    if not (is_number(longest) and longest >= SHORTEST):
+        raise ValueError(f"longest must be a decay time of at least {SHORTEST:g} tokens, got {longest!r}")
     if forget_gate_heads not in ("query", "key_value"):
         raise ValueError(f"forget_gate_heads must be 'query' or 'key_value', got {forget_gate_heads!r}")
     if rows.ndim != 2 or not len(rows) or rows.dtype != torch.int64:
@@ -211,10 +221,11 @@ def _check(model: FoxForCausalLM, rows: Tensor, skip: float, forget_gate_heads: 
     check_tokens(int(rows.min()), int(rows.max()), model.config.vocab_size, "rows")
 
 
-def _candidates(length: int) -> Tensor:
+def _candidates(length: int, longest: float) -> Tensor:
     """Decay times to try: ``[K]`` float64, increasing."""
-    octaves = math.log2(4.0 * length / _SHORTEST)
-    return log_spaced_times(_SHORTEST, 4.0 * length, math.ceil(_PER_OCTAVE * octaves) + 1)
+    most = min(4.0 * length, longest)
+    octaves = math.log2(most / SHORTEST)
+    return log_spaced_times(SHORTEST, most, math.ceil(_PER_OCTAVE * octaves) + 1).clamp(max=most)
 
 
 def _add_fisher(model: FoxForCausalLM, row: Tensor, seed: int, fisher: Tensor) -> None:

@@ -60,6 +60,7 @@ def graft(
     forget_gate_heads: str = "query",
     output_gate: bool = False,
     keep_rope: bool = True,
+    rope_factor: float | None = None,
 ) -> FoxForCausalLM:
     """Add forget gates to a pretrained Transformer; returns a copy with the base's dtype and device.
 
@@ -82,6 +83,10 @@ def graft(
         forget_gate_heads: `"query"` or `"key_value"`, as in `FoxConfig`.
         output_gate: whether to add an output gate. It starts at 1/2 everywhere; `o_proj` is doubled to compensate.
         keep_rope: whether to keep rotary embeddings. Without them the function changes even if no gate forgets.
+        rope_factor: times the base's context that the graft is for: rotary embeddings are stretched to that by YaRN
+            (arXiv 2309.00071, section 3.4, without its temperature). A sink is as far away as a text is long, and at
+            distances that the base was not trained at its weight is lost; where heads forget, only that is new. The
+            function changes a little within the context too. For ``calibration`` give the same to the base.
 
     Raises:
         ValueError: the model has a part that a FoX model cannot represent, or an argument is not as above; the message
@@ -100,6 +105,7 @@ def graft(
         config = base_config(
             source,
             keep_rope=keep_rope,
+            rope_factor=rope_factor,
             forget_gate=forget_gate,
             forget_gate_heads=forget_gate_heads,
             use_output_gate=output_gate,

@@ -16,7 +16,7 @@ Texts are a text file, or `.npy` tokens (`[N]`, and `[rows, length]` for `--held
 import json
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -38,15 +38,16 @@ from transformers.trainer_utils import get_last_checkpoint
 from foxlm import FoxForCausalLM, peft_targets
 from foxlm.conversion.calibration import Calibration, calibrate
 from foxlm.conversion.graft import graft
-from foxlm.evaluation.gates import RULES, decay_time_table, skipped_shares
+from foxlm.evaluation.gates import decay_time_table, first_read, share_of_tiles_skipped
 from foxlm.evaluation.loss_by_position import by_interval, loss_by_position
 from foxlm.evaluation.recording import record_attention
 from foxlm.kernels.attention import forgetting_attention
+from foxlm.kernels.pruning.rules import Rule
 from foxlm.training import DistillingTrainer, FoxTrainer, SkippedShareRamp
 
 LOG_EPS = -10.0
-# The tiles of queries and keys that the kernels skip or keep.
-TILE = (128, 64)
+# By which what is skipped is reported: two bounds, and what is measured.
+RULES: tuple[Rule, ...] = ("paper", "tight", "measured")
 # Decay time in tokens of heads that start global: longer than any context.
 GLOBAL = 1e6
 # In the output folder, the model after the first steps.
@@ -67,10 +68,22 @@ class GraftingArguments:
         },
     )
     skip: float = field(default=0.5, metadata={"help": "with `calibrated`: share of attention to skip"})
+    longest: float = field(
+        default=math.inf,
+        metadata={"help": "with `calibrated`: longest decay time of a head in tokens, for use beyond --length"},
+    )
+    calibration_rows: int = field(default=8, metadata={"help": "with `calibrated`: first rows of --data to use"})
     remove_rope: bool = field(default=False, metadata={"help": "remove the rotary embeddings"})
+    rope_factor: float | None = field(
+        default=None, metadata={"help": "stretch the rotary embeddings to so many times the base's context"}
+    )
     output_gate: bool = field(default=False, metadata={"help": "add an output gate, which starts as an identity"})
     forget_aux_loss_coef: float = field(default=0.0, metadata={"help": "weight of the forget-gate regularisation"})
     length: int = field(default=8192, metadata={"help": "tokens in a training example"})
+    positions: int = field(
+        default=0,
+        metadata={"help": "positions that rows lie within, as in texts of so many tokens; 0 has all begin at 0"},
+    )
     gate_steps: int = field(default=0, metadata={"help": "first steps, which train only gates and sinks"})
     distill: str = field(
         default="none",
@@ -90,9 +103,12 @@ class GraftingArguments:
 
     def __post_init__(self) -> None:
         # The shortest interval of the report is an eighth of the length.
-        for name, least in (("length", 8), ("gate_steps", 0), ("lora_rank", 0), ("forget_aux_loss_coef", 0)):
-            if not getattr(self, name) >= least:
-                raise ValueError(f"--{name} must be at least {least}, got {getattr(self, name)}")
+        least = {"length": 8, "calibration_rows": 1, "gate_steps": 0, "lora_rank": 0, "forget_aux_loss_coef": 0}
+        for name, number in least.items():
+            if not getattr(self, name) >= number:
+                raise ValueError(f"--{name} must be at least {number}, got {getattr(self, name)}")
+        if self.positions and not self.positions >= self.length:
+            raise ValueError(f"--positions must be at least --length ({self.length}), got {self.positions}")
         if self.distill not in ("gates", "all", "none"):
             raise ValueError(f"--distill must be gates, all or none, got {self.distill!r}")
         if not 0.0 <= self.skip_goal < 1.0:
@@ -102,14 +118,18 @@ class GraftingArguments:
 
 
 class Rows(Dataset):
-    """Rows of ``length`` consecutive tokens."""
+    """Rows of ``length`` consecutive tokens, of which every other begins at position 0.
 
-    def __init__(self, tokens: np.ndarray, length: int) -> None:
+    The others begin anywhere up to ``positions - length``. Rotary embeddings tell only how far apart tokens are, so of
+    a row nothing changes but its distance to the attention sink, which lies at 0: as far as it is in longer texts.
+    """
+
+    def __init__(self, tokens: np.ndarray, length: int, positions: int) -> None:
         if tokens.ndim != 1:
             raise ValueError(f"--data must be of shape [N], got {list(tokens.shape)}")
         if len(tokens) < length:
             raise ValueError(f"--data must hold at least --length tokens ({length}), got {len(tokens)}")
-        self.tokens, self.length = tokens, length
+        self.tokens, self.length, self.positions = tokens, length, positions
 
     def __len__(self) -> int:
         return len(self.tokens) // self.length
@@ -117,7 +137,12 @@ class Rows(Dataset):
     def __getitem__(self, index: int) -> dict[str, Tensor]:
         row = self.tokens[index * self.length : (index + 1) * self.length]
         ids = torch.from_numpy(row.astype(np.int64))
-        return {"input_ids": ids, "labels": ids}
+        sample = {"input_ids": ids, "labels": ids}
+        if self.positions > self.length:
+            # The same whenever the row is read, so that a run that is resumed is that which was interrupted.
+            first = int(np.random.default_rng(index).integers(self.positions - self.length + 1)) if index % 2 else 0
+            sample["position_ids"] = torch.arange(first, first + self.length)
+        return sample
 
     def some(self, count: int) -> Tensor:
         """The first rows, ``[count, length]`` or fewer."""
@@ -143,16 +168,20 @@ def read_rows(path: str, tokenizer, length: int, least: int) -> Tensor:
     return torch.from_numpy(tokens.astype(np.int64))
 
 
-def calibration_of(base: PreTrainedModel, rows: Tensor, separator: int, skip: float, device: str) -> Calibration:
+def calibration_of(
+    base: PreTrainedModel, rows: Tensor, separator: int, own: GraftingArguments, device: str
+) -> Calibration:
     """Decay times and sinks by what forgetting costs on ``rows``, each begun with the separator."""
     rows = torch.cat([torch.full_like(rows[:, :1], separator), rows[:, :-1]], dim=1)
-    return calibrate(graft(base, forget_gate="none").to(device).eval(), rows, skip=skip, progress=True)
+    base = graft(base, forget_gate="none", rope_factor=own.rope_factor).to(device).eval()
+    return calibrate(base, rows, skip=own.skip, longest=own.longest, progress=True)
 
 
 def make_model(own: GraftingArguments, rows: Rows, tokenizer, device: str) -> FoxForCausalLM:
     """The grafted model, its weights in float32."""
     base = AutoModelForCausalLM.from_pretrained(own.base, dtype=torch.float32)
-    options: dict[str, Any] = {"keep_rope": not own.remove_rope, "output_gate": own.output_gate}
+    options: dict[str, Any] = {"keep_rope": not own.remove_rope, "rope_factor": own.rope_factor}
+    options["output_gate"] = own.output_gate
     if own.decay_times == "none":
         for name in ("forget_aux_loss_coef", "skip_goal"):
             if getattr(own, name):
@@ -162,7 +191,7 @@ def make_model(own: GraftingArguments, rows: Rows, tokenizer, device: str) -> Fo
         separator = tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id
         if separator is None:
             raise ValueError("--decay_times calibrated needs a tokenizer with a beginning- or end-of-text token")
-        options["calibration"] = calibration_of(base, rows.some(4), separator, own.skip, device)
+        options["calibration"] = calibration_of(base, rows.some(own.calibration_rows), separator, own, device)
     else:
         try:
             times = tuple(float(x) for x in own.decay_times.split(":"))
@@ -315,12 +344,20 @@ def measure(model: FoxForCausalLM, rows: Tensor, own: GraftingArguments, device:
     }
 
 
+def sink_of(parts: Sequence[Tensor]) -> dict[str, Tensor]:
+    return dict(zip(("sink_k", "sink_v"), parts, strict=False))
+
+
 def measure_attention(model: FoxForCausalLM, rows: Tensor, device: str) -> dict:
     """Decay times, shares of tiles skipped, and times of attention and of prefill without and with pruning."""
     rows = rows.to(device)
     with torch.no_grad(), record_attention(model) as layers:
         model.base_model(input_ids=rows[:2], use_cache=False)
-    shares = {rule: skipped_shares(layers, [LOG_EPS], rule, *TILE)[0] for rule in RULES}
+    rule = model.config.acp_rule
+    shares = {
+        name: torch.stack([share_of_tiles_skipped(first_read(one, LOG_EPS, name)).mean(0) for one in layers])
+        for name in RULES
+    }
     # None: for ever, which JSON has no number for.
     decay_times = [[time if time < math.inf else None for time in row] for row in decay_time_table(layers).tolist()]
     ms = {}
@@ -328,8 +365,8 @@ def measure_attention(model: FoxForCausalLM, rows: Tensor, device: str) -> dict:
 
         def attend(eps: float | None = eps) -> None:
             for one in layers:
-                leaves = [x.detach().requires_grad_() for x in (one.q, one.k, one.v, one.log_f)]
-                out = forgetting_attention(*leaves, scale=one.scale, eps=eps, rule="tight")
+                leaves = [x.detach().requires_grad_() for x in (one.q, one.k, one.v, one.log_f, *(one.sink or ()))]
+                out = forgetting_attention(*leaves[:4], scale=one.scale, eps=eps, rule=rule, **sink_of(leaves[4:]))
                 out.backward(one.q)
 
         def prefill(eps: float | None = eps) -> None:
@@ -341,8 +378,8 @@ def measure_attention(model: FoxForCausalLM, rows: Tensor, device: str) -> dict:
     return {
         "tokens": rows.shape[1],
         "decay_times": decay_times,
-        "skipped": {rule: share.mean().item() for rule, share in shares.items()},
-        "skipped_by_head": {rule: share.tolist() for rule, share in shares.items()},
+        "skipped": {name: share.mean().item() for name, share in shares.items()},
+        "skipped_by_head": {name: share.tolist() for name, share in shares.items()},
         "ms": ms,
     }
 
@@ -354,8 +391,9 @@ def as_markdown(report: dict) -> str:
     for one in report["loss_by_position"]:
         lines.append(f"| {one['start']} to {one['end']} | {one['mean']:.3f} | {one['low']:.3f} to {one['high']:.3f} |")
     lines += ["", f"Attention skipped at eps = exp({LOG_EPS:.0f}), and times of a call without and with that:", ""]
-    lines += ["| tokens | skipped, paper | skipped, tight | attention ms | pruned | prefill ms | pruned |"]
-    lines += ["| --- " * 7 + "|"]
+    skipped = " | ".join(f"skipped, {name}" for name in RULES)
+    lines += [f"| tokens | {skipped} | attention ms | pruned | prefill ms | pruned |"]
+    lines += ["| --- " * (5 + len(RULES)) + "|"]
     for one in report["lengths"]:
         times = [one["ms"][how][part] for part in one["ms"]["dense"] for how in ("dense", "pruned")]
         cells = [
@@ -377,7 +415,7 @@ def main(arguments: list[str] | None = None) -> dict:
     set_seed(training.seed)
     device = training.device.type
     tokenizer = AutoTokenizer.from_pretrained(own.base)
-    rows = Rows(read_tokens(own.data, tokenizer), own.length)
+    rows = Rows(read_tokens(own.data, tokenizer), own.length, own.positions or own.length)
     held_out = read_rows(own.held_out, tokenizer, 4 * own.length, own.length)
     model = start_or_resume(own, training, rows, tokenizer, device)
     if own.compile_layers:

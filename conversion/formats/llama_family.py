@@ -4,6 +4,7 @@ To add a model type, add a `Base` to `BASES`: its configuration fields, each acc
 that it has. Weights must have the names of FoX (Llama's); `conversion.graft` maps them one to one.
 """
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -12,6 +13,7 @@ from huggingface_hub.errors import StrictDataclassError
 from transformers import PreTrainedConfig
 
 from foxlm.conversion.formats.checkpoint_format import Fields
+from foxlm.kernels.validation import is_number
 from foxlm.modeling.configuration_fox import FoxConfig
 
 
@@ -151,12 +153,15 @@ def check_model_type(model_type: object) -> None:
         raise ValueError(f"model_type must be one of {sorted(BASES)}, got {model_type!r}")
 
 
-def base_config(config: PreTrainedConfig, *, keep_rope: bool = True, **chosen: Any) -> FoxConfig:
+def base_config(
+    config: PreTrainedConfig, *, keep_rope: bool = True, rope_factor: float | None = None, **chosen: Any
+) -> FoxConfig:
     """The `FoxConfig` that computes what ``config`` does if its gates never forget.
 
     Args:
         config: of a model in `BASES`.
         keep_rope: whether to keep its rotary embeddings.
+        rope_factor: if given, they are stretched for so many times its context.
         chosen: fields of `FoxConfig` that ``config`` does not determine.
 
     Raises:
@@ -169,6 +174,8 @@ def base_config(config: PreTrainedConfig, *, keep_rope: bool = True, **chosen: A
     source = base.fields.complete(fields)
     _refuse_windows(source)
     rope = _rope(source) if keep_rope else {"rope_parameters": None}
+    if rope_factor is not None:
+        rope |= _stretched(rope["rope_parameters"], source["max_position_embeddings"], rope_factor)
     try:
         return FoxConfig(**{**base.fields.to_fox(source), **_NO_PARTS, **base.parts, **rope, **chosen})
     except StrictDataclassError as error:
@@ -201,3 +208,18 @@ def _rope(source: Mapping[str, Any]) -> dict[str, Any]:
     # In `no_rope_layers` 1 means a layer with RoPE and 0 one without.
     rotates = (source.get("no_rope_layers") or [])[: source["num_hidden_layers"]]
     return {"rope_parameters": rope, "nope_layers": [i for i, one in enumerate(rotates) if not one] or None}
+
+
+def _stretched(rope: Mapping[str, Any] | None, context: int, factor: float) -> dict[str, Any]:
+    """The fields of `FoxConfig` for rotary embeddings that reach ``factor`` times the context, by YaRN."""
+    if not (is_number(factor) and 1.0 < factor < math.inf):
+        raise ValueError(f"rope_factor must be a number above 1, got {factor!r}")
+    kind = "none" if rope is None else rope["rope_type"]
+    if rope is None or kind != "default":
+        raise ValueError(f"rope_factor needs rotary embeddings of the type 'default', got {kind!r}")
+    # A factor of attention other than 1 would change every logit, near keys too.
+    yarn = {"factor": factor, "original_max_position_embeddings": context, "attention_factor": 1.0}
+    return {
+        "rope_parameters": {"rope_type": "yarn", "rope_theta": rope["rope_theta"], **yarn},
+        "max_position_embeddings": round(factor * context),
+    }

@@ -1,5 +1,6 @@
 """``foxlm graft``."""
 
+import math
 from pathlib import Path
 from typing import Annotated
 
@@ -33,6 +34,13 @@ def graft(
     skip: Annotated[
         float, typer.Option(help="With --calibrate: share of attention to skip on rows of --length tokens.")
     ] = 0.5,
+    longest: Annotated[
+        float,
+        typer.Option(
+            help="With --calibrate: longest decay time of a head in tokens. A quarter of the model's context is better "
+            "than none, also for longer texts. Default: heads may never forget."
+        ),
+    ] = math.inf,
     separator: Annotated[
         str | None,
         typer.Option(
@@ -56,6 +64,12 @@ def graft(
     remove_rope: Annotated[
         bool, typer.Option("--remove-rope", help="Leave out rotary embeddings: it then needs finetuning.")
     ] = False,
+    rope_factor: Annotated[
+        float | None,
+        typer.Option(
+            help="Stretch rotary embeddings to so many times the model's context (YaRN), for texts longer than that."
+        ),
+    ] = None,
 ) -> None:
     """Put forget gates on a pretrained Transformer, for finetuning: a FoX model of the same weights."""
     if calibrate is None:
@@ -70,7 +84,7 @@ def graft(
     if calibrate is not None:
         from foxlm.conversion.calibrated_graft import CalibrationText
 
-        text = CalibrationText(calibrate, skip, separator, length, rows, join, device, seed)
+        text = CalibrationText(calibrate, skip, longest, separator, length, rows, join, device, seed)
     graft_to_folder(
         source,
         out,
@@ -80,6 +94,7 @@ def graft(
         forget_gate_heads=forget_gate_heads,
         output_gate=output_gate,
         keep_rope=not remove_rope,
+        rope_factor=rope_factor,
     )
     if text is not None:
         typer.echo((out / "calibration.md").read_text(encoding="utf-8"))
@@ -88,7 +103,7 @@ def graft(
 
 def _require_calibrate(context: typer.Context) -> None:
     """Refuse options that say how to calibrate where nothing is calibrated."""
-    for name in ("skip", "separator", "length", "rows", "join", "device", "seed"):
+    for name in ("skip", "longest", "separator", "length", "rows", "join", "device", "seed"):
         source = context.get_parameter_source(name)
         if source is not None and source.name == "COMMANDLINE":
             raise ValueError(f"--{name} needs --calibrate TEXT")

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 from typer.testing import CliRunner
 
@@ -27,7 +27,7 @@ def only_sinks(model: Any) -> Calibration:
     """A calibration whose gates never forget."""
     probe = graft(model, forget_gate="none").eval()
     heads = torch.full((4, 4), math.inf, dtype=torch.float64)
-    return Calibration(SEPARATOR, 512, 0.5, heads, *read_sinks(probe, SEPARATOR), heads, heads, {}, {})
+    return Calibration(SEPARATOR, 512, 0.5, math.inf, heads, *read_sinks(probe, SEPARATOR), heads, heads, {}, {})
 
 
 def after_separator(length: int = 40) -> Tensor:
@@ -147,6 +147,20 @@ def test_heads_that_share_keys_may_share_gates(small: Any, rows: Tensor) -> None
     assert model.config.num_forget_gates == 2
 
 
+def test_no_head_exceeds_the_longest_decay_time(small: Any, rows: Tensor) -> None:
+    probe = graft(small, forget_gate="none").eval()
+    calibration = calibrate(probe, rows, skip=0.1, longest=100.0)
+    free = calibrate(probe, rows, skip=0.1)
+    assert calibration.longest == 100.0 and free.longest == math.inf
+    assert calibration.decay_times.max() <= 100.0 < free.decay_times.max()
+    # More than was asked for: decay times of 100 tokens skip so much of 1,024.
+    assert calibration.skipped["measured"].mean() > 0.09
+    model: Any = graft(small, calibration=calibration)
+    times = [-1.0 / nn.functional.logsigmoid(x.self_attn.forget_gate.bias.double()) for x in model.model.layers]
+    torch.testing.assert_close(torch.stack(times), calibration.decay_times, rtol=1e-5, atol=0.0)
+    assert calibrate(probe, rows, skip=0.1, longest=8.0).decay_times.unique().tolist() == pytest.approx([8.0])
+
+
 def test_gradients_and_weights_stay_as_they_were(small: Any, rows: Tensor) -> None:
     probe = graft(small, forget_gate="none").eval()
     calibrate(probe, rows, skip=0.1)
@@ -162,6 +176,8 @@ def test_gradients_and_weights_stay_as_they_were(small: Any, rows: Tensor) -> No
     [
         ({"skip": 0.0}, r"skip must be a share in \(0, 1\), got 0.0"),
         ({"skip": 0.99}, r"skip must be at most 0\.\d\d, what decay times of 8 tokens skip of rows of 1024, got 0.99"),
+        ({"longest": 7.9}, "longest must be a decay time of at least 8 tokens, got 7.9"),
+        ({"longest": math.nan}, "longest must be a decay time of at least 8 tokens, got nan"),
         ({"rows": torch.zeros(2, 200, dtype=torch.int64)}, "rows must be longer than 256 tokens, got 200"),
         ({"rows": torch.zeros(0, 300, dtype=torch.int64)}, r"rows must be int64 tokens .* got torch.int64 \[0, 300\]"),
         ({"rows": torch.tensor([[1], [2]]).expand(2, 300)}, "all begin with the same"),
@@ -213,20 +229,35 @@ def text_file(folder: Path, words: int = 1200) -> Path:
 
 def test_command_writes_a_calibrated_folder_and_says_what_it_costs(folder: Path, tmp_path: Path) -> None:
     out = tmp_path / "fox"
-    result = invoke(folder, out, text_file(folder), "--skip", "0.2", "--rows", "2", "--separator", "<eos>")
+    result = invoke(
+        folder,
+        out,
+        text_file(folder),
+        "--skip",
+        "0.2",
+        "--rows",
+        "2",
+        "--separator",
+        "<eos>",
+        "--longest",
+        "900",
+        "--rope-factor",
+        "2",
+    )
     assert result.exit_code == 0, result.output
     report = json.loads((out / "calibration.json").read_text())
     assert (report["length"], report["settings"]["rows"], report["settings"]["separator"]) == (512, 2, "<eos>")
-    assert 0.15 < report["skipped"]["measured"] < 0.3
+    assert 0.15 < report["skipped"]["measured"] < 0.3 and report["longest"] == 900.0
+    assert max(max(times) for times in report["by_head"]["decay_times"]) <= 900.0
     model: Any = FoxForCausalLM.from_pretrained(out).eval()
     assert (model.config.sink_token_id, model.config.attention_sink) == (2, "learned")
-    assert model.config.acp_rule == "measured"
+    assert model.config.acp_rule == "measured" and model.config.max_position_embeddings == 1024
     bias = model.model.layers[1].self_attn.forget_gate.bias.double()
-    times = [time or math.inf for time in report["by_head"]["decay_times"][1]]
+    times = report["by_head"]["decay_times"][1]
     np.testing.assert_allclose((-1 / torch.nn.functional.logsigmoid(bias)).tolist(), times, rtol=1e-5)
     ids = AutoTokenizer.from_pretrained(out)(text_file(folder).read_text(), add_special_tokens=False)["input_ids"]
     row = torch.tensor([[2, *ids[:511]]])
-    for name, one in (("graft", model), ("base", AutoModelForCausalLM.from_pretrained(folder / "llama").eval())):
+    for name, one in (("graft", model), ("base", graft(folder / "llama", forget_gate="none", rope_factor=2).eval())):
         with torch.no_grad():
             expected = one(row, labels=row).loss.item()
         assert abs(report["loss"]["by_row"][name][0] - expected) < 1e-4
@@ -240,6 +271,7 @@ def test_command_writes_a_calibrated_folder_and_says_what_it_costs(folder: Path,
     [
         (("--skip", "1"), "--skip must be a share between 0 and 1, got 1.0"),
         (("--skip", "nan"), "--skip must be a share between 0 and 1, got nan"),
+        (("--longest", "2"), "--longest must be a decay time of at least 8 tokens, got 2.0"),
         (("--rows", "0"), "--rows must be at least 1, got 0"),
         (("--length", "100"), "--length must be more than 256 tokens, got 100"),
         (("--separator", "<s>"), "--separator must be a token of the tokenizer, such as <eos>, got '<s>'"),

@@ -1,5 +1,6 @@
 """Grafting: open gates give the base model's outputs; what cannot be represented is refused by name."""
 
+import copy
 import json
 import math
 from collections.abc import Callable
@@ -142,6 +143,36 @@ def test_without_rope_it_is_another_model() -> None:
     expected = logits(base("smollm3", no_rope_layers=[0, 0, 0, 0]))
     assert_close(logits(grafted), expected, 1e-5)
     assert (expected - logits(base("smollm3"))).abs().max() > 0.1
+
+
+def test_stretched_rope_is_that_of_the_base_stretched() -> None:
+    model = base("llama")
+    grafted = graft(model, decay_times=math.inf, rope_factor=4)
+    context = model.config.max_position_embeddings
+    assert grafted.config.max_position_embeddings == 4 * context
+    config = copy.deepcopy(model.config)
+    yarn = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": context, "attention_factor": 1.0}
+    config.rope_parameters = config.rope_parameters | yarn
+    stretched: Any = type(model)(config).eval()
+    stretched.load_state_dict(model.state_dict())
+    assert_close(logits(grafted, 100), logits(stretched, 100), 1e-5)
+    with pytest.raises(AssertionError, match="differs"):
+        assert_close(logits(grafted, 100), logits(model, 100), 1e-5)
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "message"),
+    [
+        ("llama", {"rope_factor": 1.0}, "rope_factor must be a number above 1, got 1.0"),
+        ("llama", {"rope_factor": math.inf}, "rope_factor must be a number above 1, got inf"),
+        ("llama", {"rope_factor": "4"}, "rope_factor must be a number above 1, got '4'"),
+        ("llama", {"rope_factor": 4, "keep_rope": False}, "rope_factor needs .* type 'default', got 'none'"),
+        ("llama, yarn", {"rope_factor": 4}, "rope_factor needs .* type 'default', got 'yarn'"),
+    ],
+)
+def test_rope_that_cannot_be_stretched_is_refused(name: str, options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        graft(base(name), **options)
 
 
 # Gates

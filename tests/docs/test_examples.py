@@ -243,12 +243,26 @@ def test_grafting_finetunes_and_reports(
 
 def test_grafting_starts_from_a_calibration(base: Path, text: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
-    report = run_graft(base, text, out, "--length", "512", "--skip", "0.05", "--gate_steps", "1", "--max_steps", "1")
+    options = ("--length", "512", "--skip", "0.05", "--longest", "200", "--calibration_rows", "2")
+    options += ("--rope_factor", "2", "--positions", "1024", "--gate_steps", "1", "--max_steps", "1")
+    report = run_graft(base, text, out, *options)
     assert report["steps"] == 2
+    times = [time for layer in report["lengths"][0]["decay_times"] for time in layer]
+    assert None not in times and max(times) < 300.0, "no head was to begin beyond 200 tokens"
+    assert list(report["lengths"][0]["skipped"]) == ["paper", "tight", "measured"]
     model = AutoModelForCausalLM.from_pretrained(out / "model")
+    assert model.config.rope_parameters["rope_type"] == "yarn"
     assert model.config.attention_sink == "learned"
     assert model.config.sink_token_id == AutoTokenizer.from_pretrained(base).eos_token_id
     assert model.model.layers[0].self_attn.sink.value.abs().max() > 0
+
+
+def test_every_other_row_lies_elsewhere() -> None:
+    rows = load_script("graft").Rows(np.arange(100), 10, 50)
+    firsts = [int(rows[index]["position_ids"][0]) for index in range(10)]
+    assert not any(firsts[::2]) and len(set(firsts[1::2])) > 2 and max(firsts) <= 40
+    assert torch.equal(rows[3]["position_ids"], rows[3]["position_ids"][0] + torch.arange(10))
+    assert "position_ids" not in load_script("graft").Rows(np.arange(100), 10, 10)[1]
 
 
 def test_grafting_leaves_what_it_is_told_to_and_skips_more(base: Path, text: Path, tmp_path: Path) -> None:
@@ -285,6 +299,10 @@ def test_grafting_goes_on_where_it_was_interrupted(base: Path, text: Path, tmp_p
         (("--decay_times", "none", "--forget_aux_loss_coef", "1"), "--forget_aux_loss_coef"),
         (("--length", "100000"), "--data must hold"),
         (("--length", "4"), "--length must be at least 8, got 4"),
+        (("--positions", "20"), r"--positions must be at least --length \(\d+\), got 20"),
+        (("--calibration_rows", "0"), "--calibration_rows must be at least 1, got 0"),
+        (("--longest", "2", "--length", "300"), "longest must be a decay time of at least 8 tokens, got 2.0"),
+        (("--rope_factor", "0.5"), "rope_factor must be a number above 1, got 0.5"),
         (("--resume_from_checkpoint", "out"), "--resume_from_checkpoint must be True or False, got out"),
         (("--distill", "some"), "--distill must be gates, all or none, got 'some'"),
         (("--skip_goal", "1"), r"--skip_goal must be a share in \[0, 1\), got 1.0"),
