@@ -53,7 +53,8 @@ def fox_attention_forward(
     sink: Sink | None = None,
 ) -> tuple[Tensor, None]:
     """The best attention for the device, with pruning. Arguments as for `reference_attention_forward`."""
-    settings = attention_settings(module.config) if settings is None else settings
+    if settings is None:
+        settings = attention_settings(module.config, module.training or torch.is_grad_enabled())
     if view is not None:
         options: dict[str, Any] = {}
         if settings.eps is not None:
@@ -68,7 +69,7 @@ def fox_attention_forward(
         attended = shards.attention(q, k, v, decay, scale=scaling, dropout=dropout, backend=backend)
         return _with_sink(attended, q, sink, scaling, backend), None
     # In PyTorch the search for what may be left out takes longer than leaving it out saves.
-    if backend is not PYTORCH and settings.eps is not None:
+    if backend is not PYTORCH and settings.prunes(q.shape[0] * q.shape[2], q.shape[1], k.shape[1]):
         decay = pruned(module, settings, q, k, decay, scaling, backend, sink=sink)
     attended = backend.attention(q, k, v, decay, scale=scaling, dropout=dropout)
     return _with_sink(attended, q, sink, scaling, backend), None
@@ -100,7 +101,7 @@ def prepare(
         backend: of these.
     """
     options: dict[str, Any] = {"has_sink": module.has_sink}
-    if settings.eps is not None:
+    if settings.prunes(q.shape[0] * q.shape[2], q.shape[1], k.shape[1]):
         options |= {"eps": settings.eps, "rule": settings.rule, "center": settings.centers}
         if settings.reads_bound:
             options["logit_bound"] = lambda: _bound(module, settings, q.dtype)

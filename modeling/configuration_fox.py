@@ -159,8 +159,8 @@ class FoxConfig(PreTrainedConfig):
             default `attn_implementation`, `"fox"`, runs on GPU kernels; nothing else prunes.
         acp_rule (`str`, defaults to `"tight"`): The pruning rule: `"tight"`; `"paper"`, the rule of the paper, whose
             bound of the logits is taken from the weights of QK-norm where there are some; or `"measured"`, which drops
-            more by computing weights, in training and prompts (decoding and the evicting cache then go by `"tight"`;
-            not with context parallelism).
+            more by computing weights, in training (without gradients attention then goes by `"tight"`, since a forward
+            pass alone is slower for being measured; not with context parallelism).
         forget_aux_loss_coef (`float`, defaults to 0.0): Forget-gate regularisation: in training, the weight in nats of
             an auxiliary loss of a language model that rewards heads for forgetting. It is a smooth stand-in for the
             computed-tile fraction that the gates leave: the mean over heads of `30 / (30 + n)`, where gates decay by

@@ -161,7 +161,7 @@ class FoxModel(FoxPreTrainedModel):
                 position_ids = shards.take(position_ids)
             position_embeddings = self.rotary_emb(inputs_embeds, position_ids)
 
-        settings = attention_settings(self.config)
+        settings = attention_settings(self.config, self.training or torch.is_grad_enabled())
         hidden_states = inputs_embeds
         for layer in self.layers[: self.config.num_hidden_layers]:
             hidden_states = layer(

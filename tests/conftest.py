@@ -33,6 +33,14 @@ def small_chunks_interpreted() -> Iterator[None]:
         yield
 
 
+@pytest.fixture(autouse=True, scope="session")
+def short_prompts_pruned() -> Iterator[None]:
+    """What is tested of pruning in models holds for prompts of any length, and long ones take long."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("foxlm.modeling.attention_settings.LEAST_PAIRS", 0)
+        yield
+
+
 @pytest.fixture(autouse=True)
 def seed() -> None:
     """Start every test from the same random state, whatever ran before it in this process."""

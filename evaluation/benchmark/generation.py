@@ -16,6 +16,7 @@ from torch import Tensor
 from transformers import Cache, GenerationConfig, PreTrainedModel
 
 from foxlm import FoxPagedCache
+from foxlm.modeling.attention_settings import attention_settings
 from foxlm.modeling.versions import cache_of
 
 from ..skipped_share import skipped_share
@@ -258,8 +259,10 @@ class _Prefill(_Called):
         self._chunk = chunk
         if one.family == "foxlm" and not one.chunked:
             with self._configured():
+                settings = attention_settings(model.config, learns=False)
+                pruned = settings.prunes(len(ids) * model.config.num_attention_heads, ids.shape[1], ids.shape[1])
                 # One sequence stands for all.
-                skipped = skipped_share(model, {"input_ids": ids[:1]})
+                skipped = skipped_share(model, {"input_ids": ids[:1]}) if pruned else None
             self.facts["computed_tiles"] = 1.0 if skipped is None else 1.0 - skipped.item()
 
     def _fill(self) -> Any:

@@ -159,7 +159,8 @@ class FoxAttention(FusableProjections):
         """
         refuse_unknown(FoxAttention.forward, kwargs, DECODER_ARGUMENTS)
         cache = one_cache(cache, past_key_values)
-        settings = attention_settings(self.config) if settings is None else settings
+        if settings is None:
+            settings = attention_settings(self.config, self.training or torch.is_grad_enabled())
         if layout is None:
             self.check_hidden_states(hidden_states)
             self._check_standalone(hidden_states, cache)

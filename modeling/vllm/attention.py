@@ -28,7 +28,7 @@ class ServedAttention(FoxAttention, AttentionLayerBase):
 
     def __init__(self, config: FoxConfig, layer_idx: int) -> None:
         super().__init__(config, layer_idx)
-        self.settings = attention_settings(config)
+        self.settings = attention_settings(config, learns=False)
         self.layer_name = f"model.layers.{layer_idx}.self_attn"
         self.pages: Pages | None = None
         vllm_config = get_current_vllm_config()

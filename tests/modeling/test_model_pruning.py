@@ -5,9 +5,11 @@ import math
 import pytest
 import torch
 
+from foxlm.evaluation.skipped_share import skipped_share
 from foxlm.kernels import backends
 from foxlm.kernels.pruning.rules import first_kept
 from foxlm.kernels.reference import reference_attention
+from foxlm.modeling import attention_backends, attention_settings
 from foxlm.modeling.layers.rotary import apply_rotary
 from models import tiny_model, tokens
 
@@ -25,6 +27,19 @@ def calls(monkeypatch):
     return seen
 
 
+@pytest.fixture
+def rules(calls, monkeypatch):
+    """By which rules attention is pruned."""
+    seen, prune = [], attention_backends.prune
+
+    def pruned(*args, **options):
+        seen.append(options["rule"])
+        return prune(*args, **options)
+
+    monkeypatch.setattr(attention_backends, "prune", pruned)
+    return seen
+
+
 @torch.no_grad()
 @pytest.mark.parametrize("rule", ["paper", "tight", "measured"])
 @pytest.mark.parametrize("variant", ["pro", "llama", "rope", "key-value-gates"])
@@ -38,6 +53,33 @@ def test_output_differs_by_no_more_than_allowed(variant, rule, calls):
     model.config.acp_eps = 1e-6
     assert (model(ids).logits - exact).abs().max() < 1e-4
     assert any(decay.kv_start.any() for _, _, decay, _ in calls), "nothing was pruned"
+
+
+@pytest.mark.parametrize(
+    ("training", "gradients", "rule"),
+    [(True, True, "measured"), (False, True, "measured"), (True, False, "measured"), (False, False, "tight")],
+)
+def test_only_what_may_learn_is_measured(training, gradients, rule, rules):
+    model = tiny_model("llama", acp_rule="measured").train(training)
+    with torch.set_grad_enabled(gradients):
+        model(tokens(1, 20))
+        layer = model.model.layers[0].self_attn
+        layer(torch.randn(1, 20, model.config.hidden_size, dtype=model.dtype))
+    assert rules == [rule] * (model.config.num_hidden_layers + 1)
+    assert skipped_share(model, {"input_ids": tokens(1, 20)}) is not None
+    # By the rule of training, in a pass of its own.
+    assert rules[-2:] == ["measured", "tight"]
+
+
+def test_prompts_are_pruned_from_a_length_on(rules, monkeypatch):
+    model = tiny_model("llama")
+    # One more than two sequences of 10 tokens have with these heads.
+    monkeypatch.setattr(attention_settings, "LEAST_PAIRS", 2 * model.config.num_attention_heads * 50 + 1)
+    for gradients, length, layers in ((False, 10, 0), (False, 11, 2), (True, 2, 2)):
+        rules.clear()
+        with torch.set_grad_enabled(gradients):
+            model(tokens(2, length))
+        assert len(rules) == layers
 
 
 @torch.no_grad()
