@@ -16,7 +16,7 @@ Texts are a text file, or `.npy` tokens (`[N]`, and `[rows, length]` for `--held
 import json
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -344,10 +344,6 @@ def measure(model: FoxForCausalLM, rows: Tensor, own: GraftingArguments, device:
     }
 
 
-def sink_of(parts: Sequence[Tensor]) -> dict[str, Tensor]:
-    return dict(zip(("sink_k", "sink_v"), parts, strict=False))
-
-
 def measure_attention(model: FoxForCausalLM, rows: Tensor, device: str) -> dict:
     """Decay times, shares of tiles skipped, and times of attention and of prefill without and with pruning."""
     rows = rows.to(device)
@@ -366,7 +362,9 @@ def measure_attention(model: FoxForCausalLM, rows: Tensor, device: str) -> dict:
         def attend(eps: float | None = eps) -> None:
             for one in layers:
                 leaves = [x.detach().requires_grad_() for x in (one.q, one.k, one.v, one.log_f, *(one.sink or ()))]
-                out = forgetting_attention(*leaves[:4], scale=one.scale, eps=eps, rule=rule, **sink_of(leaves[4:]))
+                sink_k, sink_v = leaves[4:] or (None, None)
+                options: dict[str, Any] = {"scale": one.scale, "eps": eps, "rule": rule}
+                out = forgetting_attention(*leaves[:4], sink_k=sink_k, sink_v=sink_v, **options)
                 out.backward(one.q)
 
         def prefill(eps: float | None = eps) -> None:

@@ -243,8 +243,8 @@ def test_grafting_finetunes_and_reports(
 
 def test_grafting_starts_from_a_calibration(base: Path, text: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
-    options = ("--length", "512", "--skip", "0.05", "--longest", "200", "--calibration_rows", "2")
-    options += ("--rope_factor", "2", "--positions", "1024", "--gate_steps", "1", "--max_steps", "1")
+    options = ["--length", "512", "--skip", "0.05", "--longest", "200", "--calibration_rows", "2"]
+    options += ["--rope_factor", "2", "--positions", "1024", "--gate_steps", "1", "--max_steps", "1"]
     report = run_graft(base, text, out, *options)
     assert report["steps"] == 2
     times = [time for layer in report["lengths"][0]["decay_times"] for time in layer]
