@@ -84,7 +84,7 @@ def calibrated_graft(source: Path, text: CalibrationText, **options: Any) -> tup
     began, device = time.monotonic(), resolve_device(text.device)
     run = provenance(device, text.seed)
     tokenizer = load_tokenizer(str(source))
-    separator = _separator(tokenizer, text.separator)
+    separator = separator_of(tokenizer, text.separator)
     rope_factor = options.get("rope_factor")
     base = _measurable(graft(source, forget_gate="none", rope_factor=rope_factor), device)
     length = text.length or min(round(base.config.max_position_embeddings / (rope_factor or 1)), _DEFAULT_LENGTH)
@@ -195,7 +195,12 @@ def _report(calibration: Calibration, losses: dict[str, Tensor]) -> dict[str, An
     }
 
 
-def _separator(tokenizer: PreTrainedTokenizerBase, name: str | None) -> int:
+def separator_of(tokenizer: PreTrainedTokenizerBase, name: str | None) -> int:
+    """The token ``name``, or else that of the beginning of a text, or of its end.
+
+    Raises:
+        ValueError: there is none.
+    """
     if name is None:
         found = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
         if found is None:

@@ -36,6 +36,7 @@ from transformers import (
 from transformers.trainer_utils import get_last_checkpoint
 
 from foxlm import FoxForCausalLM, peft_targets
+from foxlm.conversion.calibrated_graft import separator_of
 from foxlm.conversion.calibration import Calibration, calibrate
 from foxlm.conversion.graft import graft
 from foxlm.evaluation.gates import decay_time_table, first_read, share_of_tiles_skipped
@@ -70,19 +71,30 @@ class GraftingArguments:
     skip: float = field(default=0.5, metadata={"help": "with `calibrated`: share of attention to skip"})
     longest: float = field(
         default=math.inf,
-        metadata={"help": "with `calibrated`: longest decay time of a head in tokens, for use beyond --length"},
+        metadata={"help": "with `calibrated`: longest decay time in tokens that a head starts with"},
+    )
+    separator: str | None = field(
+        default=None,
+        metadata={
+            "help": "with `calibrated`: token that texts begin with; default: beginning-of-text, else end-of-text"
+        },
     )
     calibration_rows: int = field(default=8, metadata={"help": "with `calibrated`: first rows of --data to use"})
     remove_rope: bool = field(default=False, metadata={"help": "remove the rotary embeddings"})
     rope_factor: float | None = field(
-        default=None, metadata={"help": "stretch the rotary embeddings to so many times the base's context"}
+        default=None,
+        metadata={
+            "help": "stretch the rotary embeddings to so many times the base's context: YaRN, attention_factor 1"
+        },
     )
     output_gate: bool = field(default=False, metadata={"help": "add an output gate, which starts as an identity"})
     forget_aux_loss_coef: float = field(default=0.0, metadata={"help": "weight of the forget-gate regularisation"})
     length: int = field(default=8192, metadata={"help": "tokens in a training example"})
     positions: int = field(
         default=0,
-        metadata={"help": "positions that rows lie within, as in texts of so many tokens; 0 has all begin at 0"},
+        metadata={
+            "help": "put every other training row at a random offset within so many positions; 0: all begin at 0"
+        },
     )
     gate_steps: int = field(default=0, metadata={"help": "first steps, which train only gates and sinks"})
     distill: str = field(
@@ -94,7 +106,10 @@ class GraftingArguments:
     )
     skip_goal: float = field(
         default=0.0,
-        metadata={"help": "share of attention that the last steps are to skip, which they approach evenly; 0 for none"},
+        metadata={
+            "help": "share of attention that the last steps are to skip, which they approach evenly, looked at every "
+            "--logging_steps; 0 for none"
+        },
     )
     freeze_qk: bool = field(default=False, metadata={"help": "leave the projections of queries and keys as they are"})
     bias_learning_rate: float = field(default=1e-2, metadata={"help": "of the gates' biases, which move by whole nats"})
@@ -188,9 +203,7 @@ def make_model(own: GraftingArguments, rows: Rows, tokenizer, device: str) -> Fo
                 raise ValueError(f"--{name} needs gates, which --decay_times none leaves out")
         return graft(base, forget_gate="none", **options)
     if own.decay_times == "calibrated":
-        separator = tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id
-        if separator is None:
-            raise ValueError("--decay_times calibrated needs a tokenizer with a beginning- or end-of-text token")
+        separator = separator_of(tokenizer, own.separator)
         options["calibration"] = calibration_of(base, rows.some(own.calibration_rows), separator, own, device)
     else:
         try:
@@ -301,6 +314,11 @@ def finetune(
     ramp = None
     if own.skip_goal:
         total = training.max_steps if training.max_steps > 0 else steps_of(rows, training)
+        if 4 * training.logging_steps > total:
+            raise ValueError(
+                f"--skip_goal needs --logging_steps of at most a quarter of the steps ({total // 4}), since it looks "
+                f"at the share when that is logged; got {training.logging_steps:g}"
+            )
         ramp = SkippedShareRamp(own.skip_goal, max(1, total // 2), own.forget_aux_loss_coef or 0.01)
     steps += train_stage(model, rows, own, training, teacher if own.distill == "all" else None, ramp)
     return (model.merge_and_unload() if own.lora_rank else model), steps

@@ -37,8 +37,8 @@ def graft(
     longest: Annotated[
         float,
         typer.Option(
-            help="With --calibrate: longest decay time of a head in tokens. A quarter of the model's context is better "
-            "than none, also for longer texts. Default: heads may never forget."
+            help="With --calibrate: longest decay time in tokens that a head starts with. Default: heads may never "
+            "forget."
         ),
     ] = math.inf,
     separator: Annotated[
@@ -67,7 +67,8 @@ def graft(
     rope_factor: Annotated[
         float | None,
         typer.Option(
-            help="Stretch rotary embeddings to so many times the model's context (YaRN), for texts longer than that."
+            help="Stretch rotary embeddings to so many times the model's context, for longer texts: YaRN with an "
+            "attention_factor of 1."
         ),
     ] = None,
 ) -> None:

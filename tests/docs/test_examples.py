@@ -299,6 +299,11 @@ def test_grafting_goes_on_where_it_was_interrupted(base: Path, text: Path, tmp_p
         (("--decay_times", "none", "--forget_aux_loss_coef", "1"), "--forget_aux_loss_coef"),
         (("--length", "100000"), "--data must hold"),
         (("--length", "4"), "--length must be at least 8, got 4"),
+        (
+            ("--skip_goal", "0.5", "--logging_steps", "3"),
+            r"--skip_goal needs --logging_steps of at most .* \(2\), .* got 3",
+        ),
+        (("--separator", "<none>", "--length", "300"), "--separator must be a token of the tokenizer"),
         (("--positions", "20"), r"--positions must be at least --length \(\d+\), got 20"),
         (("--calibration_rows", "0"), "--calibration_rows must be at least 1, got 0"),
         (("--longest", "2", "--length", "300"), "longest must be a decay time of at least 8 tokens, got 2.0"),
