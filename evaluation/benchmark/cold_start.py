@@ -21,11 +21,11 @@ from transformers import GenerationConfig
 from foxlm import FoxConfig
 
 from ..gates import RULES
-from .attention import Calls
-from .attentions import OURS
-from .correctness import Reference, Sample
+from .attention.correctness import Reference, Sample
+from .attention.implementations import OURS
+from .attention.inputs import Case, make_inputs
+from .attention.measured import Calls
 from .generation import DTYPE, generation_fault
-from .inputs import Case, make_inputs
 from .models import EPS, LogitsCheck, Workload, build_llama
 from .results import Row
 from .runner import Variant

@@ -9,7 +9,7 @@ import torch
 from foxlm.modeling.configuration_fox import FoxConfig
 
 from . import train
-from .attentions import with_names
+from .attention.implementations import with_names
 from .cold_start import STARTS, Start, start_variants
 from .generation import CALLS, CPU_TOKENS, DECODE_TOKENS, PROMPTS, Call, Models, call_variants
 from .models import Workload

@@ -18,7 +18,7 @@ from foxlm import FoxConfig, FoxForCausalLM
 from foxlm.kernels.pruning.rules import Rule
 
 from ..flops import training_flops
-from .attentions import with_names
+from .attention.implementations import with_names
 from .models import CHECKED_TOKENS, EPS, FACTOR, Workload, computed_tiles, fault_of, ours, rules_of, set_pruning
 from .results import Row
 from .runner import Variant

@@ -88,9 +88,9 @@ def attention(
     The inputs are synthetic, with gates as those of trained models. With --model and --text they are what enters
     attention in every layer of a model of yours. Exits with 1 if foxlm's own attention is wrong or fails.
     """
-    from foxlm.evaluation.benchmark import attention as measured
-    from foxlm.evaluation.benchmark.attentions import OURS, chosen
-    from foxlm.evaluation.benchmark.inputs import Case, record_inputs
+    from foxlm.evaluation.benchmark.attention import measured
+    from foxlm.evaluation.benchmark.attention.implementations import OURS, chosen
+    from foxlm.evaluation.benchmark.attention.inputs import Case, record_inputs
     from foxlm.evaluation.benchmark.runner import run
     from foxlm.evaluation.loading import DTYPES
 
@@ -153,8 +153,8 @@ def context(
     gates as those of trained models. Each case must fit on one GPU, for comparison. Exits with 1 if a result is not
     that of one GPU, or fails.
     """
-    from foxlm.evaluation.benchmark import context_parallel as measured
-    from foxlm.evaluation.benchmark.inputs import Case
+    from foxlm.evaluation.benchmark.attention import context_parallel as measured
+    from foxlm.evaluation.benchmark.attention.inputs import Case
     from foxlm.evaluation.gates import RULES
     from foxlm.evaluation.loading import DTYPES
 
@@ -408,7 +408,7 @@ def _run_group(variants: "Iterator[Variant]", report: "Report", rounds: int, dev
 
 
 def _is_baseline(row: Mapping[str, Any]) -> bool:
-    from foxlm.evaluation.benchmark.attentions import BASELINES
+    from foxlm.evaluation.benchmark.attention.implementations import BASELINES
 
     return row["name"] in {one.name for one in BASELINES}
 

@@ -13,11 +13,11 @@ from torch import Tensor
 
 from benchmark_rows import rows_of
 from foxlm import FoxForCausalLM, forgetting_attention
-from foxlm.evaluation.benchmark import attentions
-from foxlm.evaluation.benchmark.attention import synthetic, variants
-from foxlm.evaluation.benchmark.attentions import BASELINES, OURS, Implementation, chosen, defined_tiles
-from foxlm.evaluation.benchmark.correctness import Sample, attend_densely
-from foxlm.evaluation.benchmark.inputs import Case, Inputs, make_inputs, record_inputs
+from foxlm.evaluation.benchmark.attention import implementations
+from foxlm.evaluation.benchmark.attention.correctness import Sample, attend_densely
+from foxlm.evaluation.benchmark.attention.implementations import BASELINES, OURS, Implementation, chosen, defined_tiles
+from foxlm.evaluation.benchmark.attention.inputs import Case, Inputs, make_inputs, record_inputs
+from foxlm.evaluation.benchmark.attention.measured import synthetic, variants
 from foxlm.evaluation.benchmark.models import Workload, spread_decay_times
 from foxlm.evaluation.gates import RULES
 from foxlm.evaluation.recording import AttentionInputs, record_attention
@@ -206,7 +206,7 @@ def test_control_a_query_head_lost_from_its_group_is_found() -> None:
     inputs = grouped_inputs((4, 2, 4), 150, torch.float32)
     right = ours(None)
 
-    def lossy(layer: AttentionInputs) -> attentions.Attend:
+    def lossy(layer: AttentionInputs) -> implementations.Attend:
         attend = right.prepare(layer)
         # The second head of each group gives its keys and values no gradient.
         kept = torch.tensor([True, False, True, False])[:, None]
@@ -246,7 +246,7 @@ def test_flex_attention_computes_the_kept_blocks(monkeypatch: pytest.MonkeyPatch
 
 def test_flex_block_mask_is_a_range_up_to_the_diagonal() -> None:
     first = torch.tensor([[[0, 0, 2, 1], [0, 1, 2, 3]]])
-    mask = attentions.causal_block_mask(torch.zeros(1, 2, 4 * 128), first)
+    mask = implementations.causal_block_mask(torch.zeros(1, 2, 4 * 128), first)
     blocks = torch.arange(4)
     assert torch.equal(mask.to_dense().bool(), (blocks >= first[..., None]) & (blocks <= blocks[:, None]))
     assert mask.kv_num_blocks.tolist() == [[[1] * 4] * 2]

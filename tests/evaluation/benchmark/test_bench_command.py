@@ -18,7 +18,7 @@ from typer.testing import CliRunner
 from foxlm import FoxForCausalLM, forgetting_attention
 from foxlm.cli.bench import app
 from foxlm.evaluation.benchmark import results as module
-from foxlm.evaluation.benchmark.attentions import OURS
+from foxlm.evaluation.benchmark.attention.implementations import OURS
 from foxlm.evaluation.benchmark.tables import render
 from models import tiny_config
 
@@ -57,7 +57,7 @@ def test_attention_that_is_wrong_prints_no_time(tmp_path: Path, monkeypatch: pyt
     def wrong(q: Tensor, k: Tensor, v: Tensor, log_f: Tensor, **options):
         return forgetting_attention(q, k, v, 2.0 * log_f, **options)
 
-    monkeypatch.setattr("foxlm.evaluation.benchmark.attentions.forgetting_attention", wrong)
+    monkeypatch.setattr("foxlm.evaluation.benchmark.attention.implementations.forgetting_attention", wrong)
     out = tmp_path / "results.json"
     result = invoke("attention", "--only", "foxlm", "--out", str(out))
     assert result.exit_code == 1

@@ -11,13 +11,13 @@ from typer.testing import CliRunner
 
 import speed_ranks
 from foxlm.cli.bench import app
-from foxlm.evaluation.benchmark.context_parallel import (
+from foxlm.evaluation.benchmark.attention.context_parallel import (
     ContextRecipe,
     fastest,
     measure_on_rank,
     relative_errors,
 )
-from foxlm.evaluation.benchmark.inputs import Case
+from foxlm.evaluation.benchmark.attention.inputs import Case
 from foxlm.evaluation.benchmark.models import EPS
 from foxlm.evaluation.benchmark.ranks import RankError, run_ranks, slowest
 from foxlm.evaluation.benchmark.results import read

@@ -16,10 +16,10 @@ from foxlm.kernels.decay import accumulate
 from foxlm.kernels.pruning.rules import Rule, share_skipped
 from foxlm.kernels.tiles import PRUNED_KEYS, PRUNED_QUERIES
 
-from ..gates import RULES, decay_of, first_read, kept_from, search, share_of_tiles_skipped
-from ..recording import AttentionInputs
-from .models import EPS, LOG_EPS, ours
-from .runner import MissingError
+from ...gates import RULES, decay_of, first_read, kept_from, search, share_of_tiles_skipped
+from ...recording import AttentionInputs
+from ..models import EPS, LOG_EPS, ours
+from ..runner import MissingError
 
 _FLEX_BLOCK = 128
 

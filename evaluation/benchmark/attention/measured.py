@@ -5,14 +5,14 @@ from collections.abc import Callable, Iterator, Sequence
 import torch
 from torch import Tensor
 
-from ..gates import decay_of, search
-from .attentions import Implementation, defined_tiles
+from ...gates import decay_of, search
+from ..models import EPS, LOG_EPS
+from ..results import Row
+from ..runner import MissingError, Variant
+from ..timing import Matmul, device_times, peak_bytes
 from .correctness import Gradients, Reference, Sample
+from .implementations import Implementation, defined_tiles
 from .inputs import Case, Inputs, make_inputs
-from .models import EPS, LOG_EPS
-from .results import Row
-from .runner import MissingError, Variant
-from .timing import Matmul, device_times, peak_bytes
 
 # 32k tokens in sequences of 4k to 64k, fewer heads, and heads of 128.
 CASES = (

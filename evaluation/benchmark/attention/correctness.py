@@ -9,9 +9,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ..models import FACTOR, fault_of
+from ..results import Row
 from .inputs import Inputs
-from .models import FACTOR, fault_of
-from .results import Row
 
 _LAST, _SCATTERED = 32, 32
 # Sums in float32 in another order, which matters only where inputs are float32.

@@ -12,9 +12,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..flops import ATTENTION_TRAINING
-from ..recording import AttentionInputs, record_attention
-from .models import Workload, spread_decay_times
+from ...flops import ATTENTION_TRAINING
+from ...recording import AttentionInputs, record_attention
+from ..models import Workload, spread_decay_times
 
 _GATE_NOISE = 0.5
 # Of a recorded layer.

@@ -18,15 +18,15 @@ from foxlm.kernels.context_parallel.api import context_parallel_attention
 from foxlm.kernels.context_parallel.group import ContextParallel
 from foxlm.kernels.pruning.rules import Rule
 
-from ..recording import AttentionInputs
-from .attention import Calls
-from .attentions import OURS, Attend, Implementation, pruning_options
+from ...recording import AttentionInputs
+from ..models import EPS, fault_of
+from ..ranks import gathered, slowest
+from ..results import Results, Row
+from ..runner import MissingError, Report, failure, run
+from ..timing import device_times, synchronize
+from .implementations import OURS, Attend, Implementation, pruning_options
 from .inputs import Case, Inputs, make_inputs
-from .models import EPS, fault_of
-from .ranks import gathered, slowest
-from .results import Results, Row
-from .runner import MissingError, Report, failure, run
-from .timing import device_times, synchronize
+from .measured import Calls
 
 CASES, CPU_CASES = (Case(1, 24, 64, 131072),), (Case(1, 4, 16, 1024),)
 
