@@ -130,10 +130,10 @@ def write_report(report: dict[str, Any], folder: Path) -> None:
 
 def as_markdown(report: dict[str, Any]) -> str:
     """The report for a reader: totals, what other shares would cost, and decay times by layer and head."""
-    loss, by_head, rows = report["loss"], report["by_head"], report["settings"]["rows"]
+    loss, by_head, count = report["loss"], report["by_head"], report["settings"]["rows"]
     lines = [f"# {_title(report)}", ""]
     lines += [
-        f"No training; {rows} row{'s' * (rows != 1)} of {report['length']:,} tokens of {report['settings']['text']}, "
+        f"No training; {count} row{'s' * (count != 1)} of {report['length']:,} tokens of {report['settings']['text']}, "
         f"each after {report['settings']['separator']}.",
         "",
         f"- Loss: base {loss['base']:.4f}, graft {loss['graft']:.4f} nats a token, {100 * loss['over']:+.2f}%.",

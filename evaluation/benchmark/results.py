@@ -13,9 +13,17 @@ from ..provenance import provenance
 from ..results import parse_json
 
 SCHEMA = 2
-# The last two are those of 0.2.0.
+# The last two are those of earlier versions.
 KINDS = ("attention", "context", "train", "generate", "prefill", "decode")
 PASSES = 2
+# Of results of schema 1: the list of groups, and in each of them (or in the results themselves) the list of rows.
+_OLD_ROWS = {
+    "attention": ("cases", "implementations"),
+    "context": (None, "cases"),
+    "train": (None, "steps"),
+    "prefill": ("prompts", "ways"),
+    "decode": ("batches", "decoders"),
+}
 # What a row's rate is taken from: the first of these that it has.
 _RATED = ("step", "first_token", "first")
 # What must agree for results to be shown in one table.
@@ -89,18 +97,34 @@ def to_json(results: Any) -> str:
 
 
 def read(path: Path) -> Results:
-    """Results that a benchmark wrote.
+    """Results that a benchmark wrote, also those of schema 1, of which only rows are taken over.
 
     Raises:
-        ValueError: the file holds something else, such as results of foxlm 0.1.0.
+        ValueError: the file holds something else.
         OSError: it cannot be read.
     """
     results = parse_json(path)
-    kind, schema = (results.get("kind"), results.get("schema")) if isinstance(results, dict) else (None, None)
-    if kind not in KINDS or schema not in (1, SCHEMA):
-        raise ValueError(f"{path} must hold results of foxlm bench, schema {SCHEMA}, of a kind in {list(KINDS)}")
-    if schema == 1:
-        raise ValueError(f"{path} must hold results of foxlm 0.2.0 or newer (schema {SCHEMA}), got 0.1.0's (schema 1)")
+    kind = results.get("kind") if isinstance(results, dict) else None
+    if kind not in KINDS or results.get("schema") not in (1, SCHEMA):
+        raise ValueError(f"{path} must hold results of foxlm bench, schema 1 or {SCHEMA}, of a kind in {list(KINDS)}")
+    if results["schema"] == 1:
+        outer, inner = _OLD_ROWS[kind]
+        groups = results[outer] if outer else [results]
+        shared = [{x: group[x] for x in ("case", "kv_heads", "batch", "tokens") if x in group} for group in groups]
+        rows = [{**facts, **row} for facts, group in zip(shared, groups, strict=True) for row in group[inner]]
+        if kind == "attention":
+            rows += [
+                facts | {"name": "matmul", "status": "measured", "forward": {"dense_tflops": group["ceiling_tflops"]}}
+                for facts, group in zip(shared, groups, strict=True)
+            ]
+        results = {name: results[name] for name in ("kind", "run", "settings")} | {"schema": SCHEMA, "rows": rows}
+        for row in rows:
+            row["computed_tiles"] = row.pop("tiles_kept", None)
+            # Over the peak of a data sheet.
+            row.pop("mfu", None)
+            for part in ("forward", "forward_backward"):
+                if "done_tflops" in row.get(part, ()):
+                    row[part] |= {"computed_tflops": row[part]["done_tflops"], "of_matmul": row[part]["of_ceiling"]}
     return results
 
 

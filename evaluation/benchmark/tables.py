@@ -66,7 +66,7 @@ def _seconds(ms: float) -> str:
 
 
 def _on(row: Row) -> str:
-    return "1 GPU" if row["gpus"] == 1 else f"{row['gpus']} GPUs, {row['layout']}"
+    return "1 GPU" if row.get("gpus", 1) == 1 else f"{row['gpus']} GPUs, {row['layout']}"
 
 
 _CASE: Column = ("B x H x D x T", _of("case", lambda case: case.replace("x", " x ")))
@@ -189,14 +189,16 @@ def render(results: Results) -> str:
     """The table as Markdown, with where its figures are from, and why rows are missing."""
     kind, rows = results["kind"], results["rows"]
     measured = [row for row in rows if row["status"] == "measured"]
-    parts = [] if results["run"]["on_gpu"] else [_ON_A_CPU]
+    # Results from before there was this fact are all of a GPU.
+    parts = [] if results["run"].get("on_gpu", True) else [_ON_A_CPU]
     parts.append(_origin(results))
     if measured:
+        settings = {"chunk": 0, "tokens": 0, **results["settings"]}
         by_part: dict[str, list[Row]] = {}
         for row in measured:
             by_part.setdefault(row.get("part", kind), []).append(row)
         parts += [_table(kind, part, of_part) for part, of_part in by_part.items()]
-        parts += [_LEGENDS[kind].format(**results["settings"])]
+        parts += [_LEGENDS[kind].format(**settings)]
     notes = [_note(row) for row in rows if row["status"] != "measured"]
     sequences = {(row["batch"], row["text_rows"]) for row in rows if "text_rows" in row}
     repeated = sorted(x for x in sequences if x[1] < x[0]) if results["settings"].get("text") else []
