@@ -16,6 +16,7 @@ from transformers import StaticCache
 
 from foxlm.kernels.backends import HAS_TRITON
 from foxlm.kernels.devices import GPU, assume_gpu
+from foxlm.modeling.attention_settings import pruned_at_any_length
 from foxlm.modeling.cache.paged import FoxPagedCache
 from foxlm.modeling.configuration_fox import FoxConfig
 from foxlm.modeling.modeling_fox import FoxForCausalLM
@@ -186,12 +187,15 @@ def _generate(model: FoxForCausalLM, batch: int, caches: Sequence[str]) -> None:
     settings: dict[str, Any] = {"max_new_tokens": 2, "do_sample": False, "disable_compile": True}
     for name in caches:
         for padding in masks:
-            model.generate(tokens, attention_mask=padding, cache=_cache(model, name), **settings)
-            for new in (1, 3):
-                # One step to a prompt: a kernel that is left out would have advanced the cache's length.
-                out = model(tokens, attention_mask=padding, cache=_cache(model, name), use_cache=True)
-                mask = None if padding is None else torch.cat([padding, padding[:, -1:].expand(-1, new)], dim=1)
-                model(tokens[:, :new], attention_mask=mask, cache=out.past_key_values, use_cache=True)
+            # As a short prompt, and as a long one.
+            model(tokens, attention_mask=padding, cache=_cache(model, name), use_cache=True)
+            with pruned_at_any_length():
+                model.generate(tokens, attention_mask=padding, cache=_cache(model, name), **settings)
+                for new in (1, 3):
+                    # One step to a prompt: a kernel that is left out would have advanced the cache's length.
+                    out = model(tokens, attention_mask=padding, cache=_cache(model, name), use_cache=True)
+                    mask = None if padding is None else torch.cat([padding, padding[:, -1:].expand(-1, new)], dim=1)
+                    model(tokens[:, :new], attention_mask=mask, cache=out.past_key_values, use_cache=True)
 
 
 def _cache(model: FoxForCausalLM, name: str) -> Any:

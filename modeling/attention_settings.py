@@ -1,5 +1,7 @@
 """What a configuration says of attention and may change from call to call, read once for all layers of one."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 from ..kernels.pruning.rules import PruningRule, Rule
@@ -40,7 +42,18 @@ class AttentionSettings(NamedTuple):
 
 # About 0.2 ms of attention on an H100, less than a host takes to launch the search. 24 heads of one sequence of 4,096
 # tokens have 2.0e8: with a search in each of its 24 layers a 760M model took 30 ms for such a prompt, without 20.
-LEAST_PAIRS = 2**28
+_least_pairs = 2**28
+
+
+@contextmanager
+def pruned_at_any_length() -> Iterator[None]:
+    """Prunes short prompts too while it is open: so that they launch what long ones do, to be compiled or tested."""
+    global _least_pairs
+    before, _least_pairs = _least_pairs, 0
+    try:
+        yield
+    finally:
+        _least_pairs = before
 
 
 def attention_settings(config: Any, learns: bool = True) -> AttentionSettings:
@@ -61,8 +74,8 @@ def attention_settings(config: Any, learns: bool = True) -> AttentionSettings:
         # Normalized keys have little in common. A bound of all logits gains nothing: the first key is far from others.
         centers=config.qk_norm == "none" and not reads_bound,
         # A backward pass saves more than twice as much.
-        least_pairs=0 if learns else LEAST_PAIRS,
+        least_pairs=0 if learns else _least_pairs,
     )
 
 
-__all__ = ["AttentionSettings", "attention_settings"]
+__all__ = ["AttentionSettings", "attention_settings", "pruned_at_any_length"]

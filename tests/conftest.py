@@ -36,8 +36,9 @@ def small_chunks_interpreted() -> Iterator[None]:
 @pytest.fixture(autouse=True, scope="session")
 def short_prompts_pruned() -> Iterator[None]:
     """What is tested of pruning in models holds for prompts of any length, and long ones take long."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("foxlm.modeling.attention_settings.LEAST_PAIRS", 0)
+    from foxlm.modeling.attention_settings import pruned_at_any_length
+
+    with pruned_at_any_length():
         yield
 
 

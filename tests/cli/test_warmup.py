@@ -12,6 +12,7 @@ from typer.testing import CliRunner
 from foxlm import FoxConfig, FoxForCausalLM
 from foxlm.cli import app
 from foxlm.kernels.backends import HAS_TRITON
+from foxlm.modeling import attention_settings
 from foxlm.warmup import compile_kernels
 from kernel_device import INTERPRETED
 from models import ROPE, SIZES
@@ -94,6 +95,14 @@ def test_kernels_of_all_that_a_model_does_are_found(arch):
     with specializations(90) as for_inference:
         compile_kernels(config, arch=arch, caches=["dynamic"])
     assert for_inference < found
+
+
+def test_long_prompts_find_their_kernels_though_short_ones_are_not_pruned(monkeypatch):
+    monkeypatch.setattr(attention_settings, "_least_pairs", 2**28)
+    with specializations(90) as found:
+        compile_kernels(FoxConfig.preset("pro-125m", num_hidden_layers=1), arch="sm_90", caches=["dynamic"])
+    assert attention_settings._least_pairs == 2**28
+    assert {"_search_kernel", "hopper_forward_kernel"} <= {name for name, _ in found}
 
 
 def test_batches_take_padding_in():

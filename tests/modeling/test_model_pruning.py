@@ -74,7 +74,7 @@ def test_only_what_may_learn_is_measured(training, gradients, rule, rules):
 def test_prompts_are_pruned_from_a_length_on(rules, monkeypatch):
     model = tiny_model("llama")
     # One more than two sequences of 10 tokens have with these heads.
-    monkeypatch.setattr(attention_settings, "LEAST_PAIRS", 2 * model.config.num_attention_heads * 50 + 1)
+    monkeypatch.setattr(attention_settings, "_least_pairs", 2 * model.config.num_attention_heads * 50 + 1)
     for gradients, length, layers in ((False, 10, 0), (False, 11, 2), (True, 2, 2)):
         rules.clear()
         with torch.set_grad_enabled(gradients):
