@@ -19,8 +19,8 @@ decay times ``T``, two numbers are measured on the text:
 
 Chosen are the times with the least sum of costs whose mean share is what was asked for: by a Lagrange multiplier, each
 head takes the ``T`` with the least ``e(T) - m s(T)``, and ``m`` is found by bisection. A head for which no
-share is worth its cost never forgets, or has the longest decay time that the user allows: a model with rotary
-embeddings works beyond its trained length only where no head sees that far.
+share is worth its cost never forgets, or has the longest decay time that the user allows. Heads that never forget
+see, beyond the trained length, distances that their rotary embeddings were not trained for.
 """
 
 import math

@@ -58,8 +58,9 @@ def skipped_share(model: nn.Module, batch: Mapping[str, Any]) -> Tensor | None:
             q, k, v = (x.transpose(1, 2) for x in (query, key, value))
             q, k, _ = without_padding(q, k, v, decay, real)
             before.append(_tiles_read(decay, q.shape[2]))
-            as_it_learns = attention_settings(module.config)
-            kept = pruned(module, as_it_learns, q, k, decay, scaling, backend, sink=kwargs["sink"])
+            # Those of training, which this pass without gradients does not go by.
+            of_training = attention_settings(module.config)
+            kept = pruned(module, of_training, q, k, decay, scaling, backend, sink=kwargs["sink"])
             after.append(_tiles_read(kept, q.shape[2]))
         kwargs |= {"decay": decay, "scaling": scaling, "real": real, "backend": backend, "settings": settings}
         return attend(module, query, key, value, attention_mask, **kwargs)

@@ -19,7 +19,7 @@ import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import torch
@@ -48,7 +48,7 @@ from foxlm.training import DistillingTrainer, FoxTrainer, SkippedShareRamp
 
 LOG_EPS = -10.0
 # By which what is skipped is reported: two bounds, and what is measured.
-RULES: tuple[Rule, ...] = ("paper", "tight", "measured")
+RULES: tuple[Rule, ...] = get_args(Rule)
 # Decay time in tokens of heads that start global: longer than any context.
 GLOBAL = 1e6
 # In the output folder, the model after the first steps.
@@ -195,8 +195,11 @@ def calibration_of(
 def make_model(own: GraftingArguments, rows: Rows, tokenizer, device: str) -> FoxForCausalLM:
     """The grafted model, its weights in float32."""
     base = AutoModelForCausalLM.from_pretrained(own.base, dtype=torch.float32)
-    options: dict[str, Any] = {"keep_rope": not own.remove_rope, "rope_factor": own.rope_factor}
-    options["output_gate"] = own.output_gate
+    options: dict[str, Any] = {
+        "keep_rope": not own.remove_rope,
+        "rope_factor": own.rope_factor,
+        "output_gate": own.output_gate,
+    }
     if own.decay_times == "none":
         for name in ("forget_aux_loss_coef", "skip_goal"):
             if getattr(own, name):
