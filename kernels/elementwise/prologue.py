@@ -11,12 +11,14 @@ class PrologueInputs(NamedTuple):
     Attributes:
         q: ``[B, T, H, D]``; k and v, ``[B, T, G, D]``. Of any strides.
         key_logits, value_logits: ``[B, T, G]``, of alpha in ``alpha_t x_{t-1} + (1 - alpha_t) x_t``; None for no shift.
-        key_past, value_past: ``[B, G, D]``, unshifted, of the token before the first; None for zero.
+        key_past, value_past: ``[B, G, D]``, unshifted, of the token before the first; None for zero. With ``past_slot``
+            ``[B, S, G, D]``, of several tokens.
         q_weight, k_weight: of QK-norm, ``[D]`` for all heads or ``[heads * D]``; both or none.
         cos, sin: ``[B or 1, T, R]`` of RoPE, which rotates the first ``R`` dimensions of a head; both or none.
         starts: ``[B, T]`` bool, True where the state before is zero; None for nowhere.
         last_real: ``[B, 1 + T]`` int64, of padding: index of the last real token before the first and up to each, -1
             for the past, which takes the place of the token before; None without padding.
+        past_slot: ``[1 or more]`` int64, whose first value says which of the ``S`` the token before the first is; or None.
     """
 
     q: Tensor
@@ -32,3 +34,4 @@ class PrologueInputs(NamedTuple):
     sin: Tensor | None = None
     starts: Tensor | None = None
     last_real: Tensor | None = None
+    past_slot: Tensor | None = None

@@ -25,7 +25,8 @@ from ..launch import launched
 class _States(NamedTuple):
     """One of q, k and v, ``[B, T, heads, D]``, and what shifts it: None in `LOGITS` for nothing.
 
-    `LOGITS` are ``[B, T, heads]``; `PAST` is the state before the first token, ``[B, heads, D]``, or None for zero;
+    `LOGITS` are ``[B, T, heads]``; `PAST` is the state before the first token, ``[B, heads, D]``, or None for zero; with
+    `SLOT` it is ``[B, any, heads, D]``, and `SLOT` points to the index of that state;
     `STARTS` marks where the state before is zero, ``[B, T]``, or None; `SOURCES` is the index of the token before, -1
     for that of the past, ``[B, 1 + T]``, or None for the one right before.
     """
@@ -39,7 +40,9 @@ class _States(NamedTuple):
     l_t: Any
     PAST: Any
     p_b: Any
+    p_s: Any
     p_h: Any
+    SLOT: Any
     STARTS: Any
     s_b: Any
     SOURCES: Any
@@ -109,6 +112,8 @@ def _load_previous(
     if states.PAST is not None:
         # The same for every row that has it.
         p_past = states.PAST + i_b * states.p_b + i_h * states.p_h + tl.zeros_like(o_t)
+        if states.SLOT is not None:
+            p_past += tl.load(states.SLOT) * states.p_s
         p_1, p_2, p_3 = _load(p_past, m_prev & (o_prev < 0), HALF, REST, BLOCK_HALF, BLOCK_REST)
         b_1, b_2, b_3 = b_1 + p_1, b_2 + p_2, b_3 + p_3
     return b_1, b_2, b_3
@@ -182,7 +187,7 @@ def _forward_head(
 # Lengths, and strides that are multiples of nothing: no length of a prompt compiles a kernel of its own.
 _VARYING = ["kl_b", "kl_t", "vl_b", "vl_t", "s_b", "r_b", "T", "NQ", "NK", "NV"]
 # Read value by value, and often parts of other tensors: their alignment decides nothing.
-_PARTS = ["KEY_LOGITS", "VALUE_LOGITS", "STARTS", "SOURCES"]
+_PARTS = ["KEY_LOGITS", "VALUE_LOGITS", "STARTS", "SOURCES", "PAST_SLOT"]
 
 
 @launched
@@ -191,7 +196,7 @@ def prologue_forward_kernel(
     Q, K, V, OUT_Q, OUT_K, OUT_V,
     q_b, q_t, q_h, k_b, k_t, k_h, v_b, v_t, v_h,
     KEY_LOGITS, kl_b, kl_t, VALUE_LOGITS, vl_b, vl_t,
-    KEY_PAST, kp_b, kp_h, VALUE_PAST, vp_b, vp_h,
+    KEY_PAST, kp_b, kp_s, kp_h, VALUE_PAST, vp_b, vp_s, vp_h, PAST_SLOT,
     STARTS, s_b, SOURCES, r_b,
     Q_WEIGHT, K_WEIGHT, w_h, EPS,
     COS, SIN, c_b, c_t,
@@ -205,16 +210,18 @@ def prologue_forward_kernel(
     o_t = tl.program_id(0) // (NQ + NK + NV) * BLOCK_T + tl.arange(0, BLOCK_T)
     i_b = tl.program_id(1).to(tl.int64)
     if OUT_Q is not None and i_slot < NQ:
-        q_states = _States(Q, q_b, q_t, q_h, None, 0, 0, None, 0, 0, None, 0, None, 0, T)
+        q_states = _States(Q, q_b, q_t, q_h, None, 0, 0, None, 0, 0, 0, None, None, 0, None, 0, T)
         q_turn = _Turn(Q_WEIGHT, w_h, EPS, COS, SIN, c_b, c_t)
         _forward_head(q_states, q_turn, OUT_Q, NQ, i_b, i_slot, o_t, HALF, REST, BLOCK_HALF, BLOCK_REST)
     elif OUT_K is not None and i_slot < NQ + NK:
-        k_states = _States(K, k_b, k_t, k_h, KEY_LOGITS, kl_b, kl_t, KEY_PAST, kp_b, kp_h, STARTS, s_b, SOURCES, r_b, T)
+        k_states = _States(
+            K, k_b, k_t, k_h, KEY_LOGITS, kl_b, kl_t, KEY_PAST, kp_b, kp_s, kp_h, PAST_SLOT, STARTS, s_b, SOURCES, r_b, T
+        )
         k_turn = _Turn(K_WEIGHT, w_h, EPS, COS, SIN, c_b, c_t)
         _forward_head(k_states, k_turn, OUT_K, NK, i_b, i_slot - NQ, o_t, HALF, REST, BLOCK_HALF, BLOCK_REST)
     elif OUT_V is not None:
         v_states = _States(
-            V, v_b, v_t, v_h, VALUE_LOGITS, vl_b, vl_t, VALUE_PAST, vp_b, vp_h, STARTS, s_b, SOURCES, r_b, T
+            V, v_b, v_t, v_h, VALUE_LOGITS, vl_b, vl_t, VALUE_PAST, vp_b, vp_s, vp_h, PAST_SLOT, STARTS, s_b, SOURCES, r_b, T
         )
         v_turn = _Turn(None, 0, 0.0, None, None, 0, 0)
         _forward_head(v_states, v_turn, OUT_V, NV, i_b, i_slot - NQ - NK, o_t, HALF, REST, BLOCK_HALF, BLOCK_REST)
@@ -302,7 +309,7 @@ def prologue_backward_kernel(
     Q, K, V,
     q_b, q_t, q_h, k_b, k_t, k_h, v_b, v_t, v_h,
     KEY_LOGITS, kl_b, kl_t, VALUE_LOGITS, vl_b, vl_t,
-    KEY_PAST, kp_b, kp_h, VALUE_PAST, vp_b, vp_h,
+    KEY_PAST, kp_b, kp_s, kp_h, VALUE_PAST, vp_b, vp_s, vp_h, PAST_SLOT,
     STARTS, s_b, SOURCES, r_b,
     Q_WEIGHT, K_WEIGHT, w_h, EPS,
     COS, SIN, c_b, c_t,
@@ -319,14 +326,16 @@ def prologue_backward_kernel(
     if DW is not None:
         p_dw = DW + ((i_b * tl.cdiv(T, BLOCK_T) + i_block) * (NQ + NK) + i_slot) * (2 * HALF + REST)
     if DQ is not None and i_slot < NQ:
-        q_states = _States(Q, q_b, q_t, q_h, None, 0, 0, None, 0, 0, None, 0, None, 0, T)
+        q_states = _States(Q, q_b, q_t, q_h, None, 0, 0, None, 0, 0, 0, None, None, 0, None, 0, T)
         q_turn = _Turn(Q_WEIGHT, w_h, EPS, COS, SIN, c_b, c_t)
         _backward_head(
             q_states, q_turn, D_OUT_Q, gq_b, gq_t, gq_h, DQ, None, p_dw, NQ, i_b, i_slot, o_t,
             HALF, REST, BLOCK_HALF, BLOCK_REST,
         )  # fmt: skip
     elif DK is not None and i_slot < NQ + NK:
-        k_states = _States(K, k_b, k_t, k_h, KEY_LOGITS, kl_b, kl_t, KEY_PAST, kp_b, kp_h, STARTS, s_b, SOURCES, r_b, T)
+        k_states = _States(
+            K, k_b, k_t, k_h, KEY_LOGITS, kl_b, kl_t, KEY_PAST, kp_b, kp_s, kp_h, PAST_SLOT, STARTS, s_b, SOURCES, r_b, T
+        )
         k_turn = _Turn(K_WEIGHT, w_h, EPS, COS, SIN, c_b, c_t)
         _backward_head(
             k_states, k_turn, D_OUT_K, gk_b, gk_t, gk_h, DK, D_KEY_LOGITS, p_dw, NK, i_b, i_slot - NQ, o_t,
@@ -334,7 +343,7 @@ def prologue_backward_kernel(
         )  # fmt: skip
     elif DV is not None:
         v_states = _States(
-            V, v_b, v_t, v_h, VALUE_LOGITS, vl_b, vl_t, VALUE_PAST, vp_b, vp_h, STARTS, s_b, SOURCES, r_b, T
+            V, v_b, v_t, v_h, VALUE_LOGITS, vl_b, vl_t, VALUE_PAST, vp_b, vp_s, vp_h, PAST_SLOT, STARTS, s_b, SOURCES, r_b, T
         )
         v_turn = _Turn(None, 0, 0.0, None, None, 0, 0)
         _backward_head(

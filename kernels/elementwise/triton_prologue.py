@@ -138,7 +138,7 @@ def _prologue_backward(
             (x if w.numel() == x.numel() else x.sum(0)).reshape(w.shape).to(w.dtype)
             for x, w in zip(by_head, weights, strict=True)
         ]
-    return *made, None, None, *d_weights, None, None, None, None
+    return *made, None, None, *d_weights, None, None, None, None, None
 
 
 def _slots(inputs: PrologueInputs) -> _Slots:
@@ -170,8 +170,7 @@ def _prologue_arguments(inputs: PrologueInputs, eps: float, slots: _Slots) -> tu
     v_b, v_t, v_h, _ = v.stride()
     kl_b, kl_t, _ = _strides(key_logits)
     vl_b, vl_t, _ = _strides(value_logits)
-    kp_b, kp_h, _ = _strides(key_past)
-    vp_b, vp_h, _ = _strides(value_past)
+    (kp_b, kp_s, kp_h), (vp_b, vp_s, vp_h) = _strides_of_past(key_past), _strides_of_past(value_past)
     c_b, c_t, _ = _strides(cos)
     arguments = dict(
         Q=q, q_b=q_b, q_t=q_t, q_h=q_h,
@@ -179,8 +178,8 @@ def _prologue_arguments(inputs: PrologueInputs, eps: float, slots: _Slots) -> tu
         V=v, v_b=v_b, v_t=v_t, v_h=v_h,
         KEY_LOGITS=key_logits, kl_b=kl_b, kl_t=kl_t,
         VALUE_LOGITS=value_logits, vl_b=vl_b, vl_t=vl_t,
-        KEY_PAST=key_past, kp_b=kp_b, kp_h=kp_h,
-        VALUE_PAST=value_past, vp_b=vp_b, vp_h=vp_h,
+        KEY_PAST=key_past, kp_b=kp_b, kp_s=kp_s, kp_h=kp_h,
+        VALUE_PAST=value_past, vp_b=vp_b, vp_s=vp_s, vp_h=vp_h, PAST_SLOT=inputs.past_slot,
         STARTS=starts, s_b=0 if starts is None else starts.stride(0),
         SOURCES=inputs.last_real, r_b=0 if inputs.last_real is None else inputs.last_real.stride(0),
         Q_WEIGHT=inputs.q_weight, K_WEIGHT=inputs.k_weight, w_h=0 if shared else head_dim,
@@ -202,3 +201,10 @@ def _prologue_arguments(inputs: PrologueInputs, eps: float, slots: _Slots) -> tu
 def _strides(x: Tensor | None) -> tuple[int, ...]:
     """Of three dimensions."""
     return (0, 0, 0) if x is None else x.stride()
+
+
+def _strides_of_past(x: Tensor | None) -> tuple[int, int, int]:
+    """Of sequences, tokens (0 for one token) and heads."""
+    if x is None:
+        return 0, 0, 0
+    return (x.stride(0), 0, x.stride(1)) if x.ndim == 3 else x.stride()[:3]

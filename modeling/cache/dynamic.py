@@ -193,6 +193,11 @@ class DynamicForgettingLayer(DynamicLayer):
         states = self.unshifted.get(name)
         return None if states is None or states.shape[1] == 0 else states
 
+    @property
+    def unshifted_ring(self) -> dict[str, Tensor]:
+        """By name, ``[B, 64, G, D]`` unshifted states by index modulo 64, where a layer keeps them so; else empty."""
+        return {}
+
     def append_unshifted(self, name: str, states: Tensor, layout: TokenLayout) -> None:
         """Keep the unshifted ``name`` of new tokens, ``[B, T, G, D]``."""
         is_long = states.shape[1] > 2 * self.rollback_window and layout.last_real is None and not self.record_past

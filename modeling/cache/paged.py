@@ -152,6 +152,11 @@ class PagedForgettingLayer(PagePool, CacheLayerMixin):
             return None
         return self._last(name, 1, layout)
 
+    @property
+    def unshifted_ring(self) -> dict[str, Tensor]:
+        """As of `DynamicForgettingLayer`."""
+        return {name: x for name, x in self.recent.items() if x.ndim == 4}
+
     def _last(self, name: str, dim: int, layout: TokenLayout) -> Tensor:
         """What is held of the token before the new ones."""
         # A step of a few tokens may be captured in a graph that serves any length.

@@ -190,6 +190,10 @@ class ReservedForgettingLayer(StaticForgettingLayer):
     def previous_unshifted(self, name: str, layout: TokenLayout) -> Tensor:
         return self.unshifted[name].index_select(1, layout.slots[:1])
 
+    @property
+    def unshifted_ring(self) -> dict[str, Tensor]:
+        return self.unshifted
+
     def _keep_unshifted(self, name: str, states: Tensor, layout: TokenLayout) -> None:
         count = min(self.window, len(layout.positions))
         held = self.unshifted[name]

@@ -250,6 +250,11 @@ class StaticForgettingLayer(StaticLayer):
         state = self.unshifted[name]
         return self._unless_restarted(state) if is_torchdynamo_exporting() else state
 
+    @property
+    def unshifted_ring(self) -> dict[str, Tensor]:
+        """As of `DynamicForgettingLayer`."""
+        return {}
+
     def append_unshifted(self, name: str, states: Tensor, layout: TokenLayout) -> None:
         """Keep the unshifted ``name`` of the last token of ``[B, T, G, D]``; seen to by `append_gates`."""
         if self.summary is None or is_torchdynamo_compiling():

@@ -322,20 +322,23 @@ class FoxAttention(FusableProjections):
         position_embeddings: tuple[Tensor, Tensor] | None,
     ) -> "PrologueInputs":
         """What one kernel takes of the modules whose place it takes; arguments as for `_queries_keys_values`."""
-        pasts: list[Tensor | None] = [None, None]
         key_logits, value_logits = logits
-        if "key" in self.shifted:
-            key_logits = self.key_shift.proj(hidden_states) if key_logits is None else key_logits
-            pasts[0] = _last_unshifted("key", layout, cache_layer)
-        if "value" in self.shifted:
-            value_logits = self.value_shift.proj(hidden_states) if value_logits is None else value_logits
-            pasts[1] = _last_unshifted("value", layout, cache_layer)
+        if "key" in self.shifted and key_logits is None:
+            key_logits = self.key_shift.proj(hidden_states)
+        if "value" in self.shifted and value_logits is None:
+            value_logits = self.value_shift.proj(hidden_states)
+        # A ring of states is read by the kernel; autograd would keep it, and the cache overwrites it.
+        pasts = {} if cache_layer is None or torch.is_grad_enabled() else cache_layer.unshifted_ring
+        past_slot = layout.slots if pasts else None
+        if not pasts:
+            pasts = {name: _last_unshifted(name, layout, cache_layer) for name in self.shifted}
         weights: list[Tensor | None] = [None, None]
         if self.qk_norm != "none":
             weights = [self.q_norm.local_weight(), self.k_norm.local_weight()]
         cos, sin = (None, None) if position_embeddings is None else position_embeddings
-        shift = key_logits, value_logits, pasts[0], pasts[1]
-        return PrologueInputs(*states, *shift, weights[0], weights[1], cos, sin, layout.starts, layout.last_real)
+        shift = key_logits, value_logits, pasts.get("key"), pasts.get("value")
+        layout_of = layout.starts, layout.last_real, past_slot
+        return PrologueInputs(*states, *shift, weights[0], weights[1], cos, sin, *layout_of)
 
     def check_hidden_states(self, hidden_states: Tensor) -> None:
         """Raise a `ValueError` unless they are ``[B, T, hidden]`` with at least one token."""

@@ -229,6 +229,21 @@ def test_the_kernel_is_what_runs() -> None:
     check(inputs)
 
 
+@pytest.mark.parametrize("case", ["one token", "past", "only values", "padded with a past"])
+def test_a_past_in_a_ring_is_the_state_that_the_slot_names(case: str) -> None:
+    inputs = draw(SOME_DTYPES[0], **(CASES | PADDED)[case] | {"past": True})
+    ring = {
+        name: torch.randn(len(x), 4, *x.shape[1:]).to(x) for name in ("key_past", "value_past")
+        if (x := getattr(inputs, name)) is not None
+    }
+    for slot in (0, 3):
+        alone = inputs._replace(**{name: x[:, slot] for name, x in ring.items()})
+        slots = torch.tensor([slot, 1], device=DEVICE)
+        with torch.no_grad():
+            found, expected = on_kernels(inputs._replace(**ring, past_slot=slots)), on_kernels(alone)
+        assert all(torch.equal(x, y) for x, y in zip(found, expected, strict=True))
+
+
 def test_gradients_are_the_same_bits_each_time() -> None:
     inputs = draw(SOME_DTYPES[0], rotated=16, norm="shared")
     cotangents = [torch.randn_like(x) for x in inputs[:3]]
