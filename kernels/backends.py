@@ -8,7 +8,7 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from .decay import sum_gates
 from .devices import capability_of
@@ -16,7 +16,7 @@ from .elementwise.attention_sink import add_sink
 from .elementwise.gate_logits import gate_logits
 from .elementwise.gated_norm import add_and_norm, gated_norm
 from .elementwise.prologue import PrologueInputs
-from .elementwise.silu_product import silu_product
+from .elementwise.silu_product import gated_linear, silu_product
 from .pruning.rules import search_kv_start
 from .reference import backward_pass, forward_pass, reference_attention
 from .tiles import LARGEST_HEAD_DIM
@@ -38,8 +38,11 @@ if HAS_TRITON:
     from .elementwise.triton_silu_product import silu_product as triton_silu_product
     from .portable.decode import can_decode, decode_attention
     from .portable.decode_append import append_tokens
+    from .portable.page_table import move_pages
     from .portable.paged_chunk import take_chunk, write_chunk
     from .portable.scan import sum_gates as triton_sum_gates
+    from .portable.small_linear import gated_linear as triton_gated_linear
+    from .portable.small_linear import linear as triton_linear
     from .pruning.search import search_kv_start as triton_search_kv_start
     from .triton_attention import backward_pass as triton_backward_pass
     from .triton_attention import forward_pass as triton_forward_pass
@@ -69,8 +72,11 @@ class Backend(NamedTuple):
             the cache is to do so by operators of its own.
         take_chunk, write_chunk: take a chunk of a prompt into an evicting cache: `portable.paged_chunk.take_chunk` and
             `write_chunk`; None as above.
+        move_pages: give back and hand out pages of an evicting cache: `portable.page_table.move_pages`; None as above.
         add_sink: an attention sink beside the keys: `elementwise.attention_sink.add_sink`.
         silu_product: the activation of a gated MLP: `elementwise.silu_product.silu_product`.
+        linear: a linear layer: `torch.nn.functional.linear`.
+        gated_linear: two of them and the activation: `elementwise.silu_product.gated_linear`.
         gate_logits: logits of the forget gates: `elementwise.gate_logits.gate_logits`.
         prologue: token shift, QK-norm and RoPE at once: `elementwise.triton_prologue.attention_prologue`; it returns
             None where the modules of a model are to be called one by one, which define it.
@@ -88,9 +94,12 @@ class Backend(NamedTuple):
     add_and_norm: Callable[..., tuple[Tensor, Tensor]]
     append: Callable[..., tuple[Tensor, Tensor]] | None
     add_sink: Callable[..., tuple[Tensor, Tensor]]
-    take_chunk: Callable[..., tuple[Tensor, Tensor, Tensor, Tensor | None]] | None
+    take_chunk: Callable[..., tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None]] | None
     write_chunk: Callable[..., None] | None
+    move_pages: Callable[..., None] | None
     silu_product: Callable[[Tensor, Tensor], Tensor]
+    linear: Callable[..., Tensor]
+    gated_linear: Callable[..., Tensor]
     gate_logits: Callable[..., Tensor]
     prologue: Callable[[PrologueInputs, float], tuple[Tensor, Tensor, Tensor] | None]
 
@@ -110,7 +119,10 @@ PYTORCH = Backend(
     add_sink=add_sink,
     take_chunk=None,
     write_chunk=None,
+    move_pages=None,
     silu_product=silu_product,
+    linear=nn.functional.linear,
+    gated_linear=gated_linear,
     gate_logits=gate_logits,
     prologue=lambda inputs, eps: None,
 )
@@ -132,7 +144,10 @@ if HAS_TRITON:
         add_sink=triton_add_sink,
         take_chunk=take_chunk,
         write_chunk=write_chunk,
+        move_pages=move_pages,
         silu_product=triton_silu_product,
+        linear=triton_linear,
+        gated_linear=triton_gated_linear,
         gate_logits=triton_gate_logits,
         prologue=attention_prologue,
     )

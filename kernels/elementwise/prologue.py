@@ -18,7 +18,7 @@ class PrologueInputs(NamedTuple):
         starts: ``[B, T]`` bool, True where the state before is zero; None for nowhere.
         last_real: ``[B, 1 + T]`` int64, of padding: index of the last real token before the first and up to each, -1
             for the past, which takes the place of the token before; None without padding.
-        past_slot: ``[1 or more]`` int64, whose first value says which of the ``S`` the token before the first is; or None.
+        past_slot: ``[1 or more]`` int64, whose first value is the index in ``S`` of the token before the first; or None
     """
 
     q: Tensor

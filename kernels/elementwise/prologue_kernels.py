@@ -25,8 +25,8 @@ from ..launch import launched
 class _States(NamedTuple):
     """One of q, k and v, ``[B, T, heads, D]``, and what shifts it: None in `LOGITS` for nothing.
 
-    `LOGITS` are ``[B, T, heads]``; `PAST` is the state before the first token, ``[B, heads, D]``, or None for zero; with
-    `SLOT` it is ``[B, any, heads, D]``, and `SLOT` points to the index of that state;
+    `LOGITS` are ``[B, T, heads]``; `PAST` is the state before the first token, ``[B, heads, D]``, or None for zero; if
+    it is ``[B, any, heads, D]``, `SLOT` points to the index of that state;
     `STARTS` marks where the state before is zero, ``[B, T]``, or None; `SOURCES` is the index of the token before, -1
     for that of the past, ``[B, 1 + T]``, or None for the one right before.
     """
@@ -215,14 +215,16 @@ def prologue_forward_kernel(
         _forward_head(q_states, q_turn, OUT_Q, NQ, i_b, i_slot, o_t, HALF, REST, BLOCK_HALF, BLOCK_REST)
     elif OUT_K is not None and i_slot < NQ + NK:
         k_states = _States(
-            K, k_b, k_t, k_h, KEY_LOGITS, kl_b, kl_t, KEY_PAST, kp_b, kp_s, kp_h, PAST_SLOT, STARTS, s_b, SOURCES, r_b, T
-        )
+            K, k_b, k_t, k_h, KEY_LOGITS, kl_b, kl_t, KEY_PAST, kp_b,
+            kp_s, kp_h, PAST_SLOT, STARTS, s_b, SOURCES, r_b, T,
+        )  # fmt: skip
         k_turn = _Turn(K_WEIGHT, w_h, EPS, COS, SIN, c_b, c_t)
         _forward_head(k_states, k_turn, OUT_K, NK, i_b, i_slot - NQ, o_t, HALF, REST, BLOCK_HALF, BLOCK_REST)
     elif OUT_V is not None:
         v_states = _States(
-            V, v_b, v_t, v_h, VALUE_LOGITS, vl_b, vl_t, VALUE_PAST, vp_b, vp_s, vp_h, PAST_SLOT, STARTS, s_b, SOURCES, r_b, T
-        )
+            V, v_b, v_t, v_h, VALUE_LOGITS, vl_b, vl_t, VALUE_PAST, vp_b,
+            vp_s, vp_h, PAST_SLOT, STARTS, s_b, SOURCES, r_b, T,
+        )  # fmt: skip
         v_turn = _Turn(None, 0, 0.0, None, None, 0, 0)
         _forward_head(v_states, v_turn, OUT_V, NV, i_b, i_slot - NQ - NK, o_t, HALF, REST, BLOCK_HALF, BLOCK_REST)
 
@@ -334,8 +336,9 @@ def prologue_backward_kernel(
         )  # fmt: skip
     elif DK is not None and i_slot < NQ + NK:
         k_states = _States(
-            K, k_b, k_t, k_h, KEY_LOGITS, kl_b, kl_t, KEY_PAST, kp_b, kp_s, kp_h, PAST_SLOT, STARTS, s_b, SOURCES, r_b, T
-        )
+            K, k_b, k_t, k_h, KEY_LOGITS, kl_b, kl_t, KEY_PAST, kp_b,
+            kp_s, kp_h, PAST_SLOT, STARTS, s_b, SOURCES, r_b, T,
+        )  # fmt: skip
         k_turn = _Turn(K_WEIGHT, w_h, EPS, COS, SIN, c_b, c_t)
         _backward_head(
             k_states, k_turn, D_OUT_K, gk_b, gk_t, gk_h, DK, D_KEY_LOGITS, p_dw, NK, i_b, i_slot - NQ, o_t,
@@ -343,8 +346,9 @@ def prologue_backward_kernel(
         )  # fmt: skip
     elif DV is not None:
         v_states = _States(
-            V, v_b, v_t, v_h, VALUE_LOGITS, vl_b, vl_t, VALUE_PAST, vp_b, vp_s, vp_h, PAST_SLOT, STARTS, s_b, SOURCES, r_b, T
-        )
+            V, v_b, v_t, v_h, VALUE_LOGITS, vl_b, vl_t, VALUE_PAST, vp_b,
+            vp_s, vp_h, PAST_SLOT, STARTS, s_b, SOURCES, r_b, T,
+        )  # fmt: skip
         v_turn = _Turn(None, 0, 0.0, None, None, 0, 0)
         _backward_head(
             v_states, v_turn, D_OUT_V, gv_b, gv_t, gv_h, DV, D_VALUE_LOGITS, p_dw, NV, i_b, i_slot - NQ - NK, o_t,

@@ -207,4 +207,4 @@ def _strides_of_past(x: Tensor | None) -> tuple[int, int, int]:
     """Of sequences, tokens (0 for one token) and heads."""
     if x is None:
         return 0, 0, 0
-    return (x.stride(0), 0, x.stride(1)) if x.ndim == 3 else x.stride()[:3]
+    return x.stride(0), 0 if x.ndim == 3 else x.stride(1), x.stride(-2)

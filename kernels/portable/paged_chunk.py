@@ -1,12 +1,13 @@
 """A chunk of a prompt and an evicting cache, in three Triton launches: read what is held, summarize what is new, write.
 
-What `PagePool.read`, `extend_summary`, `first_needed_block` and `PagePool.write_blocks` do in a hundred operators.
+What `PagePool.read`, `extend_summary`, `first_needed_block` and `PagePool.write_blocks` do in a hundred operators, and
+what is kept of the last tokens.
 Pages hold 64 tokens of one key/value head (names: `triton_common`; ``PAST`` tokens are held, ``R`` gates belong to a
 head). Blocks are those of 64 tokens of the whole sequence, of which the first that a chunk touches may be half full.
 """
 
 import math
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -29,8 +30,13 @@ _LOG_PAGE = tl.constexpr(math.log(PRUNED_KEYS))
 # Blocks that a program joins, or looks at, at a time.
 _BLOCKS = 128
 # One compilation serves all lengths and caches.
-_VARYING = ["PAST", "LENGTH", "N", "TOKEN", "BLOCKS", "k_b", "k_h", "v_b", "v_h", "c_b", "c_h"]
-_PARTS = ["K", "V", "C", "OUT_K", "OUT_V", "OUT_C", "PAGES", "START"]
+_VARYING = [
+    "PAST", "LENGTH", "N", "TOKEN", "BLOCKS", "k_b", "k_h", "v_b", "v_h", "c_b", "c_h", "f_b", "f_h", "ks_b", "vs_b",
+]  # fmt: skip
+_PARTS = [
+    "K", "V", "C", "OUT_K", "OUT_V", "OUT_C", "PAGES", "START", "FIRST", "OUT_FIRST", "C_RING", "FIRST_RING",
+    "KEY_STATES", "VALUE_STATES",
+]  # fmt: skip
 
 
 @triton.jit
@@ -45,7 +51,8 @@ def _tile(POOL, page, X, x_b, x_h, x_t, i_b, i_g, o_t, PAST, m_held, m_new, D: t
 @triton.jit(do_not_specialize=_VARYING, do_not_specialize_on_alignment=_PARTS)
 def _read_chunk_kernel(
     K, V, C, KEYS, VALUES, SUMS, PAGES, OUT_K, OUT_V, OUT_C, BLOCK_C, BLOCK_DECAYS, BLOCK_LARGEST,
-    k_b, k_t, k_h, v_b, v_t, v_h, c_b, c_h,
+    FIRST, START, OUT_FIRST,
+    k_b, k_t, k_h, v_b, v_t, v_h, c_b, c_h, f_b, f_h,
     margin, PAST, LENGTH, G, HF, N,
     R: tl.constexpr,
     GATE_STEP: tl.constexpr,
@@ -80,6 +87,11 @@ def _read_chunk_kernel(
         i_gate = i_g * GATE_STEP + r
         p_block = (i_b * HF + i_gate) * N + i_block
         c = tl.load(C + i_b * c_b + i_gate * c_h + o_t - PAST, mask=m_new, other=INF)
+        # Evicted keys are not attended to; a gate that all heads share has a row for each.
+        first = tl.load(FIRST + i_b * f_b + i_gate * f_h + o_t - PAST, mask=m_new, other=0)
+        row = i_b * HF + i_gate if GATE_STEP > 0 else i_b * G + i_g
+        shown = tl.maximum(first, tl.load(START + i_bg) * _PAGE)
+        tl.store(OUT_FIRST + row * (LENGTH - PAST) + o_t - PAST, shown, mask=m_new)
         if OUT_C is not None:
             held = tl.load(SUMS + (page * R + r) * _PAGE + o_t % _PAGE, mask=m_held, other=0.0)
             decays = tl.load(BLOCK_DECAYS + p_block, mask=is_evicted, other=0.0)
@@ -165,23 +177,37 @@ def _join_chunk_kernel(
             tl.store(START + i_bg, start)
 
 
+@triton.jit
+def _keep_unshifted(
+    STATES, RING, s_b, s_t, s_h, i_b, i_g, o_t, PAST, m_kept, G, D: tl.constexpr, BLOCK_D: tl.constexpr
+):  # fmt: skip
+    """Unshifted keys or values of the last tokens, by index modulo 64."""
+    b_states = load_rows(STATES + i_b * s_b + i_g.to(tl.int64) * s_h, o_t - PAST, s_t, m_kept, D, BLOCK_D, True)
+    o_d = tl.arange(0, BLOCK_D)
+    p_ring = RING + ((i_b * _PAGE + o_t % _PAGE) * G + i_g)[:, None] * D + o_d[None, :]
+    tl.store(p_ring, b_states, mask=m_kept[:, None] & (o_d < D)[None, :])
+
+
 @launched
 @triton.jit(do_not_specialize=_VARYING, do_not_specialize_on_alignment=_PARTS)
 def _write_chunk_kernel(
     K, V, C, KEYS, VALUES, SUMS, PAGES,
-    k_b, k_t, k_h, v_b, v_t, v_h, c_b, c_h,
+    FIRST, C_RING, FIRST_RING, KEY_STATES, KEY_RING, VALUE_STATES, VALUE_RING,
+    k_b, k_t, k_h, v_b, v_t, v_h, c_b, c_h, f_b, f_h, ks_b, ks_t, ks_h, vs_b, vs_t, vs_h,
     PAST, LENGTH, G, HF, N,
     R: tl.constexpr,
     GATE_STEP: tl.constexpr,
     D: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """The new tokens of a block of a head to its page, if it has one."""
+    """The new tokens of a block of a head to its page, if it has one; and what later tokens go on from, where given."""
     i_bg, i_block = tl.program_id(0), tl.program_id(1) + PAST // _PAGE
     i_b, i_g = (i_bg // G).to(tl.int64), i_bg % G
     page = tl.load(PAGES + i_bg * N + i_block).to(tl.int64)
     o_t = i_block * _PAGE + tl.arange(0, _PAGE)
-    m_t = (o_t >= PAST) & (o_t < LENGTH) & (page >= 0)
+    m_new = (o_t >= PAST) & (o_t < LENGTH)
+    m_kept = m_new & (o_t >= LENGTH - _PAGE)
+    m_t = m_new & (page >= 0)
     p_out = (page * _PAGE + o_t % _PAGE)[:, None] * D + tl.arange(0, BLOCK_D)[None, :]
     m_out = m_t[:, None] & (tl.arange(0, BLOCK_D) < D)[None, :]
     p_k, p_v = K + i_b * k_b + i_g.to(tl.int64) * k_h, V + i_b * v_b + i_g.to(tl.int64) * v_h
@@ -189,8 +215,35 @@ def _write_chunk_kernel(
     tl.store(VALUES + p_out, load_rows(p_v, o_t - PAST, v_t, m_t, D, BLOCK_D, True), mask=m_out)
     for r in range(0, R):
         i_gate = i_g * GATE_STEP + r
-        c = tl.load(C + i_b * c_b + i_gate * c_h + o_t - PAST, mask=m_t, other=0.0)
+        c = tl.load(C + i_b * c_b + i_gate * c_h + o_t - PAST, mask=m_new, other=0.0)
         tl.store(SUMS + (page * R + r) * _PAGE + o_t % _PAGE, c, mask=m_t)
+        if C_RING is not None:
+            first = tl.load(FIRST + i_b * f_b + i_gate * f_h + o_t - PAST, mask=m_kept, other=0)
+            p_ring = (i_b * HF + i_gate) * _PAGE + o_t % _PAGE
+            tl.store(C_RING + p_ring, c, mask=m_kept)
+            tl.store(FIRST_RING + p_ring, first, mask=m_kept)
+    if KEY_STATES is not None:
+        _keep_unshifted(KEY_STATES, KEY_RING, ks_b, ks_t, ks_h, i_b, i_g, o_t, PAST, m_kept, G, D, BLOCK_D)
+    if VALUE_STATES is not None:
+        _keep_unshifted(VALUE_STATES, VALUE_RING, vs_b, vs_t, vs_h, i_b, i_g, o_t, PAST, m_kept, G, D, BLOCK_D)
+
+
+class Recent(NamedTuple):
+    """What is kept of the last 64 tokens, by index modulo 64, and the unshifted states of new ones.
+
+    Attributes:
+        c: ``[B, Hf, 64]`` float64 running sums.
+        first: ``[B, Hf, 64]`` int64 first visible keys.
+        key_states, value_states: ``[B, T, G, D]``, unshifted, of new tokens; None without token shift.
+        keys, values: ``[B, 64, G, D]`` of the last tokens.
+    """
+
+    c: Tensor | None = None
+    first: Tensor | None = None
+    key_states: Tensor | None = None
+    keys: Tensor | None = None
+    value_states: Tensor | None = None
+    values: Tensor | None = None
 
 
 def take_chunk(
@@ -199,30 +252,34 @@ def take_chunk(
     c: Tensor,
     past: int,
     *,
+    first: Tensor,
     keys: Tensor,
     values: Tensor,
     sums: Tensor,
     pages: Tensor,
+    start: Tensor,
     summary: KeySummary,
     running: Running,
     to_come: QueriesToCome | None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None]:
     """All keys, values and sums of an evicting cache and of new tokens, which the summary takes in, in place.
 
     Args:
         k, v: ``[B, G, T, D]`` new keys and values.
         c: ``[B, Hf, T]`` float64 their running sums.
         past: tokens held.
-        keys, values, sums, pages: pools and table that hold them, as `PagePool` has them.
+        first: ``[B, Hf, T]`` int64, contiguous, the first key visible from each.
+        keys, values, sums, pages, start: pools and table that hold them, as `PagePool` has them.
         summary: of all of them, evicted ones included, with room for the new; it and ``running`` contiguous.
         running: over them.
         to_come: None if nothing may be evicted.
 
     Returns:
         Keys and values ``[B, G, past + T, D]``, sums ``[B, Hf, past + T]``, those of evicted tokens as `PagePool.read`
-        says; and the first block that a later query may need, ``[B, G]`` int32, or None.
+        says; ``first``, or the first key that is not evicted, ``[B, Hf or G, T]``; and the first block that a later
+        query may need, ``[B, G]`` int32, or None.
     """
-    return _launch_take(k, v, c, past, keys, values, sums, pages, summary, running, to_come)
+    return _launch_take(k, v, c, past, first, keys, values, sums, pages, start, summary, running, to_come)
 
 
 @replayed
@@ -231,22 +288,25 @@ def _launch_take(
     v: Tensor,
     c: Tensor,
     past: int,
+    first: Tensor,
     keys: Tensor,
     values: Tensor,
     sums: Tensor,
     pages: Tensor,
+    start: Tensor,
     summary: KeySummary,
     running: Running,
     to_come: QueriesToCome | None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None]:
     arguments, (batch, kv_heads, tokens, rows) = _arguments(k, v, c, past, keys, values, sums, pages)
     length, gates = past + tokens, c.shape[1]
-    all_k, all_v, all_c, start = k, v, c, None
+    all_k, all_v, all_c, needed = k, v, c, None
     if past:
         all_k, all_v = k.new_empty(2, batch, kv_heads, length, k.shape[-1]).unbind()
         all_c = c.new_empty(batch, kv_heads, rows, length)
+    shown = first.new_empty(batch, kv_heads if gates == 1 else gates, tokens)
     if to_come is not None:
-        start = torch.empty(batch, kv_heads, dtype=torch.int32, device=k.device)
+        needed = torch.empty(batch, kv_heads, dtype=torch.int32, device=k.device)
     statistics = dict(BLOCK_C=summary.c, BLOCK_DECAYS=summary.log_decays, BLOCK_LARGEST=summary.largest)
     shapes = {name: arguments[name] for name in ("PAST", "LENGTH", "G", "HF", "N", "R", "GATE_STEP")}
     with on_device_of(k):
@@ -256,8 +316,11 @@ def _launch_take(
             OUT_K=all_k if past else None,
             OUT_V=all_v if past else None,
             OUT_C=all_c if past else None,
+            FIRST=first, f_b=first.stride(0), f_h=first.stride(1),
+            START=start,
+            OUT_FIRST=shown,
             margin=torch.finfo(k.dtype).eps + logit_margin(k.shape[-1], torch.float32),
-        )
+        )  # fmt: skip
         _join_chunk_kernel[(batch if gates == 1 else batch * kv_heads,)](
             **statistics,
             DECAYS=running[0],
@@ -265,7 +328,7 @@ def _launch_take(
             C=all_c, c_b=all_c.stride(0), c_h=all_c.stride(-2),
             NORM=None if to_come is None else to_come.norm,
             DIAGONAL=None if to_come is None else to_come.diagonal,
-            START=start,
+            START=needed,
             log_eps=0.0 if to_come is None else _log_eps(to_come),
             c_margin=0.0 if to_come is None else decay_margin(to_come.most_keys),
             bound_margin=logit_margin(0, torch.float32),
@@ -279,24 +342,57 @@ def _launch_take(
         )  # fmt: skip
     if past:
         all_c = all_c[:, 0] if gates == 1 else all_c.flatten(1, 2)
-    return all_k, all_v, all_c, start
+    return all_k, all_v, all_c, shown, needed
 
 
 def write_chunk(
-    k: Tensor, v: Tensor, c: Tensor, past: int, *, keys: Tensor, values: Tensor, sums: Tensor, pages: Tensor
+    k: Tensor,
+    v: Tensor,
+    c: Tensor,
+    past: int,
+    *,
+    first: Tensor,
+    recent: Recent,
+    keys: Tensor,
+    values: Tensor,
+    sums: Tensor,
+    pages: Tensor,
 ) -> None:
-    """Write new tokens to their pages, those of evicted blocks nowhere. Arguments as for `take_chunk`."""
-    _launch_write(k, v, c, past, keys, values, sums, pages)
+    """Write new tokens to their pages, those of evicted blocks nowhere, and the last to ``recent``.
+
+    Arguments as for `take_chunk`; ``recent`` is empty if it has taken them in.
+    """
+    _launch_write(k, v, c, past, first, recent, keys, values, sums, pages)
 
 
 @replayed
 def _launch_write(
-    k: Tensor, v: Tensor, c: Tensor, past: int, keys: Tensor, values: Tensor, sums: Tensor, pages: Tensor
+    k: Tensor,
+    v: Tensor,
+    c: Tensor,
+    past: int,
+    first: Tensor,
+    recent: Recent,
+    keys: Tensor,
+    values: Tensor,
+    sums: Tensor,
+    pages: Tensor,
 ) -> None:
+    ks_b, ks_t, ks_h, _ = (0, 0, 0, 0) if recent.key_states is None else recent.key_states.stride()
+    vs_b, vs_t, vs_h, _ = (0, 0, 0, 0) if recent.value_states is None else recent.value_states.stride()
     arguments, (batch, kv_heads, tokens, _) = _arguments(k, v, c, past, keys, values, sums, pages)
     with on_device_of(k):
         touched = cdiv(past + tokens, PRUNED_KEYS) - past // PRUNED_KEYS
-        _write_chunk_kernel[(batch * kv_heads, touched)](**arguments)
+        _write_chunk_kernel[(batch * kv_heads, touched)](
+            **arguments,
+            FIRST=first, f_b=first.stride(0), f_h=first.stride(1),
+            C_RING=recent.c,
+            FIRST_RING=recent.first,
+            KEY_STATES=recent.key_states, ks_b=ks_b, ks_t=ks_t, ks_h=ks_h,
+            KEY_RING=recent.keys,
+            VALUE_STATES=recent.value_states, vs_b=vs_b, vs_t=vs_t, vs_h=vs_h,
+            VALUE_RING=recent.values,
+        )  # fmt: skip
 
 
 def _log_eps(to_come: QueriesToCome) -> float:

@@ -7,7 +7,7 @@ the table, so that a CUDA graph can replay it.
 
 import math
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -35,8 +35,9 @@ class PagePool:
     pages: Tensor
     start: Tensor
     _gates: int
-    # Pages of the pool that are not in use.
+    # Begins with the pages that are not in use, ``[P or more]`` int32; how many; and blocks that ever had pages.
     _free: Any = None
+    _free_count = _used = 0
 
     def make_pool(self, key_states: Tensor, value_states: Tensor, gates: int, blocks: int) -> None:
         """An empty pool and table.
@@ -52,7 +53,8 @@ class PagePool:
         self.c = torch.zeros(1, max(1, gates // heads), PAGE, dtype=torch.float64, device=self.device)
         self.pages = fixed_address(torch.full((batch, heads, blocks), -1, dtype=torch.int32, device=self.device))
         self.start = fixed_address(torch.zeros(batch, heads, dtype=torch.int32, device=self.device))
-        self._free = torch.empty(0, dtype=torch.int64, device=self.device)
+        self._free = torch.empty(1, dtype=torch.int32, device=self.device)
+        self._free_count = self._used = 0
 
     def drop_pool(self) -> None:
         """Give back all memory of pages."""
@@ -62,31 +64,57 @@ class PagePool:
         """Bytes of keys, values and running sums of gates, those of unused pages included."""
         return sum(x.nbytes for x in (self.keys, self.values, self.c) if x is not None)
 
-    def _carry_out(self, plan: "_PagePlan", evicted: int, wanted: int) -> None:
-        """Do it; ``evicted`` and ``wanted`` are the numbers of pages."""
-        if evicted:
-            # Selecting by a mask would synchronise, to find out how many there are.
-            order = plan.evicted.flatten().byte().argsort(descending=True, stable=True)
-            self._free = torch.cat([self._free, self.pages.flatten()[order[:evicted]].long()])
-            self.pages.masked_fill_(plan.evicted, -1)
-        self.start.copy_(plan.start)
-        if wanted:
-            if (missing := wanted - len(self._free)) > 0:
-                self._grow(missing)
-            self.pages.masked_scatter_(plan.wanted, self._free[:wanted].int())
-            self._free = self._free[wanted:]
+    def plan_moves(self, new_start: Tensor | None, blocks: int) -> Tensor:
+        """Give back the pages of blocks before ``new_start``, and hand out pages for all of the first ``blocks`` from
+        `start` on, also some that `take_counts` has yet to make.
 
-    def _grow(self, missing: int) -> None:
+        Returns:
+            ``[2]`` int32: pages that are free now, and those that are to be made.
+        """
+        self._used = max(self._used, blocks)
+        from ...kernels.backends import backend_of
+
+        move = backend_of(self.keys).move_pages
+        if move is not None:
+            counts = torch.empty(2, dtype=torch.int32, device=self.device)
+            sizes = dict(n_free=self._free_count, n_pages=len(self.keys), used=self._used, blocks=blocks)
+            move(self.pages, self.start, new_start, self._free, counts, **sizes)
+            return counts
+        free = self._free[: self._free_count]
+        index = torch.arange(self.pages.shape[-1], device=self.device)
+        if new_start is not None:
+            self.start.copy_(torch.maximum(self.start, new_start))
+            evicted = (self.pages >= 0) & (index < self.start[..., None])
+            free = torch.cat([free, self.pages[evicted]])
+            self.pages[evicted] = -1
+        wanted = (self.pages < 0) & (index >= self.start[..., None]) & (index < blocks)
+        number, held = int(wanted.sum()), len(self.keys)
+        missing = max(0, number - len(free))
+        made = torch.arange(held, held + missing, dtype=torch.int32, device=self.device)
+        # The last is handed out first.
+        self.pages[wanted] = torch.cat([free.flip(0), made])[:number]
+        left = len(free) + missing - number
+        self._free[:left] = free[:left]
+        return torch.tensor([left, missing], dtype=torch.int32)
+
+    def take_counts(self, free: int, missing: int) -> None:
+        """Take what `plan_moves` has found, and make the pages that are missing."""
+        self._free_count = free
+        if missing == 0:
+            return
         held, row_blocks = len(self.keys), self.pages[..., 0].numel()
         # Larger steps mean fewer copies and fewer new captures of a CUDA graph.
-        more = missing + max(4 * row_blocks, held // 16)
+        spare = max(4 * row_blocks, held // 16)
+        total = held + missing + spare
         for name in ("keys", "values", "c"):
             old = getattr(self, name)
-            grown = old.new_zeros(held + more, *old.shape[1:])
+            grown = old.new_zeros(total, *old.shape[1:])
             grown[:held] = old
             torch._dynamo.mark_dynamic(fixed_address(grown), 0)
             setattr(self, name, grown)
-        self._free = torch.cat([self._free, torch.arange(held, held + more, device=self.device)])
+        self._free = torch.empty(total, dtype=torch.int32, device=self.device)
+        torch.arange(held + missing, total, out=self._free[:spare])
+        self._free_count = spare
 
     def write_tokens(self, keys: Tensor, values: Tensor, c: Tensor, positions: Tensor) -> None:
         """Write tokens whose pages are allocated.
@@ -160,26 +188,14 @@ class PagePool:
             setattr(self, name, fixed_address(getattr(self, name).index_select(0, order)))
         pages[held] = torch.arange(1, len(order), device=self.device, dtype=torch.int32)
         self.pages, self.start = fixed_address(pages), fixed_address(self.start.index_select(0, rows))
-        self._free = self._free[:0]
-
-
-class _PagePlan(NamedTuple):
-    """Blocks of layers whose pages are freed, and that get pages: ``[L, B, G, N]`` bool.
-
-    Attributes:
-        start: ``[L, B, G]``, `PagePool.start` from then on.
-    """
-
-    start: Tensor
-    evicted: Tensor
-    wanted: Tensor
+        self._free = torch.empty(len(order), dtype=torch.int32, device=self.device)
+        self._free_count = 0
 
 
 def move_pages(layers: Sequence[PagePool], starts: Sequence[Tensor | None], blocks: int) -> None:
     """Evict all blocks before ``starts``, then have pages for all of the first ``blocks`` that are not evicted.
 
-    Plans for all layers of a device at once and synchronises once: operators and synchronisations for each layer would
-    keep the device waiting for the host.
+    Synchronises once for the layers of a device: once for each would keep the device waiting for the host.
 
     Args:
         layers: of a cache.
@@ -187,19 +203,10 @@ def move_pages(layers: Sequence[PagePool], starts: Sequence[Tensor | None], bloc
         blocks: of 64 tokens.
     """
     for device in dict.fromkeys(layer.pages.device for layer in layers):
-        of_device = [
-            (layer, start) for layer, start in zip(layers, starts, strict=True) if layer.pages.device == device
-        ]
-        held_from = torch.stack([layer.start for layer, _ in of_device])
-        start = torch.stack([layer.start if start is None else start for layer, start in of_device])
-        start = torch.maximum(start, held_from)
-        held = torch.stack([layer.pages for layer, _ in of_device]) >= 0
-        index = torch.arange(held.shape[-1], device=device)
-        needed = index >= start[..., None]
-        plan = _PagePlan(start, held & ~needed, ~held & needed & (index < blocks))
-        counts = torch.stack([x.flatten(1).sum(1) for x in (plan.evicted, plan.wanted)], dim=1).tolist()
-        for i, (layer, _) in enumerate(of_device):
-            layer._carry_out(_PagePlan(*(x[i] for x in plan)), *counts[i])
+        of_device = [(layer, x) for layer, x in zip(layers, starts, strict=True) if layer.pages.device == device]
+        counts = torch.stack([layer.plan_moves(start, blocks) for layer, start in of_device]).tolist()
+        for (layer, _), of_layer in zip(of_device, counts, strict=True):
+            layer.take_counts(*of_layer)
 
 
 def fixed_address(x: Tensor) -> Tensor:

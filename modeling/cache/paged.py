@@ -32,6 +32,7 @@ from .view import CacheView
 
 if TYPE_CHECKING:
     from ...kernels.backends import Backend
+    from ...kernels.portable.paged_chunk import Recent
     from ..configuration_fox import FoxConfig
 
 # Pages of each head that are allocated in advance: an eviction takes as long as several steps.
@@ -79,6 +80,7 @@ class PagedForgettingLayer(PagePool, CacheLayerMixin):
     summary: KeySummary
     running: Running
     _new: Any
+    known_length: Any
 
     def __init__(self, max_cache_len: int, made_for: StateSizes, group: int, eps: float | None, rule: Rule) -> None:
         super().__init__()
@@ -103,10 +105,12 @@ class PagedForgettingLayer(PagePool, CacheLayerMixin):
         self.cumulative_length = torch.tensor(0, dtype=torch.int64)
         self._gathered: Decay | None = None
         self.pending: Any = None
-        # That of new tokens, where its kernels may be launched, from `append_gates` to `update`.
+        # From `append_gates` to `update`: that of new tokens, where its kernels may be launched, and their unshifted
+        # states, if `recent` is yet to take in the new tokens.
         self._backend: Backend | None = None
+        self._in_chunk: dict[str, Tensor] | None = None
         # Tokens before this pass, if `FoxPagedCache.reserve` has read their number.
-        self.known_length: int | None = None
+        self.known_length = None
         # A crop must leave at least `_evicted_for` tokens, for which pages were evicted, and at least 32 less than the
         # longest length so far, since `recent` keeps the last 64.
         self._evicted_for = self._longest = 0
@@ -130,8 +134,13 @@ class PagedForgettingLayer(PagePool, CacheLayerMixin):
         self._new = gates_for_kernel(log_f, layout, backend, few, states)
         if self._new is not None:
             return
-        for name, x in states.items():
-            self._keep_unshifted(name, x, layout)
+        launches = backend.take_chunk is not None and may_launch(log_f)
+        self._backend = backend if launches else None
+        # A kernel that takes the chunk keeps what follows from its last tokens; padding repeats what is kept.
+        self._in_chunk = states if launches and self.is_initialized and not few and layout.last_real is None else None
+        if self._in_chunk is None:
+            for name, x in states.items():
+                self._keep_unshifted(name, x, layout)
         batch, _, gates = log_f.shape
         if "c" not in self.recent:
             self.cumulative_length = fixed_address(self.cumulative_length.to(log_f.device))
@@ -140,11 +149,14 @@ class PagedForgettingLayer(PagePool, CacheLayerMixin):
                 torch.zeros(batch, gates, PAGE, dtype=torch.int64, device=log_f.device)
             )
         carry = self._last("c", -1, layout)[..., 0], self._last("first", -1, layout)[..., 0]
-        c, first = layout.accumulate(log_f, backend, self.cumulative_length, carry)
-        self._write_recent("c", c, -1, layout)
-        self._write_recent("first", first, -1, layout)
+        # The device's own length for a step, which may be captured in a graph that serves any length.
+        is_known = len(layout.positions) > PAGE and self.known_length is not None
+        offset = self.known_length if is_known else self.cumulative_length
+        c, first = layout.accumulate(log_f, backend, offset, carry)
+        if self._in_chunk is None:
+            self._write_recent("c", c, -1, layout)
+            self._write_recent("first", first, -1, layout)
         self._new = Decay(c, c, first, layout.positions)
-        self._backend = backend if may_launch(log_f) else None
 
     def previous_unshifted(self, name: str, layout: TokenLayout) -> Tensor | None:
         """As `StaticForgettingLayer.previous_unshifted`."""
@@ -271,13 +283,7 @@ class PagedForgettingLayer(PagePool, CacheLayerMixin):
         length = past + tokens
         if length > self.max_cache_len:
             refuse_overflow(past, self.max_cache_len, tokens)
-        keys, values, c_by_gate, start, write = self._take_chunk(key_states, value_states, new.query, past)
-        # Queries must not attend to what is evicted; to each other's keys they may.
-        kv_start, evicted = new.kv_start, self.start * PAGE
-        heads = evicted.shape[1]
-        if kv_start.shape[1] not in (1, heads):
-            evicted = evicted.repeat_interleave(kv_start.shape[1] // heads, dim=1)
-        kv_start = torch.maximum(kv_start, evicted[..., None])
+        keys, values, c_by_gate, kv_start, start, write = self._take_chunk(key_states, value_states, new, past)
         self._gathered = Decay(new.query, c_by_gate, kv_start, new.last)
         self.pending = _Pending(start, length, write)
         if len(keys) * tokens > _TOKENS_AT_ONCE:
@@ -285,20 +291,28 @@ class PagedForgettingLayer(PagePool, CacheLayerMixin):
         return keys, values
 
     def _take_chunk(
-        self, key_states: Tensor, value_states: Tensor, c_new: Tensor, past: int
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Callable[[], None]]:
-        """All keys, values and running sums by gate; `first_needed` after the new tokens; what writes them to pages."""
+        self, key_states: Tensor, value_states: Tensor, decay: Decay, past: int
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None, Callable[[], None]]:
+        """All keys, values and running sums by gate; the first key that each query may see; `first_needed` after the
+        new tokens; what writes them to pages."""
         backend, self._backend = self._backend, None
-        length = past + key_states.shape[2]
-        if backend is not None and backend.take_chunk is not None:
-            write_chunk = backend.write_chunk
-            assert write_chunk is not None, "both or none"
+        length, c_new = past + key_states.shape[2], decay.query
+        if backend is not None:
+            take_chunk, write_chunk = backend.take_chunk, backend.write_chunk
+            assert take_chunk is not None and write_chunk is not None, "asked in append_gates"
             new, to_come = (key_states, value_states, c_new, past), self._queries_to_come(length, least=0)
-            state = dict(summary=self.summary, running=self.running, to_come=to_come)
-            taken = backend.take_chunk(*new, **self._pools(), **state)
+            state = dict(start=self.start, summary=self.summary, running=self.running, to_come=to_come)
+            taken = take_chunk(*new, first=decay.kv_start, **self._pools(), **state)
+            kept = dict(first=decay.kv_start, recent=self._recent_to_write())
             if to_come is not None and to_come.token >= PAGE:
                 self._evicted_for = to_come.token + 1
-            return *taken, lambda: write_chunk(*new, **self._pools())
+            return *taken, lambda: write_chunk(*new, **kept, **self._pools())
+        # Queries must not attend to what is evicted; to each other's keys they may.
+        kv_start, evicted = decay.kv_start, self.start * PAGE
+        heads = evicted.shape[1]
+        if kv_start.shape[1] not in (1, heads):
+            evicted = evicted.repeat_interleave(kv_start.shape[1] // heads, dim=1)
+        kv_start = torch.maximum(kv_start, evicted[..., None])
         keys, values, c = key_states, value_states, self.by_head(c_new)
         if past > 0:
             held_keys, held_values, held_c = self.read(past, self.summary)
@@ -308,7 +322,18 @@ class PagedForgettingLayer(PagePool, CacheLayerMixin):
         self._summarize(c_new, key_states, past)
         begin = past // PAGE
         blocks = [in_blocks(x[:, :, begin * PAGE :]) for x in (keys, values, c.mT)]
-        return keys, values, c_by_gate, self.first_needed(length, c_by_gate), partial(self.write_blocks, begin, *blocks)
+        start, write = self.first_needed(length, c_by_gate), partial(self.write_blocks, begin, *blocks)
+        return keys, values, c_by_gate, kv_start, start, write
+
+    def _recent_to_write(self) -> "Recent":
+        """`recent` and the unshifted states of new tokens; empty if it has taken them in."""
+        from ...kernels.portable.paged_chunk import Recent
+
+        states, self._in_chunk = self._in_chunk, None
+        if states is None:
+            return Recent()
+        shifted = (x for name in ("key", "value") for x in (states.get(name), self.recent.get(name)))
+        return Recent(self.recent["c"], self.recent["first"], *shifted)
 
     def _pools(self) -> dict[str, Tensor]:
         return dict(keys=self.keys, values=self.values, sums=self.c, pages=self.pages)

@@ -32,7 +32,7 @@ from ..token_layout import TokenLayout, token_layout
 from ..versions import CACHE, one_cache
 from .attention_sink import FoxAttentionSink
 from .forget_gate import FoxForgetGate, make_forget_gate
-from .fused_projections import FusableProjections, are_called_plainly, has_hooks
+from .fused_projections import FusableProjections, are_called_plainly, call_linear, has_hooks
 from .logit_bounds import qk_norm_bounds
 from .norm import FoxRMSNorm
 from .rotary import FoxRotaryEmbedding, apply_rotary
@@ -227,7 +227,7 @@ class FoxAttention(FusableProjections):
         options["sink"] = self.sink(q) if self.has_sink else None
         out, weights = attend(self, q, k, v, None, decay=decay, scaling=self.scaling, dropout=dropout, **options)
 
-        return self.o_proj(self._normalize_and_gate(out, hidden_states, fused)), weights
+        return call_linear(self.o_proj, self._normalize_and_gate(out, hidden_states, fused)), weights
 
     def _normalize_and_gate(self, out: Tensor, hidden_states: Tensor, fused: dict[str, Tensor]) -> Tensor:
         """Output norm and output gate, where the configuration has them: ``[B, T, H, D] -> [B, T, H * D]``.
@@ -327,18 +327,21 @@ class FoxAttention(FusableProjections):
             key_logits = self.key_shift.proj(hidden_states)
         if "value" in self.shifted and value_logits is None:
             value_logits = self.value_shift.proj(hidden_states)
-        # A ring of states is read by the kernel; autograd would keep it, and the cache overwrites it.
-        pasts = {} if cache_layer is None or torch.is_grad_enabled() else cache_layer.unshifted_ring
-        past_slot = layout.slots if pasts else None
-        if not pasts:
-            pasts = {name: _last_unshifted(name, layout, cache_layer) for name in self.shifted}
+        ring = None if cache_layer is None else cache_layer.unshifted_ring
+        # Autograd would keep what the cache overwrites.
+        if ring and not torch.is_grad_enabled():
+            key_past, value_past, past_slot = ring.get("key"), ring.get("value"), layout.slots
+        else:
+            key_past = _last_unshifted("key", layout, cache_layer) if "key" in self.shifted else None
+            value_past = _last_unshifted("value", layout, cache_layer) if "value" in self.shifted else None
+            past_slot = None
         weights: list[Tensor | None] = [None, None]
         if self.qk_norm != "none":
             weights = [self.q_norm.local_weight(), self.k_norm.local_weight()]
         cos, sin = (None, None) if position_embeddings is None else position_embeddings
-        shift = key_logits, value_logits, pasts.get("key"), pasts.get("value")
-        layout_of = layout.starts, layout.last_real, past_slot
-        return PrologueInputs(*states, *shift, weights[0], weights[1], cos, sin, *layout_of)
+        shift = key_logits, value_logits, key_past, value_past
+        sources = layout.starts, layout.last_real, past_slot
+        return PrologueInputs(*states, *shift, weights[0], weights[1], cos, sin, *sources)
 
     def check_hidden_states(self, hidden_states: Tensor) -> None:
         """Raise a `ValueError` unless they are ``[B, T, hidden]`` with at least one token."""

@@ -12,7 +12,7 @@ from transformers.utils import TransformersKwargs
 
 from ..configuration_fox import FoxConfig
 from .attention import FoxAttention
-from .fused_projections import FusableProjections, are_called_plainly, has_hooks, is_called_as_matmul
+from .fused_projections import FusableProjections, are_called_plainly, call_linear, has_hooks, is_called_as_matmul
 from .logit_bounds import projection_bounds, qk_norm_bounds
 from .norm import FoxRMSNorm
 from .saved_activations import computed_again
@@ -30,10 +30,13 @@ class FoxMLP(FusableProjections, LlamaMLP):
     act_fn: nn.Module
 
     def forward(self, x: Tensor) -> Tensor:
+        # By one kernel on a GPU, unless somebody replaced or watches the activation.
+        own = type(self.act_fn) is not _SILU or torch.compiler.is_compiling() or has_hooks(self.act_fn)
+        if not own and x.shape[:-1].numel() == 1 and not torch.is_grad_enabled():
+            return self._of_one_token(x)
         fused = self.project(x)
         gate, up = fused.values() if fused else (self.gate_proj(x), self.up_proj(x))
-        # By one kernel on a GPU, unless somebody replaced or watches the activation.
-        if type(self.act_fn) is not _SILU or torch.compiler.is_compiling() or has_hooks(self.act_fn):
+        if own:
             return self.down_proj(self.act_fn(gate) * up)
         # Imported when they are used, since importing the kernels takes time.
         from ...kernels.backends import PYTORCH, elementwise_backend_of
@@ -45,6 +48,19 @@ class FoxMLP(FusableProjections, LlamaMLP):
         # The kernel keeps gate and up; their product would be the largest part of what is kept beside them.
         with computed_again(activated, backend.silu_product, gate, up):
             return self.down_proj(activated)
+
+    def _of_one_token(self, x: Tensor) -> Tensor:
+        """`forward` of ``[..., in]`` with one row, without gradients."""
+        # Imported when they are used, since importing the kernels takes time.
+        from ...kernels.backends import elementwise_backend_of
+
+        fused = self.buffer_for(x)
+        if fused is None or len(fused.weight) != sum(fused.sizes):
+            gate, up = self.gate_proj(x), self.up_proj(x)
+            activated = elementwise_backend_of(gate).silu_product(gate, up)
+        else:
+            activated = elementwise_backend_of(x).gated_linear(x, fused.weight, fused.bias)
+        return call_linear(self.down_proj, activated)
 
 
 class FoxDecoderLayer(GradientCheckpointingLayer):

@@ -108,27 +108,38 @@ class FusableProjections(nn.Module):
         """
         if torch.is_grad_enabled():
             return self._project_one_cast(x)
+        fused = self.buffer_for(x)
+        if fused is None:
+            return {}
+        # Imported when they are used, since importing the kernels takes time.
+        from ...kernels.backends import PYTORCH, elementwise_backend_of
+
+        backend = PYTORCH if torch.compiler.is_compiling() else elementwise_backend_of(x)
+        outputs = backend.linear(x, fused.weight, fused.bias)
+        rest = outputs.shape[-1] - sum(fused.sizes)
+        # The rows of zeros are left out by zip.
+        return dict(zip(fused.names, outputs.split_with_sizes((*fused.sizes, rest), dim=-1), strict=False))
+
+    def buffer_for(self, x: Tensor) -> FusedProjections | None:
+        """The buffer that a call without gradients reads for ``x``, ``[..., in]``; None where it reads none."""
         fused = self.fused_projections
         if fused is None or self.uses_fused == "never":
-            return {}
+            return None
         tokens = x.shape[:-1].numel()
         if tokens > MAX_FUSED_TOKENS:
             reads_views = fused.on_kernels and self.reads_views and not torch.compiler.is_compiling()
             if tokens > MAX_FUSED_PROMPT or not reads_views:
-                return {}
+                return None
         # accelerate moves an offloaded model when it is called; autocast would cast the whole buffer at each call.
         if fused.weight.device != x.device or _autocasts(x):
-            return {}
+            return None
         checks = self.uses_fused == "checked" and not torch.compiler.is_compiling()
         if checks and not (self._is_untouched(fused) or self._is_fused()):
             if not self._holds_weights():
                 # The buffer would be memory that nothing reads.
                 self.unfuse_projections()
-            return {}
-        outputs = nn.functional.linear(x, fused.weight, fused.bias)
-        rest = outputs.shape[-1] - sum(fused.sizes)
-        # The rows of zeros are left out by zip.
-        return dict(zip(fused.names, outputs.split_with_sizes((*fused.sizes, rest), dim=-1), strict=False))
+            return None
+        return fused
 
     def _project_one_cast(self, x: Tensor) -> dict[str, Tensor]:
         if torch.compiler.is_compiling() or x.dtype != torch.float32 or not _autocasts(x) or not may_launch(x):
@@ -313,6 +324,18 @@ def _is_matmul(module: Any) -> bool:
 def is_called_as_matmul(module: Any) -> bool:
     """Whether calling ``module`` does nothing but multiply by its whole weight and add its bias."""
     return _is_matmul(module) and "forward" not in module.__dict__
+
+
+def call_linear(module: nn.Module, x: Tensor) -> Tensor:
+    """``module(x)``; of one row, without gradients, by `Backend.linear`, unless it is more than a matmul."""
+    if x.shape[:-1].numel() != 1 or torch.is_grad_enabled() or torch.compiler.is_compiling():
+        return module(x)
+    if not is_called_as_matmul(module) or is_sharded(module.weight):
+        return module(x)
+    # Imported when they are used, since importing the kernels takes time.
+    from ...kernels.backends import elementwise_backend_of
+
+    return elementwise_backend_of(x).linear(x, module.weight, module.bias)
 
 
 def has_hooks(module: nn.Module) -> bool:

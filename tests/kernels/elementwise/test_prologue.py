@@ -233,7 +233,8 @@ def test_the_kernel_is_what_runs() -> None:
 def test_a_past_in_a_ring_is_the_state_that_the_slot_names(case: str) -> None:
     inputs = draw(SOME_DTYPES[0], **(CASES | PADDED)[case] | {"past": True})
     ring = {
-        name: torch.randn(len(x), 4, *x.shape[1:]).to(x) for name in ("key_past", "value_past")
+        name: torch.randn(len(x), 4, *x.shape[1:]).to(x)
+        for name in ("key_past", "value_past")
         if (x := getattr(inputs, name)) is not None
     }
     for slot in (0, 3):

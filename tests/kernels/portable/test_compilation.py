@@ -43,7 +43,9 @@ from foxlm.kernels.elementwise.triton_prologue import attention_prologue
 from foxlm.kernels.elementwise.triton_silu_product import silu_product
 from foxlm.kernels.portable.decode import decode_attention
 from foxlm.kernels.portable.decode_append import append_tokens
-from foxlm.kernels.portable.paged_chunk import take_chunk, write_chunk
+from foxlm.kernels.portable.page_table import move_pages
+from foxlm.kernels.portable.paged_chunk import Recent, take_chunk, write_chunk
+from foxlm.kernels.portable.small_linear import gated_linear, linear
 
 # Shared memory that one program can have, in KiB.
 SHARED_MEMORY = {80: 163, 86: 99, 89: 99, 90: 227, 100: 227}
@@ -324,6 +326,22 @@ def test_gate_logits_fit_and_compile_once(capability, tmp_path):
 
 
 @pytest.mark.parametrize("capability", ARCHITECTURES)
+def test_linear_layers_of_one_row_fit_and_compile_once(capability, tmp_path):
+    with compiling_only(capability) as compiled, torch.no_grad():
+        for size, features in ((1536, 6208), (1536, 1536), (4096, 1536)):
+            x, weight = torch.empty(1, 1, size, dtype=torch.bfloat16), torch.empty(features, size, dtype=torch.bfloat16)
+            linear(x, weight)
+            gated_linear(x, weight)
+    kernels = {kernel.hash: kernel for kernel in compiled}.values()
+    assert len(kernels) == 2
+    for kernel in kernels:
+        assert kernel.metadata.target.arch == capability
+        used = resources(kernel, tmp_path)
+        assert used["REG"] * 32 * kernel.metadata.num_warps <= REGISTERS
+        assert used["STACK"] == 0
+
+
+@pytest.mark.parametrize("capability", ARCHITECTURES)
 @pytest.mark.parametrize(("heads", "gates", "head_dim"), [(4, 4, 64), (4, 1, 128), (8, 8, 80)])
 def test_chunks_of_an_evicting_cache_fit_and_compile_once(heads, gates, head_dim, capability, tmp_path):
     """Once for the first chunk of a prompt, which reads no pages, and once for all others."""
@@ -340,13 +358,23 @@ def test_chunks_of_an_evicting_cache_fit_and_compile_once(heads, gates, head_dim
             c = torch.empty(2, gates, tokens).double()
             summary, running = empty_summary(c, k, 130 * 64)
             statistics: dict[str, Any] = dict(summary=summary, running=running, to_come=to_come)
-            all_k, _, all_c, start = take_chunk(k, k, c, past, **pools, **statistics)
+            first, states = torch.empty(2, gates, tokens, dtype=torch.int64), k.transpose(1, 2)
+            rings = torch.empty(2, gates, 64).double(), torch.empty(2, gates, 64, dtype=torch.int64)
+            unshifted = (states, torch.empty(2, 64, 4, head_dim, dtype=torch.bfloat16))
+            statistics |= dict(first=first, start=torch.zeros(2, 4, dtype=torch.int32))
+            all_k, _, all_c, shown, start = take_chunk(k, k, c, past, **pools, **statistics)
+            assert shown.shape == (2, max(4, gates), tokens)
             assert all_k.shape == (2, 4, past + tokens, head_dim) and all_c.shape == (2, gates, past + tokens)
             assert start is not None and start.shape == (2, 4)
-            write_chunk(k, k, c, past, **pools)
+            recent = Recent(*rings, *unshifted, *unshifted) if past else Recent()
+            write_chunk(k, k, c, past, first=first, recent=recent, **pools)
+            table, counts = (pools["pages"], statistics["start"]), torch.empty(2, dtype=torch.int32)
+            sizes: dict[str, Any] = dict(n_free=past, n_pages=9, used=130, blocks=1 + tokens // 64)
+            move_pages(*table, start if past else None, torch.empty(9 + past).int(), counts, **sizes)
     kernels = {kernel.hash: kernel for kernel in compiled}.values()
     names = [kernel.metadata.name for kernel in kernels]
-    assert sorted(names) == [f"_{x}_chunk_kernel" for x in ("join", "read", "read", "write")]
+    chunk = [f"_{x}_chunk_kernel" for x in ("join", "read", "read", "write", "write")]
+    assert sorted(names) == sorted([*chunk, "_move_pages_kernel", "_move_pages_kernel"])
     for kernel in kernels:
         assert kernel.metadata.target.arch == capability
         used = resources(kernel, tmp_path)

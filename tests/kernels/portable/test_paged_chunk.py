@@ -31,10 +31,12 @@ class Taken:
         self.layer.take_bounds((torch.full((1,), size**0.5), torch.full((1,), float(size**0.5))))
         self.length = 0
 
-    def take(self, log_f: Tensor, k: Tensor, v: Tensor) -> list[Tensor]:
+    def take(self, log_f: Tensor, k: Tensor, v: Tensor, unshifted: dict[str, Tensor]) -> list[Tensor]:
         positions = torch.arange(-1, k.shape[2], device=k.device) + self.length
         layout = TokenLayout(positions[1:], None, None, None, positions.remainder(PAGE))
         self.length += k.shape[2]
+        for name, x in unshifted.items():
+            self.layer.append_unshifted(name, x, layout)
         self.layer.append_gates(log_f, layout, self.backend)
         keys, values = self.layer.update(k, v)
         decay, _ = self.layer.decay(few=False)
@@ -45,7 +47,8 @@ class Taken:
         layer, blocks = self.layer, -(-self.length // PAGE)
         # What is held of tokens so far; the rest of a page may be anything.
         held = layer.read(self.length, layer.summary)
-        return [*(x[..., :blocks] for x in layer.summary), *layer.running, layer.start, layer.pages, *held]
+        pages = [layer.start, layer.pages, layer._free[: layer._free_count], torch.tensor(len(layer.keys))]
+        return [*(x[..., :blocks] for x in layer.summary), *layer.running, *pages, *layer.recent.values(), *held]
 
 
 @pytest.mark.parametrize(
@@ -67,13 +70,15 @@ def test_chunks(dtype: torch.dtype, heads: tuple[int, int, int], rule: Rule) -> 
         log_f = -torch.rand(2, tokens, gates, device=DEVICE) * rates
         if tokens == 90:
             log_f[0, 5, 0] = -torch.inf
-        found, expected = by_kernels.take(log_f, k, v), by_operators.take(log_f, k, v)
+        shifted = {(2, 2, 2): ("key", "value"), (4, 2, 4): ("value",)}.get(heads, ())
+        unshifted = {name: torch.randn(2, 2 * tokens, kv_heads, size).to(k)[:, ::2] for name in shifted}
+        found, expected = (x.take(log_f, k, v, unshifted) for x in (by_kernels, by_operators))
         found, expected = found + by_kernels.state(), expected + by_operators.state()
         for i, (x, y) in enumerate(zip(found, expected, strict=True)):
             assert x.dtype == y.dtype and x.shape == y.shape, i
             torch.testing.assert_close(x, y, rtol=1e-12 if x.dtype == torch.float64 else 1e-6, atol=1e-12, msg=str(i))
         evicted |= bool((by_kernels.layer.start > 0).any())
-    assert evicted and by_kernels.layer._backend is None
+    assert evicted and by_kernels.layer._backend is None and by_kernels.layer._in_chunk is None
 
 
 def test_without_bounds_nothing_is_evicted() -> None:
@@ -81,5 +86,5 @@ def test_without_bounds_nothing_is_evicted() -> None:
     layer.layer.take_bounds(None)
     for _ in range(2):
         k = torch.randn(1, 2, 150, 16, device=DEVICE, dtype=DTYPES[0])
-        layer.take(torch.full((1, 150, 2), -1.0, device=DEVICE), k, k)
+        layer.take(torch.full((1, 150, 2), -1.0, device=DEVICE), k, k, {})
     assert not layer.layer.start.any() and torch.equal(layer.layer.read(300, layer.layer.summary)[0][:, :, 150:], k)
