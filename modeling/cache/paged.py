@@ -336,7 +336,8 @@ class PagedForgettingLayer(PagePool, CacheLayerMixin):
         return Recent(self.recent["c"], self.recent["first"], *shifted)
 
     def _pools(self) -> dict[str, Tensor]:
-        return dict(keys=self.keys, values=self.values, sums=self.c, pages=self.pages)
+        # One page stands for all, so that launches are remembered however many there are.
+        return dict(keys=self.keys[:1], values=self.values[:1], sums=self.c[:1], pages=self.pages)
 
     def first_needed(self, length: int, c: Tensor | None = None) -> Tensor | None:
         """The first block that some query from ``length - rollback_window`` on may need, ``[B, G]`` int32.
