@@ -209,11 +209,11 @@ def run_graft(base: Path, text: Path, out: Path, *options: str) -> dict:
     [
         ("--gate_steps", "2", "--forget_aux_loss_coef", "5", "--decay_times", "16:1000"),
         ("--lora_rank", "2", "--decay_times", "4:100", "--bf16", "True"),
-        ("--decay_times", "none"),
+        ("--decay_times", "none", "--rope_factor", "2"),
         ("--lora_rank", "2", "--decay_times", "none"),
         ("--remove_rope", "True", "--output_gate", "True", "--decay_times", "20"),
     ],
-    ids=["staged", "lora", "base", "lora of base", "nope"],
+    ids=["staged", "lora", "stretched base", "lora of base", "nope"],
 )
 def test_grafting_finetunes_and_reports(
     base: Path, text: Path, tmp_path: Path, options: tuple[str, ...], capsys: pytest.CaptureFixture
@@ -231,6 +231,7 @@ def test_grafting_finetunes_and_reports(
     assert "| 64 to 128 |" in (tmp_path / "out" / "report.md").read_text()
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "out" / "model")
     assert (model.config.rope_parameters is None) == ("--remove_rope" in options)
+    assert (model.config.rope_parameters or {}).get("factor") == (2.0 if "--rope_factor" in options else None)
     assert (model.config.forget_gate == "none") == ("none" in options)
     AutoTokenizer.from_pretrained(tmp_path / "out" / "model")
     dtypes = {weight.dtype for name, weight in model.named_parameters() if ".forget_gate." not in name}
