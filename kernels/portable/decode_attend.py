@@ -165,6 +165,9 @@ def _decode_attend_kernel(
         else:
             i_gate = o_r // TQ * PAGE_GATES // KV_GROUP
             p_ck = C_K
+            # Each page is looked up a tile ahead: what is read of it waits for that.
+            p_page = PAGES + tl.cast(i_bg, tl.int64) * NB
+            next_page = tl.load(p_page + n_begin // KEY_BLOCK)
         if IS_ONE_GATE:
             p_ck += tl.min(i_gate, 0).to(tl.int64) * ck_h
         # Keys from kv_start on that a row may attend to, compared as unsigned: those before are large values.
@@ -186,7 +189,8 @@ def _decode_attend_kernel(
                 m_k, o_k = m_n, o_n
                 p_k_tile, p_v_tile, p_ck_tile = p_k, p_v, p_ck
             else:
-                page = tl.load(PAGES + tl.cast(i_bg, tl.int64) * NB + n // KEY_BLOCK)
+                page = next_page
+                next_page = tl.load(p_page + (n + BLOCK_N) // KEY_BLOCK, mask=n + BLOCK_N < n_end, other=0)
                 m_k, o_k = m_n & (page >= 0), o_n % KEY_BLOCK
                 p_k_tile, p_v_tile = K + page.to(tl.int64) * k_b, V + page.to(tl.int64) * v_b
                 p_ck_tile = p_ck + page.to(tl.int64) * ck_b

@@ -1,6 +1,6 @@
 """Pages of an evicting cache, given back and handed out in one Triton launch for a layer.
 
-`PagePool.plan_moves` in PyTorch defines it, which takes a dozen operators and waits for the device.
+`PagePool.plan_moves` in PyTorch defines it, which takes two dozen operators.
 """
 
 import triton
@@ -25,10 +25,7 @@ def _entries(begin, ROWS, USED, N, BLOCK: tl.constexpr):
 
 @triton.jit
 def _load_start(START, NEW_START, rows, m):
-    start = tl.load(START + rows, mask=m, other=0)
-    if NEW_START is not None:
-        start = tl.maximum(start, tl.load(NEW_START + rows, mask=m, other=0))
-    return start
+    return tl.maximum(tl.load(START + rows, mask=m, other=0), tl.load(NEW_START + rows, mask=m, other=0))
 
 
 @launched
@@ -39,16 +36,15 @@ def _move_pages_kernel(
     BLOCK: tl.constexpr,
 ):  # fmt: skip
     """One program: every page that is given back can be handed out again."""
-    if NEW_START is not None:
-        for begin in range(0, ROWS * USED, BLOCK):
-            rows, blocks, m, entry = _entries(begin, ROWS, USED, N, BLOCK)
-            page = tl.load(PAGES + entry, mask=m, other=-1)
-            evicted = (page >= 0) & (blocks < _load_start(START, NEW_START, rows, m))
-            tl.store(FREE + n_free + tl.cumsum(evicted.to(tl.int32), 0) - 1, page, mask=evicted)
-            tl.store(PAGES + entry, -1 + tl.zeros_like(page), mask=evicted)
-            n_free += tl.sum(evicted.to(tl.int32), 0)
-        # What other threads have stored is read.
-        tl.debug_barrier()
+    for begin in range(0, ROWS * USED, BLOCK):
+        rows, blocks, m, entry = _entries(begin, ROWS, USED, N, BLOCK)
+        page = tl.load(PAGES + entry, mask=m, other=-1)
+        evicted = (page >= 0) & (blocks < _load_start(START, NEW_START, rows, m))
+        tl.store(FREE + n_free + tl.cumsum(evicted.to(tl.int32), 0) - 1, page, mask=evicted)
+        tl.store(PAGES + entry, -1 + tl.zeros_like(page), mask=evicted)
+        n_free += tl.sum(evicted.to(tl.int32), 0)
+    # What other threads have stored is read.
+    tl.debug_barrier()
     wanted_before = n_free * 0
     for begin in range(0, ROWS * USED, BLOCK):
         rows, blocks, m, entry = _entries(begin, ROWS, USED, N, BLOCK)
@@ -58,13 +54,12 @@ def _move_pages_kernel(
         free = tl.load(FREE + n_free - 1 - order, mask=wanted & (order < n_free), other=0)
         tl.store(PAGES + entry, tl.where(order < n_free, free, n_pages + order - n_free), mask=wanted)
         wanted_before += tl.sum(wanted.to(tl.int32), 0)
-    if NEW_START is not None:
-        # All threads have read what is overwritten.
-        tl.debug_barrier()
-        for begin in range(0, ROWS, BLOCK):
-            rows = begin + tl.arange(0, BLOCK)
-            start = _load_start(START, NEW_START, rows, rows < ROWS)
-            tl.store(START + rows, start, mask=rows < ROWS)
+    # All threads have read what is overwritten.
+    tl.debug_barrier()
+    for begin in range(0, ROWS, BLOCK):
+        rows = begin + tl.arange(0, BLOCK)
+        start = _load_start(START, NEW_START, rows, rows < ROWS)
+        tl.store(START + rows, start, mask=rows < ROWS)
     tl.store(COUNTS, tl.maximum(n_free - wanted_before, 0))
     tl.store(COUNTS + 1, tl.maximum(wanted_before - n_free, 0))
 
@@ -72,7 +67,7 @@ def _move_pages_kernel(
 def move_pages(
     pages: Tensor,
     start: Tensor,
-    new_start: Tensor | None,
+    new_start: Tensor,
     free: Tensor,
     counts: Tensor,
     *,
@@ -86,7 +81,7 @@ def move_pages(
     Args:
         pages: ``[B, G, N]`` int32 table, contiguous, -1 where there is no page; changed in place.
         start: ``[B, G]`` int32 first block that is not evicted; becomes the larger of itself and ``new_start``.
-        new_start: likewise, contiguous; None to give nothing back.
+        new_start: likewise, contiguous; ``start`` itself to give nothing back.
         free: ``[n_pages or more]`` int32 pages that are not in use, of which the last is handed out first; changed in
             place.
         counts: ``[2]`` int32, written: pages that are free now, and those handed out that the pool does not have yet.

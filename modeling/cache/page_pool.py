@@ -78,24 +78,29 @@ class PagePool:
         if move is not None:
             counts = torch.empty(2, dtype=torch.int32, device=self.device)
             sizes = dict(n_free=self._free_count, n_pages=len(self.keys), used=self._used, blocks=blocks)
-            move(self.pages, self.start, new_start, self._free, counts, **sizes)
+            start = self.start if new_start is None else new_start
+            move(self.pages, self.start, start, self._free, counts, **sizes)
             return counts
-        free = self._free[: self._free_count]
+        # By masks and sums alone: to select by a mask would synchronise, to find out how many there are.
         index = torch.arange(self.pages.shape[-1], device=self.device)
         if new_start is not None:
             self.start.copy_(torch.maximum(self.start, new_start))
-            evicted = (self.pages >= 0) & (index < self.start[..., None])
-            free = torch.cat([free, self.pages[evicted]])
-            self.pages[evicted] = -1
-        wanted = (self.pages < 0) & (index >= self.start[..., None]) & (index < blocks)
-        number, held = int(wanted.sum()), len(self.keys)
-        missing = max(0, number - len(free))
-        made = torch.arange(held, held + missing, dtype=torch.int32, device=self.device)
+        is_needed = index >= self.start[..., None]
+        evicted = ((self.pages >= 0) & ~is_needed).flatten()
+        order = evicted.cumsum(0)
+        # The last place takes what is not evicted: page 0 is never free, so pages are one more than free ones.
+        places = torch.where(evicted, order + (self._free_count - 1), len(self._free) - 1)
+        self._free.scatter_(0, places, self.pages.flatten())
+        free = order[-1] + self._free_count
+        wanted = ((self.pages < 0) & is_needed & (index < blocks)).flatten()
+        order = wanted.cumsum(0)
         # The last is handed out first.
-        self.pages[wanted] = torch.cat([free.flip(0), made])[:number]
-        left = len(free) + missing - number
-        self._free[:left] = free[:left]
-        return torch.tensor([left, missing], dtype=torch.int32)
+        found = self._free[(free - order).clamp(min=0)]
+        found = torch.where(order <= free, found, len(self.keys) + order - free - 1).view_as(self.pages)
+        self.pages.masked_fill_(evicted.view_as(self.pages), -1)
+        self.pages.copy_(torch.where(wanted.view_as(self.pages), found, self.pages))
+        left = free - order[-1]
+        return torch.stack([left.clamp(min=0), (-left).clamp(min=0)]).int()
 
     def take_counts(self, free: int, missing: int) -> None:
         """Take what `plan_moves` has found, and make the pages that are missing."""

@@ -157,8 +157,10 @@ class FoxAttention(FusableProjections):
             TypeError: an argument is not known here; the message names it.
             ValueError: an argument is not as above; the message names it.
         """
-        refuse_unknown(FoxAttention.forward, kwargs, DECODER_ARGUMENTS)
-        cache = one_cache(cache, past_key_values)
+        if kwargs:
+            refuse_unknown(FoxAttention.forward, kwargs, DECODER_ARGUMENTS)
+        if past_key_values is not None:
+            cache = one_cache(cache, past_key_values)
         if settings is None:
             settings = attention_settings(self.config, self.training or torch.is_grad_enabled())
         if layout is None:
@@ -227,7 +229,8 @@ class FoxAttention(FusableProjections):
         options["sink"] = self.sink(q) if self.has_sink else None
         out, weights = attend(self, q, k, v, None, decay=decay, scaling=self.scaling, dropout=dropout, **options)
 
-        return call_linear(self.o_proj, self._normalize_and_gate(out, hidden_states, fused)), weights
+        out = self._normalize_and_gate(out, hidden_states, fused)
+        return call_linear(self.o_proj, out) if few else self.o_proj(out), weights
 
     def _normalize_and_gate(self, out: Tensor, hidden_states: Tensor, fused: dict[str, Tensor]) -> Tensor:
         """Output norm and output gate, where the configuration has them: ``[B, T, H, D] -> [B, T, H * D]``.

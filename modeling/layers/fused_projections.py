@@ -111,11 +111,13 @@ class FusableProjections(nn.Module):
         fused = self.buffer_for(x)
         if fused is None:
             return {}
-        # Imported when they are used, since importing the kernels takes time.
-        from ...kernels.backends import PYTORCH, elementwise_backend_of
+        if x.shape[0] == x.shape[1] == 1 and not torch.compiler.is_compiling():
+            # Imported when they are used, since importing the kernels takes time.
+            from ...kernels.backends import elementwise_backend_of
 
-        backend = PYTORCH if torch.compiler.is_compiling() else elementwise_backend_of(x)
-        outputs = backend.linear(x, fused.weight, fused.bias)
+            outputs = elementwise_backend_of(x).linear(x, fused.weight, fused.bias)
+        else:
+            outputs = nn.functional.linear(x, fused.weight, fused.bias)
         rest = outputs.shape[-1] - sum(fused.sizes)
         # The rows of zeros are left out by zip.
         return dict(zip(fused.names, outputs.split_with_sizes((*fused.sizes, rest), dim=-1), strict=False))
@@ -327,8 +329,9 @@ def is_called_as_matmul(module: Any) -> bool:
 
 
 def call_linear(module: nn.Module, x: Tensor) -> Tensor:
-    """``module(x)``; of one row, without gradients, by `Backend.linear`, unless it is more than a matmul."""
-    if x.shape[:-1].numel() != 1 or torch.is_grad_enabled() or torch.compiler.is_compiling():
+    """``module(x)`` of ``[B, T, in]``; of one token, without gradients, by `Backend.linear`, if it is but a matmul."""
+    # Not asked of what is traced, which serves any sizes.
+    if torch.compiler.is_compiling() or x.shape[0] != 1 or x.shape[1] != 1 or torch.is_grad_enabled():
         return module(x)
     if not is_called_as_matmul(module) or is_sharded(module.weight):
         return module(x)

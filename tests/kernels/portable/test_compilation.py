@@ -370,11 +370,11 @@ def test_chunks_of_an_evicting_cache_fit_and_compile_once(heads, gates, head_dim
             write_chunk(k, k, c, past, first=first, recent=recent, **pools)
             table, counts = (pools["pages"], statistics["start"]), torch.empty(2, dtype=torch.int32)
             sizes: dict[str, Any] = dict(n_free=past, n_pages=9, used=130, blocks=1 + tokens // 64)
-            move_pages(*table, start if past else None, torch.empty(9 + past).int(), counts, **sizes)
+            move_pages(*table, start, torch.empty(9 + past).int(), counts, **sizes)
     kernels = {kernel.hash: kernel for kernel in compiled}.values()
     names = [kernel.metadata.name for kernel in kernels]
     chunk = [f"_{x}_chunk_kernel" for x in ("join", "read", "read", "write", "write")]
-    assert sorted(names) == sorted([*chunk, "_move_pages_kernel", "_move_pages_kernel"])
+    assert sorted(names) == sorted([*chunk, "_move_pages_kernel"])
     for kernel in kernels:
         assert kernel.metadata.target.arch == capability
         used = resources(kernel, tmp_path)
