@@ -1,20 +1,23 @@
 """Train Forgetting Transformers and Transformers of the same sizes on the same text, and compare them.
 
-    python examples/compare.py all --text corpus.jsonl --out runs
+    python examples/compare.py all --text books.jsonl --text code.jsonl --out runs
 
 does these, each of which can be called alone, and skips what it finds done:
 
-    python examples/compare.py prepare --text corpus.jsonl --out runs     # tokenizer, tokens, held-out documents
-    python examples/compare.py train --arm fox-pro --out runs             # one model; four arms on four GPUs at once
-    python examples/compare.py evaluate --out runs                        # loss by position, needle, pruning report
+    python examples/compare.py prepare --text books.jsonl --text code.jsonl --out runs    # tokenizer and rows of tokens
+    python examples/compare.py train --arm fox-pro --out runs              # one model; several on as many GPUs at once
+    python examples/compare.py evaluate --out runs                         # loss by position, needle, pruning report
 
 The arms are the four models of the Forgetting Transformer's paper: its two blocks, `pro` and `llama`, each with forget
 gates (`fox-`) and with rotary embeddings in their place (`transformer-`). All else is the same: code, sizes, text, its
-order, steps and learning rates.
+order, steps and recipe, which is the authors' (AdamW at 2e-3). Options of `train` change one thing of a run, which
+`--name` then tells from the others:
+
+    python examples/compare.py train --arm fox-pro --name from-half --decay-times 1.4427 1.4427 --out runs
 """
 
 import json
-import random
+import shutil
 import subprocess
 import sys
 import time
@@ -28,31 +31,46 @@ import torch
 import typer
 from torch import Tensor
 from torch.utils.data import Dataset
-from transformers import AutoTokenizer, PreTrainedTokenizerBase, TrainingArguments, set_seed
+from transformers import AutoTokenizer, PreTrainedTokenizerBase, TrainerCallback, TrainingArguments, set_seed
+from transformers.trainer_utils import get_last_checkpoint
 
 from foxlm import FoxConfig, FoxForCausalLM
 from foxlm.evaluation.demo.optimizer import MuonAndAdamW
 from foxlm.evaluation.provenance import provenance
+from foxlm.modeling.layers.forget_gate import FoxForgetGate, bias_for_times
 from foxlm.training import FoxTrainer
 
 ARMS = ("fox-pro", "transformer-pro", "fox-llama", "transformer-llama")
+OPTIMIZERS = ("adamw", "muon")
+# Beside the sizes of the papers: one that sees 20 tokens for each of its parameters within an hour of one H100.
+SMALL = {"hidden_size": 512, "num_hidden_layers": 8, "num_attention_heads": 8}
 # What position costs a Transformer: rotary embeddings with the base that the FoX paper gives its baselines.
 ROTARY = {"rope_type": "default", "rope_theta": 500_000.0}
+WEIGHT_DECAY = 0.1
+# Options of `train` that only models with gates have, and their defaults.
+OF_GATES = {"decay_times": None, "unforgetting": 0.0, "gate_rate": 1.0, "gate_decay": WEIGHT_DECAY, "rope": False}
+# Held-out rows are so many times as long as those trained on.
+LONGER = 4
 END_OF_TEXT = "<|endoftext|>"
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, no_args_is_help=True, help=__doc__)
 Out = Annotated[Path, typer.Option(help="Folder of the whole comparison.")]
-Text = Annotated[list[Path], typer.Option(help='.jsonl files with a "text" in each line, or .txt. Repeatable.')]
+Text = Annotated[
+    list[Path],
+    typer.Option(
+        help='A kind of text: .jsonl with a "text" in each line, or .txt. Repeatable. Neighboring lines whose "source" '
+        "has the same folder are joined until they are as long as a held-out row."
+    ),
+]
 Vocabulary = Annotated[int, typer.Option(help="Of the tokenizer trained on the text.")]
 Tokenizer = Annotated[Path | None, typer.Option(help="Folder of a tokenizer to take instead.")]
-HeldOut = Annotated[float, typer.Option(help="Share of the documents that are held out.")]
-Size = Annotated[str, typer.Option(help="125m, 360m or 760m, as in the paper.")]
+Length = Annotated[int, typer.Option(help="Tokens of a training row, which lies within one document.")]
+Tokens = Annotated[int, typer.Option(help="Training tokens of each kind at most, which balances the kinds.")]
+HeldOut = Annotated[int, typer.Option(help="Documents of each kind that are held out.")]
+Size = Annotated[str, typer.Option(help="45m; or 125m, 360m or 760m, as in the paper.")]
 Layers = Annotated[int | None, typer.Option(help="Fewer layers than that, for a trial.")]
-Length = Annotated[int, typer.Option(help="Tokens of a training example.")]
-Batch = Annotated[int, typer.Option(help="Examples in a step.")]
+Batch = Annotated[int, typer.Option(help="Tokens in a step, a multiple of the rows' length.")]
 Steps = Annotated[int | None, typer.Option(help="Optimizer steps; one pass over the text if not given.")]
-MuonRate = Annotated[float, typer.Option(help="Peak learning rate of the matrices in the layers, which Muon trains.")]
-AdamwRate = Annotated[float, typer.Option(help="Peak learning rate of all else, which AdamW trains.")]
 Seed = Annotated[int, typer.Option(help="Of weights and order.")]
 
 
@@ -62,179 +80,320 @@ def prepare(
     out: Out = Path("runs"),
     vocabulary: Vocabulary = 16384,
     tokenizer: Tokenizer = None,
-    held_out: HeldOut = 0.02,
-    seed: Seed = 0,
+    length: Length = 16384,
+    tokens: Tokens = 20_000_000,
+    held_out: HeldOut = 8,
 ) -> None:
-    """Make the tokenizer, the training tokens in a random order of documents, and the held-out documents."""
-    if (out / "tokens.npy").exists():
+    """Make the tokenizer, the training rows, and held-out documents and rows of each kind."""
+    if (out / "rows.npy").exists():
         return
-    out.mkdir(parents=True, exist_ok=True)
-    trained: list[str] = []
-    kept: list[str] = []
-    for document in (document for file in text for document in read_documents(file)):
-        # By what the document says, so that it stays held out whatever else is added.
-        (kept if zlib.crc32(document.encode()) < held_out * 2**32 else trained).append(document)
-    if not trained or not kept:
-        raise typer.BadParameter(f"--text has {len(trained)} documents to train on and {len(kept)} held out")
-    random.Random(seed).shuffle(trained)
-    made = train_tokenizer(trained, vocabulary) if tokenizer is None else AutoTokenizer.from_pretrained(tokenizer)
+    (out / "held_out").mkdir(parents=True, exist_ok=True)
+    # A token has fewer than five characters in almost any text, so that what is joined is long enough.
+    kinds = {file.stem: list(read_documents(file, 5 * LONGER * length)) for file in text}
+    for documents in kinds.values():
+        # An order that has nothing to do with what the text says, and that stays whatever else is added.
+        documents.sort(key=lambda document: zlib.crc32(document.encode()))
+    # From the other end than what is held out.
+    some = [document for documents in kinds.values() for document in first_characters(documents[::-1], 20_000_000)]
+    made = train_tokenizer(some, vocabulary) if tokenizer is None else AutoTokenizer.from_pretrained(tokenizer)
     made.save_pretrained(out / "tokenizer")
+    rows: list[np.ndarray] = []
+    counts: dict[str, dict[str, int]] = {}
     with (out / "held_out.jsonl").open("w", encoding="utf-8") as file:
-        file.writelines(json.dumps({"text": document}) + "\n" for document in kept)
-    tokens = tokenize(trained, made)
-    print(f"{len(trained):,} documents, {len(tokens):,} tokens to train on; {len(kept):,} documents held out")
+        for kind, documents in kinds.items():
+            kept: list[np.ndarray] = []
+            count = counts[kind] = {"documents": 0, "tokens": 0, "held_out_documents": 0, "too_short": 0}
+            for document, ids in tokenize(documents, made):
+                if len(kept) < held_out and len(ids) >= LONGER * length:
+                    kept.append(ids[: LONGER * length])
+                    file.write(json.dumps({"text": document}) + "\n")
+                elif len(ids) < length:
+                    count["too_short"] += 1
+                elif (left := (tokens - count["tokens"]) // length) > 0:
+                    rows.append(ids[: min(len(ids) // length, left) * length].reshape(-1, length))
+                    count["documents"] += 1
+                    count["tokens"] += rows[-1].size
+                else:
+                    break
+            if len(kept) < held_out or not count["tokens"]:
+                raise typer.BadParameter(
+                    f"--text {kind} must have more than {held_out} documents of {LONGER * length:,} tokens, "
+                    f"got {len(kept)} and {count['documents']} more of {length:,}"
+                )
+            count["held_out_documents"] = len(kept)
+            np.save(out / "held_out" / f"{kind}.npy", np.stack(kept))
+            print(f"{kind}: {count}", flush=True)
+    (out / "text.json").write_text(json.dumps(counts, indent=1))
     # Under another name until it is whole: what has its name is taken as done.
-    np.save(out / "unfinished.npy", tokens)
-    (out / "unfinished.npy").replace(out / "tokens.npy")
+    np.save(out / "unfinished.npy", np.concatenate(rows))
+    (out / "unfinished.npy").replace(out / "rows.npy")
 
 
-def read_documents(file: Path) -> Iterator[str]:
-    """The texts of a ``.jsonl`` file, or the one of any other."""
+def read_documents(file: Path, joined: int) -> Iterator[str]:
+    """The documents of a ``.jsonl`` file, or the one of any other.
+
+    Neighbors whose "source" lies in the same folder are one document until it has ``joined`` characters.
+    """
     if file.suffix != ".jsonl":
         yield file.read_text(encoding="utf-8")
         return
+    parts: list[str] = []
+    before = None
     with file.open(encoding="utf-8") as lines:
         for line in lines:
-            yield json.loads(line)["text"]
+            document = json.loads(line)
+            folder = document["source"].rpartition("/")[0] if "source" in document else None
+            if parts and (folder is None or folder != before or sum(map(len, parts)) >= joined):
+                yield "\n\n".join(parts)
+                parts = []
+            parts.append(document["text"])
+            before = folder
+    if parts:
+        yield "\n\n".join(parts)
 
 
-def train_tokenizer(documents: list[str], vocabulary: int, characters: int = 60_000_000) -> PreTrainedTokenizerBase:
-    """Byte-level BPE learned from the first ``characters`` of the documents."""
+def first_characters(documents: list[str], characters: int) -> Iterator[str]:
+    """The first ``characters`` of the documents."""
+    for document in documents:
+        yield document[:characters]
+        characters -= len(document)
+        if characters <= 0:
+            return
+
+
+def train_tokenizer(documents: list[str], vocabulary: int) -> PreTrainedTokenizerBase:
+    """Byte-level BPE learned from the documents."""
     from tokenizers import ByteLevelBPETokenizer
     from transformers import PreTrainedTokenizerFast
 
-    def some() -> Iterator[str]:
-        left = characters
-        for document in documents:
-            yield document[:left]
-            left -= len(document)
-            if left <= 0:
-                return
-
     learned = ByteLevelBPETokenizer()
-    learned.train_from_iterator(some(), vocab_size=vocabulary, special_tokens=[END_OF_TEXT], show_progress=False)
+    learned.train_from_iterator(documents, vocab_size=vocabulary, special_tokens=[END_OF_TEXT], show_progress=False)
     return PreTrainedTokenizerFast(
         tokenizer_object=learned._tokenizer, eos_token=END_OF_TEXT, bos_token=END_OF_TEXT, pad_token=END_OF_TEXT
     )
 
 
-def tokenize(documents: list[str], tokenizer: PreTrainedTokenizerBase) -> np.ndarray:
-    """All documents, each ended by the end-of-text token: ``[N]``."""
+def tokenize(documents: list[str], tokenizer: PreTrainedTokenizerBase) -> Iterator[tuple[str, np.ndarray]]:
+    """Each document with its tokens, ``[N]``, as they are asked for."""
     kind = np.uint16 if len(tokenizer) <= 2**16 else np.uint32
-    end = np.array([tokenizer.eos_token_id], kind)
-    parts: list[np.ndarray] = []
-    # Many at a time, which the tokenizer spreads over the cores.
-    for start in range(0, len(documents), 256):
-        encoded = tokenizer(documents[start : start + 256], add_special_tokens=False, verbose=False)["input_ids"]
-        parts += [part for ids in encoded for part in (np.array(ids, kind), end)]
-    return np.concatenate(parts)
+    # Some at a time, which the tokenizer spreads over the cores.
+    for start in range(0, len(documents), 16):
+        some = documents[start : start + 16]
+        encoded = tokenizer(some, add_special_tokens=False, verbose=False)["input_ids"]
+        yield from ((document, np.array(ids, kind)) for document, ids in zip(some, encoded, strict=True))
 
 
 class Rows(Dataset):
-    """Rows of ``length`` consecutive tokens of the whole text."""
+    """The training rows, ``[N, length]``."""
 
-    def __init__(self, tokens: np.ndarray, length: int) -> None:
-        if len(tokens) < length:
-            raise ValueError(f"--length must be at most the {len(tokens):,} tokens of the text, got {length}")
-        self.tokens, self.length = tokens, length
+    def __init__(self, tokens: np.ndarray) -> None:
+        self.tokens = tokens
 
     def __len__(self) -> int:
-        return len(self.tokens) // self.length
+        return len(self.tokens)
 
     def __getitem__(self, index: int) -> dict[str, Tensor]:
-        row = torch.from_numpy(self.tokens[index * self.length : (index + 1) * self.length].astype(np.int64))
+        row = torch.from_numpy(self.tokens[index].astype(np.int64))
         return {"input_ids": row, "labels": row}
 
 
-def build_model(arm: str, size: str, length: int, tokenizer: PreTrainedTokenizerBase, **sizes: Any) -> FoxForCausalLM:
-    """A new model of one of `ARMS`."""
-    kind, block = arm.split("-")
-    position = {} if kind == "fox" else {"forget_gate": "none", "rope_parameters": ROTARY}
-    tokens = {
+class StopAfter(TrainerCallback):
+    """Saves a checkpoint and stops once so many minutes have passed, at a step whose loss is logged."""
+
+    def __init__(self, minutes: float) -> None:
+        self.ends = time.monotonic() + 60 * minutes
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if time.monotonic() >= self.ends and state.global_step % state.logging_steps == 0:
+            control.should_save = control.should_training_stop = True
+
+
+def build_model(recipe: dict[str, Any], length: int, tokenizer: PreTrainedTokenizerBase) -> FoxForCausalLM:
+    """A new model of one of `ARMS`, as the options of `train` want it."""
+    kind, block = recipe["arm"].split("-")
+    fields: dict[str, Any] = {
         # A multiple of 64 keeps the products with the embedding fast.
         "vocab_size": -(-len(tokenizer) // 64) * 64,
         "bos_token_id": tokenizer.bos_token_id,
         "eos_token_id": tokenizer.eos_token_id,
         "pad_token_id": None,
+        "max_position_embeddings": length,
+        "attention_sink": "learned" if recipe["sink"] else "none",
+        "forget_gate": "full" if kind == "fox" else "none",
+        "rope_parameters": ROTARY if kind == "transformer" or recipe["rope"] else None,
     }
-    config = FoxConfig.preset(f"{block}-{size}", max_position_embeddings=length, **position, **tokens, **sizes)
-    return FoxForCausalLM(config)
+    size = recipe["size"]
+    if size == "45m":
+        size, fields = "125m", fields | SMALL
+    if recipe["layers"] is not None:
+        fields["num_hidden_layers"] = recipe["layers"]
+    if recipe["decay_times"] is not None:
+        fields["decay_time_min"], fields["decay_time_max"] = recipe["decay_times"]
+    model = FoxForCausalLM(FoxConfig.preset(f"{block}-{size}", **fields))
+    for gate in model.modules():
+        if isinstance(gate, FoxForgetGate):
+            kept = len(gate.bias) - round(recipe["unforgetting"] * len(gate.bias))
+            # So long that a row hardly decays, while a gate can still learn to forget.
+            gate.bias.data[kept:] = bias_for_times(torch.tensor(64.0 * length))
+    return model
+
+
+def build_optimizer(model: FoxForCausalLM, recipe: dict[str, Any]) -> torch.optim.Optimizer:
+    """The authors' AdamW, with weight decay of matrices alone; or Muon for the matrices in the layers."""
+    if recipe["optimizer"] == "muon":
+        return MuonAndAdamW(model, recipe["muon_rate"], recipe["rate"], WEIGHT_DECAY)
+    groups: dict[tuple[bool, bool], list[torch.nn.Parameter]] = {}
+    for name, weight in model.named_parameters():
+        decays = weight.ndim == 2 and "norm" not in name and ".sink." not in name
+        groups.setdefault((".forget_gate." in name, decays), []).append(weight)
+    return torch.optim.AdamW(
+        [
+            {
+                "params": weights,
+                "lr": recipe["rate"] * (recipe["gate_rate"] if gate else 1.0),
+                "weight_decay": (recipe["gate_decay"] if gate else WEIGHT_DECAY) if decays else 0.0,
+            }
+            for (gate, decays), weights in groups.items()
+        ],
+        betas=(0.9, 0.95),
+        fused=torch.cuda.is_available(),
+    )
 
 
 @app.command()
 def train(
     arm: Annotated[str, typer.Option(help=f"One of {', '.join(ARMS)}.")],
     out: Out = Path("runs"),
-    size: Size = "125m",
+    name: Annotated[str | None, typer.Option(help="Folder of the run in --out; the arm if not given.")] = None,
+    minutes: Annotated[float | None, typer.Option(help="Stop after so long; the same command goes on.")] = None,
+    size: Size = "45m",
     layers: Layers = None,
-    length: Length = 16384,
-    batch: Batch = 4,
+    batch: Batch = 65536,
     steps: Steps = None,
-    muon_rate: MuonRate = 6e-3,
-    adamw_rate: AdamwRate = 3e-3,
+    optimizer: Annotated[str, typer.Option(help=f"One of {', '.join(OPTIMIZERS)}.")] = "adamw",
+    rate: Annotated[float, typer.Option(help="Peak learning rate of what AdamW trains.")] = 2e-3,
+    muon_rate: Annotated[float, typer.Option(help="Peak learning rate of the matrices that Muon trains.")] = 6e-3,
+    decay_times: Annotated[
+        tuple[float, float] | None,
+        typer.Option(help="Gates start log-spaced between these; the default is the configuration's, 2 2048."),
+    ] = None,
+    unforgetting: Annotated[
+        float, typer.Option(help="Share of each layer's heads that start at 64 times the rows' length instead.")
+    ] = 0.0,
+    gate_rate: Annotated[float, typer.Option(help="Learning rate of gates over that of all else.")] = 1.0,
+    gate_decay: Annotated[float, typer.Option(help="Weight decay of the gates' weights.")] = WEIGHT_DECAY,
+    rope: Annotated[bool, typer.Option("--rope", help="Rotary embeddings beside the gates.")] = False,
+    sink: Annotated[bool, typer.Option("--sink", help="A learned attention sink.")] = False,
     seed: Seed = 0,
 ) -> None:
     """Train one model; its folder gets the model and training.json."""
-    if arm not in ARMS:
-        raise typer.BadParameter(f"--arm must be one of {', '.join(ARMS)}, got {arm!r}")
-    folder = out / arm
-    recipe = {"size": size, "length": length, "batch": batch, "muon_rate": muon_rate, "adamw_rate": adamw_rate}
-    if (folder / "training.json").exists():
-        _require_same_training(folder / "training.json", recipe, steps)
+    recipe: dict[str, Any] = {"arm": arm, "size": size, "layers": layers, "batch": batch, "optimizer": optimizer}
+    recipe |= {"rate": rate, "muon_rate": muon_rate, "decay_times": decay_times and list(decay_times)}
+    recipe |= {"unforgetting": unforgetting, "gate_rate": gate_rate, "gate_decay": gate_decay, "rope": rope}
+    recipe |= {"sink": sink, "seed": seed}
+    tokens = np.load(out / "rows.npy", mmap_mode="r")
+    length = tokens.shape[1]
+    _check(recipe, tokens)
+    steps = steps or tokens.size // batch
+    recipe |= {"length": length, "steps": steps}
+    folder = out / (name or arm)
+    before = _trained_before(folder / "training.json", recipe)
+    if before["steps_done"] == steps:
         return
     tokenizer = AutoTokenizer.from_pretrained(out / "tokenizer")
-    rows = Rows(np.load(out / "tokens.npy", mmap_mode="r"), length)
     set_seed(seed)
-    model = build_model(arm, size, length, tokenizer, **({} if layers is None else {"num_hidden_layers": layers}))
+    model = build_model(recipe, length, tokenizer)
     on_gpu = torch.cuda.is_available()
     if on_gpu:
         for layer in model.model.layers:
             layer.compile(dynamic=False)
-    steps = steps or len(rows) // batch
     arguments = TrainingArguments(
         output_dir=str(folder),
         max_steps=steps,
-        per_device_train_batch_size=batch,
-        lr_scheduler_type="linear",
-        warmup_steps=max(1, steps // 20),
+        per_device_train_batch_size=batch // length,
+        lr_scheduler_type="cosine",
+        warmup_steps=max(1, steps // 10),
         max_grad_norm=1.0,
         bf16=on_gpu,
         use_cpu=not on_gpu,
-        logging_steps=max(1, steps // 200),
+        # What pruning skips is measured then, by a forward pass that is not compiled.
+        logging_steps=max(1, steps // 60),
+        # It would wait for the device at every step.
+        logging_nan_inf_filter=False,
         save_strategy="no",
         report_to="none",
         seed=seed,
         dataloader_num_workers=2,
+        # Layers are compiled for whole batches.
+        dataloader_drop_last=True,
     )
-    optimizer = MuonAndAdamW(model, muon_rate, adamw_rate, weight_decay=0.1)
-    trainer = FoxTrainer(model, arguments, train_dataset=rows, optimizers=(optimizer, None))
+    trainer = FoxTrainer(
+        model,
+        arguments,
+        train_dataset=Rows(tokens),
+        optimizers=(build_optimizer(model, recipe), None),
+        callbacks=[] if minutes is None else [StopAfter(minutes)],
+    )
     began = time.monotonic()
-    trainer.train()
-    seconds = time.monotonic() - began
-    save(model, tokenizer, folder)
-    losses = [(entry["step"], entry["loss"]) for entry in trainer.state.log_history if "loss" in entry]
+    checkpoint = get_last_checkpoint(str(folder)) if before["steps_done"] else None
+    trainer.train(resume_from_checkpoint=checkpoint)
+    done = trainer.state.global_step
+    seconds = before["seconds"] + time.monotonic() - began
+    history = [entry for entry in trainer.state.log_history if "loss" in entry]
     record = {
         "arm": arm,
         "parameters": model.num_parameters(),
-        "steps": steps,
-        "tokens": steps * batch * length,
+        "steps_done": done,
+        "tokens": done * batch,
         "seconds": seconds,
-        "tokens_per_second": steps * batch * length / seconds,
-        "losses": losses,
+        "tokens_per_second": done * batch / seconds,
+        # With the tokens per second since the entry before, without the time it took to log.
+        "history": history,
         "recipe": recipe,
         "run": provenance("cuda" if on_gpu else "cpu", seed, ("triton",)),
     }
+    if done == steps:
+        save(model, tokenizer, folder)
     (folder / "training.json").write_text(json.dumps(record, indent=1))
-    print(f"{arm}: {record['tokens']:,} tokens in {seconds:.0f} s, loss {losses[-1][1]:.3f} at the end")
+    # Only the last checkpoint is gone on from, and none once all steps are done.
+    for old in folder.glob("checkpoint-*"):
+        if done == steps or old.name != f"checkpoint-{done}":
+            shutil.rmtree(old)
+    print(f"{folder.name}: {record['tokens']:,} tokens in {seconds:.0f} s, loss {history[-1]['loss']:.3f}", flush=True)
 
 
-def _require_same_training(record: Path, recipe: dict[str, Any], steps: int | None) -> None:
-    """Refuse to take a model for one that was asked for with other settings."""
+def _check(recipe: dict[str, Any], tokens: np.ndarray) -> None:
+    """Refuse options that are none or would do nothing."""
+    for option, accepted in ("arm", ARMS), ("optimizer", OPTIMIZERS):
+        if recipe[option] not in accepted:
+            raise typer.BadParameter(f"--{option} must be one of {', '.join(accepted)}, got {recipe[option]!r}")
+    if recipe["batch"] % tokens.shape[1] or not tokens.shape[1] <= recipe["batch"] <= tokens.size:
+        raise typer.BadParameter(
+            f"--batch must be a multiple of the rows' length, {tokens.shape[1]:,}, and at most the {tokens.size:,} "
+            f"tokens of the text, got {recipe['batch']:,}"
+        )
+    if not 0.0 <= recipe["unforgetting"] <= 1.0:
+        raise typer.BadParameter(f"--unforgetting must be a share in [0, 1], got {recipe['unforgetting']}")
+    for option, default in OF_GATES.items():
+        if recipe[option] == default:
+            continue
+        flag = "--" + option.replace("_", "-")
+        if recipe["arm"].startswith("transformer"):
+            raise typer.BadParameter(f"{flag} is for arms with gates, got --arm {recipe['arm']}")
+        if recipe["optimizer"] == "muon" and option in ("gate_rate", "gate_decay"):
+            raise typer.BadParameter(f"{flag} is for --optimizer adamw, got muon")
+
+
+def _trained_before(record: Path, recipe: dict[str, Any]) -> dict[str, Any]:
+    """What was trained in earlier pieces, if that was with the same settings."""
+    if not record.exists():
+        return {"steps_done": 0, "seconds": 0.0}
     found = json.loads(record.read_text())
-    for name, wanted in (recipe | ({} if steps is None else {"steps": steps})).items():
-        trained = found["recipe"].get(name, found.get(name))
-        if trained != wanted:
+    for name, wanted in recipe.items():
+        if found["recipe"].get(name) != wanted:
+            trained = found["recipe"].get(name)
             raise typer.BadParameter(f"{record} is of a model trained with {name} {trained}, now it is {wanted}")
+    return found
 
 
 def save(model: FoxForCausalLM, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
@@ -249,28 +408,28 @@ def save(model: FoxForCausalLM, tokenizer: PreTrainedTokenizerBase, folder: Path
 @app.command()
 def evaluate(
     out: Out = Path("runs"),
-    longest: Annotated[int | None, typer.Option(help="Tokens to look at; four times the trained length.")] = None,
-    rows: Annotated[int, typer.Option(help="Held-out rows for the loss by position.")] = 24,
     samples: Annotated[int, typer.Option(help="Needles at each length and depth.")] = 20,
 ) -> None:
-    """Loss by position of all arms that were trained, needles, and the pruning report of those with gates."""
-    arms = [arm for arm in ARMS if (out / arm / "training.json").exists()]
-    if not arms:
+    """Loss by position on each kind of text, needles, and the pruning report of runs with gates."""
+    runs = {file.parent: json.loads(file.read_text())["recipe"] for file in sorted(out.glob("*/training.json"))}
+    runs = {folder: recipe for folder, recipe in runs.items() if (folder / "model").exists()}
+    if not runs:
         raise typer.BadParameter(f"--out holds no trained model: {out}")
-    length = json.loads((out / arms[0] / "training.json").read_text())["recipe"]["length"]
-    longest = longest or 4 * length
-    held_out = str(out / "held_out.jsonl")
-    models = {arm: str(out / arm / "model") for arm in arms}
-    names = [part for arm in arms for part in ("--name", arm)]
-    foxlm("loss", *models.values(), *names, "--text", held_out, "--length", str(longest), "--rows", str(rows),
-          "--out", str(out / "loss"))  # fmt: skip
+    length = next(iter(runs.values()))["length"]
+    models = [str(folder / "model") for folder in runs]
+    names = [part for folder in runs for part in ("--name", folder.name)]
+    for rows in sorted((out / "held_out").glob("*.npy")):
+        foxlm("loss", *models, *names, "--text", str(rows), "--length", str(LONGER * length),
+              "--rows", str(len(np.load(rows, mmap_mode="r"))), "--out", str(out / "loss" / rows.stem))  # fmt: skip
     # Shorter ones have no room for the question and its answer.
-    lengths = [str(longest // 2**power) for power in range(4, -1, -1) if longest // 2**power >= 512]
-    for arm, model in models.items():
+    lengths = [str(LONGER * length // 2**power) for power in range(4, -1, -1) if LONGER * length // 2**power >= 512]
+    held_out = str(out / "held_out.jsonl")
+    for folder, recipe in runs.items():
+        model = str(folder / "model")
         foxlm("needle", model, "--text", held_out, "--lengths", ",".join(lengths), "--samples", str(samples),
-              "--score-only", "--out", str(out / arm / "needle"))  # fmt: skip
-        if arm.startswith("fox") and not (out / arm / "report" / "report.json").exists():
-            foxlm("report", model, "--text", held_out, "--length", str(length), "--out", str(out / arm / "report"))
+              "--score-only", "--out", str(folder / "needle"))  # fmt: skip
+        if recipe["arm"].startswith("fox") and not (folder / "report" / "report.json").exists():
+            foxlm("report", model, "--text", held_out, "--length", str(length), "--out", str(folder / "report"))
 
 
 def foxlm(*arguments: str) -> None:
@@ -287,20 +446,19 @@ def run_all(
     out: Out = Path("runs"),
     vocabulary: Vocabulary = 16384,
     tokenizer: Tokenizer = None,
-    held_out: HeldOut = 0.02,
-    size: Size = "125m",
-    layers: Layers = None,
     length: Length = 16384,
-    batch: Batch = 4,
+    tokens: Tokens = 20_000_000,
+    held_out: HeldOut = 8,
+    size: Size = "45m",
+    layers: Layers = None,
+    batch: Batch = 65536,
     steps: Steps = None,
-    muon_rate: MuonRate = 6e-3,
-    adamw_rate: AdamwRate = 3e-3,
     seed: Seed = 0,
 ) -> None:
     """Prepare, train every arm one after the other, and evaluate."""
-    prepare(text, out, vocabulary, tokenizer, held_out, seed)
+    prepare(text, out, vocabulary, tokenizer, length, tokens, held_out)
     for arm in ARMS:
-        train(arm, out, size, layers, length, batch, steps, muon_rate, adamw_rate, seed)
+        train(arm, out, size=size, layers=layers, batch=batch, steps=steps, seed=seed)
     evaluate(out)
 
 
