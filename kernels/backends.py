@@ -17,6 +17,7 @@ from .elementwise.gate_logits import gate_logits
 from .elementwise.gated_norm import add_and_norm, gated_norm
 from .elementwise.prologue import PrologueInputs
 from .elementwise.silu_product import gated_linear, silu_product
+from .pruning.key_stats import extend_summary
 from .pruning.rules import search_kv_start
 from .reference import backward_pass, forward_pass, reference_attention
 from .tiles import LARGEST_HEAD_DIM
@@ -39,6 +40,7 @@ if HAS_TRITON:
     from .portable.decode import can_decode, decode_attention
     from .portable.decode_append import append_tokens
     from .portable.page_table import move_pages
+    from .portable.paged_chunk import extend_summary as triton_extend_summary
     from .portable.paged_chunk import take_chunk, write_chunk
     from .portable.scan import sum_gates as triton_sum_gates
     from .portable.small_linear import gated_linear as triton_gated_linear
@@ -72,6 +74,7 @@ class Backend(NamedTuple):
             the cache is to do so by operators of its own.
         take_chunk, write_chunk: take a chunk of a prompt into an evicting cache: `portable.paged_chunk.take_chunk` and
             `write_chunk`; None as above.
+        extend_summary: take new tokens into what pruning knows of keys: `pruning.key_stats.extend_summary`.
         move_pages: give back and hand out pages of an evicting cache: `portable.page_table.move_pages`; None as above.
         add_sink: an attention sink beside the keys: `elementwise.attention_sink.add_sink`.
         silu_product: the activation of a gated MLP: `elementwise.silu_product.silu_product`.
@@ -96,6 +99,7 @@ class Backend(NamedTuple):
     add_sink: Callable[..., tuple[Tensor, Tensor]]
     take_chunk: Callable[..., tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None]] | None
     write_chunk: Callable[..., None] | None
+    extend_summary: Callable[..., tuple[Tensor, Tensor]]
     move_pages: Callable[..., None] | None
     silu_product: Callable[[Tensor, Tensor], Tensor]
     linear: Callable[..., Tensor]
@@ -119,6 +123,7 @@ PYTORCH = Backend(
     add_sink=add_sink,
     take_chunk=None,
     write_chunk=None,
+    extend_summary=extend_summary,
     move_pages=None,
     silu_product=silu_product,
     linear=nn.functional.linear,
@@ -144,6 +149,7 @@ if HAS_TRITON:
         add_sink=triton_add_sink,
         take_chunk=take_chunk,
         write_chunk=write_chunk,
+        extend_summary=triton_extend_summary,
         move_pages=move_pages,
         silu_product=triton_silu_product,
         linear=triton_linear,

@@ -13,10 +13,10 @@ from transformers.cache_utils import DynamicLayer
 from transformers.utils.import_utils import is_torchdynamo_compiling, is_torchdynamo_exporting
 
 from ...kernels.decay import Decay
-from ...kernels.pruning.key_stats import KeySummary, Running, empty_summary, extend_summary, running_before
+from ...kernels.pruning.key_stats import KeySummary, Running, empty_summary, running_before
 from ...kernels.tiles import PRUNED_KEYS
 from ..token_layout import TokenLayout
-from .static import check_gates, latest_states
+from .static import check_gates, extend_summary, latest_states
 from .view import CacheView
 
 if TYPE_CHECKING:

@@ -22,12 +22,12 @@ from transformers.utils.import_utils import is_torchdynamo_compiling
 
 from ...kernels.decay import Decay
 from ...kernels.operators import may_launch
-from ...kernels.pruning.key_stats import KeySummary, Running, empty_summary, extend_summary, running_before
+from ...kernels.pruning.key_stats import KeySummary, Running, empty_summary, running_before
 from ...kernels.pruning.rules import QueriesToCome, Rule, check_rule, first_needed_block, future_query_bounds
 from ..token_layout import TokenLayout, refuse_overflow
 from ..versions import CACHE
 from .page_pool import PAGE, PagePool, fixed_address, in_blocks, move_pages
-from .static import NewGates, StateSizes, gates_for_kernel, latest_states, state_sizes
+from .static import NewGates, StateSizes, extend_summary, gates_for_kernel, latest_states, state_sizes
 from .view import CacheView
 
 if TYPE_CHECKING:

@@ -11,11 +11,19 @@ import torch
 from torch import Tensor
 
 from ...kernels.decay import Decay
-from ...kernels.pruning.key_stats import empty_summary, extend_summary
+from ...kernels.pruning.key_stats import empty_summary
 from ...kernels.tiles import PRUNED_KEYS
 from ..token_layout import TokenLayout
 from .dynamic import DynamicForgettingLayer
-from .static import GateSums, NewGates, StateSizes, StaticForgettingLayer, gates_for_kernel, latest_states
+from .static import (
+    GateSums,
+    NewGates,
+    StateSizes,
+    StaticForgettingLayer,
+    extend_summary,
+    gates_for_kernel,
+    latest_states,
+)
 
 if TYPE_CHECKING:
     from ...kernels.backends import Backend

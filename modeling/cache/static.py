@@ -10,7 +10,7 @@ from transformers.utils.import_utils import is_torchdynamo_compiling, is_torchdy
 
 from ...kernels.decay import Decay
 from ...kernels.operators import may_launch
-from ...kernels.pruning.key_stats import KeySummary, Running, empty_summary, extend_summary
+from ...kernels.pruning.key_stats import KeySummary, Running, empty_summary
 from ..token_layout import TokenLayout
 from ..versions import CACHE
 from .view import CacheView
@@ -77,6 +77,13 @@ def gates_for_kernel(
     if not few or backend.append is None or not may_launch(log_f):
         return None
     return NewGates(log_f, layout, backend.append, states)
+
+
+def extend_summary(summary: KeySummary, running: Running, c: Tensor, k: Tensor, position: int | Tensor) -> Running:
+    """`kernels.pruning.key_stats.extend_summary`, by kernels where they run."""
+    from ...kernels.backends import backend_of
+
+    return backend_of(k).extend_summary(summary, running, c, k, position)
 
 
 def check_gates(new: Decay | NewGates | None) -> None:
@@ -204,18 +211,19 @@ class StaticForgettingLayer(StaticLayer):
         """As `DynamicForgettingLayer.update`."""
         new = self._new
         check_gates(new)
-        self.was_reset = False
+        holds_none, self.was_reset = self.was_reset, False
         if isinstance(new, NewGates):
             self._new = self._append_by_kernel(new, key_states, value_states)
             return self.keys, self.values
         keys, values = super().update(key_states, value_states)
-        self._summarize(new, key_states)
+        self._summarize(new, key_states, 0 if holds_none else None)
         return keys, values
 
-    def _summarize(self, new: Decay | None, key_states: Tensor) -> None:
+    def _summarize(self, new: Decay | None, key_states: Tensor, position: int | None = None) -> None:
+        """Take in new keys; ``position`` is the index of the first of them, if the host knows it."""
         if self.summary is not None and new is not None:
             summary, running = self.summary
-            tokens = new.query, key_states.detach(), new.last[0]
+            tokens = new.query, key_states.detach(), new.last[0] if position is None else position
             for held, x in zip(running, extend_summary(summary, running, *tokens), strict=True):
                 held.copy_(x)
 

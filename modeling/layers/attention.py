@@ -186,6 +186,7 @@ class FoxAttention(FusableProjections):
         states = self._heads(hidden_states, fused)
         if isinstance(cache_layer, StaticForgettingLayer) and not cache_layer.is_initialized:
             cache_layer.lazy_initialization(states[1].transpose(1, 2), states[2].transpose(1, 2))
+            cache_layer.was_reset = True
 
         # Imported when they are used, since importing the kernels takes time.
         from ...kernels.backends import PYTORCH, backend_of

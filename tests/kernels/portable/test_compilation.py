@@ -44,7 +44,7 @@ from foxlm.kernels.elementwise.triton_silu_product import silu_product
 from foxlm.kernels.portable.decode import decode_attention
 from foxlm.kernels.portable.decode_append import append_tokens
 from foxlm.kernels.portable.page_table import move_pages
-from foxlm.kernels.portable.paged_chunk import Recent, take_chunk, write_chunk
+from foxlm.kernels.portable.paged_chunk import Recent, extend_summary, take_chunk, write_chunk
 from foxlm.kernels.portable.small_linear import gated_linear, linear
 
 # Shared memory that one program can have, in KiB.
@@ -362,6 +362,7 @@ def test_chunks_of_an_evicting_cache_fit_and_compile_once(heads, gates, head_dim
             rings = torch.empty(2, gates, 64).double(), torch.empty(2, gates, 64, dtype=torch.int64)
             unshifted = (states, torch.empty(2, 64, 4, head_dim, dtype=torch.bfloat16))
             statistics |= dict(first=first, start=torch.zeros(2, 4, dtype=torch.int32))
+            extend_summary(summary, running, c, k, past)
             all_k, _, all_c, shown, start = take_chunk(k, k, c, past, **pools, **statistics)
             assert shown.shape == (2, max(4, gates), tokens)
             assert all_k.shape == (2, 4, past + tokens, head_dim) and all_c.shape == (2, gates, past + tokens)
@@ -373,7 +374,7 @@ def test_chunks_of_an_evicting_cache_fit_and_compile_once(heads, gates, head_dim
             move_pages(*table, start, torch.empty(9 + past).int(), counts, **sizes)
     kernels = {kernel.hash: kernel for kernel in compiled}.values()
     names = [kernel.metadata.name for kernel in kernels]
-    chunk = [f"_{x}_chunk_kernel" for x in ("join", "read", "read", "write", "write")]
+    chunk = [f"_{x}_chunk_kernel" for x in ("join", "join", "read", "read", "summarize", "write", "write")]
     assert sorted(names) == sorted([*chunk, "_move_pages_kernel"])
     for kernel in kernels:
         assert kernel.metadata.target.arch == capability

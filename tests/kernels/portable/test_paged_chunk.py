@@ -5,6 +5,7 @@ import torch
 from torch import Tensor
 
 from foxlm.kernels.backends import HAS_TRITON, PYTORCH, TRITON, Backend
+from foxlm.kernels.pruning.key_stats import empty_summary, running_before
 from foxlm.kernels.pruning.rules import Rule
 from foxlm.modeling.cache import paged
 from foxlm.modeling.cache.page_pool import PAGE
@@ -79,6 +80,32 @@ def test_chunks(dtype: torch.dtype, heads: tuple[int, int, int], rule: Rule) -> 
             torch.testing.assert_close(x, y, rtol=1e-12 if x.dtype == torch.float64 else 1e-6, atol=1e-12, msg=str(i))
         evicted |= bool((by_kernels.layer.start > 0).any())
     assert evicted and by_kernels.layer._backend is None and by_kernels.layer._in_chunk is None
+
+
+@pytest.mark.parametrize("heads", [(2, 2), (2, 4), (2, 1)], ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_summaries_of_other_caches(dtype: torch.dtype, heads: tuple[int, int]) -> None:
+    """Of a prompt, of chunks that begin anywhere, and after a crop, where what was running is part of the summary."""
+    kv_heads, gates = heads
+    c = -torch.rand(2, gates, 900, device=DEVICE).double().cumsum(-1)
+    k = torch.randn(2, 900, kv_heads, 16, device=DEVICE).to(dtype).transpose(1, 2)
+    states = [empty_summary(c, k, 960) for _ in range(2)]
+    for begin, end in ((0, 200), (200, 264), (264, 700), (640, 900)):
+        if begin == 640:
+            states = [(summary, running_before(summary, 10)) for summary, _ in states]
+        new = c[..., begin:end], k[:, :, begin:end], begin
+        states = [
+            (summary, function(summary, running, *new))
+            for function, (summary, running) in zip(
+                (TRITON.extend_summary, PYTORCH.extend_summary), states, strict=True
+            )
+        ]
+        blocks = -(-end // PAGE)
+        (found, found_running), (expected, expected_running) = states
+        for x, y in zip((*found, *found_running), (*expected, *expected_running), strict=True):
+            assert x.dtype == y.dtype and x.shape == y.shape
+            tolerance = dict(rtol=1e-12 if x.dtype == torch.float64 else 1e-6, atol=1e-12)
+            torch.testing.assert_close(x[..., :blocks], y[..., :blocks], **tolerance)
 
 
 def test_without_bounds_nothing_is_evicted() -> None:
