@@ -33,7 +33,8 @@ _LOG_PAGE = tl.constexpr(math.log(PRUNED_KEYS))
 _BLOCKS = 128
 # One compilation serves all lengths and caches.
 _VARYING = [
-    "PAST", "LENGTH", "N", "TOKEN", "BLOCKS", "d_b", "d_h", "l_b", "l_h", "k_b", "k_h", "v_b", "v_h", "c_b", "c_h", "f_b", "f_h", "ks_b", "vs_b",
+    "PAST", "LENGTH", "N", "TOKEN", "BLOCKS", "d_b", "d_h", "l_b", "l_h", "k_b", "k_h", "v_b", "v_h",
+    "c_b", "c_h", "f_b", "f_h", "ks_b", "vs_b",
 ]  # fmt: skip
 _PARTS = [
     "K", "V", "C", "OUT_K", "OUT_V", "OUT_C", "PAGES", "START", "FIRST", "OUT_FIRST", "C_RING", "FIRST_RING",
@@ -436,7 +437,7 @@ def _launch_write(
 
 
 def extend_summary(summary: KeySummary, running: Running, c: Tensor, k: Tensor, position: int | Tensor) -> Running:
-    """As `key_stats.extend_summary`, which itself runs where the host does not know the position, and for few tokens."""
+    """As `key_stats.extend_summary`, which itself runs for few tokens and where the host does not know the position."""
     gates, kv_heads = c.shape[1], k.shape[1]
     fits = isinstance(position, int) and c.shape[-1] >= PRUNED_KEYS and (gates == 1 or gates % kv_heads == 0)
     if not fits or not may_launch(c, k) or not all(x.is_contiguous() for x in summary):
@@ -450,7 +451,7 @@ def _launch_summary(summary: KeySummary, running: Running, c: Tensor, k: Tensor,
     (batch, kv_heads, tokens, head_dim), gates = k.shape, c.shape[1]
     rows = 1 if gates == 1 else gates // kv_heads
     statistics = dict(BLOCK_C=summary.c, BLOCK_DECAYS=summary.log_decays, BLOCK_LARGEST=summary.largest)
-    new = tuple(torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in running)
+    log_decays, largest = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in running)
     shapes = dict(
         PAST=position,
         LENGTH=position + tokens,
@@ -474,8 +475,8 @@ def _launch_summary(summary: KeySummary, running: Running, c: Tensor, k: Tensor,
             **statistics,
             DECAYS=running[0], d_b=running[0].stride(0), d_h=running[0].stride(1),
             LARGEST=running[1], l_b=running[1].stride(0), l_h=running[1].stride(1),
-            NEW_DECAYS=new[0],
-            NEW_LARGEST=new[1],
+            NEW_DECAYS=log_decays,
+            NEW_LARGEST=largest,
             C=c, c_b=0, c_h=0,
             NORM=None,
             DIAGONAL=None,
@@ -491,7 +492,7 @@ def _launch_summary(summary: KeySummary, running: Running, c: Tensor, k: Tensor,
             RULE="tight",
             BLOCK=_BLOCKS,
         )  # fmt: skip
-    return new
+    return log_decays, largest
 
 
 def _log_eps(to_come: QueriesToCome) -> float:

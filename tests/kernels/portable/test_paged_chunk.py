@@ -104,8 +104,8 @@ def test_summaries_of_other_caches(dtype: torch.dtype, heads: tuple[int, int]) -
         (found, found_running), (expected, expected_running) = states
         for x, y in zip((*found, *found_running), (*expected, *expected_running), strict=True):
             assert x.dtype == y.dtype and x.shape == y.shape
-            tolerance = dict(rtol=1e-12 if x.dtype == torch.float64 else 1e-6, atol=1e-12)
-            torch.testing.assert_close(x[..., :blocks], y[..., :blocks], **tolerance)
+            rtol = 1e-12 if x.dtype == torch.float64 else 1e-6
+            torch.testing.assert_close(x[..., :blocks], y[..., :blocks], rtol=rtol, atol=1e-12)
 
 
 def test_without_bounds_nothing_is_evicted() -> None:
