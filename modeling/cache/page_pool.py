@@ -111,15 +111,21 @@ class PagePool:
         # Larger steps mean fewer copies and fewer new captures of a CUDA graph.
         spare = max(4 * row_blocks, held // 16)
         total = held + missing + spare
-        for name in ("keys", "values", "c"):
-            old = getattr(self, name)
-            grown = old.new_zeros(total, *old.shape[1:])
-            grown[:held] = old
-            torch._dynamo.mark_dynamic(fixed_address(grown), 0)
-            setattr(self, name, grown)
-        self._free = torch.empty(total, dtype=torch.int32, device=self.device)
-        torch.arange(held + missing, total, out=self._free[:spare])
-        self._free_count = spare
+        pools = [(name, getattr(self, name)) for name in ("keys", "values", "c")]
+        # All or none: there may be no memory for the last.
+        grown = [(name, old, old.new_zeros(total, *old.shape[1:])) for name, old in pools]
+        unused = torch.empty(total, dtype=torch.int32, device=self.device)
+        for name, old, new in grown:
+            new[:held] = old
+            torch._dynamo.mark_dynamic(fixed_address(new), 0)
+            setattr(self, name, new)
+        torch.arange(held + missing, total, out=unused[:spare])
+        self._free, self._free_count = unused, spare
+
+    def forget_missing(self) -> None:
+        """Take pages that could not be made out of the table; a query that needs them gets NaN. Free ones are lost."""
+        self.pages.masked_fill_(self.pages >= len(self.keys), -1)
+        self._free_count = 0
 
     def write_tokens(self, keys: Tensor, values: Tensor, c: Tensor, positions: Tensor) -> None:
         """Write tokens whose pages are allocated.
@@ -206,12 +212,20 @@ def move_pages(layers: Sequence[PagePool], starts: Sequence[Tensor | None], bloc
         layers: of a cache.
         starts: of each, ``[B, G]`` int32; None evicts nothing.
         blocks: of 64 tokens.
+
+    Raises:
+        torch.OutOfMemoryError: there is no memory for the pages. The cache is then to be reset.
     """
     for device in dict.fromkeys(layer.pages.device for layer in layers):
         of_device = [(layer, x) for layer, x in zip(layers, starts, strict=True) if layer.pages.device == device]
         counts = torch.stack([layer.plan_moves(start, blocks) for layer, start in of_device]).tolist()
-        for (layer, _), of_layer in zip(of_device, counts, strict=True):
-            layer.take_counts(*of_layer)
+        try:
+            for (layer, _), of_layer in zip(of_device, counts, strict=True):
+                layer.take_counts(*of_layer)
+        except torch.OutOfMemoryError:
+            for layer, _ in of_device:
+                layer.forget_missing()
+            raise
 
 
 def fixed_address(x: Tensor) -> Tensor:

@@ -51,6 +51,31 @@ def test_moves(moves: list[tuple[int, bool, int]], entries: int) -> None:
             assert torch.equal(every, torch.arange(1, len(by_kernel.keys), device=DEVICE, dtype=torch.int32))
 
 
+@pytest.mark.parametrize("by_kernel", [True, False])
+def test_without_memory_no_page_is_named_that_there_is_not(by_kernel: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    layers = [pool(by_kernel), pool(by_kernel), pool(by_kernel)]
+    move_pages(layers, [None] * 3, 2)
+    grow = PagePool.take_counts
+
+    def full(layer: PagePool, *counts: int) -> None:
+        if layer is layers[1]:
+            raise torch.OutOfMemoryError("no memory")
+        grow(layer, *counts)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(PagePool, "take_counts", full)
+        with pytest.raises(torch.OutOfMemoryError):
+            move_pages(layers, [torch.ones(ROWS, dtype=torch.int32, device=DEVICE)] * 3, BLOCKS)
+    for layer in layers:
+        assert (layer.pages < len(layer.keys)).all()
+    # What is left is in order: each page at most once.
+    move_pages(layers, [None] * 3, BLOCKS)
+    for layer in layers:
+        held = torch.cat([layer.pages[layer.pages >= 0], layer._free[: layer._free_count]])
+        assert len(held.unique()) == len(held) and (held < len(layer.keys)).all()
+        assert (layer.pages[..., 1:] >= 0).all()
+
+
 def test_layers_move_together_and_keep_what_pages_hold() -> None:
     layers = [pool(True), pool(True)]
     move_pages(layers, [None, None], 2)
