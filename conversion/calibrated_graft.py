@@ -3,6 +3,7 @@
 import copy
 import math
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -17,16 +18,18 @@ from transformers import PreTrainedTokenizerBase
 from foxlm.conversion.calibration import LOG_EPS, SHORTEST, Calibration, calibrate
 from foxlm.conversion.graft import graft
 from foxlm.evaluation.loading import load_tokenizer, resolve_device
-from foxlm.evaluation.loss_by_position import row_losses
+from foxlm.evaluation.loss_by_position import bootstrap_means, row_losses
 from foxlm.evaluation.provenance import provenance
 from foxlm.evaluation.results import write_json, write_whole
 from foxlm.evaluation.tables import percent, table
-from foxlm.evaluation.text import rows
+from foxlm.evaluation.text import check_tokens, files, rows
 from foxlm.kernels.tiles import PRUNED_QUERIES
 from foxlm.modeling.modeling_fox import FoxForCausalLM
 
 # Texts that are longer than this are cut to rows of it, unless the user says otherwise.
 _DEFAULT_LENGTH = 8192
+# Rows from which an interval over rows is given.
+_LEAST_ROWS = 4
 
 
 @dataclass(frozen=True)
@@ -43,6 +46,8 @@ class CalibrationText:
         join: as for `evaluation.text.rows`.
         device: as for `evaluation.loading.load_model`.
         seed: as for `calibrate`.
+        held_out: other texts, each as ``path``, on which the graft's loss is compared with the base's: ``count`` rows
+            of each, after the separator like those that are calibrated on.
     """
 
     path: Path
@@ -54,6 +59,7 @@ class CalibrationText:
     join: bool = False
     device: str = "auto"
     seed: int = 0
+    held_out: tuple[Path, ...] = ()
 
 
 def calibrated_graft(source: Path, text: CalibrationText, **options: Any) -> tuple[FoxForCausalLM, dict[str, Any]]:
@@ -65,17 +71,11 @@ def calibrated_graft(source: Path, text: CalibrationText, **options: Any) -> tup
         options: of `graft`.
 
     Raises:
-        ValueError: the text has no row of that length, a number is out of range, or as `graft`.
+        ValueError: a text has no row of that length, a held-out text is calibrated on, a number is out of range, or as
+            `graft`.
         OSError: a file cannot be read.
     """
-    if not 0.0 < text.skip < 1.0:
-        raise ValueError(f"--skip must be a share between 0 and 1, got {text.skip}")
-    if not text.longest >= SHORTEST:
-        raise ValueError(f"--longest must be a decay time of at least {SHORTEST:g} tokens, got {text.longest}")
-    if text.count < 1:
-        raise ValueError(f"--rows must be at least 1, got {text.count}")
-    if text.length is not None and text.length <= 2 * PRUNED_QUERIES:
-        raise ValueError(f"--length must be more than {2 * PRUNED_QUERIES} tokens, got {text.length}")
+    _check(text)
     for name in ("decay_times", "calibration"):
         if options.pop(name, None) is not None:
             raise ValueError(f"{name} has no effect where a calibration sets decay times")
@@ -88,8 +88,13 @@ def calibrated_graft(source: Path, text: CalibrationText, **options: Any) -> tup
     rope_factor = options.get("rope_factor")
     base = _measurable(graft(source, forget_gate="none", rope_factor=rope_factor), device)
     length = text.length or min(round(base.config.max_position_embeddings / (rope_factor or 1)), _DEFAULT_LENGTH)
-    found = rows(text.path, tokenizer, length - 1, text.count, text.join)
-    tokens = torch.from_numpy(np.stack([np.concatenate([[separator], row]) for row in found]))
+
+    def read(path: Path) -> Tensor:
+        found = rows(path, tokenizer, length - 1, text.count, text.join)
+        return torch.from_numpy(np.stack([np.concatenate([[separator], row]) for row in found]))
+
+    tokens = read(text.path)
+    texts = [tokens, *(_held_out(path, read, text.path, tokens, base.config.vocab_size) for path in text.held_out)]
     calibration = calibrate(
         base,
         tokens,
@@ -99,10 +104,12 @@ def calibrated_graft(source: Path, text: CalibrationText, **options: Any) -> tup
         seed=text.seed,
         progress=True,
     )
-    losses = {"base": _losses(base, tokens, "loss of the base")}
+    base_losses = [_losses(base, x, "loss of the base") for x in texts]
     del base
     model = graft(source, calibration=calibration, **options)
-    losses["graft"] = _losses(_measurable(model, device), tokens, "loss of the graft")
+    measurable = _measurable(model, device)
+    graft_losses = [_losses(measurable, x, "loss of the graft") for x in texts]
+    loss, *others = (_compared(*pair) for pair in zip(base_losses, graft_losses, strict=True))
     settings = {
         "text": text.path.name,
         "rows": len(tokens),
@@ -110,8 +117,21 @@ def calibrated_graft(source: Path, text: CalibrationText, **options: Any) -> tup
         "joined": text.join,
         "options": options,
     }
-    report = _report(calibration, losses) | {"settings": settings}
+    held_out = [{"text": path.name, **other} for path, other in zip(text.held_out, others, strict=True)]
+    report = _report(calibration, loss, held_out) | {"settings": settings}
     return model, {"run": run | {"seconds": time.monotonic() - began}} | report
+
+
+def _check(text: CalibrationText) -> None:
+    """Refuse numbers that are out of range, by the names of the command's options."""
+    if not 0.0 < text.skip < 1.0:
+        raise ValueError(f"--skip must be a share between 0 and 1, got {text.skip}")
+    if not text.longest >= SHORTEST:
+        raise ValueError(f"--longest must be a decay time of at least {SHORTEST:g} tokens, got {text.longest}")
+    if text.count < 1:
+        raise ValueError(f"--rows must be at least 1, got {text.count}")
+    if text.length is not None and text.length <= 2 * PRUNED_QUERIES:
+        raise ValueError(f"--length must be more than {2 * PRUNED_QUERIES} tokens, got {text.length}")
 
 
 def write_report(report: dict[str, Any], folder: Path) -> None:
@@ -141,6 +161,7 @@ def as_markdown(report: dict[str, Any]) -> str:
         + ", ".join(f"{percent(share)} by the rule {rule}" for rule, share in report["skipped"].items())
         + ".",
         "",
+        *_held_out_lines(report["held_out"]),
         "What other shares are expected to cost, in nats a token (second order, heads independent):",
         "",
         table(
@@ -166,23 +187,35 @@ def as_markdown(report: dict[str, Any]) -> str:
     return "\n".join(lines) + "\n"
 
 
+def _held_out_lines(held_out: list[dict[str, Any]]) -> list[str]:
+    if not held_out:
+        return []
+    cells = []
+    for x in held_out:
+        ends = [f"{100 * end:+.2f}" for end in x["over_interval"] or ()]
+        over = f"{100 * x['over']:+.2f}%" + (f" ({' to '.join(ends)})" if ends else "")
+        cells.append([x["text"], str(len(x["by_row"]["base"])), f"{x['base']:.4f}", f"{x['graft']:.4f}", over])
+    return [
+        "Loss on texts that were not calibrated on, in nats a token; in parentheses the 95% interval of a bootstrap "
+        f"over rows, if there are at least {_LEAST_ROWS}:",
+        "",
+        table(["text", "rows", "base", "graft", "over"], cells),
+        "",
+    ]
+
+
 def _title(report: dict[str, Any]) -> str:
     share = percent(report["skipped"]["measured"])
     return f"Decay times that skip {share} of attention at {100 * report['loss']['over']:+.2f}% of loss"
 
 
-def _report(calibration: Calibration, losses: dict[str, Tensor]) -> dict[str, Any]:
-    base, grafted = (losses[name].double() for name in ("base", "graft"))
+def _report(calibration: Calibration, loss: dict[str, Any], held_out: list[dict[str, Any]]) -> dict[str, Any]:
     return {
         "length": calibration.length,
         "skip": calibration.skip,
         "longest": calibration.longest if calibration.longest < math.inf else None,
-        "loss": {
-            "base": base.mean().item(),
-            "graft": grafted.mean().item(),
-            "over": (grafted.mean() / base.mean()).item() - 1.0,
-            "by_row": {name: x.mean(1).tolist() for name, x in losses.items()},
-        },
+        "loss": loss,
+        "held_out": held_out,
         "skipped": {rule: share.mean().item() for rule, share in calibration.skipped.items()},
         "frontier": {str(share): cost for share, cost in calibration.frontier.items()},
         "by_head": {
@@ -193,6 +226,38 @@ def _report(calibration: Calibration, losses: dict[str, Tensor]) -> dict[str, An
             **{f"skipped, {rule}": share.tolist() for rule, share in calibration.skipped.items()},
         },
     }
+
+
+def _compared(base: Tensor, grafted: Tensor) -> dict[str, Any]:
+    """Means of losses ``[rows, T - 1]``, and by how much the graft's is over the base's, with its 95% interval."""
+    base, grafted = (x.double().mean(1) for x in (base, grafted))
+    over = (grafted.mean() / base.mean()).item() - 1.0
+    # To first order this is what each row adds to the ratio of the means.
+    by_row = over + (grafted - (1.0 + over) * base) / base.mean()
+    return {
+        "base": base.mean().item(),
+        "graft": grafted.mean().item(),
+        "over": over,
+        "over_interval": bootstrap_means(by_row[:, None])[1:, 0].tolist() if len(base) >= _LEAST_ROWS else None,
+        "by_row": {"base": base.tolist(), "graft": grafted.tolist()},
+    }
+
+
+def _held_out(
+    path: Path, read: Callable[[Path], Tensor], calibrated_path: Path, calibrated: Tensor, vocabulary: int
+) -> Tensor:
+    """Rows of a held-out text; a `ValueError` that names it if there are none, or if it was calibrated on."""
+    try:
+        tokens = read(path)
+    except ValueError as error:
+        wanted = f"a text with rows of {calibrated.shape[1] - 1} tokens"
+        raise ValueError(f"--held-out must be {wanted}: {error}") from None
+    check_tokens(int(tokens.min()), int(tokens.max()), vocabulary, f"--held-out {path}")
+    ours, theirs = ({file.resolve() for file in files(x)} for x in (path, calibrated_path))
+    # A copy under another name has the same rows.
+    if ours & theirs or {tuple(row) for row in tokens.tolist()} & {tuple(row) for row in calibrated.tolist()}:
+        raise ValueError(f"--held-out must be another text than --calibrate, got {path}, which holds some of it")
+    return tokens
 
 
 def separator_of(tokenizer: PreTrainedTokenizerBase, name: str | None) -> int:

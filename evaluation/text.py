@@ -24,7 +24,7 @@ def documents(path: Path, tokenizer: PreTrainedTokenizerBase | None) -> Iterator
         ValueError: a file holds something else; the message names it.
         OSError: it cannot be read.
     """
-    for file in _files(path):
+    for file in files(path):
         if file.suffix == ".npy":
             yield from _saved_tokens(file)
         elif tokenizer is None:
@@ -53,19 +53,20 @@ def _saved_tokens(path: Path) -> Iterator[np.ndarray]:
 
 def texts(path: Path) -> Iterator[str]:
     """Each document of a file or folder as text, as `documents` has them and with its errors; ``.npy`` holds none."""
-    for file in _files(path):
+    for file in files(path):
         if file.suffix == ".npy":
             raise ValueError(f"{file} holds token numbers; text is needed here")
         yield from _texts(file)
 
 
-def _files(path: Path) -> list[Path]:
+def files(path: Path) -> list[Path]:
+    """``path``, or the files that are read of a folder: hidden ones and folders in it are left out."""
     if not path.is_dir():
         return [path]
-    files = sorted(file for file in path.iterdir() if file.is_file() and not file.name.startswith("."))
-    if not files:
+    found = sorted(file for file in path.iterdir() if file.is_file() and not file.name.startswith("."))
+    if not found:
         raise ValueError(f"{path} holds no files")
-    return files
+    return found
 
 
 def _texts(path: Path) -> Iterator[str]:

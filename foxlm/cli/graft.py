@@ -31,6 +31,13 @@ def graft(
             'a "text" in each line, .npy token numbers, or a folder of such files. What was found is written to OUT.',
         ),
     ] = None,
+    held_out: Annotated[
+        list[Path] | None,
+        typer.Option(
+            metavar="TEXT",
+            help="With --calibrate: another text, to compare the graft's loss with the source's on; may be repeated.",
+        ),
+    ] = None,
     skip: Annotated[
         float, typer.Option(help="With --calibrate: share of attention to skip on rows of --length tokens.")
     ] = 0.5,
@@ -52,7 +59,7 @@ def graft(
         int | None,
         typer.Option(help="With --calibrate: tokens of a row. Default: the model's context, at most 8192."),
     ] = None,
-    rows: Annotated[int, typer.Option(help="With --calibrate: rows of text.")] = 4,
+    rows: Annotated[int, typer.Option(help="With --calibrate: rows of each text.")] = 4,
     join: Join = False,
     device: Device = "auto",
     seed: Seed = 0,
@@ -73,19 +80,22 @@ def graft(
     ] = None,
 ) -> None:
     """Put forget gates on a pretrained Transformer, for finetuning: a FoX model of the same weights."""
+    others = tuple(held_out or ())
     if calibrate is None:
         _require_calibrate(context)
     elif decay_times is not None:
         raise ValueError("--calibrate sets decay times: leave out --decay-times")
-    elif not calibrate.exists():
-        raise ValueError(f"--calibrate must be a file or a folder, {calibrate} does not exist")
+    else:
+        for name, path in [("calibrate", calibrate), *(("held-out", other) for other in others)]:
+            if not path.exists():
+                raise ValueError(f"--{name} must be a file or a folder, {path} does not exist")
     from foxlm.conversion.graft import graft_to_folder
 
     text = None
     if calibrate is not None:
         from foxlm.conversion.calibrated_graft import CalibrationText
 
-        text = CalibrationText(calibrate, skip, longest, separator, length, rows, join, device, seed)
+        text = CalibrationText(calibrate, skip, longest, separator, length, rows, join, device, seed, others)
     graft_to_folder(
         source,
         out,
@@ -104,10 +114,10 @@ def graft(
 
 def _require_calibrate(context: typer.Context) -> None:
     """Refuse options that say how to calibrate where nothing is calibrated."""
-    for name in ("skip", "longest", "separator", "length", "rows", "join", "device", "seed"):
+    for name in ("held_out", "skip", "longest", "separator", "length", "rows", "join", "device", "seed"):
         source = context.get_parameter_source(name)
         if source is not None and source.name == "COMMANDLINE":
-            raise ValueError(f"--{name} needs --calibrate TEXT")
+            raise ValueError(f"--{name.replace('_', '-')} needs --calibrate TEXT")
 
 
 def _decay_times(text: str | None) -> float | list[float] | None:

@@ -220,9 +220,9 @@ def invoke(folder: Path, out: Path, text: Path, *options: str):
     return CliRunner().invoke(app, arguments)
 
 
-def text_file(folder: Path, words: int = 1200) -> Path:
-    torch.manual_seed(2)
-    path = folder / f"{words}.txt"
+def text_file(folder: Path, words: int = 1200, seed: int = 2) -> Path:
+    torch.manual_seed(seed)
+    path = folder / f"{words} by {seed}.txt"
     path.write_text(" ".join(f"w{i}" for i in torch.randint(90, (words,)).tolist()))
     return path
 
@@ -264,6 +264,75 @@ def test_command_writes_a_calibrated_folder_and_says_what_it_costs(folder: Path,
     page = (out / "calibration.md").read_text()
     assert page in result.output and f"{100 * report['loss']['over']:+.2f}%" in page
     assert (out / "calibration.svg").stat().st_size > 1000
+
+
+def test_command_measures_texts_that_it_did_not_calibrate_on(folder: Path, tmp_path: Path) -> None:
+    out, calibrated = tmp_path / "fox", tmp_path / "calibrated"
+    # Folders in a folder are no part of it.
+    (calibrated / "held out").mkdir(parents=True)
+    text_file(calibrated)
+    texts = [text_file(calibrated / "held out", 2500, seed=3), text_file(folder, 600, seed=4)]
+    options = ["--held-out", str(texts[0].parent), "--held-out", str(texts[1])]
+    result = invoke(folder, out, calibrated, "--skip", "0.2", "--separator", "<eos>", *options)
+    assert result.exit_code == 0, result.output
+    held_out = json.loads((out / "calibration.json").read_text())["held_out"]
+    assert [x["text"] for x in held_out] == ["held out", texts[1].name]
+    models: dict[str, Any] = {"base": LlamaForCausalLM.from_pretrained(folder / "llama").eval()}
+    models["graft"] = FoxForCausalLM.from_pretrained(out).eval()
+    for text, found, count in zip(texts, held_out, (4, 1), strict=True):
+        ids = AutoTokenizer.from_pretrained(out)(text.read_text(), add_special_tokens=False)["input_ids"]
+        # The separator, <eos>, is token 2.
+        rows = [torch.tensor([[2, *ids[start : start + 511]]]) for start in range(0, 511 * count, 511)]
+        for name, model in models.items():
+            with torch.no_grad():
+                expected = [model(row, labels=row).loss.item() for row in rows]
+            np.testing.assert_allclose(found["by_row"][name], expected, atol=1e-4)
+            assert abs(found[name] - np.mean(expected)) < 1e-4
+        assert found["over"] == pytest.approx(found["graft"] / found["base"] - 1)
+    low, high = held_out[0]["over_interval"]
+    base_rows, graft_rows = (np.array(held_out[0]["by_row"][name]) for name in ("base", "graft"))
+    drawn = np.random.default_rng(0).integers(4, size=(20_000, 4))
+    expected = np.quantile(graft_rows[drawn].mean(1) / base_rows[drawn].mean(1) - 1, [0.025, 0.975])
+    assert low < held_out[0]["over"] < high
+    np.testing.assert_allclose([low, high], expected, atol=0.1 * (high - low))
+    assert held_out[1]["over_interval"] is None
+    page = (out / "calibration.md").read_text()
+    lines = [[cell.strip() for cell in line.strip("|").split("|")] for line in page.splitlines()]
+    first, second = (
+        [x["text"], str(len(x["by_row"]["base"])), f"{x['base']:.4f}", f"{x['graft']:.4f}"] for x in held_out
+    )
+    assert page in result.output
+    assert [*first, f"{100 * held_out[0]['over']:+.2f}% ({100 * low:+.2f} to {100 * high:+.2f})"] in lines
+    assert [*second, f"{100 * held_out[1]['over']:+.2f}%"] in lines
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("short.txt", b"w1 w2", "--held-out must be a text with rows of 511 tokens: "),
+        ("bytes.txt", b"\xff\xfe\x00", "--held-out must be a text with rows of 511 tokens: "),
+        ("missing.txt", None, "--held-out must be a file or a folder, "),
+        ("calibrated.txt", None, "--held-out must be another text than --calibrate, got "),
+        (".", None, "--held-out must be another text than --calibrate, got "),
+        ("copy.txt", "calibrated.txt", "--held-out must be another text than --calibrate, got "),
+        ("tokens.npy", 97, "--held-out "),
+    ],
+    ids=["short", "not UTF-8", "missing", "the same", "a folder that holds it", "a copy", "no tokens of the model"],
+)
+def test_command_names_what_is_wrong_with_a_held_out_text(
+    folder: Path, tmp_path: Path, name: str, content: Any, message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calibrated = tmp_path / "calibrated.txt"
+    calibrated.write_bytes(text_file(folder).read_bytes())
+    path = tmp_path / name
+    if isinstance(content, int):
+        np.save(path, np.full(600, content))
+    elif content is not None:
+        path.write_bytes(content if isinstance(content, bytes) else (tmp_path / content).read_bytes())
+    monkeypatch.setattr("foxlm.conversion.calibrated_graft.calibrate", lambda *_, **__: pytest.fail("it ran"))
+    result = invoke(folder, tmp_path / "fox", calibrated, "--held-out", str(path))
+    assert result.exit_code == 1 and result.stderr.splitlines()[-1].startswith(f"error: {message}"), result.stderr
+    assert path.name in result.stderr and not (tmp_path / "fox").exists()
 
 
 @pytest.mark.parametrize(
@@ -310,6 +379,8 @@ def test_command_names_what_is_wrong_with_a_text(
 def test_command_needs_a_separator_and_a_text_for_its_options(folder: Path, tmp_path: Path) -> None:
     result = CliRunner().invoke(app, ["graft", str(folder / "llama"), str(tmp_path / "fox"), "--skip", "0.2"])
     assert (result.exit_code, result.stderr) == (1, "error: --skip needs --calibrate TEXT\n")
+    result = CliRunner().invoke(app, ["graft", str(folder / "llama"), str(tmp_path / "fox"), "--held-out", "x.txt"])
+    assert (result.exit_code, result.stderr) == (1, "error: --held-out needs --calibrate TEXT\n")
     LlamaForCausalLM.from_pretrained(folder / "llama").save_pretrained(tmp_path / "llama")
     tokenizer = word_tokenizer()
     tokenizer.bos_token = tokenizer.eos_token = None
