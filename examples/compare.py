@@ -42,11 +42,12 @@ from foxlm.training import FoxTrainer
 
 ARMS = ("fox-pro", "transformer-pro", "fox-llama", "transformer-llama")
 OPTIMIZERS = ("adamw", "muon")
+SIZES = ("45m", "125m", "360m", "760m")
 # Beside the sizes of the papers: one that sees 20 tokens for each of its parameters within an hour of one H100.
 SMALL = {"hidden_size": 512, "num_hidden_layers": 8, "num_attention_heads": 8}
 # What position costs a Transformer: rotary embeddings with the base that the FoX paper gives its baselines.
 ROTARY = {"rope_type": "default", "rope_theta": 500_000.0}
-WEIGHT_DECAY = 0.1
+WEIGHT_DECAY, MUON_RATE = 0.1, 6e-3
 # Options of `train` that only models with gates have, and their defaults.
 OF_GATES = {"decay_times": None, "unforgetting": 0.0, "gate_rate": 1.0, "gate_decay": WEIGHT_DECAY, "rope": False}
 # Held-out rows are so many times as long as those trained on.
@@ -58,19 +59,21 @@ Out = Annotated[Path, typer.Option(help="Folder of the whole comparison.")]
 Text = Annotated[
     list[Path],
     typer.Option(
+        exists=True,
+        dir_okay=False,
         help='A kind of text: .jsonl with a "text" in each line, or .txt. Repeatable. Neighboring lines whose "source" '
-        "has the same folder are joined until they are as long as a held-out row."
+        "has the same folder are joined until they are as long as a held-out row.",
     ),
 ]
-Vocabulary = Annotated[int, typer.Option(help="Of the tokenizer trained on the text.")]
+Vocabulary = Annotated[int, typer.Option(min=257, help="Of the tokenizer trained on the text.")]
 Tokenizer = Annotated[Path | None, typer.Option(help="Folder of a tokenizer to take instead.")]
-Length = Annotated[int, typer.Option(help="Tokens of a training row, which lies within one document.")]
-Tokens = Annotated[int, typer.Option(help="Training tokens of each kind at most, which balances the kinds.")]
-HeldOut = Annotated[int, typer.Option(help="Documents of each kind that are held out.")]
-Size = Annotated[str, typer.Option(help="45m; or 125m, 360m or 760m, as in the paper.")]
-Layers = Annotated[int | None, typer.Option(help="Fewer layers than that, for a trial.")]
+Length = Annotated[int, typer.Option(min=2, help="Tokens of a training row, which lies within one document.")]
+Tokens = Annotated[int, typer.Option(min=1, help="Training tokens of each kind at most, which balances the kinds.")]
+HeldOut = Annotated[int, typer.Option(min=1, help="Documents of each kind that are held out.")]
+Size = Annotated[str, typer.Option(help=f"One of {', '.join(SIZES)}: 43 million parameters, or as in the paper.")]
+Layers = Annotated[int | None, typer.Option(min=1, help="Fewer layers than that, for a trial.")]
 Batch = Annotated[int, typer.Option(help="Tokens in a step, a multiple of the rows' length.")]
-Steps = Annotated[int | None, typer.Option(help="Optimizer steps; one pass over the text if not given.")]
+Steps = Annotated[int | None, typer.Option(min=1, help="Optimizer steps; one pass over the text if not given.")]
 Seed = Annotated[int, typer.Option(help="Of weights and order.")]
 
 
@@ -85,8 +88,16 @@ def prepare(
     held_out: HeldOut = 8,
 ) -> None:
     """Make the tokenizer, the training rows, and held-out documents and rows of each kind."""
+    settings: dict[str, Any] = {"vocabulary": vocabulary, "length": length, "tokens": tokens, "held_out": held_out}
+    settings |= {"text": sorted(file.name for file in text), "tokenizer": tokenizer and str(tokenizer)}
     if (out / "rows.npy").exists():
+        made_with = json.loads((out / "text.json").read_text())["settings"]
+        if made_with != settings:
+            raise typer.BadParameter(f"{out} was prepared with {made_with}, now it is {settings}: take another --out")
         return
+    names = [file.stem for file in text]
+    if len(set(names)) < len(names):
+        raise typer.BadParameter(f"--text must have a name of its own for each kind, got {', '.join(names)}")
     (out / "held_out").mkdir(parents=True, exist_ok=True)
     # A token has fewer than five characters in almost any text, so that what is joined is long enough.
     kinds = {file.stem: list(read_documents(file, 5 * LONGER * length)) for file in text}
@@ -123,7 +134,7 @@ def prepare(
             count["held_out_documents"] = len(kept)
             np.save(out / "held_out" / f"{kind}.npy", np.stack(kept))
             print(f"{kind}: {count}", flush=True)
-    (out / "text.json").write_text(json.dumps(counts, indent=1))
+    (out / "text.json").write_text(json.dumps({"settings": settings, "kinds": counts}, indent=1))
     # Under another name until it is whole: what has its name is taken as done.
     np.save(out / "unfinished.npy", np.concatenate(rows))
     (out / "unfinished.npy").replace(out / "rows.npy")
@@ -140,13 +151,17 @@ def read_documents(file: Path, joined: int) -> Iterator[str]:
     parts: list[str] = []
     before = None
     with file.open(encoding="utf-8") as lines:
-        for line in lines:
-            document = json.loads(line)
+        for number, line in enumerate(lines, 1):
+            try:
+                document = json.loads(line)
+                text = document["text"]
+            except (ValueError, KeyError, TypeError) as error:
+                raise typer.BadParameter(f'line {number} of {file} must be JSON with a "text": {error!r}') from None
             folder = document["source"].rpartition("/")[0] if "source" in document else None
             if parts and (folder is None or folder != before or sum(map(len, parts)) >= joined):
                 yield "\n\n".join(parts)
                 parts = []
-            parts.append(document["text"])
+            parts.append(text)
             before = folder
     if parts:
         yield "\n\n".join(parts)
@@ -233,6 +248,9 @@ def build_model(recipe: dict[str, Any], length: int, tokenizer: PreTrainedTokeni
     for gate in model.modules():
         if isinstance(gate, FoxForgetGate):
             kept = len(gate.bias) - round(recipe["unforgetting"] * len(gate.bias))
+            if recipe["unforgetting"] and kept == len(gate.bias):
+                share = recipe["unforgetting"]
+                raise typer.BadParameter(f"--unforgetting must be a head at least, got {share} of {kept} heads")
             # So long that a row hardly decays, while a gate can still learn to forget.
             gate.bias.data[kept:] = bias_for_times(torch.tensor(64.0 * length))
     return model
@@ -272,7 +290,7 @@ def train(
     steps: Steps = None,
     optimizer: Annotated[str, typer.Option(help=f"One of {', '.join(OPTIMIZERS)}.")] = "adamw",
     rate: Annotated[float, typer.Option(help="Peak learning rate of what AdamW trains.")] = 2e-3,
-    muon_rate: Annotated[float, typer.Option(help="Peak learning rate of the matrices that Muon trains.")] = 6e-3,
+    muon_rate: Annotated[float, typer.Option(help="Peak learning rate of the matrices that Muon trains.")] = MUON_RATE,
     decay_times: Annotated[
         tuple[float, float] | None,
         typer.Option(help="Gates start log-spaced between these; the default is the configuration's, 2 2048."),
@@ -291,6 +309,8 @@ def train(
     recipe |= {"rate": rate, "muon_rate": muon_rate, "decay_times": decay_times and list(decay_times)}
     recipe |= {"unforgetting": unforgetting, "gate_rate": gate_rate, "gate_decay": gate_decay, "rope": rope}
     recipe |= {"sink": sink, "seed": seed}
+    if not (out / "rows.npy").exists():
+        raise typer.BadParameter(f"--out {out} holds no rows: call prepare first")
     tokens = np.load(out / "rows.npy", mmap_mode="r")
     length = tokens.shape[1]
     _check(recipe, tokens)
@@ -364,7 +384,7 @@ def train(
 
 def _check(recipe: dict[str, Any], tokens: np.ndarray) -> None:
     """Refuse options that are none or would do nothing."""
-    for option, accepted in ("arm", ARMS), ("optimizer", OPTIMIZERS):
+    for option, accepted in ("arm", ARMS), ("optimizer", OPTIMIZERS), ("size", SIZES):
         if recipe[option] not in accepted:
             raise typer.BadParameter(f"--{option} must be one of {', '.join(accepted)}, got {recipe[option]!r}")
     if recipe["batch"] % tokens.shape[1] or not tokens.shape[1] <= recipe["batch"] <= tokens.size:
@@ -374,6 +394,11 @@ def _check(recipe: dict[str, Any], tokens: np.ndarray) -> None:
         )
     if not 0.0 <= recipe["unforgetting"] <= 1.0:
         raise typer.BadParameter(f"--unforgetting must be a share in [0, 1], got {recipe['unforgetting']}")
+    low, high = recipe["decay_times"] or (1.0, 1.0)
+    if not 0.0 < low <= high:
+        raise typer.BadParameter(f"--decay-times must be two times in order, above 0, got {low} {high}")
+    if recipe["optimizer"] == "adamw" and recipe["muon_rate"] != MUON_RATE:
+        raise typer.BadParameter("--muon-rate is for --optimizer muon, got adamw")
     for option, default in OF_GATES.items():
         if recipe[option] == default:
             continue

@@ -73,7 +73,9 @@ def _takes(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
     if x.shape[:-1].numel() != 1 or x.dtype not in (torch.float16, torch.bfloat16) or torch.is_grad_enabled():
         return False
     tensors = (x, weight) if bias is None else (x, weight, bias)
-    if torch.is_autocast_enabled(x.device.type) or not all(one.is_contiguous() for one in tensors):
+    # Else torch's own error names the shapes.
+    fits = weight.ndim == 2 and weight.shape[1] == x.shape[-1] and (bias is None or bias.shape == weight.shape[:1])
+    if not fits or torch.is_autocast_enabled(x.device.type) or not all(one.is_contiguous() for one in tensors):
         return False
     return all(one.dtype == x.dtype and one.device == x.device for one in tensors) and may_launch(*tensors)
 

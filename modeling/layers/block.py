@@ -32,7 +32,7 @@ class FoxMLP(FusableProjections, LlamaMLP):
     def forward(self, x: Tensor) -> Tensor:
         # By one kernel on a GPU, unless somebody replaced or watches the activation.
         own = type(self.act_fn) is not _SILU or torch.compiler.is_compiling() or has_hooks(self.act_fn)
-        if not own and x.shape[0] == x.shape[1] == 1 and not torch.is_grad_enabled():
+        if not own and x.ndim == 3 and x.shape[0] == x.shape[1] == 1 and not torch.is_grad_enabled():
             return self._of_one_token(x)
         fused = self.project(x)
         gate, up = fused.values() if fused else (self.gate_proj(x), self.up_proj(x))

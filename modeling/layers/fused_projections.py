@@ -111,7 +111,7 @@ class FusableProjections(nn.Module):
         fused = self.buffer_for(x)
         if fused is None:
             return {}
-        if x.shape[0] == x.shape[1] == 1 and not torch.compiler.is_compiling():
+        if x.ndim == 3 and x.shape[0] == x.shape[1] == 1 and not torch.compiler.is_compiling():
             # Imported when they are used, since importing the kernels takes time.
             from ...kernels.backends import elementwise_backend_of
 
@@ -331,7 +331,7 @@ def is_called_as_matmul(module: Any) -> bool:
 def call_linear(module: nn.Module, x: Tensor) -> Tensor:
     """``module(x)`` of ``[B, T, in]``; of one token, without gradients, by `Backend.linear`, if it is but a matmul."""
     # Not asked of what is traced, which serves any sizes.
-    if torch.compiler.is_compiling() or x.shape[0] != 1 or x.shape[1] != 1 or torch.is_grad_enabled():
+    if torch.compiler.is_compiling() or x.shape[:-1] != (1, 1) or torch.is_grad_enabled():
         return module(x)
     if not is_called_as_matmul(module) or is_sharded(module.weight):
         return module(x)

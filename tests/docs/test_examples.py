@@ -476,7 +476,7 @@ def test_comparison_holds_documents_out_and_balances_kinds(compared: tuple[Modul
     assert ["hounds" in text for text in held_out] == [True, False]
     assert not any(row[8:-8] in text for row in rows for text in held_out)
     assert not any("hounds" in row and "foxes" in row for row in rows), "a row lies within one document"
-    counts = json.loads((out / "text.json").read_text())
+    counts = json.loads((out / "text.json").read_text())["kinds"]
     assert [count["tokens"] for count in counts.values()] == [256, 256]
     assert len(rows) == 4
     for kind, text in zip(("hounds", "foxes"), held_out, strict=True):
@@ -598,6 +598,10 @@ def test_comparison_evaluates_every_run_by_foxlm(
         ({"unforgetting": 1.5}, r"--unforgetting must be a share in \[0, 1\], got 1.5"),
         ({"arm": "transformer-pro", "rope": True}, "--rope is for arms with gates, got --arm transformer-pro"),
         ({"optimizer": "muon", "gate_decay": 0.0}, "--gate-decay is for --optimizer adamw, got muon"),
+        ({"muon_rate": 1e-3}, "--muon-rate is for --optimizer muon, got adamw"),
+        ({"size": "7b"}, "--size must be one of 45m, 125m, 360m, 760m, got '7b'"),
+        ({"decay_times": (5.0, 2.0)}, "--decay-times must be two times in order, above 0, got 5.0 2.0"),
+        ({"name": "new", "unforgetting": 0.1}, "--unforgetting must be a head at least, got 0.1 of 2 heads"),
         ({"steps": 20}, "trained with steps 4, now it is 20"),
         ({"rate": 1e-3}, "trained with rate 0.002, now it is 0.001"),
     ],
@@ -608,6 +612,35 @@ def test_comparison_names_what_it_cannot_use(
     script, out = compared
     with pytest.raises(Exception, match=named):
         script.train(**({"arm": "fox-pro", "out": out} | TRIAL | options))
+
+
+@pytest.mark.parametrize(
+    ("options", "named"),
+    [
+        (["train", "--arm", "fox-pro", "--steps", "0"], "--steps"),
+        (["train", "--arm", "fox-pro", "--out", "nowhere"], "holds no rows: call prepare first"),
+        (["prepare", "--text", "missing.jsonl"], "missing.jsonl"),
+        (["prepare", "--text", "foxes.jsonl", "--text", "other/foxes.jsonl"], "a name of its own for each kind"),
+        (["prepare", "--text", "broken.jsonl"], 'line 2 of broken.jsonl must be JSON with a "text"'),
+        (["prepare", "--text", "foxes.jsonl", "--out", "made"], "was prepared with"),
+    ],
+)
+def test_comparison_names_wrong_input_of_its_commands(
+    options: list[str], named: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from typer.testing import CliRunner
+
+    monkeypatch.chdir(tmp_path)
+    for folder in ("other", "made"):
+        (tmp_path / folder).mkdir()
+    for file in ("foxes.jsonl", "other/foxes.jsonl"):
+        (tmp_path / file).write_text('{"text": "a fox"}\n')
+    (tmp_path / "broken.jsonl").write_text('{"text": "a fox"}\n{"words": "a fox"}\n')
+    (tmp_path / "made" / "rows.npy").touch()
+    (tmp_path / "made" / "text.json").write_text('{"settings": {"length": 128}}')
+    done = CliRunner().invoke(load_script("compare").app, options, terminal_width=400)
+    assert done.exit_code == 2 and named in " ".join(done.output.replace("│", " ").split()), done.output
+    assert not (tmp_path / "runs" / "rows.npy").exists()
 
 
 def test_comparison_needs_documents_of_each_kind(tmp_path: Path) -> None:

@@ -87,6 +87,24 @@ def test_what_is_left_to_torch(case, monkeypatch):
     assert launched == []
 
 
+@torch.no_grad()
+def test_shapes_that_do_not_fit_are_torchs_error():
+    x, weight, bias = draw((1,), 48, 32, DTYPES[0])
+    for given in ((x[:, :40].contiguous(), weight), (x, weight, bias[:7].contiguous())):
+        for function in (TRITON.linear, TRITON.gated_linear):
+            with pytest.raises(RuntimeError):
+                function(*given)
+
+
+@torch.no_grad()
+def test_an_mlp_alone_takes_any_number_of_dimensions():
+    config = FoxConfig.preset("pro-125m", num_hidden_layers=1, hidden_size=64, num_attention_heads=2, vocab_size=64)
+    mlp = FoxForCausalLM(config).to(DEVICE, DTYPES[0]).eval().model.layers[0].mlp
+    x = torch.randn(64, device=DEVICE).to(DTYPES[0])
+    for shape in ((64,), (1, 64), (1, 1, 64)):
+        assert mlp(x.view(shape)).shape == shape
+
+
 def step(model: FoxForCausalLM, rows: int) -> Tensor:
     """Logits of a token after others."""
     ids = torch.arange(rows * 9, device=DEVICE).view(rows, 9) % 64
