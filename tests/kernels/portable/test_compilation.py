@@ -2,6 +2,7 @@
 
 import re
 import subprocess
+from collections.abc import Iterable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -100,6 +101,15 @@ def resources(kernel: Any, folder: Path) -> dict[str, int]:
     command = [triton.knobs.nvidia.cuobjdump.path, "-res-usage", str(file)]
     text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     return {name: int(value) for name, value in re.findall(r"\b(REG|STACK):(\d+)", text)}
+
+
+def check_registers(kernels: Iterable[Any], capability: int, folder: Path) -> None:
+    """What a program needs fits into registers, and nothing of it into memory."""
+    for kernel in kernels:
+        assert kernel.metadata.target.arch == capability
+        used = resources(kernel, folder)
+        assert used["REG"] * 32 * kernel.metadata.num_warps <= REGISTERS
+        assert used["STACK"] == 0, kernel.metadata.name
 
 
 @pytest.mark.parametrize(
@@ -222,11 +232,7 @@ def test_kernels_between_ranks_fit(dtype, capability, tmp_path):
             copy_rows(rows, rows, runs._replace(device=torch.from_numpy(runs.table)), add=add)
     names = ["needs", "ends", "carry", "window", "window", "copy", "copy"]
     assert [kernel.metadata.name for kernel in kernels] == [f"_{name}_kernel" for name in names]
-    for kernel in kernels:
-        assert kernel.metadata.target.arch == capability
-        used = resources(kernel, tmp_path)
-        assert used["REG"] * 32 * kernel.metadata.num_warps <= REGISTERS
-        assert used["STACK"] == 0, kernel.metadata.name
+    check_registers(kernels, capability, tmp_path)
 
 
 @pytest.mark.parametrize("capability", ARCHITECTURES)
@@ -251,11 +257,7 @@ def test_elementwise_kernels_fit_and_compile_once(dtype, head_dim, capability, t
     names = {f"_{name}{backward}_kernel" for name in launched for backward in ("", "_backward")}
     assert {kernel.metadata.name for kernel in kernels} == names
     assert len(kernels) == len(names)
-    for kernel in kernels:
-        assert kernel.metadata.target.arch == capability
-        used = resources(kernel, tmp_path)
-        assert used["REG"] * 32 * kernel.metadata.num_warps <= REGISTERS
-        assert used["STACK"] == 0, kernel.metadata.name
+    check_registers(kernels, capability, tmp_path)
 
 
 @pytest.mark.parametrize("capability", ARCHITECTURES)
@@ -318,11 +320,7 @@ def test_gate_logits_fit_and_compile_once(capability, tmp_path):
     kernels = {kernel.hash: kernel for kernel in compiled}.values()
     # One for few tokens, one for many; each with and without the activation.
     assert len(kernels) == 4
-    for kernel in kernels:
-        assert kernel.metadata.target.arch == capability
-        used = resources(kernel, tmp_path)
-        assert used["REG"] * 32 * kernel.metadata.num_warps <= REGISTERS
-        assert used["STACK"] == 0
+    check_registers(kernels, capability, tmp_path)
 
 
 @pytest.mark.parametrize("capability", ARCHITECTURES)
@@ -334,11 +332,7 @@ def test_linear_layers_of_one_row_fit_and_compile_once(capability, tmp_path):
             gated_linear(x, weight)
     kernels = {kernel.hash: kernel for kernel in compiled}.values()
     assert len(kernels) == 2
-    for kernel in kernels:
-        assert kernel.metadata.target.arch == capability
-        used = resources(kernel, tmp_path)
-        assert used["REG"] * 32 * kernel.metadata.num_warps <= REGISTERS
-        assert used["STACK"] == 0
+    check_registers(kernels, capability, tmp_path)
 
 
 @pytest.mark.parametrize("capability", ARCHITECTURES)
@@ -376,11 +370,7 @@ def test_chunks_of_an_evicting_cache_fit_and_compile_once(heads, gates, head_dim
     names = [kernel.metadata.name for kernel in kernels]
     chunk = [f"_{x}_chunk_kernel" for x in ("join", "join", "read", "read", "summarize", "write", "write")]
     assert sorted(names) == sorted([*chunk, "_move_pages_kernel"])
-    for kernel in kernels:
-        assert kernel.metadata.target.arch == capability
-        used = resources(kernel, tmp_path)
-        assert used["REG"] * 32 * kernel.metadata.num_warps <= REGISTERS
-        assert used["STACK"] == 0, kernel.metadata.name
+    check_registers(kernels, capability, tmp_path)
 
 
 def test_dropout_and_packing_compile(monkeypatch):
