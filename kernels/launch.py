@@ -22,7 +22,6 @@ It also holds the current device, which all tensors must be on. Whatever else th
 import functools
 import inspect
 import operator
-import threading
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
@@ -31,6 +30,8 @@ import triton.language as tl
 from torch import Tensor, nn
 from triton.compiler import CompiledKernel
 from triton.runtime.jit import JITFunction
+
+from .operators import recording
 
 try:
     from triton.backends.nvidia.driver import CudaLauncher, make_tensordesc_arg
@@ -99,15 +100,6 @@ def launches_plainly() -> bool:
         and not runtime.debug
         and not triton.knobs.compilation.instrumentation_mode
     )
-
-
-class _Recording(threading.local):
-    """What is told of each launch in this thread; see `replay`."""
-
-    recorder: Any = None
-
-
-recording = _Recording()
 
 
 class _Compiled(NamedTuple):

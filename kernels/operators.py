@@ -2,6 +2,7 @@
 kernels that are no operators when they may be launched, and second derivatives."""
 
 import re
+import threading
 from collections.abc import Callable
 from typing import Any
 
@@ -14,6 +15,15 @@ from .validation import ONLY_REVERSE_MODE, is_transformed_in_eager
 # Two copies of this code can live in one process under different package names: each names its operators after its
 # own, because registering a name twice replaces the first silently. Such a name may hold ASCII only.
 NAMESPACE = re.sub(r"\W", "_", __package__ or "foxlm_kernels", flags=re.ASCII)
+
+
+class _Recording(threading.local):
+    """What is told of all that this thread launches and computes, while a `tape.Recorder` sees it; else None."""
+
+    recorder: Any = None
+
+
+recording = _Recording()
 # Types of tensors that hide nothing.
 _PLAIN = frozenset((Tensor, nn.Parameter))
 
@@ -46,8 +56,8 @@ def may_launch(*inputs: Tensor) -> bool:
 
 def nothing_sees(*inputs: Tensor) -> bool:
     """Whether an operator's kernels may be launched past the dispatcher, where an operator of `torch.library` costs the
-    host up to 0.8 ms (H200, torch 2.11): `may_launch`, and no mode counts or records operators."""
-    return may_launch(*inputs) and torch._C._len_torch_dispatch_stack() == 0
+    host up to 0.8 ms (H200, torch 2.11): `may_launch`, and no mode counts or records operators but our own."""
+    return may_launch(*inputs) and torch._C._len_torch_dispatch_stack() == (recording.recorder is not None)
 
 
 def gradients_by_torch(

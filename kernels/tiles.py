@@ -6,6 +6,8 @@ import torch
 
 # Blocks of queries and keys that pruning drops, whatever the tiles: forward and backward drop the same.
 PRUNED_QUERIES, PRUNED_KEYS = 128, 64
+# Queries of a sequence that kernels of decoding take, and times the query heads that share keys.
+LARGEST_DECODED_QUERIES, LARGEST_DECODED_ROWS = 16, 64
 
 
 class Tile(NamedTuple):

@@ -15,16 +15,15 @@ from ..operators import NAMESPACE, maybe_contiguous, nothing_sees
 from ..pruning.key_stats import KeySummary
 from ..pruning.rounding import log_allowed
 from ..pruning.rules import Rule, check_logit_bound, check_rule
+from ..tiles import LARGEST_DECODED_QUERIES, LARGEST_DECODED_ROWS
 from .decode_attend import attend_blocks, choose_decode_tile
 from .decode_search import DecodeInputs, DecodePruning, search_blocks
-
-LARGEST_ROWS, LARGEST_QUERIES = 64, 16
 
 
 def can_decode(q: Tensor, kv_heads: int) -> bool:
     """Whether `decode_attention` takes queries ``q`` ``[B, Tq, H, D]`` over keys of ``kv_heads``: few enough."""
     queries, heads = q.shape[1:3]
-    return queries <= LARGEST_QUERIES and queries * (heads // kv_heads) <= LARGEST_ROWS
+    return queries <= LARGEST_DECODED_QUERIES and queries * (heads // kv_heads) <= LARGEST_DECODED_ROWS
 
 
 def decode_attention(

@@ -5,6 +5,7 @@ derived from that state, or lives for one forward pass, is in slots.
 """
 
 import copy
+from collections.abc import Collection, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
@@ -24,6 +25,9 @@ if TYPE_CHECKING:
 
 # See above: what exporters find in ``vars(layer)`` is the state of a cache.
 _DYNAMIC_NOT_EXPORTED = ("_buffers", "_new", "_reordered", "expected", "summarized", "summary")
+
+# What `_append` keeps in buffers.
+_BUFFERED = ("keys", "values", "c", "first")
 
 
 class DynamicForgettingLayer(DynamicLayer):
@@ -94,6 +98,33 @@ class DynamicForgettingLayer(DynamicLayer):
     def batch_size(self) -> int | None:
         """How many sequences it holds; None before any token."""
         return self.keys.shape[0] if self.get_seq_length() else None
+
+    @property
+    def is_growing(self) -> bool:
+        """Whether `state` is all that it holds; how it takes in a chunk then follows from that and `expected`."""
+        length = self.get_seq_length()
+        is_whole = (self.gates is None) == (length == 0) and self.summary is None
+        return (
+            is_whole
+            and not self.record_past
+            and not self._reordered
+            and all(taken == length for _, taken in self._buffers.values())
+        )
+
+    def state(self, names: Collection[str]) -> tuple[Tensor | None, ...]:
+        """Keys, values and gates, unshifted states by ``names``, and the buffers that the former begin."""
+        keys, values = (self.keys, self.values) if self.is_initialized else (None, None)
+        buffers = (self._buffers.get(name, (None, 0))[0] for name in _BUFFERED)
+        return (keys, values, *(self.gates or (None, None)), *map(self.unshifted.get, names), *buffers)
+
+    def take_state(self, state: Sequence[Any], names: Collection[str]) -> None:
+        """Hold the `state` that taking in a chunk has left, there or in a call that did the same."""
+        self.keys, self.values, c, first, *rest = state
+        self.dtype, self.device, self.is_initialized = self.keys.dtype, self.keys.device, True
+        self.gates = c, first
+        self.unshifted = dict(zip(names, rest, strict=False))
+        buffers = zip(_BUFFERED, rest[len(names) :], strict=True)
+        self._buffers = {name: (x, c.shape[-1]) for name, x in buffers if x is not None}
 
     def append_gates(self, log_f: Tensor, layout: TokenLayout, backend: "Backend", few: bool = False) -> None:
         """Take in the gates of new tokens, before their keys and values.

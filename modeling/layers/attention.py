@@ -42,7 +42,7 @@ if TYPE_CHECKING:
     from ...kernels.backends import Backend
 
 # By the class of the module that computes them.
-_FUSED_ACTIVATIONS = {type(ACT2FN[name]): name for name in ACTIVATIONS}
+FUSED_ACTIVATIONS = {type(ACT2FN[name]): name for name in ACTIVATIONS}
 # Queries, keys and values of all heads, ``[B, T, H or G, D]``.
 _States = tuple[Tensor, Tensor, Tensor]
 
@@ -246,7 +246,7 @@ class FoxAttention(FusableProjections):
         gate = fused["output_gate"] if fused else self.output_gate(hidden_states)
         activate = self.output_gate_act
         if self.has_output_norm:
-            norm, activation = self.output_norm, _FUSED_ACTIVATIONS.get(type(activate))
+            norm, activation = self.output_norm, FUSED_ACTIVATIONS.get(type(activate))
             # A module that was put in place of one of the two, or a hook on it, is to see what is its own.
             own = isinstance(norm, FoxRMSNorm) and activation is not None
             if own and not (has_hooks(norm) or has_hooks(activate)):

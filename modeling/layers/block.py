@@ -15,6 +15,7 @@ from .attention import FoxAttention
 from .fused_projections import FusableProjections, are_called_plainly, call_linear, has_hooks, is_called_as_matmul
 from .logit_bounds import projection_bounds, qk_norm_bounds
 from .norm import FoxRMSNorm
+from .repeated_layer import KnownLayer, repeat_prompt
 from .saved_activations import computed_again
 
 _SILU = type(ACT2FN["silu"])
@@ -82,8 +83,14 @@ class FoxDecoderLayer(GradientCheckpointingLayer):
         self.post_attention_layernorm = FoxRMSNorm(config.hidden_size, config.rms_norm_eps)
         if not self.norms_first:
             self.post_feedforward_layernorm = FoxRMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.known: KnownLayer | None = None
 
     def forward(self, hidden_states: Tensor, **kwargs: Unpack[TransformersKwargs]) -> Tensor:
+        repeated = repeat_prompt(self, (FoxDecoderLayer, FoxMLP), hidden_states, kwargs)
+        return self.compute(hidden_states, **kwargs) if repeated is None else repeated
+
+    def compute(self, hidden_states: Tensor, **kwargs: Unpack[TransformersKwargs]) -> Tensor:
+        """`forward`, by calling the modules."""
         if "layout" not in kwargs:
             # Before the norm, whose error would not name the argument.
             self.self_attn.check_hidden_states(hidden_states)
