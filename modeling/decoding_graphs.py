@@ -32,6 +32,7 @@ from .cache.paged import PagedForgettingLayer
 from .cache.reserved import ReservedForgettingLayer
 from .cache.static import StaticForgettingLayer, state_sizes
 from .configuration_fox import DEFAULT_IMPLEMENTATION
+from .layers.known_modules import KnownModules
 from .parallel.tensor_parallel import is_sharded, modules_of
 from .token_layout import LAYER_TYPE, padding_mask
 from .versions import CACHE
@@ -110,11 +111,8 @@ class _Step(NamedTuple):
     logits: Tensor
 
 
-def unsupported(model: Any, modules: list[nn.Module], weights: list[Tensor]) -> str | None:
+def _unsupported(model: Any, modules: list[nn.Module], weights: list[Tensor]) -> str | None:
     """Why steps of ``model``, which has these parts, cannot be captured; None if they can."""
-    config = model.config
-    if config._attn_implementation != DEFAULT_IMPLEMENTATION:
-        return f"attn_implementation is {config._attn_implementation!r}, which has no decode kernel"
     if any(is_sharded(x) for x in weights):
         return "its weights are sharded"
     devices = {x.device for x in weights}
@@ -421,38 +419,51 @@ class _Kept(NamedTuple):
 _KEPT: "weakref.WeakKeyDictionary[nn.Module, _Kept]" = weakref.WeakKeyDictionary()
 
 
-def _fingerprint(model: Any, modules: list[nn.Module], weights: list[Tensor]) -> Any:
-    """All that a captured step depends on, beside values of weights and what its cache's graphs look at themselves.
+def _fingerprint(modules: list[nn.Module], weights: list[Tensor]) -> Any:
+    """All of a model that a captured step depends on, beside values of weights and its configuration.
 
     None if there may be more: modules of other libraries, such as adapters, have state of their own.
     """
     if any(not x.__module__.startswith(_KNOWN_MODULES) for x in set(map(type, modules))):
         return None
-    config = model.config
     return (
         tuple((id(x), x.training, "forward" in vars(x)) for x in modules),
         tuple((x.data_ptr(), x.dtype, x.shape, x.stride()) for x in weights),
-        (config.acp_eps, config.acp_rule, config._attn_implementation, torch.get_float32_matmul_precision()),
     )
 
 
+def _reason_and_fingerprint(model: Any, known: KnownModules | None) -> tuple[str | None, Any]:
+    """`_unsupported` and `_fingerprint`; what has been found of modules that are known holds."""
+    found: dict[str, Any] = {} if known is None else known.found
+    if "graphs" not in found:
+        parts = _parts_of(model)
+        reason = _unsupported(model, *parts)
+        found["graphs"] = reason, None if reason else _fingerprint(*parts)
+    return found["graphs"]
+
+
 @contextlib.contextmanager
-def decoding_graphs(model: Any, own_masks: bool = True) -> Iterator[None]:
+def decoding_graphs(model: Any, known: KnownModules | None = None, own_masks: bool = True) -> Iterator[None]:
     """Within it, steps of ``model`` with a cache are captured and replayed, where they can be; `generate` enters it.
 
     Args:
+        known: its modules, if these are as they were at an earlier call.
         own_masks: whether padding masks may be any; else `DecodingGraphs.take_prompt` sees all padding that there is.
     """
     if not model.config.decoding_graphs or not runs_decode_kernels(model):
         yield
         return
-    parts = _parts_of(model)
-    reason = unsupported(model, *parts)
+    config = model.config
+    reason, fingerprint = _reason_and_fingerprint(model, known)
+    if config._attn_implementation != DEFAULT_IMPLEMENTATION:
+        reason = f"attn_implementation is {config._attn_implementation!r}, which has no decode kernel"
     if reason is not None:
         _say(reason)
         yield
         return
-    fingerprint = _fingerprint(model, *parts)
+    if fingerprint is not None:
+        settings = config.acp_eps, config.acp_rule, torch.get_float32_matmul_precision()
+        fingerprint = (fingerprint, settings)
     kept = _KEPT.get(model)
     if kept is None or fingerprint is None or kept.fingerprint != fingerprint:
         kept = _Kept(fingerprint, weakref.WeakKeyDictionary(), set())

@@ -18,18 +18,27 @@ from .configuration_fox import FoxConfig
 from .decoding_graphs import decoding_graphs, holds_no_padding
 from .decoding_graphs import running as running_graphs
 from .layers.fused_projections import fuse_projections
+from .layers.known_modules import KnownModules, known_modules
 from .parallel.tensor_parallel import local_weights
 from .token_layout import LAYER_TYPE, padding_mask, refuse_overflow
 from .versions import CACHE, one_cache, with_one_cache
 
 
 @contextlib.contextmanager
-def decoding_mode(model: nn.Module) -> Iterator[None]:
+def decoding_mode(model: nn.Module, known: KnownModules | None = None) -> Iterator[None]:
     """Within it, projections are fused where they can be, and the weights of a tensor-parallel model are local.
 
     Calls do not look again whether projections are what was fused: within it weights are changed in place only. The
     buffers outlive it, so that the next entry finds them at the same addresses.
+
+    Args:
+        model: any module.
+        known: its modules, if they are as this has left them before.
     """
+    if known is not None:
+        with known.uses_fused_always():
+            yield
+        return
     changed = fuse_projections(model, uses="always")
     try:
         with local_weights(model):
@@ -58,6 +67,8 @@ class FoxGenerationMixin(GenerationMixin):
     """transformers' generation, with caches that keep forget gates."""
 
     config: FoxConfig
+    # What `generate` knows of its modules.
+    known: KnownModules | None = None
 
     # Its signature is that of what it wraps.
     @cast(Any, functools.wraps(GenerationMixin.generate, assigned=()))
@@ -68,8 +79,18 @@ class FoxGenerationMixin(GenerationMixin):
         """
         if kwargs.get("cache_implementation") == "paged":
             self._refuse_continuous_batching()
-        with decoding_mode(cast(Any, self)), decoding_graphs(self, own_masks=kwargs.get("custom_generate") is not None):
+        known = self._known_modules()
+        own_masks = kwargs.get("custom_generate") is not None
+        with decoding_mode(cast(Any, self), known), decoding_graphs(self, known, own_masks):
             return super().generate(*args, **with_one_cache(kwargs))
+
+    def _known_modules(self) -> KnownModules | None:
+        """Those of the last call, if nothing has changed since; else of this one, once what can be fused is fused."""
+        model = cast(Any, self)
+        if self.known is not None and self.known.are_unchanged(model):
+            return self.known
+        fuse_projections(model)
+        return known_modules(model)
 
     def _valid_auto_compile_criteria(self, model_kwargs, generation_config) -> bool:
         # Captured steps need no compilation; who passes a `compile_config` gets it.

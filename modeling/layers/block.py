@@ -13,9 +13,10 @@ from transformers.utils import TransformersKwargs
 from ..configuration_fox import FoxConfig
 from .attention import FoxAttention
 from .fused_projections import FusableProjections, are_called_plainly, call_linear, has_hooks, is_called_as_matmul
+from .known_modules import KnownModules
 from .logit_bounds import projection_bounds, qk_norm_bounds
 from .norm import FoxRMSNorm
-from .repeated_layer import KnownLayer, repeat_prompt
+from .repeated_layer import repeat_prompt
 from .saved_activations import computed_again
 
 _SILU = type(ACT2FN["silu"])
@@ -71,6 +72,8 @@ class FoxDecoderLayer(GradientCheckpointingLayer):
     """
 
     attention_class: ClassVar[type[FoxAttention]] = FoxAttention
+    # What `repeat_prompt` knows of its modules.
+    known: KnownModules | None = None
 
     def __init__(self, config: FoxConfig, layer_idx: int) -> None:
         super().__init__()
@@ -83,7 +86,6 @@ class FoxDecoderLayer(GradientCheckpointingLayer):
         self.post_attention_layernorm = FoxRMSNorm(config.hidden_size, config.rms_norm_eps)
         if not self.norms_first:
             self.post_feedforward_layernorm = FoxRMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.known: KnownLayer | None = None
 
     def forward(self, hidden_states: Tensor, **kwargs: Unpack[TransformersKwargs]) -> Tensor:
         repeated = repeat_prompt(self, (FoxDecoderLayer, FoxMLP), hidden_states, kwargs)

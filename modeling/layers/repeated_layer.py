@@ -6,12 +6,10 @@ nothing but known modules and their weights has a part in it.
 """
 
 import functools
-import operator
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules import module as _module
 from transformers.cache_utils import Cache, DynamicCache
 
 from ...kernels.devices import capability_of
@@ -25,7 +23,7 @@ from ..versions import CACHE
 from .attention import FUSED_ACTIVATIONS, FoxAttention
 from .attention_sink import FoxAttentionSink
 from .forget_gate import FoxConstantGate, FoxForgetGate
-from .fused_projections import FusableProjections, FusedProjections
+from .known_modules import KnownModules, known_modules
 from .norm import FoxRMSNorm
 from .rotary import FoxRotaryEmbedding
 from .token_shift import FoxTokenShift
@@ -35,84 +33,7 @@ _KNOWN: frozenset[type[nn.Module]] = frozenset(FUSED_ACTIVATIONS) | {
     *(nn.Linear, FoxAttention, FoxAttentionSink, FoxConstantGate),
     *(FoxForgetGate, FoxRMSNorm, FoxRotaryEmbedding, FoxTokenShift),
 }
-_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-_shape_of = operator.attrgetter("dtype", "shape")
 _ARGUMENTS = frozenset(("layout", "position_embeddings", "settings", CACHE))
-# Attributes of these types decide what a module launches.
-_PLAIN = (int, float, bool, str, tuple, type(None))
-# But not these: what identifies the layer, what is kept here, and what is asked of `_buffer_of`.
-_OTHER_ATTRIBUTES = frozenset(("layer_idx", "known", "fused_projections", "uses_fused"))
-# A number for each kind of layer, by all that layers of a kind have in common.
-_KINDS: dict[str, int] = {}
-
-
-class KnownLayer:
-    """What a layer's forward pass depends on beside its arguments, as long as it `is_unchanged`.
-
-    Args:
-        layer: a `FoxDecoderLayer`.
-
-    Attributes:
-        weights: of all modules, and the buffers of fused projections.
-        addresses: of the weights.
-        kind: a number; layers of one kind launch the same.
-    """
-
-    def __init__(self, layer: nn.Module) -> None:
-        self._modules = list(layer.modules())
-        self._types = list(map(type, self._modules))
-        # Hooks on the layer itself run around its forward pass.
-        self._hooks = [vars(x)[name] for x in self._modules[1:] for name in _HOOKS]
-        self._states = list(map(vars, self._modules))
-        held = [x[name] for x in self._states for name in ("_modules", "_parameters", "_buffers")]
-        self._places = [(x, name) for x in held for name in x]
-        self._found = [x[name] for x, name in self._places]
-        settings = [(x, name) for x in self._states for name in x if type(x[name]) in _PLAIN]
-        self._settings = [(x, name) for x, name in settings if name not in _OTHER_ATTRIBUTES]
-        self._set = [x[name] for x, name in self._settings]
-        self._fusable = [x for x in self._modules if isinstance(x, FusableProjections)]
-        self._fused = [_buffer_of(x) for x in self._fusable]
-        buffers = [y for x in self._fused if x is not None for y in (x.weight, x.bias)]
-        self.weights = tuple(x for x in (*self._found, *buffers) if isinstance(x, Tensor))
-        self._shapes = list(map(_shape_of, self.weights))
-        strides = [x.stride() for x in self.weights]
-        self.addresses = [x.data_ptr() for x in self.weights]
-        names = [name for _, name in (*self._places, *self._settings)]
-        sizes = [None if x is None else (x.names, x.sizes) for x in self._fused]
-        places = [(address % 16, self.addresses.index(address)) for address in self.addresses]
-        kind = repr(
-            (self._types, names, self._set, sizes, self._shapes, strides, places, [x is None for x in self._found])
-        )
-        self.kind = _KINDS.setdefault(kind, len(_KINDS))
-
-    def __reduce__(self) -> tuple:
-        # A copy of the layer has modules of its own: None in its place.
-        return type(None), ()
-
-    def is_unchanged(self) -> bool:
-        """Whether no module was replaced, set otherwise or is watched, and no weight has moved."""
-        if any(self._hooks) or _module._global_forward_hooks or _module._global_forward_pre_hooks:
-            return False
-        try:
-            found, values = [x[name] for x, name in self._places], [x[name] for x, name in self._settings]
-        except KeyError:
-            return False
-        if values != self._set or any(map(operator.is_not, found, self._found)):
-            return False
-        if True in ["forward" in x or "_hf_hook" in x for x in self._states]:
-            return False
-        if any(map(operator.is_not, map(_buffer_of, self._fusable), self._fused)):
-            return False
-        if list(map(type, self._modules)) != self._types:
-            return False
-        if list(map(Tensor.data_ptr, self.weights)) != self.addresses:
-            return False
-        return list(map(_shape_of, self.weights)) == self._shapes
-
-
-def _buffer_of(module: FusableProjections) -> FusedProjections | None:
-    """The buffer that calls without gradients may read; which of them check it first makes no difference here."""
-    return None if module.uses_fused == "never" else module.fused_projections
 
 
 @functools.cache
@@ -126,18 +47,6 @@ def _recordings() -> Any:
     from ...kernels.replay import IS_KNOWN, Recordings
 
     return Recordings() if IS_KNOWN else None
-
-
-def _is_known(layer: nn.Module, classes: tuple[type[nn.Module], ...]) -> bool:
-    """Whether it and its modules are of known classes, with plain weights of their own."""
-    for module in layer.modules():
-        if type(module) not in _KNOWN and type(module) not in classes:
-            return False
-        if any(x is not None and type(x) is not nn.Parameter for x in module._parameters.values()):
-            return False
-        if any(x is not None and type(x) is not Tensor for x in module._buffers.values()):
-            return False
-    return True
 
 
 def repeat_prompt(
@@ -168,11 +77,9 @@ def repeat_prompt(
     held = None if cache is None else _growing_layer(cache, layer.self_attn.layer_idx, tokens)
     if (cache is not None and held is None) or not may_repeat():
         return None
-    known: KnownLayer | None = layer.known
-    if known is None or not known.is_unchanged():
-        known = layer.known = KnownLayer(layer) if _is_known(layer, classes) else None
-        if known is None or not known.is_unchanged():
-            return None
+    known = known_modules(layer)
+    if known is None or not _are_of_known_classes(layer, known, classes):
+        return None
     names = layer.self_attn.shifted
     before = () if held is None else held.state(names)
     angles = arguments["position_embeddings"] or (None, None)
@@ -191,6 +98,13 @@ def repeat_prompt(
     if held is not None:
         held.take_state(after, names)
     return out
+
+
+def _are_of_known_classes(layer: nn.Module, known: KnownModules, classes: tuple[type[nn.Module], ...]) -> bool:
+    if "classes" not in known.found:
+        kinds = {type(x) for x in (layer, *known.modules)}
+        known.found["classes"] = kinds <= _KNOWN.union(classes)
+    return known.found["classes"]
 
 
 def _run(layer: Any, hidden_states: Tensor, arguments: dict[str, Any], held: DynamicForgettingLayer | None) -> Any:
