@@ -67,7 +67,7 @@ class _Computation(NamedTuple):
         function: the operator.
         arguments, options: positional and by name.
         parts: tensors among the arguments, by index.
-        lists: lists of tensors among them, likewise.
+        lists: lists with tensors in them, likewise.
         named: tensors among the options, by name.
         new: which of its results are new tensors.
     """
@@ -76,7 +76,7 @@ class _Computation(NamedTuple):
     arguments: list[Any]
     options: dict[str, Any]
     parts: list[tuple[int, _Part]]
-    lists: list[tuple[int, list[_Part]]]
+    lists: list[tuple[int, list[Any]]]
     named: list[tuple[str, _Part]]
     new: list[int]
 
@@ -85,7 +85,7 @@ class _Computation(NamedTuple):
         for index, part in self.parts:
             arguments[index] = held[part.number] if part.view is None else part.of(held)
         for index, parts in self.lists:
-            arguments[index] = [part.of(held) for part in parts]
+            arguments[index] = [x.of(held) if type(x) is _Part else x for x in parts]
         if self.named:
             options = options | {name: part.of(held) for name, part in self.named}
         result = self.function(*arguments, **options)
@@ -99,7 +99,7 @@ class _Computation(NamedTuple):
         """All tensors that it is given."""
         return [
             *(part for _, part in self.parts),
-            *(part for _, parts in self.lists for part in parts),
+            *(part for _, parts in self.lists for part in parts if type(part) is _Part),
             *(part for _, part in self.named),
         ]
 
@@ -233,7 +233,13 @@ class Recorder(TorchDispatchMode):
 
     def _may_repeat(self, function: Any, args: Any, kwargs: dict[str, Any], result: Any) -> bool:
         """Note an operator, if it can be repeated."""
-        if function.namespace != "aten" or _UNCERTAIN_TAGS.intersection(function.tags):
+        if function.namespace != "aten":
+            return False
+        # What is picked by numbers, unlike by a mask, is as much as there are numbers.
+        by_numbers = function is torch.ops.aten.index.Tensor and not any(
+            x.dtype == torch.bool for x in _tensors_in(args[1])
+        )
+        if _UNCERTAIN_TAGS.intersection(function.tags) and not by_numbers:
             return False
         results = result if isinstance(result, (tuple, list)) else (result,)
         if not all(isinstance(x, Tensor) for x in results):
@@ -325,8 +331,7 @@ class Recorder(TorchDispatchMode):
                 parts.append((index, self._part(x, numbers)))
                 arguments[index] = None
             elif any(True for _ in _tensors_in(x)):
-                # None among them has no place.
-                lists.append((index, [self._part(y, numbers) for y in x]))
+                lists.append((index, [self._part(y, numbers) if isinstance(y, Tensor) else y for y in x]))
                 arguments[index] = None
         for name, x in options.items():
             if isinstance(x, Tensor):
@@ -374,8 +379,8 @@ class Recorder(TorchDispatchMode):
                 unread[index].append(number)
         return [(step.repeat, tuple(numbers)) for step, numbers in zip(steps, unread, strict=True)]
 
-    def _part(self, x: Any, numbers: dict[int, tuple[int, int]]) -> _Part:
-        place = self._place(x) if isinstance(x, Tensor) else None
+    def _part(self, x: Tensor, numbers: dict[int, tuple[int, int]]) -> _Part:
+        place = self._place(x)
         if place is None:
             raise _UncertainError
         memory = self._arguments[place.argument] if place.made is None else self._made[place.made]
@@ -388,7 +393,9 @@ class Recorder(TorchDispatchMode):
 
     def _place(self, x: Tensor) -> _Place | None:
         """Where ``x`` lies; None if that is not certain."""
-        address, storage = x.data_ptr(), x.untyped_storage().data_ptr()
+        storage = x.untyped_storage().data_ptr()
+        # As `x.data_ptr()`, which is 0 of a part without elements.
+        address = storage + x.storage_offset() * x.element_size()
         for made, other in enumerate(self._made):
             if storage and other.untyped_storage().data_ptr() == storage:
                 return _Place(made, 0, address - other.data_ptr())

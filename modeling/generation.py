@@ -89,7 +89,8 @@ class FoxGenerationMixin(GenerationMixin):
         model = cast(Any, self)
         if self.known is not None and self.known.are_unchanged(model):
             return self.known
-        fuse_projections(model)
+        for module, before in fuse_projections(model, uses="always"):
+            module.uses_fused = before
         return known_modules(model)
 
     def _valid_auto_compile_criteria(self, model_kwargs, generation_config) -> bool:

@@ -5,7 +5,7 @@ derived from that state, or lives for one forward pass, is in slots.
 """
 
 import copy
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Hashable, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
@@ -17,7 +17,7 @@ from ...kernels.decay import Decay
 from ...kernels.pruning.key_stats import KeySummary, Running, empty_summary, running_before
 from ...kernels.tiles import PRUNED_KEYS
 from ..token_layout import TokenLayout
-from .static import check_gates, extend_summary, latest_states
+from .static import check_gates, decodes_nothing, extend_summary, latest_states
 from .view import CacheView
 
 if TYPE_CHECKING:
@@ -99,17 +99,15 @@ class DynamicForgettingLayer(DynamicLayer):
         """How many sequences it holds; None before any token."""
         return self.keys.shape[0] if self.get_seq_length() else None
 
-    @property
-    def is_growing(self) -> bool:
-        """Whether `state` is all that it holds; how it takes in a chunk then follows from that and `expected`."""
+    def signature_for(self, tokens: int) -> Hashable:
+        """What, beside `state`, decides how it takes in a prompt or a chunk of so many tokens; None where more does."""
         length = self.get_seq_length()
         is_whole = (self.gates is None) == (length == 0) and self.summary is None
-        return (
-            is_whole
-            and not self.record_past
-            and not self._reordered
-            and all(taken == length for _, taken in self._buffers.values())
-        )
+        if not is_whole or self.record_past or self._reordered or not decodes_nothing(length, tokens):
+            return None
+        # Else a tensor may lie behind what is held.
+        fits = all(taken == length for _, taken in self._buffers.values())
+        return ("growing", self.expected) if fits else None
 
     def state(self, names: Collection[str]) -> tuple[Tensor | None, ...]:
         """Keys, values and gates, unshifted states by ``names``, and the buffers that the former begin."""
@@ -118,7 +116,7 @@ class DynamicForgettingLayer(DynamicLayer):
         return (keys, values, *(self.gates or (None, None)), *map(self.unshifted.get, names), *buffers)
 
     def take_state(self, state: Sequence[Any], names: Collection[str]) -> None:
-        """Hold the `state` that taking in a chunk has left, there or in a call that did the same."""
+        """Hold the `state` that taking in a prompt has left, there or in a call that did the same."""
         self.keys, self.values, c, first, *rest = state
         self.dtype, self.device, self.is_initialized = self.keys.dtype, self.keys.device, True
         self.gates = c, first

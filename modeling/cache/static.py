@@ -1,6 +1,6 @@
 """The layer of a static cache, for compiled decoding and exported programs; and what all kinds of layers share."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Hashable, Iterable, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import torch
@@ -11,6 +11,7 @@ from transformers.utils.import_utils import is_torchdynamo_compiling, is_torchdy
 from ...kernels.decay import Decay
 from ...kernels.operators import may_launch
 from ...kernels.pruning.key_stats import KeySummary, Running, empty_summary
+from ...kernels.tiles import LARGEST_DECODED_QUERIES
 from ..token_layout import TokenLayout
 from ..versions import CACHE
 from .view import CacheView
@@ -84,6 +85,11 @@ def extend_summary(summary: KeySummary, running: Running, c: Tensor, k: Tensor, 
     from ...kernels.backends import backend_of
 
     return backend_of(k).extend_summary(summary, running, c, k, position)
+
+
+def decodes_nothing(held: int, tokens: int) -> bool:
+    """Whether so many tokens after those ``held`` are none that the kernels of decoding take, whatever the heads."""
+    return held == 0 or tokens > LARGEST_DECODED_QUERIES
 
 
 def check_gates(new: Decay | NewGates | None) -> None:
@@ -187,6 +193,20 @@ class StaticForgettingLayer(StaticLayer):
         if not is_torchdynamo_compiling():
             for buffer in self._buffers():
                 torch._dynamo.mark_static_address(buffer)
+
+    def signature_for(self, tokens: int) -> Hashable:
+        """As of `DynamicForgettingLayer`; its buffers, once they are made, are all that it holds."""
+        if tokens <= LARGEST_DECODED_QUERIES or (self.is_initialized and self.summary is None):
+            return None
+        return ("static", self.was_reset or not self.is_initialized)
+
+    def state(self, names: Collection[str]) -> tuple[Tensor, ...]:
+        """All buffers."""
+        return (self.keys, self.values, self.cumulative_length, *self._buffers())
+
+    def take_state(self, state: Sequence[Any], names: Collection[str]) -> None:
+        """Note that they have taken in a prompt."""
+        self.was_reset = False
 
     def append_gates(self, log_f: Tensor, layout: TokenLayout, backend: "Backend", few: bool = False) -> None:
         """As `DynamicForgettingLayer.append_gates`: before `update`, which moves the length that is read here."""

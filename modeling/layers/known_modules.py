@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn.modules import module as _module
 
 from ..parallel.tensor_parallel import modules_of
-from .fused_projections import FusableProjections, FusedProjections
+from .fused_projections import FusableProjections
 
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 _HELD = ("_modules", "_parameters", "_buffers")
@@ -38,7 +38,7 @@ class KnownModules:
         modules: those in ``root``, each once.
         weights: parameters and buffers, each once for each name, and the buffers of fused projections.
         addresses: of the weights.
-        fused: modules whose projections are fused.
+        fused: modules whose projections are fused, whether or not calls read them so.
         found: by name, what else has been found of them.
     """
 
@@ -61,8 +61,8 @@ class KnownModules:
         fusable = [x for x in (root, *self.modules) if isinstance(x, FusableProjections)]
         assert root not in fusable, "it would hold itself"
         self._fusable = fusable
-        self._buffers = [_buffer_of(x) for x in fusable]
-        self.fused = [x for x, buffer in zip(fusable, self._buffers, strict=True) if buffer is not None]
+        self._buffers = [x.fused_projections for x in fusable]
+        self.fused = [x for x in fusable if x.fused_projections is not None]
         buffers = [y for x in self._buffers if x is not None for y in (x.weight, x.bias)]
         self.weights = tuple(x for x in (*self._held, *buffers) if isinstance(x, Tensor))
         self._shapes = list(map(_shape_of, self.weights))
@@ -86,7 +86,7 @@ class KnownModules:
             return False
         if True in ["forward" in x or "_hf_hook" in x for x in self._states] or type(root) is not self._type:
             return False
-        if any(map(operator.is_not, map(_buffer_of, self._fusable), self._buffers)):
+        if any(map(operator.is_not, [x.fused_projections for x in self._fusable], self._buffers)):
             return False
         if list(map(type, self.modules)) != self._types:
             return False
@@ -150,11 +150,6 @@ def _can_be_known(root: nn.Module) -> bool:
 def _settings_of(state: dict[str, Any]) -> list[str]:
     """Names of the attributes that decide what a module does, beside what it holds."""
     return [name for name, x in state.items() if type(x) in _PLAIN and name not in _OTHERS]
-
-
-def _buffer_of(module: FusableProjections) -> FusedProjections | None:
-    """The buffer that calls without gradients may read; which of them look at it first is of no concern here."""
-    return None if module.uses_fused == "never" else module.fused_projections
 
 
 __all__ = ["KnownModules", "known_modules"]

@@ -10,13 +10,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers.cache_utils import Cache, DynamicCache
+from transformers.cache_utils import Cache, DynamicCache, StaticCache
 
 from ...kernels.devices import capability_of
 from ...kernels.operators import nothing_sees
-from ...kernels.tiles import LARGEST_DECODED_QUERIES
 from ..attention_settings import AttentionSettings
 from ..cache.dynamic import DynamicForgettingLayer
+from ..cache.static import StaticForgettingLayer
 from ..configuration_fox import DEFAULT_IMPLEMENTATION
 from ..token_layout import TokenLayout
 from ..versions import CACHE
@@ -73,14 +73,24 @@ def repeat_prompt(
     from ...kernels.replay import common_device, may_repeat, signature_of
 
     cache: Cache | None = arguments[CACHE]
-    tokens = hidden_states.shape[1]
-    held = None if cache is None else _growing_layer(cache, layer.self_attn.layer_idx, tokens)
-    if (cache is not None and held is None) or not may_repeat():
+    held, cached = None, None
+    if cache is not None:
+        held = _layer_of(cache, layer.self_attn.layer_idx)
+        cached = held and held.signature_for(hidden_states.shape[1])
+        if cached is None:
+            return None
+    if not may_repeat():
         return None
     known = known_modules(layer)
     if known is None or not _are_of_known_classes(layer, known, classes):
         return None
     names = layer.self_attn.shifted
+    if type(held) is StaticForgettingLayer and not held.is_initialized:
+        attention = layer.self_attn
+        heads = len(attention.k_proj.weight) // attention.head_dim
+        like = hidden_states.new_empty(()).expand(len(hidden_states), heads, 1, attention.head_dim)
+        held.lazy_initialization(like, like)
+        held.was_reset = True
     before = () if held is None else held.state(names)
     angles = arguments["position_embeddings"] or (None, None)
     given = (hidden_states, *layout[: TokenLayout._fields.index("shards")], *angles, *before)
@@ -89,9 +99,9 @@ def repeat_prompt(
     if device is None:
         return None
     addresses = list(map(Tensor.data_ptr, tensors))
-    cached = None if held is None else held.expected
     which = tuple(x is None for x in given)
-    signature = (known.kind, settings, cached, which, device, *signature_of(tensors, addresses))
+    fused = tuple(x.uses_fused == "never" for x in known.fused)
+    signature = (known.kind, fused, settings, cached, which, device, *signature_of(tensors, addresses))
     addresses += known.addresses
     everything = (*tensors, *known.weights)
     out, *after = recordings.call(signature, everything, addresses, device, _run, layer, hidden_states, arguments, held)
@@ -107,18 +117,15 @@ def _are_of_known_classes(layer: nn.Module, known: KnownModules, classes: tuple[
     return known.found["classes"]
 
 
-def _run(layer: Any, hidden_states: Tensor, arguments: dict[str, Any], held: DynamicForgettingLayer | None) -> Any:
+def _run(layer: Any, hidden_states: Tensor, arguments: dict[str, Any], held: Any) -> Any:
     """The output, and what the cache's layer then holds."""
     out = layer.compute(hidden_states, **arguments)
     return (out,) if held is None else (out, *held.state(layer.self_attn.shifted))
 
 
-def _growing_layer(cache: Cache, index: int, tokens: int) -> DynamicForgettingLayer | None:
-    """The layer of a growing cache that is to take a prompt or a chunk; None if it has more to do than that."""
-    if type(cache) is not DynamicCache or cache.offloading or index >= len(cache.layers):
+def _layer_of(cache: Cache, index: int) -> DynamicForgettingLayer | StaticForgettingLayer | None:
+    """The layer of a cache, if it is all of the cache that takes part."""
+    if type(cache) not in (DynamicCache, StaticCache) or cache.offloading or index >= len(cache.layers):
         return None
     layer = cache.layers[index]
-    if type(layer) is not DynamicForgettingLayer or not layer.is_growing:
-        return None
-    # The kernels of decoding read a summary of keys, which is no state of a prompt.
-    return layer if tokens > LARGEST_DECODED_QUERIES or not layer.is_initialized else None
+    return layer if type(layer) in (DynamicForgettingLayer, StaticForgettingLayer) else None

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from transformers import DynamicCache
+from transformers import DynamicCache, StaticCache
 
 from foxlm.kernels.backends import HAS_TRITON
 from foxlm.kernels.devices import GPU, assume_gpu
@@ -34,6 +34,8 @@ CASES: dict[str, dict[str, Any]] = {
     "not pruned": {"acp_eps": None},
     "padded": {"how": "padded"},
     "packed": {"how": "packed"},
+    "static": {"how": "static"},
+    "a new static cache each time": {"how": "new static"},
     "long": {"lengths": (300, 200)},
     "heads of 64": {"head_dim": 64},
     "grouped": {"variant": "key-value-gates"},
@@ -75,10 +77,15 @@ def model_of(variant: str = "pro", dtype: torch.dtype = torch.bfloat16, **fields
 
 @torch.no_grad()
 def run(
-    model: Any, how: str = "whole", cached: bool = True, lengths: tuple[int, ...] = LENGTHS, **_: Any
+    model: Any, how: str = "whole", cached: bool = True, lengths: tuple[int, ...] = LENGTHS, cache: Any = None
 ) -> tuple[list[Tensor], Any]:
     """Hidden states of a prompt in chunks, and the cache."""
-    cache = DynamicCache(config=model.config) if cached else None
+    if how in ("static", "new static"):
+        if cache is None or how == "new static":
+            cache = StaticCache(config=model.config, max_cache_len=sum(lengths) + 1)
+        cache.reset()
+    elif cached:
+        cache = DynamicCache(config=model.config)
     outs, done = [], 0
     for length in lengths:
         ids, options = tokens(2, length).to(model.device), {}
@@ -106,8 +113,11 @@ def held(cache: Any) -> list[list[tuple[str, Any]]]:
             return {name: described(y) for name, y in x.items()}
         return tuple(map(described, x)) if isinstance(x, tuple) else x
 
-    names = ("keys", "values", "gates", "unshifted", "is_initialized", "dtype", "device")
-    slots = ("_buffers", "_new", "_reordered", "expected", "summarized", "summary")
+    names = ("keys", "values", "gates", "unshifted", "is_initialized", "dtype", "device", "_new", "summary")
+    if isinstance(cache, StaticCache):
+        slots: tuple[str, ...] = ("cumulative_length", "was_reset", "_states")
+    else:
+        slots = ("_buffers", "_reordered", "expected", "summarized")
     layers = [] if cache is None else cache.layers
     return [[(name, described(getattr(layer, name))) for name in (*names, *slots)] for layer in layers]
 
@@ -132,14 +142,15 @@ def test_layers_launch_and_keep_what_they_would(
     model = model_of(**{name: x for name, x in options.items() if name not in how})
     with monkeypatch.context() as patch:
         patch.setattr(repeated_layer, "_recordings", lambda: None)
-        for _ in range(2):
+        cache = None
+        for _ in range(3):
             launches.clear()
-            outs, cache = run(model, **how)
+            outs, cache = run(model, **how, cache=cache)
     expected, wanted = kernels(launches), held(cache)
     for _ in range(3):
         launches.clear()
         computed.clear()
-        found, cache = run(model, **how)
+        found, cache = run(model, **how, cache=cache)
         assert kernels(launches) == expected
         assert held(cache) == wanted
         assert [(x.shape, x.dtype) for x in found] == [(x.shape, x.dtype) for x in outs]
@@ -208,10 +219,8 @@ def test_what_is_set_otherwise_is_recorded_again(change: str, launches: list[Any
         assert 0.125 in used
 
 
-@pytest.mark.parametrize("how", ["autocast", "gradients", "recording the past", "a static cache", "a few more tokens"])
+@pytest.mark.parametrize("how", ["autocast", "gradients", "recording the past", "a few more tokens"])
 def test_other_calls_run_by_their_modules(how: str, launches: list[Any], computed: list[Any]) -> None:
-    from transformers import StaticCache
-
     model = model_of(dtype=torch.float32 if how == "autocast" else torch.bfloat16)
     for _ in range(3):
         run(model, lengths=(70, 8))
@@ -219,8 +228,6 @@ def test_other_calls_run_by_their_modules(how: str, launches: list[Any], compute
     ids, cache = tokens(2, 70), DynamicCache(config=model.config)
     if how == "recording the past":
         cache.activate_past_recording()
-    elif how == "a static cache":
-        cache = StaticCache(config=model.config, max_cache_len=100)
     elif how == "a few more tokens":
         with torch.no_grad():
             model(ids, past_key_values=cache)
@@ -280,11 +287,12 @@ class TestOnAGPU:
         with monkeypatch.context() as patch:
             patch.setattr(repeated_layer, "_recordings", lambda: None)
             expected, cache = run(model, **how)
+            run(model, **how, cache=cache)
             expected.append(self.step(model, cache))
         for _ in range(4):
             # What is not written is not as it was before.
             torch.full((1 << 24,), float("nan"), device=DEVICE)
-            found, cache = run(model, **how)
+            found, cache = run(model, **how, cache=cache)
             found.append(self.step(model, cache))
             for x, wanted in zip(found, expected, strict=True):
                 assert torch.equal(x, wanted)
