@@ -275,7 +275,7 @@ def launch(_grid, _options, {names}):
         _Launch=Launch,
         _recording=recording,
         _DRIVERS=triton.runtime.driver,
-        _OPTIONS=frozenset((int, type(None))),
+        _OPTIONS=frozenset((int, bool, type(None))),
     )
 
 

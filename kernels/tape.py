@@ -395,7 +395,7 @@ class Recorder(TorchDispatchMode):
         """Where ``x`` lies; None if that is not certain."""
         storage = x.untyped_storage().data_ptr()
         # As `x.data_ptr()`, which is 0 of a part without elements.
-        address = storage + x.storage_offset() * x.element_size()
+        address = storage + int(x.storage_offset()) * x.element_size()
         for made, other in enumerate(self._made):
             if storage and other.untyped_storage().data_ptr() == storage:
                 return _Place(made, 0, address - other.data_ptr())

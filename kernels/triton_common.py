@@ -59,6 +59,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .devices import capability_of
 from .launch import launched
 
 # Triton reads the variable when a kernel is defined; and torch.compile cannot trace the reading of it.
@@ -96,6 +97,25 @@ def kernel(function: Callable[..., Any]) -> Any:
     """Decorates a kernel that the host launches, so that one compilation serves all lengths and batches."""
     compiled = triton.jit(do_not_specialize=VARYING_SIZES, do_not_specialize_on_alignment=PARTS_OF_TENSORS)
     return launched(compiled(function))
+
+
+def overlapping(x: Tensor) -> dict[str, bool]:
+    """Options of a launch that may begin before the kernel before it has ended, on a GPU that can: its blocks are then
+    placed, and wait in `wait_for_inputs`. Decoding is a chain of kernels that run for a few microseconds each."""
+    overlaps = not INTERPRETED and (capability_of(x) or (0, 0)) >= (9, 0)
+    return {"OVERLAPS": True, "launch_pdl": True} if overlaps else {"OVERLAPS": False}
+
+
+@triton.jit
+def wait_for_inputs(OVERLAPS: tl.constexpr):
+    """First in a kernel launched as `overlapping`: wait until the kernel before has ended and all it wrote is seen.
+
+    Only then may the next kernel begin. So none begins before the last but one has ended, and what a kernel reads
+    before its wait is what only the kernel right before it could have changed.
+    """
+    if OVERLAPS:
+        tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_launch_dependents()
 
 
 @triton.jit

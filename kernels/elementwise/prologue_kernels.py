@@ -20,6 +20,7 @@ import triton
 import triton.language as tl
 
 from ..launch import launched
+from ..triton_common import wait_for_inputs
 
 
 class _States(NamedTuple):
@@ -203,8 +204,10 @@ def prologue_forward_kernel(
     T, NQ, NK, NV,
     HALF: tl.constexpr, REST: tl.constexpr, BLOCK_HALF: tl.constexpr, BLOCK_REST: tl.constexpr,
     BLOCK_T: tl.constexpr,
+    OVERLAPS: tl.constexpr,
 ):  # fmt: skip
     """Queries, keys and values, contiguous ``[B, T, heads, D]``."""
+    wait_for_inputs(OVERLAPS)
     # A branch's names are its own: Triton wants one type of what branches share. It compiles no branch of None.
     i_slot = tl.program_id(0) % (NQ + NK + NV)
     o_t = tl.program_id(0) // (NQ + NK + NV) * BLOCK_T + tl.arange(0, BLOCK_T)

@@ -15,6 +15,7 @@ from ..launch import launched
 from ..operators import may_launch
 from ..replay import replayed
 from ..tiles import cdiv, next_power_of_2
+from ..triton_common import overlapping, wait_for_inputs
 from .gate_logits import gate_logits as gate_logits_in_pytorch
 
 # Tokens of a program, values of each that are multiplied at once, and those that are added up on their own: tensor
@@ -67,8 +68,11 @@ def _gate_logits_kernel(
 
 @launched
 @triton.jit
-def _gate_logit_kernel(X, x_n, WEIGHT, BIAS, OUT, HIDDEN, BLOCK_K: tl.constexpr, LOG_SIGMOID: tl.constexpr):
+def _gate_logit_kernel(
+    X, x_n, WEIGHT, BIAS, OUT, HIDDEN, BLOCK_K: tl.constexpr, LOG_SIGMOID: tl.constexpr, OVERLAPS: tl.constexpr
+):
     """As `_gate_logits_kernel`, one value: a decoding step has few, and waits for each launch."""
+    wait_for_inputs(OVERLAPS)
     i_n, i_h, gates = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.num_programs(1)
     acc = tl.zeros([BLOCK_K], tl.float32)
     for begin in range(0, HIDDEN, BLOCK_K):
@@ -101,7 +105,7 @@ def _launch_logits(x: Tensor, weight: Tensor, bias: Tensor, log_sigmoid: bool) -
     )
     with on_device_of(x):
         if tokens < _MANY_TOKENS:
-            _gate_logit_kernel[(tokens, gates)](**arguments, BLOCK_K=_ROW_VALUES)
+            _gate_logit_kernel[(tokens, gates)](**arguments, BLOCK_K=_ROW_VALUES, **overlapping(x))
             return out
         _gate_logits_kernel[(cdiv(tokens, _GATE_TOKENS),)](
             **arguments,

@@ -24,7 +24,7 @@ from ..launch import launched
 from ..operators import gradients_by_torch, may_launch, maybe_contiguous
 from ..replay import replayed
 from ..tiles import cdiv
-from ..triton_common import load_rows
+from ..triton_common import load_rows, overlapping, wait_for_inputs
 from .activations import activate
 from .gated_norm import add_and_norm as add_and_norm_in_pytorch
 from .gated_norm import gated_norm as gated_norm_in_pytorch
@@ -56,7 +56,9 @@ def _gated_norm_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
     ACTIVATION: tl.constexpr,
+    OVERLAPS: tl.constexpr,
 ):  # fmt: skip
+    wait_for_inputs(OVERLAPS)
     i_h = tl.program_id(0) % H
     o_n = (tl.program_id(0) // H) * BLOCK_N + tl.arange(0, BLOCK_N)
     o_d = tl.arange(0, BLOCK_D)
@@ -199,7 +201,7 @@ def _norm_forward(x: Tensor, weight: Tensor, gate: Tensor | None, eps: float, ac
         return out
     tokens, heads, block_n, arguments = _norm_arguments(x, weight, gate, eps, activation)
     with on_device_of(x):
-        _gated_norm_kernel[(cdiv(tokens, block_n) * heads,)](**arguments, OUT=out)
+        _gated_norm_kernel[(cdiv(tokens, block_n) * heads,)](**arguments, OUT=out, **overlapping(x))
     return out
 
 
@@ -225,9 +227,10 @@ def _norm_backward(
 @launched
 @triton.jit
 def _add_and_norm_kernel(
-    X, x_n, RESIDUAL, r_n, WEIGHT, TOTAL, OUT, eps, D: tl.constexpr, BLOCK_D: tl.constexpr
+    X, x_n, RESIDUAL, r_n, WEIGHT, TOTAL, OUT, eps, D: tl.constexpr, BLOCK_D: tl.constexpr, OVERLAPS: tl.constexpr
 ):  # fmt: skip
     """A token for each program."""
+    wait_for_inputs(OVERLAPS)
     i_n, o_d = tl.program_id(0).to(tl.int64), tl.arange(0, BLOCK_D)
     m_d = o_d < D
     b_x = tl.load(X + i_n * x_n + o_d, mask=m_d, other=0.0).to(tl.float32)
@@ -267,5 +270,6 @@ def _launch_add_and_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float
             D=size,
             BLOCK_D=block_d,
             num_warps=min(16, max(4, block_d // 512)),
+            **overlapping(x),
         )  # fmt: skip
     return total, out

@@ -10,6 +10,7 @@ from ..devices import on_device_of
 from ..operators import may_launch, maybe_contiguous, refuse_second_derivative
 from ..replay import replayed
 from ..tiles import LARGEST_HEAD_DIM, cdiv, next_power_of_2
+from ..triton_common import overlapping
 from .prologue import PrologueInputs
 from .prologue_kernels import prologue_backward_kernel, prologue_forward_kernel
 
@@ -102,7 +103,7 @@ def _prologue_forward(inputs: PrologueInputs, eps: float, slots: _Slots) -> tupl
     out = [x.new_empty(x.shape) if heads else None for x, heads in zip(inputs[:3], slots, strict=True)]
     arguments, grid = _prologue_arguments(inputs, eps, slots)
     with on_device_of(inputs.q):
-        prologue_forward_kernel[grid](**arguments, OUT_Q=out[0], OUT_K=out[1], OUT_V=out[2])
+        prologue_forward_kernel[grid](**arguments, OUT_Q=out[0], OUT_K=out[1], OUT_V=out[2], **overlapping(inputs.q))
     return tuple(out)
 
 

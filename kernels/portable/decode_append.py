@@ -20,7 +20,7 @@ from ..operators import maybe_contiguous
 from ..pruning.key_stats import KeySummary, Running
 from ..pruning.predicates import lengths
 from ..tiles import PRUNED_KEYS, padded_head_dim
-from ..triton_common import INF, load_rows
+from ..triton_common import INF, load_rows, overlapping, wait_for_inputs
 
 _KEY_BLOCK = tl.constexpr(PRUNED_KEYS)
 _LOG_ZERO = tl.constexpr(LOG_ZERO_GATE)
@@ -207,12 +207,14 @@ def _decode_append_kernel(
     BLOCK_T: tl.constexpr,
     RING: tl.constexpr,
     WINDOW: tl.constexpr,
+    OVERLAPS: tl.constexpr,
 ):  # fmt: skip
     """One key/value head, then one gate, of a sequence; arguments as in `append_tokens`.
 
     ``BLOCK_C``, ``BLOCK_DECAYS`` and ``BLOCK_LARGEST`` are a `KeySummary`; ``LAST_C`` and ``LAST_FIRST`` hold the last
     ``RING`` tokens, by index modulo ``RING``; ``KEY_HELD`` and ``VALUE_HELD`` the last ``WINDOW``.
     """
+    wait_for_inputs(OVERLAPS)
     i_row, i_b = tl.program_id(0), tl.program_id(1).to(tl.int64)
     step = _Step(POSITIONS, PAGES, T, G, HF, N, NB)
     position = tl.load(POSITIONS)
@@ -347,5 +349,6 @@ def append_tokens(
             WINDOW=1 if held is None else held.shape[1],
             num_warps=1 if tokens == 1 else 4,
             sanitize_overflow=False,
+            **overlapping(k),
         )  # fmt: skip
     return c_new, first_new

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from ..devices import multiprocessors_of
 from ..tiles import next_power_of_2, padded_head_dim
-from ..triton_common import INF, LN_2, LOG2_E, dot_precision, load_rows
+from ..triton_common import INF, LN_2, LOG2_E, dot_precision, load_rows, overlapping, wait_for_inputs
 from .decode_search import KEY_BLOCK, DecodeInputs, decode_kernel
 
 # Heads whose numbers of blocks are summed at a time: one compilation for all batches.
@@ -109,12 +109,14 @@ def _decode_attend_kernel(
     PRECISION: tl.constexpr,
     SCAN: tl.constexpr,
     MERGED: tl.constexpr,
+    OVERLAPS: tl.constexpr,
 ):  # fmt: skip
     """A program's share of the blocks; arguments as in `attend_blocks`, ``KV_HEADS`` is ``B * G``.
 
     ``PARTIALS`` holds a slot for each program and head, ``[slots, R, BLOCK_D]`` float32, and after these the maxima
     and sums of weights, ``[slots, R, 2]``.
     """
+    wait_for_inputs(OVERLAPS)
     KV_GROUP = H // G
     R = KV_GROUP * TQ
     programs = tl.num_programs(0)
@@ -333,4 +335,5 @@ def attend_blocks(
         num_warps=tile.warps,
         num_stages=tile.stages,
         maxnreg=tile.registers,
+        **overlapping(q),
     )  # fmt: skip

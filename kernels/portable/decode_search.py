@@ -20,7 +20,7 @@ from ..pruning.key_stats import KeySummary
 from ..pruning.predicates import lengths, log_add, may_drop, raised, sink_bound
 from ..pruning.rounding import decay_margin, logit_margin
 from ..tiles import PRUNED_KEYS, cdiv, next_power_of_2, padded_head_dim
-from ..triton_common import INF, INT32_MAX, PARTS_OF_TENSORS, VARYING_SIZES
+from ..triton_common import INF, INT32_MAX, PARTS_OF_TENSORS, VARYING_SIZES, overlapping, wait_for_inputs
 
 KEY_BLOCK = tl.constexpr(PRUNED_KEYS)
 # Boundaries that one step of the search looks at, for all rows together.
@@ -110,8 +110,10 @@ def _decode_search_kernel(
     BLOCK_R: tl.constexpr,
     BLOCK_BOUNDARIES: tl.constexpr,
     RULE: tl.constexpr,
+    OVERLAPS: tl.constexpr,
 ):  # fmt: skip
     """What `search_blocks` returns, of one key/value head. ``C``, ``LOG_DECAYS``, ``LARGEST`` are a `KeySummary`."""
+    wait_for_inputs(OVERLAPS)
     i_bg, heads = tl.program_id(0), tl.num_programs(0)
     i_b, i_g = (i_bg // G).to(tl.int64), i_bg % G
     o_r = tl.arange(0, BLOCK_R)
@@ -257,5 +259,6 @@ def search_blocks(inputs: DecodeInputs, pruning: DecodePruning, scale: float) ->
         BLOCK_R=padded_rows,
         BLOCK_BOUNDARIES=candidates,
         RULE=pruning.rule,
+        **overlapping(q),
     )  # fmt: skip
     return ranges

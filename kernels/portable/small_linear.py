@@ -21,6 +21,7 @@ from ..launch import launched
 from ..operators import may_launch
 from ..replay import replayed
 from ..tiles import cdiv
+from ..triton_common import overlapping, wait_for_inputs
 
 # Of the weights: rows of a program, values of each at once, warps, stages; and where there are two of them.
 _TILES = dict(BLOCK_N=2, BLOCK_K=1024, num_warps=4, num_stages=3)
@@ -45,7 +46,14 @@ def _product(X, W, BIAS, o_n, m_n, K, BLOCK_N: tl.constexpr, BLOCK_K: tl.constex
 
 @launched
 @triton.jit
-def _linear_kernel(X, W, BIAS, OUT, N, K, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GATED: tl.constexpr):
+def _linear_kernel(
+    X, W, BIAS, OUT, N, K,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    GATED: tl.constexpr,
+    OVERLAPS: tl.constexpr,
+):  # fmt: skip
+    wait_for_inputs(OVERLAPS)
     o_n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     m_n = o_n < N
     acc = _product(X, W, BIAS, o_n, m_n, K, BLOCK_N, BLOCK_K)
@@ -88,6 +96,6 @@ def _launch(x: Tensor, weight: Tensor, bias: Tensor | None, gated: bool) -> Tens
     tiles: Any = _GATED_TILES if gated else _TILES
     with on_device_of(x):
         _linear_kernel[(cdiv(features, tiles["BLOCK_N"]),)](
-            X=x, W=weight, BIAS=bias, OUT=out, N=features, K=size, GATED=gated, **tiles
+            X=x, W=weight, BIAS=bias, OUT=out, N=features, K=size, GATED=gated, **tiles, **overlapping(x)
         )
     return out
