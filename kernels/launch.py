@@ -219,7 +219,7 @@ def _launch_of(function: JITFunction, types: tuple[type, ...]) -> Callable[..., 
         elif parameter.is_constexpr and kind in _CONSTANTS:
             key.append(x)
         elif parameter.is_constexpr:
-            return functools.partial(_through_triton, function)
+            return functools.partial(_never_remembered, function)
         elif kind is int and parameter.do_not_specialize:
             narrow.append(x)
         elif kind is int or kind is bool:
@@ -235,7 +235,7 @@ def _launch_of(function: JITFunction, types: tuple[type, ...]) -> Callable[..., 
             descriptors.append(x)
             key += [f"{x}.base.dtype", f"*{x}.block_shape", f"id({x}.layout)"]
         else:
-            return functools.partial(_through_triton, function)
+            return functools.partial(_never_remembered, function)
         passed.append(argument)
     conditions += [f"{x}.get_device() == _device" for x in (*tensors, *(f"{x}.base" for x in descriptors))]
     if narrow:
@@ -311,6 +311,12 @@ def _remember(
         launch, metadata = inside.get("launcher", launcher.launch), inside.get("tensordesc_meta", [])
         compiled[key] = _Compiled(kernel, launch, first, metadata, layouts, _globals_of(function))
     return kernel
+
+
+def _never_remembered(function: JITFunction, grid: tuple[int, ...], options: dict[str, Any], *arguments: Any) -> Any:
+    if recording.recorder is not None:
+        recording.recorder.give_up()
+    return _through_triton(function, grid, options, *arguments)
 
 
 def _through_triton(function: JITFunction, grid: tuple[int, ...], options: dict[str, Any], *arguments: Any) -> Any:

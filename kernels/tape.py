@@ -227,32 +227,35 @@ class Recorder(TorchDispatchMode):
             self._allocated.add(len(self._made))
             self._events.append(len(self._made))
             self._made.append(result)
-        elif not function.is_view:
+        else:
             self._may_be &= self._may_repeat(function, args, kwargs or {}, result)
         return result
 
     def _may_repeat(self, function: Any, args: Any, kwargs: dict[str, Any], result: Any) -> bool:
         """Note an operator, if it can be repeated."""
-        if function.namespace != "aten":
+        results = result if isinstance(result, (tuple, list)) else (result,)
+        given, returned = list(_tensors_in([args, kwargs])), list(_tensors_in(results))
+        if not given and not returned:
+            # What is computed of numbers and dtypes is always the same.
+            return True
+        # Memory that is neither new nor an argument's may be other memory in the next call.
+        if len(returned) < len(results) or any(self._place(x) is None for x in given):
+            return False
+        changes = function._schema.is_mutable
+        new = [index for index, x in enumerate(results) if self._place(x) is None]
+        if not new and not changes:
+            # Views; some operators, such as `reshape`, return one only where they need not copy.
+            return True
+        shared = {x.untyped_storage().data_ptr() for x in (*self._arguments, *given)}
+        if any(results[index].untyped_storage().data_ptr() in shared for index in new):
+            # A part of an argument that may be one of another, too.
             return False
         # What is picked by numbers, unlike by a mask, is as much as there are numbers.
-        by_numbers = function is torch.ops.aten.index.Tensor and not any(
-            x.dtype == torch.bool for x in _tensors_in(args[1])
-        )
-        if _UNCERTAIN_TAGS.intersection(function.tags) and not by_numbers:
+        picks = function is torch.ops.aten.index.Tensor and all(x.dtype == torch.int64 for x in _tensors_in(args[1]))
+        is_certain = picks or not _UNCERTAIN_TAGS.intersection(function.tags)
+        # An operator that changes a tensor returns that one.
+        if function.namespace != "aten" or not is_certain or (changes and new):
             return False
-        results = result if isinstance(result, (tuple, list)) else (result,)
-        if not all(isinstance(x, Tensor) for x in results):
-            # What is computed of numbers and dtypes is always the same.
-            return not any(True for _ in _tensors_in([args, kwargs, result]))
-        new = [index for index, x in enumerate(results) if self._place(x) is None]
-        if function._schema.is_mutable:
-            # It returns what it was to change.
-            if new:
-                return False
-        elif not new:
-            # A view that says it is none.
-            return True
         self._events.append(_Operator(function, args, kwargs, new))
         self._made += [results[index] for index in new]
         return True

@@ -434,12 +434,14 @@ def _fingerprint(modules: list[nn.Module], weights: list[Tensor]) -> Any:
 
 def _reason_and_fingerprint(model: Any, known: KnownModules | None) -> tuple[str | None, Any]:
     """`_unsupported` and `_fingerprint`; what has been found of modules that are known holds."""
-    found: dict[str, Any] = {} if known is None else known.found
-    if "graphs" not in found:
-        parts = _parts_of(model)
-        reason = _unsupported(model, *parts)
-        found["graphs"] = reason, None if reason else _fingerprint(*parts)
-    return found["graphs"]
+    if known is not None and known.graphs is not None:
+        return known.graphs
+    parts = _parts_of(model)
+    reason = _unsupported(model, *parts)
+    found = reason, None if reason else _fingerprint(*parts)
+    if known is not None:
+        known.graphs = found
+    return found
 
 
 @contextlib.contextmanager

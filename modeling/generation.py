@@ -18,7 +18,7 @@ from .configuration_fox import FoxConfig
 from .decoding_graphs import decoding_graphs, holds_no_padding
 from .decoding_graphs import running as running_graphs
 from .layers.fused_projections import fuse_projections
-from .layers.known_modules import KnownModules, known_modules
+from .layers.known_modules import KnownModules, can_be_known, known_modules
 from .parallel.tensor_parallel import local_weights
 from .token_layout import LAYER_TYPE, padding_mask, refuse_overflow
 from .versions import CACHE, one_cache, with_one_cache
@@ -35,13 +35,14 @@ def decoding_mode(model: nn.Module, known: KnownModules | None = None) -> Iterat
         model: any module.
         known: its modules, if they are as this has left them before.
     """
-    if known is not None:
-        with known.uses_fused_always():
-            yield
-        return
-    changed = fuse_projections(model, uses="always")
+    if known is None:
+        changed = fuse_projections(model, uses="always")
+    else:
+        changed = [(x, x.uses_fused) for x in known.fused if x.uses_fused != "always"]
+        for module, _ in changed:
+            module.uses_fused = "always"
     try:
-        with local_weights(model):
+        with local_weights(model) if known is None else contextlib.nullcontext():
             yield
     finally:
         for module, before in changed:
@@ -87,11 +88,15 @@ class FoxGenerationMixin(GenerationMixin):
     def _known_modules(self) -> KnownModules | None:
         """Those of the last call, if nothing has changed since; else of this one, once what can be fused is fused."""
         model = cast(Any, self)
-        if self.known is not None and self.known.are_unchanged(model):
+        if self.known is not None and self.known.weights(model) is not None:
             return self.known
+        if not can_be_known(model):
+            self.known = None
+            return None
+        # What is fused moves, so before anything is known; `decoding_mode` has calls read it.
         for module, before in fuse_projections(model, uses="always"):
             module.uses_fused = before
-        return known_modules(model)
+        return known_modules(model)[0]
 
     def _valid_auto_compile_criteria(self, model_kwargs, generation_config) -> bool:
         # Captured steps need no compilation; who passes a `compile_config` gets it.

@@ -121,8 +121,12 @@ class DynamicForgettingLayer(DynamicLayer):
         self.dtype, self.device, self.is_initialized = self.keys.dtype, self.keys.device, True
         self.gates = c, first
         self.unshifted = dict(zip(names, rest, strict=False))
-        buffers = zip(_BUFFERED, rest[len(names) :], strict=True)
-        self._buffers = {name: (x, c.shape[-1]) for name, x in buffers if x is not None}
+        for name, x in zip(_BUFFERED, rest[len(names) :], strict=True):
+            # In place: a shallow copy of this layer learns from it that the room is taken.
+            if x is None:
+                self._buffers.pop(name, None)
+            else:
+                self._buffers[name] = x, c.shape[-1]
 
     def append_gates(self, log_f: Tensor, layout: TokenLayout, backend: "Backend", few: bool = False) -> None:
         """Take in the gates of new tokens, before their keys and values.

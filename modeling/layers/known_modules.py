@@ -1,155 +1,226 @@
-"""What has been found of modules and their weights holds as long as nobody has changed them: a check that costs little.
+"""What has been found of modules holds as long as nobody has changed them: a check that costs little.
 
 Every `generate`, and every layer of a prompt, depends on which modules there are, on what watches them and on where
-their weights are. To look at it anew takes the host as long as some layers do.
+their weights lie. To find all that anew takes the host as long as some layers do.
 """
 
-import contextlib
+import hashlib
+import itertools
 import operator
-from collections.abc import Iterator
-from typing import Any
+import weakref
+from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor, nn
 from torch.nn.modules import module as _module
+from transformers import PreTrainedConfig
 
-from ..parallel.tensor_parallel import modules_of
 from .fused_projections import FusableProjections
 
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-_HELD = ("_modules", "_parameters", "_buffers")
-# Attributes of these types decide what a module does.
-_PLAIN = (int, float, bool, str, tuple, type(None))
-# But not these: which layer it is, what `KnownModules` has found, and what is known of fused projections.
-_OTHERS = frozenset(("layer_idx", "known", "fused_projections", "uses_fused", "is_to_fuse", "fuses_itself"))
+# Attributes of these types are compared by value.
+_COMPARED = frozenset((int, float, bool, str, tuple, type(None)))
+# What `nn.Module` keeps in attributes: hooks, and what is looked at by itself.
+_CONTAINERS = (dict, set)
+# Attributes that are no part of what a module does, or are asked for by whoever depends on them.
+_LEFT_OUT = frozenset(("layer_idx", "known", "fused_projections", "uses_fused", "is_to_fuse", "fuses_itself"))
 _shape_of = operator.attrgetter("dtype", "shape")
-# A number for all modules that have the same in common.
-_KINDS: dict[str, int] = {}
+# A number for each kind of modules, by a digest of all that they have in common; numbers are not used again.
+_KINDS: dict[bytes, int] = {}
+_MOST_KINDS = 4096
+_numbers = itertools.count()
+
+
+class _Record(NamedTuple):
+    """A module as it was.
+
+    Attributes:
+        module: weak, as modules are to die when their owner lets them go.
+        kind: its class.
+        forward: of the class.
+        size: how many attributes it had; with whatever is put on a module, such as another forward, it has one more.
+        get: reads the attributes that are compared by value.
+        values, types: what these were.
+        children: ids of its modules, which have records of their own.
+        names: of these, of parameters and of buffers.
+    """
+
+    module: "weakref.ref[nn.Module]"
+    kind: type[nn.Module]
+    forward: Any
+    size: int
+    get: Any
+    values: tuple[Any, ...]
+    types: list[type]
+    children: list[int]
+    names: tuple[list[str], list[str], list[str]]
+
+
+def _record(module: nn.Module) -> _Record:
+    state = vars(module)
+    # A module has several: what reads one alone would return no tuple.
+    get: Any = operator.itemgetter(*(x for x in state if type(state[x]) in _COMPARED and x not in _LEFT_OUT))
+    return _Record(
+        weakref.ref(module),
+        type(module),
+        type(module).forward,
+        len(state),
+        get,
+        get(state),
+        list(map(type, get(state))),
+        list(map(id, state["_modules"].values())),
+        (list(state["_modules"]), list(state["_parameters"]), list(state["_buffers"])),
+    )
+
+
+def _is_odd(module: nn.Module) -> bool:
+    """Whether it has attributes that are neither compared nor containers of `nn.Module` or a configuration."""
+    others = [x for name, x in vars(module).items() if type(x) not in _COMPARED and name not in _LEFT_OUT]
+    return not all(isinstance(x, (*_CONTAINERS, PreTrainedConfig)) for x in others)
+
+
+def _is_watched(module: nn.Module) -> bool:
+    state = vars(module)
+    return any(state[name] for name in _HOOKS) or "forward" in state or "_hf_hook" in state
+
+
+def _places_of(weights: list[Tensor]) -> list[Any] | None:
+    """Address, dtype, shape and strides of each; None if one is more than a tensor in memory."""
+    try:
+        return [
+            list(map(Tensor.data_ptr, weights)),
+            list(map(_shape_of, weights)),
+            list(map(Tensor.stride, weights)),
+        ]
+    except RuntimeError:
+        # Sparse, or what a transform of torch.func makes of a tensor.
+        return None
 
 
 class KnownModules:
-    """A module with all modules in it, as they were when this was made.
-
-    It does not hold the module itself, which holds this.
+    """A module with all modules in it, as they were when this was made; it keeps none of them alive, nor a weight.
 
     Args:
-        root: the module; hooks on it are nobody's concern here, since they run before and after all that it does.
+        root: the module. Hooks on it are of no concern: they run before and after all that it does.
 
     Attributes:
-        modules: those in ``root``, each once.
-        weights: parameters and buffers, each once for each name, and the buffers of fused projections.
+        kind: a number that other modules have too if they differ from these in values of weights alone.
+        odd: classes of modules with attributes that are not compared here.
+        lie_in_buffers: whether projections that are fused are what was fused.
         addresses: of the weights.
-        fused: modules whose projections are fused, whether or not calls read them so.
-        found: by name, what else has been found of them.
+        is_of_known_classes, graphs: for `repeated_layer` and `decoding_graphs`, what they have found; None before.
     """
 
     def __init__(self, root: nn.Module) -> None:
-        _, *self.modules = modules_of(root)
-        self._types = list(map(type, self.modules))
-        self._hooks = [vars(x)[name] for x in self.modules for name in _HOOKS]
-        self._states = list(map(vars, self.modules))
-        held = [x[name] for x in (vars(root), *self._states) for name in _HELD]
-        self._places = [(x, name) for x in held for name in x]
-        self._held = [x[name] for x, name in self._places]
-        # By functions of C: there are hundreds.
-        names = [_settings_of(x) for x in self._states]
-        self._settings = [(operator.itemgetter(*y), x) for x, y in zip(self._states, names, strict=True)]
-        self._values = [get(x) for get, x in self._settings]
-        own = _settings_of(vars(root))
-        self._type, self._get_own = type(root), operator.itemgetter(*own)
-        self._own = self._get_own(vars(root))
-        self._names = [name for _, name in self._places], names, own
-        fusable = [x for x in (root, *self.modules) if isinstance(x, FusableProjections)]
-        assert root not in fusable, "it would hold itself"
-        self._fusable = fusable
-        self._buffers = [x.fused_projections for x in fusable]
-        self.fused = [x for x in fusable if x.fused_projections is not None]
-        buffers = [y for x in self._buffers if x is not None for y in (x.weight, x.bias)]
-        self.weights = tuple(x for x in (*self._held, *buffers) if isinstance(x, Tensor))
-        self._shapes = list(map(_shape_of, self.weights))
-        self.addresses = list(map(Tensor.data_ptr, self.weights))
-        self.found: dict[str, Any] = {}
+        # So that the number of its attributes does not change when it is given this.
+        vars(root).setdefault("known", None)
+        modules = list(root.modules())
+        self._records = list(map(_record, modules))
+        fused = [x for x in modules if isinstance(x, FusableProjections)]
+        self._fusable = list(map(weakref.ref, fused))
+        self.odd = frozenset(type(x) for x in modules if _is_odd(x))
+        self.lie_in_buffers = all(x.fused_projections is None or x._is_fused() for x in fused)
+        self.is_of_known_classes: bool | None = None
+        self.graphs: tuple[str | None, Any] | None = None
+        places = _places_of(self._read(root) or [])
+        assert places is not None, "asked in `known_modules`"
+        self._places = places
+        addresses: list[int] = places[0]
+        self.addresses = addresses
+        common = (
+            [(x.kind, x.values, x.names) for x in self._records],
+            [x.fused_projections and (x.fused_projections.names, x.fused_projections.sizes) for x in fused],
+            places[1:],
+            [(address % 16, addresses.index(address)) for address in addresses],
+        )
+        key = hashlib.sha256(repr(common).encode()).digest()
+        if len(_KINDS) >= _MOST_KINDS:
+            _KINDS.clear()
+        self.kind = _KINDS.setdefault(key, next(_numbers))
 
     def __reduce__(self) -> tuple:
         # A copy of the root has modules of its own: None in its place.
         return type(None), ()
 
-    def are_unchanged(self, root: nn.Module) -> bool:
-        """Whether no module was replaced, set otherwise or is watched, and no weight has moved; ``root`` as before."""
-        if any(self._hooks) or _module._global_forward_hooks or _module._global_forward_pre_hooks:
-            return False
-        try:
-            held, values = [x[name] for x, name in self._places], [get(x) for get, x in self._settings]
-            own = self._get_own(vars(root))
-        except KeyError:
-            return False
-        if values != self._values or own != self._own or any(map(operator.is_not, held, self._held)):
-            return False
-        if True in ["forward" in x or "_hf_hook" in x for x in self._states] or type(root) is not self._type:
-            return False
-        if any(map(operator.is_not, [x.fused_projections for x in self._fusable], self._buffers)):
-            return False
-        if list(map(type, self.modules)) != self._types:
-            return False
-        if list(map(Tensor.data_ptr, self.weights)) != self.addresses:
-            return False
-        return list(map(_shape_of, self.weights)) == self._shapes
-
-    @contextlib.contextmanager
-    def uses_fused_always(self) -> Iterator[None]:
-        """Within it, calls read fused projections without looking whether these are what was fused."""
-        before = [x.uses_fused for x in self.fused]
-        for x in self.fused:
-            # For a twentieth of what it takes by `nn.Module.__setattr__`.
-            vars(x)["uses_fused"] = "always"
-        try:
-            yield
-        finally:
-            for x, uses in zip(self.fused, before, strict=True):
-                vars(x)["uses_fused"] = uses
-
     @property
-    def kind(self) -> int:
-        """A number that other modules have too if they differ from these in values of weights alone."""
-        if "kind" not in self.found:
-            sizes = [None if x is None else (x.names, x.sizes) for x in self._buffers]
-            places = [(address % 16, self.addresses.index(address)) for address in self.addresses]
-            missing = [x is None for x in self._held]
-            weights = self._shapes, [x.stride() for x in self.weights], places
-            values = self._own, self._values, missing, sizes
-            key = repr((self._type, self._types, self._names, values, weights))
-            self.found["kind"] = _KINDS.setdefault(key, len(_KINDS))
-        return self.found["kind"]
+    def fused(self) -> list[FusableProjections]:
+        """Modules whose projections are fused, whether or not calls read them so."""
+        found = [ref() for ref in self._fusable]
+        return [x for x in found if x is not None and x.fused_projections is not None]
+
+    def weights(self, root: nn.Module) -> tuple[Tensor, ...] | None:
+        """All of ``root``, at `addresses`; None if a module was replaced, set otherwise or is watched, or one moved."""
+        if _module._global_forward_hooks or _module._global_forward_pre_hooks:
+            return None
+        found = self._read(root)
+        return None if found is None or _places_of(found) != self._places else tuple(found)
+
+    def _read(self, root: nn.Module) -> list[Tensor] | None:
+        if self._records[0].module() is not root:
+            return None
+        found: list[Tensor | None] = []
+        for ref, kind, forward, size, get, values, types, children, names in self._records:
+            module = ref()
+            if type(module) is not kind or kind.forward is not forward:
+                return None
+            state = vars(module)
+            if len(state) != size:
+                return None
+            if module is not root and (
+                state["_forward_hooks"]
+                or state["_forward_pre_hooks"]
+                or state["_backward_hooks"]
+                or state["_backward_pre_hooks"]
+            ):
+                return None
+            inside, parameters, buffers = state["_modules"], state["_parameters"], state["_buffers"]
+            if [*inside] != names[0] or [*parameters] != names[1] or [*buffers] != names[2]:
+                return None
+            if inside and list(map(id, inside.values())) != children:
+                return None
+            try:
+                now = get(state)
+            except KeyError:
+                return None
+            # By type first: to compare tensors is to wait for them.
+            if list(map(type, now)) != types or now != values:
+                return None
+            found += parameters.values()
+            found += buffers.values()
+        for owner in self.fused:
+            buffer = owner.fused_projections
+            assert buffer is not None, "it is fused"
+            found += (buffer.weight, buffer.bias)
+        return [x for x in found if x is not None]
 
 
-def known_modules(root: Any) -> KnownModules | None:
-    """``root.known``, brought up to date.
+def known_modules(root: Any) -> tuple[KnownModules | None, tuple[Tensor, ...]]:
+    """``root.known``, brought up to date, and its weights.
 
     None where something watches a module, or a weight is more than a tensor: sharded, quantized, not loaded.
     """
     known: KnownModules | None = root.known
-    if known is not None and known.are_unchanged(root):
-        return known
-    found = KnownModules(root) if _can_be_known(root) else None
-    if found is not known:
-        root.known = found
-    return found
+    weights = None if known is None else known.weights(root)
+    if weights is None:
+        known = KnownModules(root) if can_be_known(root) else None
+        if known is not root.known:
+            root.known = known
+        weights = None if known is None else known.weights(root)
+    return (known, weights) if weights is not None else (None, ())
 
 
-def _can_be_known(root: nn.Module) -> bool:
-    _, *modules = modules_of(root)
+def can_be_known(root: nn.Module) -> bool:
+    """Whether nothing watches a module of ``root``, and all weights are tensors in memory."""
     if _module._global_forward_hooks or _module._global_forward_pre_hooks:
         return False
-    for module in modules:
-        state = vars(module)
-        if any(state[name] for name in _HOOKS) or "forward" in state or "_hf_hook" in state:
+    weights: list[Tensor] = []
+    for module in root.modules():
+        if module is not root and _is_watched(module):
             return False
-    tensors = [x for module in (root, *modules) for name in _HELD[1:] for x in vars(module)[name].values()]
-    return all(x is None or (type(x) in (Tensor, nn.Parameter) and not x.is_meta) for x in tensors)
+        weights += [x for x in (*module._parameters.values(), *module._buffers.values()) if x is not None]
+    if any(type(x) not in (Tensor, nn.Parameter) or x.is_meta or x.layout != torch.strided for x in weights):
+        return False
+    return _places_of(weights) is not None
 
 
-def _settings_of(state: dict[str, Any]) -> list[str]:
-    """Names of the attributes that decide what a module does, beside what it holds."""
-    return [name for name, x in state.items() if type(x) in _PLAIN and name not in _OTHERS]
-
-
-__all__ = ["KnownModules", "known_modules"]
+__all__ = ["KnownModules", "can_be_known", "known_modules"]

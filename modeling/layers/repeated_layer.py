@@ -10,6 +10,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import _get_current_function_mode_stack
+from torch.utils._device import DeviceContext
 from transformers.cache_utils import Cache, DynamicCache, StaticCache
 
 from ...kernels.devices import capability_of
@@ -28,11 +30,14 @@ from .norm import FoxRMSNorm
 from .rotary import FoxRotaryEmbedding
 from .token_shift import FoxTokenShift
 
-# Modules whose forward passes depend on their attributes, weights and arguments alone.
-_KNOWN: frozenset[type[nn.Module]] = frozenset(FUSED_ACTIVATIONS) | {
-    *(nn.Linear, FoxAttention, FoxAttentionSink, FoxConstantGate),
-    *(FoxForgetGate, FoxRMSNorm, FoxRotaryEmbedding, FoxTokenShift),
-}
+# Modules whose forward passes depend on their attributes, weights and arguments alone; and these forward passes.
+_CALLED: tuple[type[nn.Module], ...] = (
+    *(nn.Linear, FoxAttention, FoxAttentionSink, FoxConstantGate, FoxForgetGate, FoxRMSNorm, FoxTokenShift),
+    *FUSED_ACTIVATIONS,
+)
+_FORWARD = {kind: kind.forward for kind in _CALLED}
+# A model computes the angles for all of its layers.
+_NOT_CALLED: frozenset[type[nn.Module]] = frozenset((FoxRotaryEmbedding,))
 _ARGUMENTS = frozenset(("layout", "position_embeddings", "settings", CACHE))
 
 
@@ -62,70 +67,88 @@ def repeat_prompt(
     """
     if capability_of(hidden_states) is None or torch.is_grad_enabled() or arguments.keys() != _ARGUMENTS:
         return None
-    layout: TokenLayout = arguments["layout"]
-    settings: AttentionSettings = arguments["settings"]
-    is_plain = layout.shards is None and settings.implementation == DEFAULT_IMPLEMENTATION
-    if not is_plain or torch.is_autocast_enabled(hidden_states.device.type) or not nothing_sees(hidden_states):
-        return None
     recordings = _recordings()
-    if recordings is None:
+    if recordings is None or not _nothing_else_happens(hidden_states, arguments):
         return None
-    from ...kernels.replay import common_device, may_repeat, signature_of
+    from ...kernels.replay import common_device, signature_of
 
-    cache: Cache | None = arguments[CACHE]
-    held, cached = None, None
+    known, weights = known_modules(layer)
+    if known is None or not _is_understood(layer, known, classes):
+        return None
+    attention: FoxAttention = layer.self_attn
+    cache, state, cached = arguments[CACHE], None, None
     if cache is not None:
-        held = _layer_of(cache, layer.self_attn.layer_idx)
-        cached = held and held.signature_for(hidden_states.shape[1])
-        if cached is None:
+        state = _state_of(cache, attention.layer_idx)
+        cached = state and state.signature_for(hidden_states.shape[1])
+        if state is None or cached is None:
             return None
-    if not may_repeat():
-        return None
-    known = known_modules(layer)
-    if known is None or not _are_of_known_classes(layer, known, classes):
-        return None
-    names = layer.self_attn.shifted
-    if type(held) is StaticForgettingLayer and not held.is_initialized:
-        attention = layer.self_attn
-        heads = len(attention.k_proj.weight) // attention.head_dim
-        like = hidden_states.new_empty(()).expand(len(hidden_states), heads, 1, attention.head_dim)
-        held.lazy_initialization(like, like)
-        held.was_reset = True
-    before = () if held is None else held.state(names)
+        if isinstance(state, StaticForgettingLayer) and not state.is_initialized:
+            # More tokens than the kernels of decoding take: attention asks nothing else of an empty cache.
+            attention.make_buffers(state, hidden_states, len(attention.k_proj.weight) // attention.head_dim)
+    before = () if state is None else state.state(attention.shifted)
     angles = arguments["position_embeddings"] or (None, None)
+    layout: TokenLayout = arguments["layout"]
     given = (hidden_states, *layout[: TokenLayout._fields.index("shards")], *angles, *before)
     tensors = tuple(x for x in given if x is not None)
-    device = common_device((*tensors, *known.weights))
+    everything = (*tensors, *weights)
+    device = common_device(everything)
     if device is None:
         return None
     addresses = list(map(Tensor.data_ptr, tensors))
-    which = tuple(x is None for x in given)
-    fused = tuple(x.uses_fused == "never" for x in known.fused)
-    signature = (known.kind, fused, settings, cached, which, device, *signature_of(tensors, addresses))
+    signature = (
+        known.kind,
+        tuple(x.uses_fused == "never" for x in known.fused),
+        arguments["settings"],
+        cached,
+        tuple(x is None for x in given),
+        # Outside of it nothing may be written to what was made in it.
+        (torch.is_inference_mode_enabled(), *(x.is_inference() for x in tensors)),
+        device,
+        *signature_of(tensors, addresses),
+    )
     addresses += known.addresses
-    everything = (*tensors, *known.weights)
-    out, *after = recordings.call(signature, everything, addresses, device, _run, layer, hidden_states, arguments, held)
-    if held is not None:
-        held.take_state(after, names)
+    out, *after = recordings.call(
+        signature, everything, addresses, device, _run, layer, hidden_states, arguments, state
+    )
+    if state is not None:
+        state.take_state(after, attention.shifted)
     return out
 
 
-def _are_of_known_classes(layer: nn.Module, known: KnownModules, classes: tuple[type[nn.Module], ...]) -> bool:
-    if "classes" not in known.found:
-        kinds = {type(x) for x in (layer, *known.modules)}
-        known.found["classes"] = kinds <= _KNOWN.union(classes)
-    return known.found["classes"]
+def _nothing_else_happens(hidden_states: Tensor, arguments: dict[str, Any]) -> bool:
+    """Whether a call computes by its modules, kernels and operators as they are, and nobody looks on."""
+    from ...kernels.replay import may_repeat
+
+    settings: AttentionSettings = arguments["settings"]
+    if arguments["layout"].shards is not None or settings.implementation != DEFAULT_IMPLEMENTATION:
+        return False
+    if torch.is_autocast_enabled(hidden_states.device.type) or not nothing_sees(hidden_states) or not may_repeat():
+        return False
+    # `torch.set_default_device` is a mode too, which changes nothing here.
+    modes = _get_current_function_mode_stack() if torch._C._len_torch_function_stack() else ()
+    return all(type(mode) is DeviceContext for mode in modes)
 
 
-def _run(layer: Any, hidden_states: Tensor, arguments: dict[str, Any], held: Any) -> Any:
+def _is_understood(layer: nn.Module, known: KnownModules, classes: tuple[type[nn.Module], ...]) -> bool:
+    """Whether its modules are of known classes, whose methods are what they were, and have no other attributes."""
+    if known.is_of_known_classes is None:
+        kinds = set(map(type, layer.modules())).difference(classes, _NOT_CALLED)
+        ours = all(kind in _FORWARD and kind.forward is _FORWARD[kind] for kind in kinds)
+        known.is_of_known_classes = ours and known.odd <= _NOT_CALLED and known.lie_in_buffers
+    return known.is_of_known_classes
+
+
+def _run(layer: Any, hidden_states: Tensor, arguments: dict[str, Any], state: Any) -> Any:
     """The output, and what the cache's layer then holds."""
     out = layer.compute(hidden_states, **arguments)
-    return (out,) if held is None else (out, *held.state(layer.self_attn.shifted))
+    return (out,) if state is None else (out, *state.state(layer.self_attn.shifted))
 
 
-def _layer_of(cache: Cache, index: int) -> DynamicForgettingLayer | StaticForgettingLayer | None:
-    """The layer of a cache, if it is all of the cache that takes part."""
-    if type(cache) not in (DynamicCache, StaticCache) or cache.offloading or index >= len(cache.layers):
+def _state_of(cache: Cache, index: int) -> DynamicForgettingLayer | StaticForgettingLayer | None:
+    """The layer of a cache, if it is all of the cache that takes part, and nobody looks on."""
+    if type(cache) not in (DynamicCache, StaticCache) or cache.offloading or "update" in vars(cache):
         return None
-    layer = cache.layers[index]
-    return layer if type(layer) in (DynamicForgettingLayer, StaticForgettingLayer) else None
+    layer = cache.layers[index] if index < len(cache.layers) else None
+    if type(layer) not in (DynamicForgettingLayer, StaticForgettingLayer) or "update" in vars(layer):
+        return None
+    return layer

@@ -1,10 +1,13 @@
 """Layers that are repeated from memory launch, return and keep what they would."""
 
+import contextlib
 import copy
 import pickle
+import weakref
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -272,6 +275,168 @@ def test_a_cache_goes_on_from_what_it_holds(launches: list[Any], computed: list[
         for one in (cache, copied):
             model(tokens(2, 40), past_key_values=one)
             assert one.get_seq_length() == total + 40
+
+
+@pytest.mark.parametrize("name", ["mlp.up_proj", "self_attn.v_proj"])
+@pytest.mark.parametrize("how", ["memory", "parameter"])
+def test_a_projection_that_left_its_buffer_is_read_where_it_is(
+    name: str, how: str, launches: list[Any], computed: list[Any]
+) -> None:
+    model = model_of()
+    for _ in range(3):
+        run(model)
+    layer = model.model.layers[1]
+    projection, owner = layer.get_submodule(name), layer.get_submodule(name.partition(".")[0])
+    new = projection.weight.detach() * 2.0
+    if how == "memory":
+        projection.weight.data = new
+    else:
+        projection.weight = nn.Parameter(new)
+    computed.clear()
+    run(model, lengths=(70,))
+    assert computed == [layer]
+    assert owner.fused_projections is None
+
+
+def test_what_is_known_keeps_no_weight_alive(launches: list[Any]) -> None:
+    model = model_of()
+    with torch.no_grad():
+        model.generate(tokens(2, 20), max_new_tokens=1)
+    run(model)
+    layer = model.model.layers[1]
+    buffers = [x.fused_projections.weight for x in (layer.self_attn, layer.mlp) if x.fused_projections]
+    alive = [*map(weakref.ref, buffers), *map(weakref.ref, layer.parameters())]
+    assert len(buffers) == 2
+    del buffers
+    model.train()
+    assert [x() for x in alive[:2]] == [None, None]
+    model.model.layers = model.model.layers[:1]
+    del layer
+    assert not [x for x in alive if x() is not None]
+
+
+def test_attributes_of_other_types_are_not_taken_for_known(launches: list[Any], computed: list[Any]) -> None:
+    model = model_of()
+    for index, layer in enumerate(model.model.layers):
+        layer.self_attn.scaling = np.float64(0.125 * (1 + index))
+    for _ in range(3):
+        launches.clear()
+        run(model, lengths=(70,))
+        found = {x for one in launches for x in one if isinstance(x, float)}
+        assert {0.125, 0.25, 0.375, 0.5} <= found
+    model.model.layers[1].self_attn.scaling = torch.tensor(0.25)
+    assert len(computed) == 12
+
+
+def test_a_launch_through_triton_is_not_repeated(launches: list[Any], computed: list[Any]) -> None:
+    model = model_of()
+    model.model.layers[0].input_layernorm.eps = np.float64(1e-6)
+    counts = []
+    for _ in range(4):
+        launches.clear()
+        run(model, lengths=(70,))
+        counts.append(len(launches))
+    assert len(set(counts[1:])) == 1
+
+
+def test_a_cache_of_inference_mode_goes_on_without_it(launches: list[Any], computed: list[Any]) -> None:
+    model = model_of()
+    for _ in range(3):
+        with torch.inference_mode():
+            _, cache = run(model, lengths=(70, 90))
+    computed.clear()
+    with torch.inference_mode():
+        _, cache = run(model, lengths=(70, 90))
+    assert not computed
+    with torch.no_grad():
+        model(tokens(2, 40), past_key_values=cache)
+    assert cache.get_seq_length() == 200
+
+
+def test_another_module_in_the_place_of_attention(launches: list[Any]) -> None:
+    class Wrapped(nn.Module):
+        def __init__(self, inside: nn.Module) -> None:
+            super().__init__()
+            self.inside = inside
+
+        def forward(self, *args: Any, **options: Any) -> Any:
+            return self.inside(*args, **options)
+
+    model = model_of()
+    run(model)
+    model.model.layers[1].self_attn = Wrapped(model.model.layers[1].self_attn)
+    run(model)
+
+
+def test_a_copy_of_a_cache_layer_learns_that_room_is_taken(launches: list[Any]) -> None:
+    model = model_of()
+    for _ in range(3):
+        run(model)
+        _, cache = run(model, lengths=(70, 90))
+        fork = DynamicCache(config=model.config)
+        fork.layers = [copy.copy(layer) for layer in cache.layers]
+        with torch.no_grad():
+            for one in (cache, fork):
+                model(tokens(2, 40), past_key_values=one)
+        assert cache.layers[0].keys.data_ptr() != fork.layers[0].keys.data_ptr()
+
+
+def test_a_replica_is_known_by_its_own_modules(launches: list[Any], computed: list[Any]) -> None:
+    model = model_of()
+    for _ in range(3):
+        run(model)
+    replica = model.model.layers[1]._replicate_for_data_parallel()
+    other = copy.deepcopy(replica.mlp)
+    replica._modules["mlp"] = other
+    model.model.layers[1] = replica
+    launches.clear()
+    run(model, lengths=(70,))
+    assert replica.known is not model.model.layers[0].known
+    assert computed[-1] is replica
+
+
+@pytest.mark.parametrize("what", ["a transposed weight", "a class", "a method", "a mode", "the cache"])
+def test_who_looks_on_sees_each_call(what: str, launches: list[Any], computed: list[Any]) -> None:
+    from torch.overrides import TorchFunctionMode
+
+    from foxlm.modeling.layers.norm import FoxRMSNorm
+
+    class Mode(TorchFunctionMode):
+        def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            return function(*args, **(kwargs or {}))
+
+    model = model_of(hidden_size=64, num_attention_heads=4, head_dim=16)
+    for _ in range(3):
+        run(model, lengths=(70,))
+    computed.clear()
+    layer = model.model.layers[1]
+    with pytest.MonkeyPatch.context() as patch, contextlib.ExitStack() as stack:
+        if what == "a transposed weight":
+            layer.self_attn.o_proj.weight.data = layer.self_attn.o_proj.weight.detach().t()
+        elif what == "a class":
+            forward = FoxRMSNorm.forward
+            patch.setattr(FoxRMSNorm, "forward", lambda self, *args: forward(self, *args))
+        elif what == "a method":
+            layer.self_attn.log_forget_gates = layer.self_attn.log_forget_gates
+        elif what == "a mode":
+            stack.enter_context(Mode())
+        cache = DynamicCache(config=model.config)
+        if what == "the cache":
+            patch.setattr(cache, "update", cache.update)
+        with torch.no_grad():
+            model(tokens(2, 70), past_key_values=cache)
+    everyone = list(model.model.layers)
+    assert computed == ([layer] if what in ("a transposed weight", "a method") else everyone)
+
+
+def test_a_default_device_changes_nothing(launches: list[Any], computed: list[Any]) -> None:
+    model = model_of()
+    for _ in range(3):
+        run(model)
+    computed.clear()
+    with torch.device("cpu"):
+        run(model)
+    assert not computed
 
 
 class TestOnAGPU:
