@@ -1,4 +1,10 @@
-"""What a function allocates, launches and computes, recorded in one call and repeated with other tensors (`replay`)."""
+"""What a function allocates, launches and computes, recorded in one call and repeated with other tensors (`replay`).
+
+While a call is recorded, new tensors are counted in the order in which they are *made*, whether an allocation or an
+operator makes them. When it is repeated, tensors are *held* in a list, by numbers: first the arguments, then one memory
+for all that only kernels read, then, in order, those new tensors that need memory of their own. A step appends what it
+makes to the list, and its address to a list of addresses; a later one finds both by number.
+"""
 
 import math
 import operator
@@ -44,6 +50,9 @@ class _Part(NamedTuple):
             return x
         size, strides, offset = self.view
         return x.as_strided(size, strides, x.storage_offset() + offset)
+
+
+# Steps have a method ``repeat(held, addresses, stream)``.
 
 
 class _Allocation(NamedTuple):
@@ -158,7 +167,7 @@ class Tape(NamedTuple):
         return not any(self.hooks)
 
     def play(self, tensors: tuple[Tensor, ...], addresses: list[int], device: int) -> Any:
-        """Repeat the steps for these arguments; ``addresses`` are theirs, and more are added."""
+        """Repeat the steps for these arguments; ``addresses`` are theirs, and those of what is made are added."""
         held: list[Any] = [*tensors, None]
         addresses.append(0)
         size, on = self.scratch
@@ -298,12 +307,12 @@ class Recorder(TorchDispatchMode):
     def _numbers(self, returned: set[int | None]) -> tuple[dict[int, tuple[int, int]], int]:
         """Of each new tensor the number, and where in that memory it begins; and bytes of the memory for kernels."""
         shared = len(self._arguments)
-        apart, most = set(returned), math.inf
-        for event in self._events:
-            if type(event) is _Operator:
-                # Beside what operators return, large ones would be a weight on memory.
-                most = _MOST_SHARED
-                apart.update(map(self._made_of, _tensors_in([event.arguments, event.options])))
+        operators = [event for event in self._events if type(event) is _Operator]
+        apart = set(returned)
+        for event in operators:
+            apart.update(map(self._made_of, _tensors_in([event.arguments, event.options])))
+        # Beside what operators return, large ones would be a weight on memory until the last step.
+        most = _MOST_SHARED if operators else math.inf
         apart |= {made for made, x in enumerate(self._made) if made not in self._allocated or x.nbytes > most}
         numbers: dict[int, tuple[int, int]] = {}
         size, number = 0, shared
@@ -333,13 +342,13 @@ class Recorder(TorchDispatchMode):
             if isinstance(x, Tensor):
                 parts.append((index, self._part(x, numbers)))
                 arguments[index] = None
-            elif any(True for _ in _tensors_in(x)):
+            elif _has_tensors(x):
                 lists.append((index, [self._part(y, numbers) if isinstance(y, Tensor) else y for y in x]))
                 arguments[index] = None
         for name, x in options.items():
             if isinstance(x, Tensor):
                 named.append((name, self._part(x, numbers)))
-            elif any(True for _ in _tensors_in(x)):
+            elif _has_tensors(x):
                 raise _UncertainError
         options = {name: x for name, x in options.items() if not isinstance(x, Tensor)}
         return _Computation(event.function, arguments, options, parts, lists, named, event.new)
@@ -395,7 +404,7 @@ class Recorder(TorchDispatchMode):
         return _Part(number, None if view == (memory.shape, memory.stride(), 0) else view)
 
     def _place(self, x: Tensor) -> _Place | None:
-        """Where ``x`` lies; None if that is not certain."""
+        """Where ``x`` lies; None in memory that is neither new nor an argument's, or where it is not certain whose."""
         storage = x.untyped_storage().data_ptr()
         # As `x.data_ptr()`, which is 0 of a part without elements.
         address = storage + int(x.storage_offset()) * x.element_size()
@@ -411,6 +420,10 @@ class Recorder(TorchDispatchMode):
         # The longest of those that begin there, of which the others are parts.
         argument = max((index for index, x in enumerate(begins) if x == begin), key=extents.__getitem__)
         return _Place(None, argument, address - begin)
+
+
+def _has_tensors(x: Any) -> bool:
+    return next(_tensors_in(x), None) is not None
 
 
 def _tensors_in(x: Any) -> Iterator[Tensor]:
