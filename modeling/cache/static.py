@@ -194,6 +194,16 @@ class StaticForgettingLayer(StaticLayer):
             for buffer in self._buffers():
                 torch._dynamo.mark_static_address(buffer)
 
+    def make_buffers(self, like: Tensor, heads: int, head_dim: int) -> None:
+        """Make all buffers before the first tokens, whose keys are of ``heads`` of ``head_dim`` on this rank.
+
+        Args:
+            like: of the batch, dtype and device of the keys.
+        """
+        states = like.new_empty(()).expand(len(like), heads, 1, head_dim)
+        self.lazy_initialization(states, states)
+        self.was_reset = True
+
     def signature_for(self, tokens: int) -> Hashable:
         """As of `DynamicForgettingLayer`; its buffers, once they are made, are all that it holds."""
         if tokens <= LARGEST_DECODED_QUERIES or (self.is_initialized and self.summary is None):

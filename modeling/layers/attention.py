@@ -185,7 +185,7 @@ class FoxAttention(FusableProjections):
         fused = self.project(hidden_states)
         states = self._heads(hidden_states, fused)
         if isinstance(cache_layer, StaticForgettingLayer) and not cache_layer.is_initialized:
-            self.make_buffers(cache_layer, states[2], states[2].shape[2])
+            cache_layer.make_buffers(states[2], *states[2].shape[2:])
 
         # Imported when they are used, since importing the kernels takes time.
         from ...kernels.backends import PYTORCH, backend_of
@@ -231,18 +231,6 @@ class FoxAttention(FusableProjections):
 
         out = self._normalize_and_gate(out, hidden_states, fused)
         return call_linear(self.o_proj, out) if few else self.o_proj(out), weights
-
-    def make_buffers(self, cache_layer: StaticForgettingLayer, like: Tensor, heads: int) -> None:
-        """Make the buffers of an empty static layer.
-
-        Args:
-            cache_layer: the layer.
-            like: of the batch, dtype and device of the keys to come.
-            heads: of keys, those of this rank.
-        """
-        states = like.new_empty(()).expand(len(like), heads, 1, self.head_dim)
-        cache_layer.lazy_initialization(states, states)
-        cache_layer.was_reset = True
 
     def _normalize_and_gate(self, out: Tensor, hidden_states: Tensor, fused: dict[str, Tensor]) -> Tensor:
         """Output norm and output gate, where the configuration has them: ``[B, T, H, D] -> [B, T, H * D]``.

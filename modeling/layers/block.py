@@ -88,10 +88,10 @@ class FoxDecoderLayer(GradientCheckpointingLayer):
             self.post_feedforward_layernorm = FoxRMSNorm(config.hidden_size, config.rms_norm_eps)
 
     def forward(self, hidden_states: Tensor, **kwargs: Unpack[TransformersKwargs]) -> Tensor:
-        repeated = repeat_prompt(self, (FoxDecoderLayer, FoxMLP), hidden_states, kwargs)
-        return self.compute(hidden_states, **kwargs) if repeated is None else repeated
+        repeated = repeat_prompt(self, self._compute, (FoxDecoderLayer, FoxMLP), hidden_states, kwargs)
+        return self._compute(hidden_states, **kwargs) if repeated is None else repeated
 
-    def compute(self, hidden_states: Tensor, **kwargs: Unpack[TransformersKwargs]) -> Tensor:
+    def _compute(self, hidden_states: Tensor, **kwargs: Unpack[TransformersKwargs]) -> Tensor:
         """`forward`, by calling the modules."""
         if "layout" not in kwargs:
             # Before the norm, whose error would not name the argument.

@@ -6,6 +6,7 @@ nothing but known modules and their weights has a part in it.
 """
 
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -55,12 +56,17 @@ def _recordings() -> Any:
 
 
 def repeat_prompt(
-    layer: Any, classes: tuple[type[nn.Module], ...], hidden_states: Tensor, arguments: dict[str, Any]
+    layer: Any,
+    compute: Callable[..., Tensor],
+    classes: tuple[type[nn.Module], ...],
+    hidden_states: Tensor,
+    arguments: dict[str, Any],
 ) -> Tensor | None:
-    """The output of ``layer.compute(hidden_states, **arguments)``, from memory where that can be; else None.
+    """``compute(hidden_states, **arguments)``, from memory where that can be; None where it cannot.
 
     Args:
         layer: a `FoxDecoderLayer`; its ``known`` is kept up to date.
+        compute: its forward pass, by its modules.
         classes: its own, and that of its MLP.
         hidden_states: ``[B, T, hidden]``.
         arguments: as a `FoxModel` passes them.
@@ -84,7 +90,8 @@ def repeat_prompt(
             return None
         if isinstance(state, StaticForgettingLayer) and not state.is_initialized:
             # More tokens than the kernels of decoding take: attention asks nothing else of an empty cache.
-            attention.make_buffers(state, hidden_states, len(attention.k_proj.weight) // attention.head_dim)
+            heads = len(attention.k_proj.weight) // attention.head_dim
+            state.make_buffers(hidden_states, heads, attention.head_dim)
     before = () if state is None else state.state(attention.shifted)
     angles = arguments["position_embeddings"] or (None, None)
     layout: TokenLayout = arguments["layout"]
@@ -107,9 +114,8 @@ def repeat_prompt(
         *signature_of(tensors, addresses),
     )
     addresses += known.addresses
-    out, *after = recordings.call(
-        signature, everything, addresses, device, _run, layer, hidden_states, arguments, state
-    )
+    run = functools.partial(_run, compute, hidden_states, arguments, state, attention.shifted)
+    out, *after = recordings.call(signature, everything, addresses, device, run)
     if state is not None:
         state.take_state(after, attention.shifted)
     return out
@@ -138,10 +144,12 @@ def _is_understood(layer: nn.Module, known: KnownModules, classes: tuple[type[nn
     return known.is_of_known_classes
 
 
-def _run(layer: Any, hidden_states: Tensor, arguments: dict[str, Any], state: Any) -> Any:
+def _run(
+    compute: Callable[..., Tensor], hidden_states: Tensor, arguments: dict[str, Any], state: Any, names: Any
+) -> tuple[Tensor | None, ...]:
     """The output, and what the cache's layer then holds."""
-    out = layer.compute(hidden_states, **arguments)
-    return (out,) if state is None else (out, *state.state(layer.self_attn.shifted))
+    out = compute(hidden_states, **arguments)
+    return (out,) if state is None else (out, *state.state(names))
 
 
 def _state_of(cache: Cache, index: int) -> DynamicForgettingLayer | StaticForgettingLayer | None:

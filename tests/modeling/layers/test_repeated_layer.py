@@ -64,13 +64,13 @@ def launches(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[tuple[Any, ...]]]
 def computed(monkeypatch: pytest.MonkeyPatch) -> list[FoxDecoderLayer]:
     """The layers whose modules are called."""
     layers: list[FoxDecoderLayer] = []
-    compute = FoxDecoderLayer.compute
+    compute = FoxDecoderLayer._compute
 
     def noted(self: FoxDecoderLayer, *args: Any, **options: Any) -> Tensor:
         layers.append(self)
         return compute(self, *args, **options)
 
-    monkeypatch.setattr(FoxDecoderLayer, "compute", noted)
+    monkeypatch.setattr(FoxDecoderLayer, "_compute", noted)
     return layers
 
 
