@@ -20,7 +20,6 @@ from ...kernels.operators import nothing_sees
 from ..attention_settings import AttentionSettings
 from ..cache.dynamic import DynamicForgettingLayer
 from ..cache.static import StaticForgettingLayer
-from ..configuration_fox import DEFAULT_IMPLEMENTATION
 from ..token_layout import TokenLayout
 from ..versions import CACHE
 from .attention import FUSED_ACTIVATIONS, FoxAttention
@@ -124,9 +123,11 @@ def repeat_prompt(
 def _nothing_else_happens(hidden_states: Tensor, arguments: dict[str, Any]) -> bool:
     """Whether a call computes by its modules, kernels and operators as they are, and nobody looks on."""
     from ...kernels.replay import may_repeat
+    from ..attention_backends import ALL_ATTENTION_FUNCTIONS, fox_attention_forward
 
     settings: AttentionSettings = arguments["settings"]
-    if arguments["layout"].shards is not None or settings.implementation != DEFAULT_IMPLEMENTATION:
+    attend = ALL_ATTENTION_FUNCTIONS.get_interface(settings.implementation, fox_attention_forward)
+    if arguments["layout"].shards is not None or attend is not fox_attention_forward:
         return False
     if torch.is_autocast_enabled(hidden_states.device.type) or not nothing_sees(hidden_states) or not may_repeat():
         return False

@@ -395,10 +395,12 @@ def test_a_replica_is_known_by_its_own_modules(launches: list[Any], computed: li
     assert computed[-1] is replica
 
 
-@pytest.mark.parametrize("what", ["a transposed weight", "a class", "a method", "a mode", "the cache"])
+@pytest.mark.parametrize("what", ["a transposed weight", "a class", "a method", "a mode", "the cache", "attention"])
 def test_who_looks_on_sees_each_call(what: str, launches: list[Any], computed: list[Any]) -> None:
     from torch.overrides import TorchFunctionMode
 
+    from foxlm.evaluation.recording import replaced_attention
+    from foxlm.modeling.attention_backends import fox_attention_forward as attend
     from foxlm.modeling.layers.norm import FoxRMSNorm
 
     class Mode(TorchFunctionMode):
@@ -420,6 +422,9 @@ def test_who_looks_on_sees_each_call(what: str, launches: list[Any], computed: l
             layer.self_attn.log_forget_gates = layer.self_attn.log_forget_gates
         elif what == "a mode":
             stack.enter_context(Mode())
+        elif what == "attention":
+            # As whoever counts what is skipped does.
+            stack.enter_context(replaced_attention("fox", lambda *args, **options: attend(*args, **options)))
         cache = DynamicCache(config=model.config)
         if what == "the cache":
             patch.setattr(cache, "update", cache.update)
