@@ -434,6 +434,20 @@ def test_who_looks_on_sees_each_call(what: str, launches: list[Any], computed: l
     assert computed == ([layer] if what in ("a transposed weight", "a method") else everyone)
 
 
+@pytest.mark.parametrize("implementation", ["eager", "sdpa", "fox_reference"])
+def test_other_implementations_of_attention_are_called(
+    implementation: str, launches: list[Any], computed: list[Any]
+) -> None:
+    model = model_of()
+    for _ in range(3):
+        run(model, lengths=(70,))
+    model.set_attn_implementation(implementation)
+    computed.clear()
+    for _ in range(3):
+        run(model, lengths=(70,))
+    assert len(computed) == 3 * len(model.model.layers)
+
+
 def test_a_default_device_changes_nothing(launches: list[Any], computed: list[Any]) -> None:
     model = model_of()
     for _ in range(3):
