@@ -350,6 +350,8 @@ def ruler(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import lm_eval.tasks
     from lm_eval.tasks import TaskManager
 
+    # Before it changes below, so that others have all of its tasks.
+    import foxlm.evaluation.lm_eval.run  # noqa: F401
     from foxlm.evaluation.lm_eval import ruler, suites
 
     class Fewer(TaskManager):
