@@ -13,8 +13,10 @@ from foxlm.modeling.layers import block as block_fox
 from foxlm.modeling.layers.block import FoxDecoderLayer
 from foxlm.modeling.layers.fused_projections import FusableProjections
 from foxlm.modeling.layers.saved_activations import cast_once, computed_again
-from kernel_device import DEVICES, ON_KERNELS
+from kernel_device import DEVICES, INTERPRETED, ON_KERNELS
 
+# To Triton's interpreter bfloat16 is integers: what it computes of them overflows.
+HALF = torch.float16 if INTERPRETED else torch.bfloat16
 TOKENS, HIDDEN = 40, 64
 
 
@@ -26,7 +28,7 @@ def layer_of(device: str, **fields: Any) -> FoxDecoderLayer:
 
 def output_and_gradients(layer: nn.Module, device: str) -> list[Tensor]:
     hidden = torch.randn(2, TOKENS, HIDDEN, generator=torch.Generator().manual_seed(1)).to(device).requires_grad_()
-    with torch.autocast(device, torch.bfloat16):
+    with torch.autocast(device, HALF):
         out = layer(hidden)
     layer.zero_grad()
     out.square().sum().backward()
@@ -44,7 +46,7 @@ def kept_bytes(layer: nn.Module, device: str, dtype: torch.dtype, shape: tuple[i
         return x
 
     hidden = torch.randn(2, TOKENS, HIDDEN, device=device, requires_grad=True)
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x), torch.autocast(device, torch.bfloat16):
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x), torch.autocast(device, HALF):
         layer(hidden)
     return len(memories)
 
@@ -58,10 +60,10 @@ def test_one_cast_gives_what_casts_of_each_projection_give(
     fields: dict[str, Any], device: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     layer = layer_of(device, **fields)
-    found, kept = output_and_gradients(layer, device), kept_bytes(layer, device, torch.bfloat16, (2 * TOKENS, HIDDEN))
+    found, kept = output_and_gradients(layer, device), kept_bytes(layer, device, HALF, (2 * TOKENS, HIDDEN))
     monkeypatch.setattr(FusableProjections, "_project_one_cast", lambda self, x: {})
     expected = output_and_gradients(layer, device)
-    more = kept_bytes(layer, device, torch.bfloat16, (2 * TOKENS, HIDDEN))
+    more = kept_bytes(layer, device, HALF, (2 * TOKENS, HIDDEN))
     assert torch.equal(found[0], expected[0])
     # Sums of the same numbers in another order.
     torch.testing.assert_close(found[1:], expected[1:], rtol=1e-4, atol=1e-4)
@@ -84,17 +86,17 @@ def test_projections_are_called_with_what_they_are_given_where_somebody_watches(
         mlp.up_proj = Watched(HIDDEN, 96, bias=False)
     else:
         mlp.up_proj.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0].dtype))
-    dtype = torch.bfloat16 if change == "half precision" else torch.float32
+    dtype = HALF if change == "half precision" else torch.float32
     layer.to(dtype)
-    with torch.autocast("cpu", torch.bfloat16, enabled=change != "no autocast"):
+    with torch.autocast("cpu", HALF, enabled=change != "no autocast"):
         layer(torch.randn(2, TOKENS, HIDDEN, dtype=dtype))
     assert seen == [dtype]
 
 
 def test_gradients_of_readers_are_added_in_float32() -> None:
     x = torch.ones(3, requires_grad=True)
-    one, other, unread = cast_once(x, torch.bfloat16, 3)
-    assert one.dtype == torch.bfloat16 and one.data_ptr() == other.data_ptr() == unread.data_ptr()
+    one, other, unread = cast_once(x, HALF, 3)
+    assert one.dtype == HALF and one.data_ptr() == other.data_ptr() == unread.data_ptr()
     (grad,) = torch.autograd.grad((one * 256).sum(), x, retain_graph=True)
     assert torch.equal(grad, torch.full((3,), 256.0))
     (grad,) = torch.autograd.grad((one * 256).float().sum() + other.float().sum(), x)
@@ -109,7 +111,7 @@ def test_second_derivatives_of_a_shared_cast() -> None:
         (first,) = torch.autograd.grad((a.float() ** 2 * b.float()).sum(), x, create_graph=True)
         return torch.autograd.grad(first.sum(), x)[0]
 
-    found = second(lambda x: cast_once(x, torch.bfloat16, 2))  # type: ignore[arg-type, return-value]
+    found = second(lambda x: cast_once(x, HALF, 2))  # type: ignore[arg-type, return-value]
     torch.testing.assert_close(found, second(lambda x: (x.bfloat16(), x.bfloat16())))
     assert found.abs().sum() > 0
 
