@@ -37,10 +37,10 @@ if HAS_TRITON:
     from .elementwise.triton_gated_norm import gated_norm as triton_gated_norm
     from .elementwise.triton_prologue import attention_prologue
     from .elementwise.triton_silu_product import silu_product as triton_silu_product
+    from .portable.chunk_summary import extend_summary as triton_extend_summary
     from .portable.decode import can_decode, decode_attention
     from .portable.decode_append import append_tokens
     from .portable.page_table import move_pages
-    from .portable.paged_chunk import extend_summary as triton_extend_summary
     from .portable.paged_chunk import take_chunk, write_chunk
     from .portable.scan import sum_gates as triton_sum_gates
     from .portable.small_linear import gated_linear as triton_gated_linear

@@ -46,7 +46,7 @@ _misalignment = (15).__and__
 
 
 def replayed(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Decorates a function of positional, hashable arguments that computes on a GPU by kernels alone."""
+    """Decorates a function of positional, hashable arguments that does nothing but compute on a GPU."""
     return functools.wraps(function)(Replayed(function)) if IS_KNOWN else function
 
 

@@ -331,3 +331,9 @@ ALL_ATTENTION_FUNCTIONS = AttentionInterface()
 ALL_ATTENTION_FUNCTIONS[DEFAULT_IMPLEMENTATION] = fox_attention_forward
 ALL_ATTENTION_FUNCTIONS["fox_reference"] = reference_attention_forward
 ALL_ATTENTION_FUNCTIONS["sdpa"] = sdpa_forward
+
+
+def runs_own_attention(implementation: str) -> bool:
+    """Whether layers with this ``attn_implementation`` call `fox_attention_forward`, and no function in its place."""
+    found = ALL_ATTENTION_FUNCTIONS.get_interface(implementation, eager_attention_forward)
+    return found is fox_attention_forward

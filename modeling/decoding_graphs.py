@@ -455,10 +455,14 @@ def decoding_graphs(model: Any, known: KnownModules | None = None, own_masks: bo
     if not model.config.decoding_graphs or not runs_decode_kernels(model):
         yield
         return
+    from .attention_backends import runs_own_attention
+
     config = model.config
     reason, fingerprint = _reason_and_fingerprint(model, known)
     if config._attn_implementation != DEFAULT_IMPLEMENTATION:
         reason = f"attn_implementation is {config._attn_implementation!r}, which has no decode kernel"
+    elif not runs_own_attention(config._attn_implementation):
+        reason = "another function was put in the place of attention, which a captured step would not call"
     if reason is not None:
         _say(reason)
         yield

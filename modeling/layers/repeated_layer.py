@@ -123,11 +123,10 @@ def repeat_prompt(
 def _nothing_else_happens(hidden_states: Tensor, arguments: dict[str, Any]) -> bool:
     """Whether a call computes by its modules, kernels and operators as they are, and nobody looks on."""
     from ...kernels.replay import may_repeat
-    from ..attention_backends import ALL_ATTENTION_FUNCTIONS, eager_attention_forward, fox_attention_forward
+    from ..attention_backends import runs_own_attention
 
     settings: AttentionSettings = arguments["settings"]
-    attend = ALL_ATTENTION_FUNCTIONS.get_interface(settings.implementation, eager_attention_forward)
-    if arguments["layout"].shards is not None or attend is not fox_attention_forward:
+    if arguments["layout"].shards is not None or not runs_own_attention(settings.implementation):
         return False
     if torch.is_autocast_enabled(hidden_states.device.type) or not nothing_sees(hidden_states) or not may_repeat():
         return False

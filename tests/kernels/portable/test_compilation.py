@@ -42,10 +42,11 @@ from foxlm.kernels.elementwise.triton_gate_logits import gate_logits
 from foxlm.kernels.elementwise.triton_gated_norm import gated_norm
 from foxlm.kernels.elementwise.triton_prologue import attention_prologue
 from foxlm.kernels.elementwise.triton_silu_product import silu_product
+from foxlm.kernels.portable.chunk_summary import extend_summary
 from foxlm.kernels.portable.decode import decode_attention
 from foxlm.kernels.portable.decode_append import append_tokens
 from foxlm.kernels.portable.page_table import move_pages
-from foxlm.kernels.portable.paged_chunk import Recent, extend_summary, take_chunk, write_chunk
+from foxlm.kernels.portable.paged_chunk import Recent, take_chunk, write_chunk
 from foxlm.kernels.portable.small_linear import gated_linear, linear
 
 # Shared memory that one program can have, in KiB.
@@ -103,9 +104,21 @@ def resources(kernel: Any, folder: Path) -> dict[str, int]:
     return {name: int(value) for name, value in re.findall(r"\b(REG|STACK):(\d+)", text)}
 
 
+def check_waits(kernel: Any) -> None:
+    """A kernel that may begin before the one before it has ended reads and writes nothing before it has waited."""
+    ptx = kernel.asm["ptx"]
+    assert ("griddepcontrol" in ptx) == kernel.metadata.launch_pdl, kernel.metadata.name
+    if kernel.metadata.launch_pdl:
+        assert kernel.metadata.target.arch >= 90
+        begun = ptx.index("griddepcontrol.wait")
+        assert begun < ptx.index("griddepcontrol.launch_dependents")
+        assert not re.search(r"\b(ld|st|atom|red)\.(\w+\.)*global", ptx[:begun]), kernel.metadata.name
+
+
 def check_registers(kernels: Iterable[Any], capability: int, folder: Path) -> None:
     """What a program needs fits into registers, and nothing of it into memory."""
     for kernel in kernels:
+        check_waits(kernel)
         assert kernel.metadata.target.arch == capability
         used = resources(kernel, folder)
         assert used["REG"] * 32 * kernel.metadata.num_warps <= REGISTERS
@@ -169,6 +182,7 @@ def test_decoding_fits(dtype, head_dim, capability, tmp_path):
         assert [kernel.metadata.name for kernel in kernels] == ["_decode_search_kernel", "_decode_attend_kernel"]
         for kernel in kernels:
             assert kernel.metadata.target.arch == capability
+            check_waits(kernel)
             assert kernel.metadata.shared <= SHARED_MEMORY[capability] * 1024
             used = resources(kernel, tmp_path)
             assert used["REG"] * 32 * kernel.metadata.num_warps <= REGISTERS
@@ -209,6 +223,7 @@ def test_appending_fits_and_compiles_once_for_caches_of_all_lengths(dtype, head_
         assert used["REG"] * 32 * kernel.metadata.num_warps <= REGISTERS
         assert used["STACK"] <= 64, used
         assert "__assertfail" in kernel.asm["ptx"]
+        check_waits(kernel)
 
 
 @pytest.mark.parametrize("capability", [80, 90])
@@ -368,8 +383,8 @@ def test_chunks_of_an_evicting_cache_fit_and_compile_once(heads, gates, head_dim
             move_pages(*table, start, torch.empty(9 + past).int(), counts, **sizes)
     kernels = {kernel.hash: kernel for kernel in compiled}.values()
     names = [kernel.metadata.name for kernel in kernels]
-    chunk = [f"_{x}_chunk_kernel" for x in ("join", "join", "read", "read", "summarize", "write", "write")]
-    assert sorted(names) == sorted([*chunk, "_move_pages_kernel"])
+    chunk = [f"_{x}_chunk_kernel" for x in ("read", "read", "summarize", "write", "write")]
+    assert sorted(names) == sorted([*chunk, "join_chunk_kernel", "join_chunk_kernel", "_move_pages_kernel"])
     check_registers(kernels, capability, tmp_path)
 
 

@@ -131,7 +131,7 @@ def test_a_chunk_of_an_evicting_cache() -> None:
     one, two = launched(1), launched(2)
     two.subtract(one)
     found = +two
-    assert found["_read_chunk_kernel"] == found["_join_chunk_kernel"] == found["_write_chunk_kernel"] == 1
+    assert found["_read_chunk_kernel"] == found["join_chunk_kernel"] == found["_write_chunk_kernel"] == 1
     assert found["_move_pages_kernel"] == 1
     assert found.total() <= 28, dict(found)
 
