@@ -15,10 +15,11 @@ from .forward_state import (
     CONSUMER_ROWS,
     WORK_BLOCK,
     WORK_FIRST,
-    WORK_FIRST_MASKED,
+    WORK_FIRST_SPLIT,
     WORK_HEAD,
     WORK_KV_START,
     WORK_LAST,
+    WORK_STAGES,
     advance,
     get_field,
 )
@@ -157,7 +158,7 @@ def forward_consumer(
 
     ``CONSUMER`` says which; ``shared`` is what `_hopper_forward_kernel` gives to all consumers.
     """
-    out_descriptor, buffers, barriers, sizes, gates, rows, HF, GATE_GROUP, TQ, scale = shared
+    out_descriptor, buffers, barriers, sizes, rows, TQ, scale = shared
     BLOCK_M: gl.constexpr = CONSUMER_ROWS * CONSUMERS
     D: gl.constexpr = buffers.q.shape[4]
     SCORES: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_N, 16])
@@ -182,31 +183,14 @@ def forward_consumer(
     mbarrier.wait(barriers.work_full.index(0), 0)
     i_bh = get_field(buffers.work_tiles, 0, WORK_HEAD)
     while i_bh >= 0:
-        work_stage = work_count % 2
+        work_stage = work_count % WORK_STAGES
         q_stage = work_count % Q_STAGES
         i_m = get_field(buffers.work_tiles, work_stage, WORK_BLOCK)
         first_tile = get_field(buffers.work_tiles, work_stage, WORK_FIRST)
-        first_masked = get_field(buffers.work_tiles, work_stage, WORK_FIRST_MASKED)
         last_tile = get_field(buffers.work_tiles, work_stage, WORK_LAST)
         least = get_field(buffers.work_tiles, work_stage, WORK_KV_START + 2 * CONSUMER)
         greatest = get_field(buffers.work_tiles, work_stage, WORK_KV_START + 1 + 2 * CONSUMER)
-        i_b = (i_bh // sizes.H).to(gl.int64)
-        i_h = (i_bh % sizes.H).to(gl.int64)
         first_row = i_m * BLOCK_M + CONSUMER * CONSUMER_ROWS
-        o_m = first_row + gl.arange(0, CONSUMER_ROWS, layout=ROW)
-        m_q = o_m < TQ
-        p_cq = gates.C_Q + (i_b * HF + i_h // GATE_GROUP) * TQ
-        base = gl.load(p_cq + i_m * BLOCK_M)
-        c = gl.load(p_cq + o_m, mask=m_q, other=0.0)
-        p_start = rows.KV_START + i_b * rows.s_b + i_h // rows.START_GROUP * rows.s_h
-        kv_start = gl.load(p_start + o_m, mask=m_q, other=0).to(gl.int32)
-        exact = gl.where(m_q, (c - base) * LOG2_E, 0.0)
-        row_high = exact.to(gl.float32)
-        row_low = (exact - row_high.to(gl.float64)).to(gl.float32)
-        # Only masked tiles need these: registers are for the rest.
-        buffers.rows.index(CONSUMER * 2).store(o_m + offset)
-        buffers.rows.index(CONSUMER * 2 + 1).store(kv_start)
-        buffers.rows_low.index(CONSUMER).store(row_low)
         # This consumer attends to tiles own_first to own_last; of those, full_first to full_end - 1 are full.
         own_last = gl.minimum((gl.minimum(first_row + offset + CONSUMER_ROWS - 1, sizes.TK - 1)) // BLOCK_N, last_tile)
         own_last = gl.maximum(own_last, first_tile)
@@ -217,8 +201,15 @@ def forward_consumer(
         total = gl.zeros([CONSUMER_ROWS, 8], gl.float32, TOTAL)
         q = buffers.q.index(q_stage * CONSUMERS + CONSUMER).reshape([CONSUMER_ROWS, D])
         q_phase = (work_count // Q_STAGES) & 1
+        # With the first tile's bias the bias producer has written that of rows.
+        mbarrier.wait(barriers.k_full.index(stage), phase)
+        first_split = get_field(buffers.work_tiles, work_stage, WORK_FIRST_SPLIT)
+        i_rows = 2 * (work_stage * CONSUMERS + CONSUMER)
+        row_high = buffers.row_bias.index(i_rows).load(ROW)
         mbarrier.wait(barriers.q_full.index(q_stage), q_phase)
-        mbarrier.arrive(barriers.work_empty.index(work_stage), count=1)
+        # By now the output of the work tile before has left its stage.
+        tma.store_wait(0)
+        mbarrier.arrive(barriers.q_empty.index((work_count + Q_STAGES - 1) % Q_STAGES), count=1, pred=work_count > 0)
         stage, phase, v_stage, v_phase = _skip_tiles(
             last_tile - own_last, stage, phase, v_stage, v_phase, barriers, STAGES
         )
@@ -242,22 +233,22 @@ def forward_consumer(
                 is_async=True,
             )
             b_s = warpgroup_mma_wait(1, deps=(b_s,))
-            if tile < first_masked:
+            if tile < first_split:
                 key_high = gl.expand_dims(buffers.bias_high.index(stage).load(COLUMN), 0)
                 b_s = b_s * qk_scale + key_high
                 shift = row_high
             else:
                 key_high = gl.expand_dims(buffers.bias_high.index(stage).load(COLUMN), 0)
                 key_low = gl.expand_dims(buffers.bias_low.index(stage).load(COLUMN), 0)
-                row_low = buffers.rows_low.index(CONSUMER).load(ROW)
+                row_low = buffers.row_bias.index(i_rows + 1).load(ROW)
                 b_s = b_s * qk_scale + (
                     (gl.expand_dims(row_high, 1) + key_high) + (gl.expand_dims(row_low, 1) + key_low)
                 )
                 shift = gl.zeros([CONSUMER_ROWS], gl.float32, ROW)
             if (tile >= full_end) | (tile < full_first):
                 o_n = gl.expand_dims(tile * BLOCK_N + gl.arange(0, BLOCK_N, layout=COLUMN), 0)
-                last = buffers.rows.index(CONSUMER * 2).load(ROW)
-                b_s = _mask(b_s, o_n, last, buffers.rows.index(CONSUMER * 2 + 1).load(ROW))
+                last = buffers.rows.index(i_rows).load(ROW)
+                b_s = _mask(b_s, o_n, last, buffers.rows.index(i_rows + 1).load(ROW))
             new_b_p, rescale, maximum, total = _softmax(b_s, maximum, total, shift, TOTAL, BLOCK_N, IS_LAZY)
             if HAS_FENCE:
                 mbarrier.wait(barriers.q_full.index(q_stage), q_phase)
@@ -268,6 +259,7 @@ def forward_consumer(
             v_stage, v_phase = stage, phase
             stage, phase = advance(stage, phase, STAGES)
 
+        mbarrier.arrive(barriers.work_empty.index(work_stage), count=1)
         mbarrier.wait(barriers.v_full.index(v_stage), v_phase)
         b_o = warpgroup_mma(
             _unpack(packed_p, dtype, BLOCK_N, OPERAND),
@@ -294,7 +286,7 @@ def forward_consumer(
             own_first - first_tile, stage, phase, v_stage, v_phase, barriers, STAGES
         )
         work_count += 1
-        mbarrier.wait(barriers.work_full.index(work_count % 2), (work_count // 2) & 1)
-        i_bh = get_field(buffers.work_tiles, work_count % 2, WORK_HEAD)
-        tma.store_wait(0)
-        mbarrier.arrive(barriers.q_empty.index(q_stage), count=1)
+        next_stage = work_count % WORK_STAGES
+        mbarrier.wait(barriers.work_full.index(next_stage), (work_count // WORK_STAGES) & 1)
+        i_bh = get_field(buffers.work_tiles, next_stage, WORK_HEAD)
+    tma.store_wait(0)

@@ -12,10 +12,11 @@ from .forward_state import (
     WORK_BLOCK,
     WORK_FIELDS,
     WORK_FIRST,
-    WORK_FIRST_MASKED,
+    WORK_FIRST_SPLIT,
     WORK_HEAD,
     WORK_KV_START,
     WORK_LAST,
+    WORK_STAGES,
     ForwardBarriers,
     ForwardBuffers,
     ForwardDescriptors,
@@ -27,6 +28,11 @@ from .forward_state import (
     get_field,
     put_field,
 )
+
+
+# Powers of two by which the rows of a work tile may decay for one float32 part of their bias to do: its roundings then
+# change a weight by less than 2^-15 of it.
+_LARGEST_UNSPLIT = gl.constexpr(64.0)
 
 
 @gluon.jit
@@ -61,8 +67,8 @@ def forward_producer(
         i_bh = gl.load(work.HEAD_ORDER + group + turn % heads).to(gl.int32)
         row = i_m * BLOCK_M + offset
         last_tile = (gl.minimum(row + BLOCK_M, sizes.TK) - 1) // BLOCK_N
-        work_stage = work_count % 2
-        mbarrier.wait(barriers.work_empty.index(work_stage), ((work_count // 2) & 1) ^ 1)
+        work_stage = work_count % WORK_STAGES
+        mbarrier.wait(barriers.work_empty.index(work_stage), ((work_count // WORK_STAGES) & 1) ^ 1)
         first_key = last_tile * BLOCK_N
         for consumer in gl.static_range(CONSUMERS):
             i = i_m * CONSUMERS + consumer
@@ -72,11 +78,9 @@ def forward_producer(
             put_field(buffers.work_tiles, work_stage, WORK_KV_START + 2 * consumer, least)
             put_field(buffers.work_tiles, work_stage, WORK_KV_START + 1 + 2 * consumer, greatest)
         first_tile = gl.maximum(first_key, 0) // BLOCK_N
-        first_masked = gl.maximum(gl.minimum((row + 1) // BLOCK_N, last_tile), first_tile)
         put_field(buffers.work_tiles, work_stage, WORK_HEAD, i_bh)
         put_field(buffers.work_tiles, work_stage, WORK_BLOCK, i_m)
         put_field(buffers.work_tiles, work_stage, WORK_FIRST, first_tile)
-        put_field(buffers.work_tiles, work_stage, WORK_FIRST_MASKED, first_masked)
         put_field(buffers.work_tiles, work_stage, WORK_LAST, last_tile)
         mbarrier.arrive(barriers.work_full.index(work_stage), count=1)
         i_b = i_bh // sizes.H
@@ -105,10 +109,24 @@ def forward_producer(
             stage, phase = next_stage, next_phase
         work_count += 1
         i_work = next_work
-    work_stage = work_count % 2
-    mbarrier.wait(barriers.work_empty.index(work_stage), ((work_count // 2) & 1) ^ 1)
+    work_stage = work_count % WORK_STAGES
+    mbarrier.wait(barriers.work_empty.index(work_stage), ((work_count // WORK_STAGES) & 1) ^ 1)
     put_field(buffers.work_tiles, work_stage, WORK_HEAD, -1)
     mbarrier.arrive(barriers.work_full.index(work_stage), count=1)
+
+
+@gluon.jit
+def _put_rows(buffers, i, p_cq, p_start, first_c, queries, last, TQ):
+    """Write what a consumer must know of its ``queries`` of a work tile; ``i`` counts both."""
+    mask = queries < TQ
+    c = gl.load(p_cq + queries, mask=mask, other=0.0)
+    kv_start = gl.load(p_start + queries, mask=mask, other=0).to(gl.int32)
+    exact = gl.where(mask, (c - first_c) * LOG2_E, 0.0)
+    high = exact.to(gl.float32)
+    buffers.rows.index(2 * i).store(last)
+    buffers.rows.index(2 * i + 1).store(kv_start)
+    buffers.row_bias.index(2 * i).store(high)
+    buffers.row_bias.index(2 * i + 1).store((exact - high.to(gl.float64)).to(gl.float32))
 
 
 @gluon.jit
@@ -117,6 +135,7 @@ def forward_bias_producer(
     barriers,
     sizes,
     gates,
+    rows,
     HF,
     GATE_GROUP,
     TQ,
@@ -125,25 +144,39 @@ def forward_bias_producer(
     BLOCK_N: gl.constexpr,
     STAGES: gl.constexpr,
 ):
-    """The bias producer, two warps: ``base - c_j`` of each tile's keys; ``base`` is ``c_i`` of the first query."""
+    """The bias producer, two warps: what each work tile's rows add to their logits, ``c_i - base``, and what each
+    tile's keys add, ``base - c_j``; ``base`` is ``c_i`` of the first query."""
     BLOCK_M: gl.constexpr = CONSUMER_ROWS * CONSUMERS
     layout: gl.constexpr = gl.BlockedLayout([BLOCK_N // (32 * gl.num_warps())], [32], [gl.num_warps()], [0])
+    row_layout: gl.constexpr = gl.BlockedLayout([1], [32], [gl.num_warps()], [0])
     o_tile = gl.arange(0, BLOCK_N, layout=layout)
+    offset = gl.load(sizes.LAST).to(gl.int32)
     stage = 0
     phase = 0
     work_count = 0
     mbarrier.wait(barriers.work_full.index(0), 0)
     i_bh = get_field(buffers.work_tiles, 0, WORK_HEAD)
     while i_bh >= 0:
-        work_stage = work_count % 2
+        work_stage = work_count % WORK_STAGES
         i_m = get_field(buffers.work_tiles, work_stage, WORK_BLOCK)
         first_tile = get_field(buffers.work_tiles, work_stage, WORK_FIRST)
-        first_masked = get_field(buffers.work_tiles, work_stage, WORK_FIRST_MASKED)
         last_tile = get_field(buffers.work_tiles, work_stage, WORK_LAST)
-        mbarrier.arrive(barriers.work_empty.index(work_stage), count=1)
         i_b = (i_bh // sizes.H).to(gl.int64)
-        i_gate = (i_bh % sizes.H // GATE_GROUP).to(gl.int64)
-        first_c = gl.load(gates.C_Q + (i_b * HF + i_gate) * TQ + i_m * BLOCK_M)
+        i_h = i_bh % sizes.H
+        i_gate = (i_h // GATE_GROUP).to(gl.int64)
+        first_row = i_m * BLOCK_M
+        p_cq = gates.C_Q + (i_b * HF + i_gate) * TQ
+        first_c = gl.load(p_cq + first_row)
+        last_c = gl.load(p_cq + gl.minimum(first_row + BLOCK_M, TQ) - 1)
+        p_start = rows.KV_START + i_b * rows.s_b + (i_h // rows.START_GROUP).to(gl.int64) * rows.s_h
+        for consumer in gl.static_range(CONSUMERS):
+            o_m = first_row + consumer * CONSUMER_ROWS + gl.arange(0, CONSUMER_ROWS, layout=row_layout)
+            _put_rows(buffers, work_stage * CONSUMERS + consumer, p_cq, p_start, first_c, o_m, o_m + offset, TQ)
+        # Where rows decay little from first to last, so do the keys beside them, and one part is precise enough.
+        diagonal = gl.maximum(gl.minimum((first_row + offset + 1) // BLOCK_N, last_tile), first_tile)
+        first_split = gl.where((first_c - last_c) * LOG2_E <= _LARGEST_UNSPLIT, last_tile + 1, diagonal)
+        put_field(buffers.work_tiles, work_stage, WORK_FIRST_SPLIT, first_split)
+        mbarrier.arrive(barriers.work_empty.index(work_stage), count=1)
         base = first_c * LOG2_E
         p_relative = gates.RELATIVE + (i_b * HF + i_gate) * sizes.TK
         p_base = gates.BASE + (i_b * HF + i_gate) * NB
@@ -151,7 +184,7 @@ def forward_bias_producer(
         for t in range(last_tile - first_tile + 1):
             tile = last_tile - t
             o_n = tile * BLOCK_N + o_tile
-            if tile < first_masked:
+            if tile < diagonal:
                 relative = gl.load(p_relative + o_n)
                 end = gl.load(p_base + o_n // BASE_BLOCK)
                 bias = (base - end).to(gl.float32) - relative
@@ -169,8 +202,9 @@ def forward_bias_producer(
             mbarrier.arrive(barriers.k_full.index(stage), count=1)
             stage, phase = advance(stage, phase, STAGES)
         work_count += 1
-        mbarrier.wait(barriers.work_full.index(work_count % 2), (work_count // 2) & 1)
-        i_bh = get_field(buffers.work_tiles, work_count % 2, WORK_HEAD)
+        next_stage = work_count % WORK_STAGES
+        mbarrier.wait(barriers.work_full.index(next_stage), (work_count // WORK_STAGES) & 1)
+        i_bh = get_field(buffers.work_tiles, next_stage, WORK_HEAD)
 
 
 # Beside what varies, sizes of the model that were not specialized when the kernel was tuned.
@@ -209,9 +243,9 @@ def hopper_forward_kernel(
         v=gl.allocate_shared_memory(dtype, [STAGES, 1, 1, BLOCK_N, D], v_descriptor.layout),
         bias_high=gl.allocate_shared_memory(gl.float32, [STAGES, BLOCK_N], PLAIN),
         bias_low=gl.allocate_shared_memory(gl.float32, [STAGES, BLOCK_N], PLAIN),
-        work_tiles=gl.allocate_shared_memory(gl.int32, [2 * WORK_FIELDS, 1], PLAIN),
-        rows=gl.allocate_shared_memory(gl.int32, [2 * CONSUMERS, CONSUMER_ROWS], PLAIN),
-        rows_low=gl.allocate_shared_memory(gl.float32, [CONSUMERS, CONSUMER_ROWS], PLAIN),
+        work_tiles=gl.allocate_shared_memory(gl.int32, [WORK_STAGES * WORK_FIELDS, 1], PLAIN),
+        rows=gl.allocate_shared_memory(gl.int32, [2 * WORK_STAGES * CONSUMERS, CONSUMER_ROWS], PLAIN),
+        row_bias=gl.allocate_shared_memory(gl.float32, [2 * WORK_STAGES * CONSUMERS, CONSUMER_ROWS], PLAIN),
     )
     barriers = ForwardBarriers(
         q_full=gl.allocate_shared_memory(gl.int64, [Q_STAGES, 1], BARRIER),
@@ -219,8 +253,8 @@ def hopper_forward_kernel(
         k_full=gl.allocate_shared_memory(gl.int64, [STAGES, 1], BARRIER),
         v_full=gl.allocate_shared_memory(gl.int64, [STAGES, 1], BARRIER),
         kv_empty=gl.allocate_shared_memory(gl.int64, [STAGES, 1], BARRIER),
-        work_full=gl.allocate_shared_memory(gl.int64, [2, 1], BARRIER),
-        work_empty=gl.allocate_shared_memory(gl.int64, [2, 1], BARRIER),
+        work_full=gl.allocate_shared_memory(gl.int64, [WORK_STAGES, 1], BARRIER),
+        work_empty=gl.allocate_shared_memory(gl.int64, [WORK_STAGES, 1], BARRIER),
     )
     for i in gl.static_range(STAGES):
         mbarrier.init(barriers.k_full.index(i), count=2)
@@ -229,7 +263,7 @@ def hopper_forward_kernel(
     for i in gl.static_range(Q_STAGES):
         mbarrier.init(barriers.q_full.index(i), count=1)
         mbarrier.init(barriers.q_empty.index(i), count=CONSUMERS)
-    for i in gl.static_range(2):
+    for i in gl.static_range(WORK_STAGES):
         mbarrier.init(barriers.work_full.index(i), count=1)
         mbarrier.init(barriers.work_empty.index(i), count=CONSUMERS + 1)
     fence_async_shared()
@@ -238,7 +272,7 @@ def hopper_forward_kernel(
     sizes = ForwardSizes(HEADS, NM, NR, LAST, TK, H, KV_GROUP)
     gates = ForwardGates(C_Q, C_K, RELATIVE, BASE, ck_b, ck_h)
     rows = ForwardRows(LSE, KV_START, s_b, s_h, START_GROUP)
-    shared = (out_descriptor, buffers, barriers, sizes, gates, rows, HF, GATE_GROUP, TQ, scale)
+    shared = (out_descriptor, buffers, barriers, sizes, rows, TQ, scale)
     work = ForwardWork(HEAD_ORDER, LEAST, GREATEST, WORK_COUNTER)
     if CONSUMERS == 2:
         gl.warp_specialize(
@@ -247,7 +281,7 @@ def hopper_forward_kernel(
                 (forward_consumer, (gl.constexpr(1), shared, CONSUMERS, BLOCK_N, STAGES, Q_STAGES, IS_LAZY, HAS_FENCE)),
                 (
                     forward_bias_producer,
-                    (buffers, barriers, sizes, gates, HF, GATE_GROUP, TQ, NB, CONSUMERS, BLOCK_N, STAGES),
+                    (buffers, barriers, sizes, gates, rows, HF, GATE_GROUP, TQ, NB, CONSUMERS, BLOCK_N, STAGES),
                 ),
                 (
                     forward_producer,
@@ -266,7 +300,7 @@ def hopper_forward_kernel(
                 (forward_consumer, (gl.constexpr(2), shared, CONSUMERS, BLOCK_N, STAGES, Q_STAGES, IS_LAZY, HAS_FENCE)),
                 (
                     forward_bias_producer,
-                    (buffers, barriers, sizes, gates, HF, GATE_GROUP, TQ, NB, CONSUMERS, BLOCK_N, STAGES),
+                    (buffers, barriers, sizes, gates, rows, HF, GATE_GROUP, TQ, NB, CONSUMERS, BLOCK_N, STAGES),
                 ),
                 (
                     forward_producer,

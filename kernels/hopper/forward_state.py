@@ -9,14 +9,17 @@ from triton.experimental.gluon import language as gl
 QUERIES = 64
 CONSUMER_ROWS = gl.constexpr(QUERIES)
 
-# A work tile in shared memory: its head (-1: no more work), block of queries, first tile, first masked tile and last
-# tile, then, for each consumer, the least and the greatest kv_start of its rows.
+# Work tiles that are described at once.
+WORK_STAGES = gl.constexpr(4)
+# A work tile in shared memory: its head (-1: no more work), block of queries, first and last tile, and the first tile
+# whose bias is in two parts, which the bias producer adds; then, for each consumer, the least and the greatest kv_start
+# of its rows.
 WORK_FIELDS = gl.constexpr(16)
 WORK_HEAD = gl.constexpr(0)
 WORK_BLOCK = gl.constexpr(1)
 WORK_FIRST = gl.constexpr(2)
-WORK_FIRST_MASKED = gl.constexpr(3)
-WORK_LAST = gl.constexpr(4)
+WORK_LAST = gl.constexpr(3)
+WORK_FIRST_SPLIT = gl.constexpr(4)
 WORK_KV_START = gl.constexpr(5)
 
 
@@ -30,7 +33,7 @@ class ForwardDescriptors(NamedTuple):
 
 
 class ForwardBuffers(NamedTuple):
-    """Shared memory. The first index is a stage; for the last two, a consumer."""
+    """Shared memory. The first index is a stage."""
 
     q: Any
     k: Any
@@ -38,8 +41,8 @@ class ForwardBuffers(NamedTuple):
     bias_high: Any
     bias_low: Any
     work_tiles: Any
-    rows: Any  # of each consumer: diagonal keys of its queries, and their kv_start
-    rows_low: Any  # second half of its rows' bias
+    rows: Any  # of each consumer of a work tile: diagonal keys of its queries, and their kv_start
+    row_bias: Any  # in two parts
 
 
 class ForwardBarriers(NamedTuple):

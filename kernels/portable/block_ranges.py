@@ -15,7 +15,7 @@ from ..tiles import Tile, cdiv
 from ..triton_common import INF, INT32_MAX, LOG2_E, kernel
 
 # Up to so many heads, a program for each finds its place; every one of them adds up the work of all.
-_ORDERED_HEADS = 128
+_ORDERED_HEADS = 512
 # Blocks of keys of a program of `_query_range_kernel`, and blocks of queries that it looks at at a time.
 _RANGE_CHUNK = 64
 
