@@ -195,8 +195,6 @@ def d128_consumer(
             delta = row_field(buffers.rows, stage, 1).load(SCORES)
             b_ds = b_p * (b_dp - delta)
             b_ds_16 = b_ds.to(ELEMENT)
-            # Of the rounded values, as the sums of rows: so their roundings cancel in the gates' gradients.
-            dc += fold(b_ds_16.to(gl.float32), 128)
             # Scores of the next tile; after the last one, of what lies there: they are not used.
             next_stage = (tile_count + 1) % _D128_STAGES
             mbarrier.wait(
@@ -224,6 +222,7 @@ def d128_consumer(
                 half = buffer.slice(i * 64, 64, 0).permute((1, 0))
                 acc_sums = warpgroup_mma(half, ones.index(zero).permute((1, 0)), acc_sums, use_acc=i > 0, is_async=True)
             acc_dk = warpgroup_mma(buffer, q, dk, is_async=True)
+            dc += fold(buffer.load(SCORES).to(gl.float32), 128)
             # All but the last matmul: only that one may be in flight from one tile to the next.
             dq, sums = warpgroup_mma_wait(1, deps=(acc_dq, acc_sums))
             x = to_nearest(dq * row_field(buffers.rows, stage, 2).permute((1, 0)).load(DQ_OUT))

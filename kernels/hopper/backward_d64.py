@@ -93,7 +93,11 @@ def d64_producer(descriptors, buffers, barriers, sizes, M_END, HEAD_ORDER, WORK_
                     i_m = m_begin + t
                     stage = tile_count % D64_STAGES
                     bar = barriers.q_full.index(stage)
-                    mbarrier.wait(barriers.q_empty.index(stage), ((tile_count // D64_STAGES) & 1) ^ 1)
+                    # The tile that lies there has been used once dS of the one after it is stored.
+                    after = tile_count - (D64_STAGES - 1)
+                    mbarrier.wait(
+                        barriers.ds_full.index(after % D64_STAGES), (after // D64_STAGES) & 1, pred=after >= 1
+                    )
                     mbarrier.expect(bar, 64 * 64 * 4 + 2048)
                     q = buffers.q.index(stage)._reinterpret(ELEMENT, [1, 64, 1, 64], COPIED)
                     do = buffers.do.index(stage)._reinterpret(ELEMENT, [1, 64, 1, 64], COPIED)
@@ -151,7 +155,7 @@ def d64_dq_consumer(buffers, barriers, sizes, ones, M_END, ROWS, DQ, ROW_SUMS, E
                 # From global memory: this role does not hold the tile's stage of shared memory.
                 dq_scale = gl.load(ROWS + tile.to(gl.int64) * 512 + (row + 128))
                 p_dq = DQ + tile.to(gl.int64) * (64 * 64)
-                mbarrier.wait(barriers.ds_full.index(tile_count & 1), (tile_count >> 1) & 1)
+                mbarrier.wait(barriers.ds_full.index(tile_count % D64_STAGES), (tile_count // D64_STAGES) & 1)
                 acc = zeros
                 for i in gl.static_range(2):
                     k = buffers.k.index(kv_stage * 2 + i + zero)
@@ -201,28 +205,26 @@ def hopper_backward_d64_kernel(
     ones.index(0).store(gl.full([8, 64], 1.0, ELEMENT, gl.BlockedLayout([1, 4], [2, 16], [4, 1], [1, 0])))
     work = gl.allocate_shared_memory(gl.int32, [8, 1], PLAIN)
     q_full = gl.allocate_shared_memory(gl.int64, [D64_STAGES, 1], BARRIER)
-    q_empty = gl.allocate_shared_memory(gl.int64, [D64_STAGES, 1], BARRIER)
     kv_full = gl.allocate_shared_memory(gl.int64, [KV_STAGES, 1], BARRIER)
     kv_empty = gl.allocate_shared_memory(gl.int64, [KV_STAGES, 1], BARRIER)
-    ds_full = gl.allocate_shared_memory(gl.int64, [2, 1], BARRIER)
+    ds_full = gl.allocate_shared_memory(gl.int64, [D64_STAGES, 1], BARRIER)
     ds_empty = gl.allocate_shared_memory(gl.int64, [2, 1], BARRIER)
     work_full = gl.allocate_shared_memory(gl.int64, [2, 1], BARRIER)
     work_empty = gl.allocate_shared_memory(gl.int64, [2, 1], BARRIER)
     for i in gl.static_range(D64_STAGES):
         mbarrier.init(q_full.index(i), count=1)
-        mbarrier.init(q_empty.index(i), count=2)
+        mbarrier.init(ds_full.index(i), count=2)
     for i in gl.static_range(KV_STAGES):
         mbarrier.init(kv_full.index(i), count=1)
         mbarrier.init(kv_empty.index(i), count=3)
     for i in gl.static_range(2):
-        mbarrier.init(ds_full.index(i), count=2)
         mbarrier.init(ds_empty.index(i), count=1)
         mbarrier.init(work_full.index(i), count=1)
         mbarrier.init(work_empty.index(i), count=3)
     fence_async_shared()
     role_barrier()
     buffers = D64Buffers(ks, vs, qs, dos, rows, dss, work)
-    barriers = D64Barriers(q_full, q_empty, kv_full, kv_empty, ds_full, ds_empty, work_full, work_empty)
+    barriers = D64Barriers(q_full, kv_full, kv_empty, ds_full, ds_empty, work_full, work_empty)
     sizes = D64Sizes(WORK_TILES, TQ, TK, H, G, KV_GROUP, GATE_GROUP, HF, NN, NM)
     gl.warp_specialize(
         [

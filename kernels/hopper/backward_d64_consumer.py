@@ -141,8 +141,6 @@ def d64_consumer(
                 delta = row_field(buffers.rows, stage, 1).load(SCORES)
                 b_ds = b_p * (b_dp - delta)
                 b_ds_16 = b_ds.to(ELEMENT)
-                # Of the rounded values, as the sums of rows: so their roundings cancel in the gates' gradients.
-                dc += fold(b_ds_16.to(gl.float32), 64)
                 # Scores of the next tile; after the last one, of what lies there: they are not used.
                 next_stage = (tile_count + 1) % D64_STAGES
                 mbarrier.wait(
@@ -162,12 +160,12 @@ def d64_consumer(
                 buffers.ds.index(buffer + CONSUMER).store(b_ds_16)
                 fence_async_shared()
                 role_barrier()
-                mbarrier.arrive(barriers.ds_full.index(tile_count & 1), count=1)
-                # Every warp is past the matmuls of the tile before.
-                mbarrier.arrive(
-                    barriers.q_empty.index((tile_count + D64_STAGES - 1) % D64_STAGES), count=1, pred=i_tile > 0
-                )
+                # To the producer too: every warp is past the matmuls of the tile before.
+                mbarrier.arrive(barriers.ds_full.index(tile_count % D64_STAGES), count=1)
                 acc_dk = warpgroup_mma(buffers.ds.index(buffer + CONSUMER), q, dk, is_async=True)
+                # Beside the matmuls; of the rounded values, as the sums of rows: so their roundings cancel in the gates'
+                # gradients.
+                dc += fold(buffers.ds.index(buffer + CONSUMER).load(SCORES).to(gl.float32), 64)
                 # All but the last matmul: only that one may be in flight from one tile to the next.
                 b_s, dv = warpgroup_mma_wait(1, deps=(acc_s, acc_dv))
                 tile_count += 1
@@ -177,9 +175,6 @@ def d64_consumer(
         dk = warpgroup_mma_wait(0, deps=(acc_dk,))
         role_barrier()
         mbarrier.arrive(barriers.kv_empty.index(work_count % KV_STAGES), count=1)
-        mbarrier.arrive(
-            barriers.q_empty.index((tile_count + D64_STAGES - 1) % D64_STAGES), count=1, pred=total_tiles > 0
-        )
         work_count += 1
         i_work, i_bg, first_head_tiles = next_work(work_count, buffers, barriers)
         out_keys = k0 + gl.arange(0, 64, gl.SliceLayout(1, STORED))

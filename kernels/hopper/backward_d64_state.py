@@ -27,7 +27,6 @@ class D64Buffers(NamedTuple):
 
 class D64Barriers(NamedTuple):
     q_full: Any
-    q_empty: Any
     kv_full: Any
     kv_empty: Any
     ds_full: Any
