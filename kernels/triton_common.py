@@ -145,6 +145,18 @@ def larger(a, b):
     return tl.maximum(a, b)
 
 
+@triton.jit
+def make_running_maxima(P, N, BLOCK: tl.constexpr):
+    """Of ``N`` numbers at ``P``, none of them negative, each becomes the largest up to it; ``BLOCK`` at a time."""
+    before = tl.zeros([BLOCK], tl.float32)
+    for begin in range(0, N, BLOCK):
+        index = begin + tl.arange(0, BLOCK)
+        largest = tl.load(P + index, mask=index < N, other=0.0).to(tl.float32)
+        largest = tl.maximum(tl.associative_scan(largest, 0, larger), before)
+        tl.store(P + index, largest, mask=index < N)
+        before = tl.max(largest, 0) + tl.zeros([BLOCK], tl.float32)
+
+
 def dot_precision(q: Tensor) -> str:
     """``input_precision`` of matmuls of float32 tiles: as torch takes its own."""
     return "tf32" if torch.backends.cuda.matmul.allow_tf32 else "ieee"

@@ -222,6 +222,8 @@ def d128_consumer(
                 half = buffer.slice(i * 64, 64, 0).permute((1, 0))
                 acc_sums = warpgroup_mma(half, ones.index(zero).permute((1, 0)), acc_sums, use_acc=i > 0, is_async=True)
             acc_dk = warpgroup_mma(buffer, q, dk, is_async=True)
+            # Beside the matmuls, and read again, as registers are full. Of the rounded values, as the sums of rows: so
+            # their roundings cancel in the gates' gradients.
             dc += fold(buffer.load(SCORES).to(gl.float32), 128)
             # All but the last matmul: only that one may be in flight from one tile to the next.
             dq, sums = warpgroup_mma_wait(1, deps=(acc_dq, acc_sums))

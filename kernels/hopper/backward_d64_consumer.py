@@ -163,8 +163,8 @@ def d64_consumer(
                 # To the producer too: every warp is past the matmuls of the tile before.
                 mbarrier.arrive(barriers.ds_full.index(tile_count % D64_STAGES), count=1)
                 acc_dk = warpgroup_mma(buffers.ds.index(buffer + CONSUMER), q, dk, is_async=True)
-                # Beside the matmuls; of the rounded values, as the sums of rows: so their roundings cancel in the gates'
-                # gradients.
+                # Beside the matmuls, and read again, as registers are full. Of the rounded values, as the sums of rows:
+                # so their roundings cancel in the gates' gradients.
                 dc += fold(buffers.ds.index(buffer + CONSUMER).load(SCORES).to(gl.float32), 64)
                 # All but the last matmul: only that one may be in flight from one tile to the next.
                 b_s, dv = warpgroup_mma_wait(1, deps=(acc_s, acc_dv))

@@ -29,9 +29,8 @@ from .forward_state import (
     put_field,
 )
 
-
 # Powers of two by which the rows of a work tile may decay for one float32 part of their bias to do: its roundings then
-# change a weight by less than 2^-15 of it.
+# change a weight by less than 2^-17 of it.
 _LARGEST_UNSPLIT = gl.constexpr(64.0)
 
 

@@ -13,10 +13,12 @@ from torch import Tensor
 
 from ..decay import Decay
 from ..tiles import Tile, cdiv, padded_head_dim
-from ..triton_common import INF, LN_2, LOG2_E, kernel, load_rows, split_fp64
+from ..triton_common import INF, LN_2, LOG2_E, kernel, load_rows, make_running_maxima, split_fp64
 
 # Keys are reduced to their largest in groups of so many, by programs of so many rows.
 MAXIMA_KEYS, _MAXIMA_ROWS = 16, 128
+# Groups that a scan takes at a time.
+_SCAN = 1024
 # Keeps bounds and their reciprocals from being subnormal.
 _LEAST_BOUND = tl.constexpr(2.0**-60)
 
@@ -53,6 +55,12 @@ def _maxima_kernel(
     tl.store(p_maxima + tl.num_programs(0) * NG, tl.max(tl.reshape(largest_v, [GROUPS, KEYS]), 1), mask=o_g < NG)
 
 
+@kernel
+def _running_maxima_kernel(MAXIMA, NG, BLOCK: tl.constexpr):
+    """Of all groups, a program for each row of ``MAXIMA``."""
+    make_running_maxima(MAXIMA + tl.program_id(0) * NG, NG, BLOCK)
+
+
 def running_maxima(k: Tensor, v: Tensor) -> Tensor:
     """Largest keys and values up to the end of each group of 16.
 
@@ -77,7 +85,8 @@ def running_maxima(k: Tensor, v: Tensor) -> Tensor:
         BLOCK_N=_MAXIMA_ROWS,
         KEYS=MAXIMA_KEYS,
     )  # fmt: skip
-    return maxima.cummax(-1).values
+    _running_maxima_kernel[(2 * batch * kv_heads,)](MAXIMA=maxima, NG=groups, BLOCK=_SCAN)
+    return maxima
 
 
 class RowStatistics(NamedTuple):

@@ -17,7 +17,7 @@ from ..devices import on_device_of
 from ..operators import NAMESPACE, contiguous_decay, maybe_contiguous, nothing_sees
 from ..replay import replayed
 from ..tiles import PRUNED_KEYS, PRUNED_QUERIES, cdiv, padded_head_dim
-from ..triton_common import INF, INT32_MAX, kernel, larger, load_rows
+from ..triton_common import INF, INT32_MAX, kernel, load_rows, make_running_maxima
 from .predicates import lengths, log_add, may_drop, query_bounds, raised, sink_bound
 from .rounding import decay_margin, log_allowed, logit_margin
 from .rules import PruningRule
@@ -113,18 +113,6 @@ def _join_decays(END, LOG_SUM, row, NB, BLOCK: tl.constexpr):
         sum_before = tl.max(tl.where(index == BLOCK - 1, log_sum, -INF), 0) + tl.zeros([BLOCK], tl.float64)
 
 
-@triton.jit
-def _join_largest(LARGEST, row, NB, BLOCK: tl.constexpr):
-    before = tl.zeros([BLOCK], tl.float32)
-    for start in range(0, NB, BLOCK):
-        blocks = start + tl.arange(0, BLOCK)
-        p = LARGEST + row * NB + blocks
-        largest = tl.associative_scan(tl.load(p, mask=blocks < NB, other=0.0).to(tl.float32), 0, larger)
-        largest = tl.maximum(largest, before)
-        tl.store(p, largest, mask=blocks < NB)
-        before = tl.max(largest, 0) + tl.zeros([BLOCK], tl.float32)
-
-
 @kernel
 def _join_kernel(END, LOG_SUM, LARGEST, HF, G, NB, HAS_LARGEST: tl.constexpr, BLOCK: tl.constexpr):
     """Join every block with all before it, in place: a program for each gate, then one for each key/value head."""
@@ -132,7 +120,7 @@ def _join_kernel(END, LOG_SUM, LARGEST, HF, G, NB, HAS_LARGEST: tl.constexpr, BL
     if row < HF:
         _join_decays(END, LOG_SUM, b * HF + row, NB, BLOCK)
     elif HAS_LARGEST:
-        _join_largest(LARGEST, b * G + row - HF, NB, BLOCK)
+        make_running_maxima(LARGEST + (b * G + row - HF) * NB, NB, BLOCK)
 
 
 @kernel

@@ -195,8 +195,8 @@ def measure(
         BLOCK_D=block_d,
         BLOCK_N=PRUNED_KEYS if block_d <= 128 else PRUNED_KEYS // 2,
         IS_ROUNDED=is_rounded,
-        num_warps=8,
+        num_warps=4 if block_d <= 128 else 8,
         num_stages=2 if block_d <= 128 else 1,
-        # Two programs then fit a multiprocessor, and nothing spills.
-        maxnreg=128 if block_d <= 128 and q.dtype != torch.float32 else None,
+        # Four programs then fit a multiprocessor, and nothing spills.
+        maxnreg=128 if block_d <= 64 and q.dtype != torch.float32 else None,
     )  # fmt: skip

@@ -1,9 +1,10 @@
 """What the attention benchmark compares: this library, with pruning and without, and baselines."""
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -106,10 +107,12 @@ def _sdpa(name: str, backend: SDPBackend) -> Implementation:
     return Implementation(name, prepare, gated=False, gate_gradient=False, head_first=True, needs_gpu=needs_gpu)
 
 
-def _flex(name: str, rule: Rule | None) -> Implementation:
+def _flex(name: str, rule: Rule | None, backend: Literal["AUTO", "FLASH"] = "AUTO") -> Implementation:
     """FlexAttention with the decay as a bias and pruning as a block mask; no gradient reaches the gates."""
 
     def prepare(layer: AttentionInputs) -> Attend:
+        if backend == "FLASH":
+            _need_flash_attention_4()
         if layer.q.shape[1] % _FLEX_BLOCK:
             raise ValueError(f"FlexAttention is compared at multiples of {_FLEX_BLOCK} tokens, got {layer.q.shape[1]}")
         c = accumulate(layer.log_f.repeat_interleave(layer.q.shape[2] // layer.log_f.shape[2], dim=2))[0].float()
@@ -118,6 +121,7 @@ def _flex(name: str, rule: Rule | None) -> Implementation:
         # torch has no annotations for compiled functions.
         attend: Callable = torch.compile(flex_attention, dynamic=False)
         options = {"block_mask": mask, "scale": layer.scale, "enable_gqa": layer.k.shape[2] != layer.q.shape[2]}
+        options["kernel_options"] = {"BACKEND": backend}
 
         def decay(score: Tensor, b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
             return score + (c[b, h, i] - c[b, h, j])
@@ -168,10 +172,39 @@ def _fla() -> Implementation:
     return Implementation("flash-linear-attention", prepare, needs_gpu=True)
 
 
+def _authors(name: str, rule: Rule | None) -> Implementation:
+    """The kernels of the papers' authors, from the package of their repository, ``forgetting_transformer``."""
+
+    def prepare(layer: AttentionInputs) -> Attend:
+        if find_spec("forgetting_transformer") is None:
+            raise MissingError("the authors' forgetting_transformer is not installed")
+        from forgetting_transformer.ops.forgetting_attention import forgetting_attention as attention
+
+        if not layer.q.shape[2] == layer.k.shape[2] == layer.log_f.shape[2]:
+            raise MissingError("the authors' kernels take as many key/value heads and gates as query heads")
+        threshold = None
+        if rule is not None:
+            if layer.logit_bound is None:
+                raise MissingError("the authors' rule needs a bound of the logits")
+            threshold = LOG_EPS - 2.0 * layer.logit_bound - math.log(layer.q.shape[1])
+
+        def attend(q: Tensor, k: Tensor, v: Tensor, log_f: Tensor) -> Tensor:
+            gates = log_f.transpose(1, 2)
+            return attention(q, k, v, gates, head_first=True, sm_scale=layer.scale, adaptive_threshold=threshold)
+
+        return attend
+
+    return Implementation(name, prepare, head_first=True, rule=rule, needs_gpu=True)
+
+
+def _need_flash_attention_4() -> None:
+    if find_spec("flash_attn") is None or find_spec("flash_attn.cute") is None:
+        raise MissingError("flash-attn-4 is not installed")
+
+
 def _flash_attention_4() -> Implementation:
     def prepare(layer: AttentionInputs) -> Attend:
-        if find_spec("flash_attn") is None or find_spec("flash_attn.cute") is None:
-            raise MissingError("flash-attn-4 is not installed")
+        _need_flash_attention_4()
         from flash_attn.cute import flash_attn_func
 
         def attend(q: Tensor, k: Tensor, v: Tensor, log_f: Tensor) -> Tensor:
@@ -191,7 +224,10 @@ BASELINES = (
     _flash_attention_4(),
     _flex("FlexAttention + bias", None),
     _flex("FlexAttention + bias + ACP blocks", "paper"),
+    _flex("FlexAttention, FLASH backend, + bias + ACP blocks", "paper", "FLASH"),
     _fla(),
+    _authors("authors' kernels", None),
+    _authors("authors' kernels, ACP", "paper"),
 )
 
 

@@ -118,7 +118,9 @@ class Calls:
         out = self.forward()
         grads = torch.autograd.grad(out, list(self._wanted.values()), self._laid_out(dout))
         found = {"out": out.detach(), **dict(zip(self._wanted, grads, strict=True))}
-        return {name: x.transpose(1, 2) for name, x in found.items()} if self._head_first else found
+        if self._head_first:
+            found = {name: x if name == "log_f" else x.transpose(1, 2) for name, x in found.items()}
+        return found
 
 
 class _Attention:

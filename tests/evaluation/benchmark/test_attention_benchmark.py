@@ -1,9 +1,12 @@
 """`foxlm bench attention`: its inputs, what it compares, and what it refuses to time."""
 
 import math
+import sys
 from collections.abc import Callable
 from dataclasses import replace
+from importlib.util import find_spec
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -19,6 +22,7 @@ from foxlm.evaluation.benchmark.attention.implementations import BASELINES, OURS
 from foxlm.evaluation.benchmark.attention.inputs import Case, Inputs, make_inputs, record_inputs
 from foxlm.evaluation.benchmark.attention.measured import synthetic, variants
 from foxlm.evaluation.benchmark.models import Workload, spread_decay_times
+from foxlm.evaluation.benchmark.runner import MissingError
 from foxlm.evaluation.gates import RULES
 from foxlm.evaluation.recording import AttentionInputs, record_attention
 from models import tiny_config
@@ -235,6 +239,7 @@ def test_flex_attention_computes_the_kept_blocks(monkeypatch: pytest.MonkeyPatch
     layer = inputs_of(Case(1, 4, 16, 384)).layer
     expected, _ = naive_attention(*layer[1:5], scale=layer.scale)
     q, k, v = (x.transpose(1, 2) for x in layer[1:4])
+    monkeypatch.setattr(implementations, "_need_flash_attention_4", lambda: None)
     for one in (one for one in BASELINES if "FlexAttention" in one.name):
         with torch.no_grad():
             out = one.prepare(layer)(q, k, v, layer.log_f).transpose(1, 2)
@@ -242,6 +247,39 @@ def test_flex_attention_computes_the_kept_blocks(monkeypatch: pytest.MonkeyPatch
         assert (one.computed_tiles(layer) < 1.0) == (one.rule is not None)
         with pytest.raises(ValueError, match="multiples of 128 tokens, got 300"):
             one.prepare(inputs_of().layer)
+
+
+@pytest.mark.skipif(find_spec("flash_attn") is not None, reason="flash-attn-4 may be there")
+def test_kernels_that_are_not_installed_are_missing() -> None:
+    for name in ("FlashAttention-4", "FLASH backend", "authors"):
+        for one in chosen([name]):
+            with pytest.raises(MissingError, match="is not installed"):
+                one.prepare(inputs_of(Case(1, 4, 16, 384)).layer)
+
+
+def test_the_authors_kernels_get_their_threshold_and_layout(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = []
+
+    def attention(*tensors: Tensor, **options: Any) -> Tensor:
+        calls.append(options)
+        return naive_attention(*(x.transpose(1, 2) for x in tensors), scale=options["sm_scale"])[0].transpose(1, 2)
+
+    module = SimpleNamespace(forgetting_attention=attention)
+    monkeypatch.setitem(sys.modules, "forgetting_transformer", SimpleNamespace(__path__=[]))
+    monkeypatch.setitem(sys.modules, "forgetting_transformer.ops", SimpleNamespace(__path__=[]))
+    monkeypatch.setitem(sys.modules, "forgetting_transformer.ops.forgetting_attention", module)
+    monkeypatch.setattr(implementations, "find_spec", lambda name: name)
+    dense, pruned = chosen(["authors"])
+    for one in (dense, pruned):
+        row = measured(replace(one, needs_gpu=False))
+        assert row["status"] == "measured", row
+    assert calls[0]["head_first"] and calls[0]["adaptive_threshold"] is None
+    # log eps - 2 U - log T, with U = sqrt(D).
+    torch.testing.assert_close(
+        calls[-1]["adaptive_threshold"], torch.full((CASE.batch, CASE.heads), -10.0 - 2 * 4.0 - math.log(CASE.tokens))
+    )
+    with pytest.raises(MissingError, match="as many key/value heads"):
+        dense.prepare(inputs_of(replace(CASE, kv_heads=2)).layer._replace(k=torch.zeros(2, 300, 2, 16)))
 
 
 def test_flex_block_mask_is_a_range_up_to_the_diagonal() -> None:

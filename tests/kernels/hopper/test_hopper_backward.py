@@ -32,6 +32,7 @@ BEFORE = [
     "_describe_blocks_kernel",
     "_query_range_kernel",
     "_maxima_kernel",
+    "_running_maxima_kernel",
     "_tile_rows_kernel",
 ]
 

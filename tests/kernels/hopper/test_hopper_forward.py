@@ -1,6 +1,7 @@
 """The forward kernel for Hopper: compiled without a GPU it keeps within its registers; on one it is exact."""
 
 import dataclasses
+import math
 import re
 import subprocess
 from pathlib import Path
@@ -185,6 +186,22 @@ class TestOnHopper:
         for _ in range(3):
             again, again_lse = hopper_forward(*inputs, 0.2)
             assert torch.equal(again, out) and torch.equal(again_lse, lse)
+
+    def test_is_exact_however_much_a_work_tile_forgets(self, head_dim, dtype, name):
+        if name != "whole":
+            pytest.skip("one size will do")
+        q, k, v, decay = draw(head_dim, dtype, heads=(8, 8, 8), queries=700, keys=700, offset=0, first_heads=8)
+        # At some the rows of a work tile decay by just less or just more than what a bias in one part is for.
+        rows = 64 * HOPPER_FORWARD[head_dim].consumers
+        just = 64.0 * math.log(2.0) / rows
+        rates = torch.tensor([0.0, 0.01, 0.1, 0.99 * just, 1.01 * just, 0.5, 3.0, 100.0], dtype=torch.float64)
+        c = -rates[:, None] * torch.arange(700)
+        decay = Decay(c.expand(2, 8, 700), c.expand(2, 8, 700), decay.kv_start, decay.last)
+        exact, exact_lse = reference_attention(q.double(), k.double(), v.double(), decay, scale=0.2)
+        out, lse = hopper_forward(*on_gpu(q, k, v, decay), 0.2)
+        error, eps = out.cpu().double() - exact, torch.finfo(dtype).eps
+        assert (error.norm(dim=(0, 1, 3)) <= eps * exact.norm(dim=(0, 1, 3))).all()
+        torch.testing.assert_close(lse.cpu().double(), exact_lse.double(), rtol=1e-5, atol=1e-5)
 
     def test_replays_in_a_graph_beside_another_stream(self, head_dim, dtype, name):
         inputs = on_gpu(*draw(head_dim, dtype, **SIZES[name]))

@@ -76,6 +76,7 @@ KERNELS = {
     "_forward_kernel",
     "_query_range_kernel",
     "_maxima_kernel",
+    "_running_maxima_kernel",
     "_backward_rows_kernel",
     "backward_kernel",
     "backward_finish_kernel",
