@@ -6,8 +6,9 @@ left. A work tile is one block of ``CONSUMERS * 64`` queries of a head; its tile
 the last, on the diagonal, down to the first. The roles of a program's warps:
 
 * *Consumers*, ``CONSUMERS`` warp groups with 64 queries each, compute the matmuls and the softmax (`forward_consumer`).
-* The *bias producer*, two warps, writes the bias of each tile's keys to shared memory: one float32 value for a full
-  tile, two halves for a masked one. Consumers need the registers that float64 values would take.
+* The *bias producer*, two warps, writes to shared memory what consumers must know of a work tile's rows, and the bias
+  of each tile's keys: one float32 value, or two parts where the rows decay much. Consumers need the registers that
+  float64 values would take, and none waits for global memory between two work tiles.
 * The *producer*, one warp, draws work tiles and copies queries, keys and values by the tensor memory accelerator (TMA).
 
 **Barriers.** All roles go through the same sequence of tiles, from one work tile to the next without a break; tile
@@ -16,13 +17,14 @@ the last, on the diagonal, down to the first. The roles of a program's warps:
 =============== ========================================================================= ======================
 mbarrier        meaning                                                                   arrivals
 =============== ========================================================================= ======================
-``k_full``      keys are copied and the bias is written                                   both producers
+``k_full``      keys are copied and the bias is written; of the first tile, rows too      both producers
 ``v_full``      values are copied                                                         producer
 ``kv_empty``    no consumer needs the keys and bias of tile t, the values of tile t - 1   every consumer
 ``q_full``      queries of a work tile are copied (a ring of ``Q_STAGES``)                producer
-``q_empty``     their stage is free; a consumer's output leaves through it too            every consumer
-``work_full``   the next work tile is described (a ring of two)                           producer
-``work_empty``  every role has read it                                                    consumers, bias producer
+``q_empty``     their stage is free; a consumer's output leaves through it too, while     every consumer
+                the next work tile begins
+``work_full``   the next work tile is described (a ring of ``WORK_STAGES``)               producer
+``work_empty``  no role needs the description and the rows                                consumers, bias producer
 =============== ========================================================================= ======================
 
 A consumer multiplies the weights of tile ``t - 1`` with its values while the scores of tile ``t`` are computed: hence
