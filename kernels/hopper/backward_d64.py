@@ -18,8 +18,8 @@ full and empty           stages  arrivals       hands over
 ``q_full``               4       copies         a tile: queries, gradients of outputs, fields of rows
                                                 (`backward_common`)
 ``kv_full, kv_empty``    2       copies; 3      keys and values of a work tile
-``ds_full, ds_empty``    4; 2    2; 1           ``dS`` of a tile, in one of 2 stages, from the consumers to the dQ consumer;
-                                                and to the producer, that the tile before has been used
+``ds_full, ds_empty``    4; 2    2; 1           ``dS`` of a tile, in one of 2 stages, to the dQ consumer; and to the
+                                                producer, that the tile before has been used
 ``work_full, -_empty``   2       1; 3           the work tile: its index (past the last: none left), its key/value
                                                 head, and the tiles of its first query head
 =======================  ======  =============  =====================================================================
