@@ -8,7 +8,6 @@ from torch import Tensor
 from foxlm.kernels.backends import PYTORCH, TRITON
 from foxlm.kernels.context_parallel.backends import context_backend_of
 from foxlm.kernels.context_parallel.row_copy import NO_RUNS, Place, Rows, Runs, copy_rows, to_device
-from foxlm.kernels.portable.block_ranges import heaviest_first
 from kernel_device import DEVICE, ON_KERNELS
 
 BACKENDS = ["pytorch", pytest.param("triton", marks=ON_KERNELS)]
@@ -68,10 +67,3 @@ def test_runs_of_nothing_copy_nothing() -> None:
     copy_rows(source, target, NO_RUNS)
     assert torch.equal(target.k, before)
     assert len(Runs.joined([]).table) == len(none.table) == 0
-
-
-@pytest.mark.parametrize("device", [pytest.param(DEVICE, marks=ON_KERNELS)])
-@pytest.mark.parametrize("heads, blocks", [(1, 1), (3, 200), (24, 129), (128, 3), (130, 5)])
-def test_heaviest_first_is_a_stable_order(heads: int, blocks: int, device: str) -> None:
-    low = torch.randint(0, 3, (heads, blocks), dtype=torch.int32, device=device)
-    assert torch.equal(heaviest_first(low).long(), low.sum(-1).argsort(stable=True))
