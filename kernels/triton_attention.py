@@ -11,10 +11,10 @@ from torch import Tensor
 
 from .decay import Decay
 from .devices import capability_of, on_device_of
+from .launches.replay import replayed
 from .operators import NAMESPACE, contiguous_decay, maybe_contiguous, nothing_sees, refuse_second_derivative
 from .portable.backward import backward
 from .portable.forward import forward
-from .replay import replayed
 from .tiles import choose_tiles
 from .triton_common import HAS_GLUON
 from .validation import refuse_transforms

@@ -60,7 +60,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .devices import capability_of
-from .launch import launched
+from .launches.launch import launched
 
 # Triton reads the variable when a kernel is defined; and torch.compile cannot trace the reading of it.
 INTERPRETED = triton.knobs.runtime.interpret

@@ -51,5 +51,5 @@ def seed() -> None:
 @pytest.fixture(autouse=True)
 def no_recordings() -> None:
     """Tests may change what kernels are launched with."""
-    if replay := sys.modules.get("foxlm.kernels.replay"):
+    if replay := sys.modules.get("foxlm.kernels.launches.replay"):
         replay.forget_all()

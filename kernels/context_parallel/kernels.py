@@ -10,7 +10,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..devices import on_device_of
-from ..launch import launched
+from ..launches.launch import launched
 from ..pruning.rules import PruningRule
 from ..pruning.search import Blocks, Queries, search
 from ..pruning.search import join_blocks as join_in_place

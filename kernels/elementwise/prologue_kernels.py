@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 import triton
 import triton.language as tl
 
-from ..launch import launched
+from ..launches.launch import launched
 from ..triton_common import wait_for_inputs
 
 

@@ -19,9 +19,9 @@ import triton.language as tl
 from torch import Tensor
 
 from ..devices import on_device_of
-from ..launch import launched
+from ..launches.launch import launched
+from ..launches.replay import replayed
 from ..operators import gradients_by_torch, may_launch
-from ..replay import replayed
 from ..tiles import cdiv, padded_head_dim
 from ..triton_common import load_rows
 from .attention_sink import add_sink as add_sink_in_pytorch

@@ -11,9 +11,9 @@ import triton.language as tl
 from torch import Tensor
 
 from ..devices import on_device_of
-from ..launch import launched
+from ..launches.launch import launched
+from ..launches.replay import replayed
 from ..operators import may_launch
-from ..replay import replayed
 from ..tiles import cdiv, next_power_of_2
 from ..triton_common import overlapping, wait_for_inputs
 from .gate_logits import gate_logits as gate_logits_in_pytorch

@@ -20,9 +20,9 @@ import triton.language as tl
 from torch import Tensor
 
 from ..devices import on_device_of
-from ..launch import launched
+from ..launches.launch import launched
+from ..launches.replay import replayed
 from ..operators import gradients_by_torch, may_launch, maybe_contiguous
-from ..replay import replayed
 from ..tiles import cdiv
 from ..triton_common import load_rows, overlapping, wait_for_inputs
 from .activations import activate

@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 
 from ..devices import on_device_of
+from ..launches.replay import replayed
 from ..operators import may_launch, maybe_contiguous, refuse_second_derivative
-from ..replay import replayed
 from ..tiles import LARGEST_HEAD_DIM, cdiv, next_power_of_2
 from ..triton_common import overlapping
 from .prologue import PrologueInputs

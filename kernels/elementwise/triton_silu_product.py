@@ -15,9 +15,9 @@ import triton.language as tl
 from torch import Tensor
 
 from ..devices import on_device_of
-from ..launch import launched
+from ..launches.launch import launched
+from ..launches.replay import replayed
 from ..operators import gradients_by_torch, may_launch, maybe_contiguous
-from ..replay import replayed
 from ..tiles import cdiv
 from .activations import activate
 from .silu_product import silu_product as silu_product_in_pytorch

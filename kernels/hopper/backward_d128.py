@@ -25,7 +25,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from ..launch import launched
+from ..launches.launch import launched
 from ..triton_common import LOG2_E, PARTS_OF_TENSORS, VARYING_SIZES
 from .backward_common import (
     add_row_sums,

@@ -39,7 +39,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from ..launch import launched
+from ..launches.launch import launched
 from ..triton_common import PARTS_OF_TENSORS, VARYING_SIZES
 from .backward_common import add_row_sums, count_tiles, role_barrier, to_nearest
 from .backward_d64_consumer import d64_consumer

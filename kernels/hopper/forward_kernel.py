@@ -4,7 +4,7 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier, tma
 
-from ..launch import launched
+from ..launches.launch import launched
 from ..triton_common import BASE_BLOCK, INF, LOG2_E, PARTS_OF_TENSORS, VARYING_SIZES
 from .forward_consumer import forward_consumer
 from .forward_state import (

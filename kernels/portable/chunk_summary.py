@@ -11,12 +11,12 @@ import triton.language as tl
 from torch import Tensor
 
 from ..devices import on_device_of
-from ..launch import launched
+from ..launches.launch import launched
+from ..launches.replay import replayed
 from ..operators import may_launch, maybe_contiguous
 from ..pruning.key_stats import KeySummary, Running
 from ..pruning.key_stats import extend_summary as extend_summary_in_pytorch
 from ..pruning.predicates import lengths, may_drop, raised
-from ..replay import replayed
 from ..tiles import PRUNED_KEYS, cdiv, padded_head_dim
 from ..triton_common import INF, larger, load_rows
 

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ..decay import LOG_ZERO_GATE
 from ..devices import on_device_of
-from ..launch import launched
+from ..launches.launch import launched
 from ..operators import maybe_contiguous
 from ..pruning.key_stats import KeySummary, Running
 from ..pruning.predicates import lengths

@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..launch import launched
+from ..launches.launch import launched
 from ..pruning.key_stats import KeySummary
 from ..pruning.predicates import lengths, log_add, may_drop, raised, sink_bound
 from ..pruning.rounding import decay_margin, logit_margin

@@ -8,7 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..devices import on_device_of
-from ..launch import launched
+from ..launches.launch import launched
 
 # Entries of the table that the program looks at, at a time.
 _ENTRIES = 4096

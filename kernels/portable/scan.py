@@ -17,8 +17,8 @@ from torch import Tensor
 from ..decay import LOG_ZERO_GATE, continued
 from ..decay import sum_gates as sum_gates_in_pytorch
 from ..devices import on_device_of
+from ..launches.replay import replayed
 from ..operators import NAMESPACE, may_launch
-from ..replay import replayed
 from ..tiles import cdiv
 from ..triton_common import kernel, larger
 from ..validation import is_transformed

@@ -17,9 +17,9 @@ from torch import Tensor, nn
 from ..devices import on_device_of
 from ..elementwise.activations import activate
 from ..elementwise.silu_product import gated_linear as gated_linear_in_pytorch
-from ..launch import launched
+from ..launches.launch import launched
+from ..launches.replay import replayed
 from ..operators import may_launch
-from ..replay import replayed
 from ..tiles import cdiv
 from ..triton_common import overlapping, wait_for_inputs
 

@@ -14,8 +14,8 @@ from torch import Tensor
 
 from ..decay import Decay
 from ..devices import on_device_of
+from ..launches.replay import replayed
 from ..operators import NAMESPACE, contiguous_decay, maybe_contiguous, nothing_sees
-from ..replay import replayed
 from ..tiles import PRUNED_KEYS, PRUNED_QUERIES, cdiv, padded_head_dim
 from ..triton_common import INF, INT32_MAX, kernel, load_rows, make_running_maxima
 from .predicates import lengths, log_add, may_drop, query_bounds, raised, sink_bound

@@ -1,8 +1,8 @@
 """Prompts of a layer repeated from memory: it launches what the one before it launched, with other addresses.
 
 For a layer of a prompt the host takes up to a millisecond in eager mode, and the GPU below some thousand tokens half of
-that. So the whole forward pass of a layer is recorded, with what it leaves in the cache, by `kernels.replay`, wherever
-nothing but known modules and their weights has a part in it.
+that. So the whole forward pass of a layer is recorded, with what it leaves in the cache, by `kernels.launches.replay`,
+wherever nothing but known modules and their weights has a part in it.
 """
 
 import functools
@@ -49,7 +49,7 @@ def _recordings() -> Any:
 
     if not HAS_TRITON:
         return None
-    from ...kernels.replay import IS_KNOWN, Recordings
+    from ...kernels.launches.replay import IS_KNOWN, Recordings
 
     return Recordings() if IS_KNOWN else None
 
@@ -75,7 +75,7 @@ def repeat_prompt(
     recordings = _recordings()
     if recordings is None or not _nothing_else_happens(hidden_states, arguments):
         return None
-    from ...kernels.replay import common_device, signature_of
+    from ...kernels.launches.replay import common_device, signature_of
 
     known, weights = known_modules(layer)
     if known is None or not _is_understood(layer, known, classes):
@@ -122,7 +122,7 @@ def repeat_prompt(
 
 def _nothing_else_happens(hidden_states: Tensor, arguments: dict[str, Any]) -> bool:
     """Whether a call computes by its modules, kernels and operators as they are, and nobody looks on."""
-    from ...kernels.replay import may_repeat
+    from ...kernels.launches.replay import may_repeat
     from ..attention_backends import runs_own_attention
 
     settings: AttentionSettings = arguments["settings"]

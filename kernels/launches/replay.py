@@ -32,9 +32,9 @@ import torch
 import triton
 from torch import Tensor, nn
 
-from .devices import capability_of
+from ..devices import capability_of
+from ..operators import recording
 from .launch import IS_KNOWN, launches_plainly
-from .operators import recording
 from .tape import INCOMPLETE, Recorder, Tape
 
 # That a function remembers: a prompt of another length has one of its own.

@@ -16,8 +16,8 @@ import triton
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from ..operators import recording
 from .launch import Globals, Launch
-from .operators import recording
 
 # Of the parts of the memory that a call needs for itself, as of PyTorch's allocations.
 _ALIGNMENT = 512

@@ -22,10 +22,10 @@ import triton
 import triton.language as tl
 
 from ahead_of_time import idle_gpu
-from foxlm.kernels import ahead_of_time, launch, replay
-from foxlm.kernels.launch import launched
-from foxlm.kernels.replay import Replayed
-from foxlm.kernels.tape import INCOMPLETE, Recorder, Tape
+from foxlm.kernels.launches import ahead_of_time, launch, replay
+from foxlm.kernels.launches.launch import launched
+from foxlm.kernels.launches.replay import Replayed
+from foxlm.kernels.launches.tape import INCOMPLETE, Recorder, Tape
 from foxlm.kernels.triton_common import HAS_GLUON
 from foxlm.modeling.cache.page_pool import PagePool
 

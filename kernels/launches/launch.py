@@ -31,7 +31,7 @@ from torch import Tensor, nn
 from triton.compiler import CompiledKernel
 from triton.runtime.jit import JITFunction
 
-from .operators import recording
+from ..operators import recording
 
 try:
     from triton.backends.nvidia.driver import CudaLauncher, make_tensordesc_arg
