@@ -57,7 +57,7 @@ class HopperForward(NamedTuple):
         consumers: consumer warp groups, 2 or 3, each with 64 queries.
         keys: columns of a tile of scores.
         stages: tiles of keys and values that shared memory holds.
-        query_stages: blocks of queries that it holds.
+        query_stages: blocks of queries that it holds, at least 2.
         head_swizzle: heads whose work tiles are computed at once, so that their keys share the L2 cache.
         lazy: rescale the output only when the running maximum has risen by more than 2^8.
         fence: keep ptxas from moving the wait for a matmul ahead of the softmax.

@@ -1,7 +1,8 @@
 """The forward pass for Hopper (sm_90) in Gluon, Triton's lower-level language: a persistent, warp-specialized kernel.
 
-Mathematics, tiles and bias are those of `portable.forward`, names those of `triton_common`; here is how they map to
-the hardware. One program runs on each multiprocessor and draws *work tiles* from a dynamic scheduler until none is
+Mathematics and tiles are those of `portable.forward`, names those of `triton_common`; here is how they map to the
+hardware. So is the bias, but that near the diagonal it is in two parts only where the rows of a work tile decay by more
+than a factor of 2^64. One program runs on each multiprocessor and draws *work tiles* from a dynamic scheduler until none is
 left. A work tile is one block of ``CONSUMERS * 64`` queries of a head; its tiles of ``BLOCK_N`` keys are computed from
 the last, on the diagonal, down to the first. The roles of a program's warps:
 
@@ -48,8 +49,8 @@ not change its bits.
 
 **Registers** limit the speed. A consumer has as many live values as registers, so whether ptxas keeps them there
 depends on details such as the order of independent statements: with values and bias in variables of their own, written
-before what else goes into the same expression, heads of 64 spilled 236 times per tile instead of once; with strides
-for ``C_Q``, nine times in one consumer. After any change look at the loops' STL and LDL in SASS. All consumers together
+before what else goes into the same expression, heads of 64 spilled 236 times per tile instead of once. After any change
+look at the loops' STL and LDL in SASS. All consumers together
 must also fit the instruction cache (128 KiB); therefore full and masked tiles share one loop.
 """
 
@@ -100,7 +101,6 @@ def hopper_forward(q: Tensor, k: Tensor, v: Tensor, decay: Decay, scale: float) 
         k_descriptor=describe_by_head(k, shape.keys),
         v_descriptor=describe_by_head(v, shape.keys),
         out_descriptor=describe_by_head(out, QUERIES),
-        # With strides of its own, the consumers' loop over tiles spills registers.
         C_Q=decay.query.contiguous(),
         C_K=decay.key, ck_b=decay.key.stride(0), ck_h=decay.key.stride(1),
         RELATIVE=described.relative,

@@ -30,7 +30,7 @@ from .forward_state import (
 )
 
 # Powers of two by which the rows of a work tile may decay for one float32 part of their bias to do: its roundings then
-# change a weight by less than 2^-17 of it.
+# change a weight by less than 2^-16 of it.
 _LARGEST_UNSPLIT = gl.constexpr(64.0)
 
 
@@ -232,6 +232,8 @@ def hopper_forward_kernel(
     Launch with 4 warps, those of the first consumer. ``LEAST`` and ``GREATEST`` are ``[B, H, NR]``, of blocks of 64
     queries; ``HEADS`` is ``B * H``, and ``NM`` the work tiles of a head.
     """
+    # A stage is given back within the next work tile, which has another.
+    gl.static_assert(Q_STAGES >= 2)
     dtype: gl.constexpr = q_descriptor.dtype
     D: gl.constexpr = q_descriptor.block_type.shape[3]
     BARRIER: gl.constexpr = mbarrier.MBarrierLayout()

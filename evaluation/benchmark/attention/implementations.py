@@ -182,17 +182,13 @@ def _authors(name: str, rule: Rule | None) -> Implementation:
 
         if not layer.q.shape[2] == layer.k.shape[2] == layer.log_f.shape[2]:
             raise MissingError("the authors' kernels take as many key/value heads and gates as query heads")
-        threshold = None
+        # Versions from before pruning know no threshold.
+        options: dict[str, Any] = {"head_first": True, "sm_scale": layer.scale}
         if rule is not None:
             if layer.logit_bound is None:
                 raise MissingError("the authors' rule needs a bound of the logits")
-            threshold = LOG_EPS - 2.0 * layer.logit_bound - math.log(layer.q.shape[1])
-
-        def attend(q: Tensor, k: Tensor, v: Tensor, log_f: Tensor) -> Tensor:
-            gates = log_f.transpose(1, 2)
-            return attention(q, k, v, gates, head_first=True, sm_scale=layer.scale, adaptive_threshold=threshold)
-
-        return attend
+            options["adaptive_threshold"] = LOG_EPS - 2.0 * layer.logit_bound - math.log(layer.q.shape[1])
+        return lambda q, k, v, log_f: attention(q, k, v, log_f.transpose(1, 2), **options)
 
     return Implementation(name, prepare, head_first=True, rule=rule, needs_gpu=True)
 
