@@ -1,7 +1,7 @@
 """Compile a model's kernels before it runs, for example while a container image is built.
 
 Which kernels a model launches is found by running one of its layers, with launches left out
-(`foxlm.kernels.launches.ahead_of_time`). Triton keeps compiled kernels by source, arguments and kind of GPU
+(`foxlm.kernels.ahead_of_time`). Triton keeps compiled kernels by source, arguments and kind of GPU
 (``TRITON_CACHE_DIR``, by default ``~/.triton/cache``), so that they need not be compiled where they run.
 """
 
@@ -70,7 +70,7 @@ def compile_kernels(
     """
     if not HAS_TRITON:
         raise ValueError("kernels need Triton, which is not installed here")
-    from foxlm.kernels.launches.ahead_of_time import launches_left_out
+    from foxlm.kernels.ahead_of_time import launches_left_out
     from foxlm.kernels.triton_common import INTERPRETED
 
     if INTERPRETED:

@@ -30,13 +30,13 @@ except ImportError:
 HAS_TRITON = triton is not None
 
 if HAS_TRITON:
+    from .ahead_of_time import prepare_attention
     from .elementwise.triton_attention_sink import add_sink as triton_add_sink
     from .elementwise.triton_gate_logits import gate_logits as triton_gate_logits
     from .elementwise.triton_gated_norm import add_and_norm as triton_add_and_norm
     from .elementwise.triton_gated_norm import gated_norm as triton_gated_norm
     from .elementwise.triton_prologue import attention_prologue
     from .elementwise.triton_silu_product import silu_product as triton_silu_product
-    from .launches.ahead_of_time import prepare_attention
     from .portable.chunk_summary import extend_summary as triton_extend_summary
     from .portable.decode import can_decode, decode_attention
     from .portable.decode_append import append_tokens

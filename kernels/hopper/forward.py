@@ -2,9 +2,9 @@
 
 Mathematics and tiles are those of `portable.forward`, names those of `triton_common`; here is how they map to the
 hardware. So is the bias, but that near the diagonal it is in two parts only where the rows of a work tile decay by more
-than a factor of 2^64. One program runs on each multiprocessor and draws *work tiles* from a dynamic scheduler until none is
-left. A work tile is one block of ``CONSUMERS * 64`` queries of a head; its tiles of ``BLOCK_N`` keys are computed from
-the last, on the diagonal, down to the first. The roles of a program's warps:
+than a factor of 2^64. One program runs on each multiprocessor and draws *work tiles* from a dynamic scheduler until
+none is left. A work tile is one block of ``CONSUMERS * 64`` queries of a head; its tiles of ``BLOCK_N`` keys are
+computed from the last, on the diagonal, down to the first. The roles of a program's warps:
 
 * *Consumers*, ``CONSUMERS`` warp groups with 64 queries each, compute the matmuls and the softmax (`forward_consumer`).
 * The *bias producer*, two warps, writes to shared memory what consumers must know of a work tile's rows, and the bias

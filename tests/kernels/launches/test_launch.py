@@ -23,7 +23,8 @@ import triton.language as tl
 from triton.runtime.jit import JITFunction
 
 from ahead_of_time import idle_gpu
-from foxlm.kernels.launches import ahead_of_time, launch
+from foxlm.kernels import ahead_of_time
+from foxlm.kernels.launches import launch
 from foxlm.kernels.launches.launch import Launched
 from foxlm.kernels.triton_common import HAS_GLUON
 

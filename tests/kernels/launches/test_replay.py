@@ -22,7 +22,8 @@ import triton
 import triton.language as tl
 
 from ahead_of_time import idle_gpu
-from foxlm.kernels.launches import ahead_of_time, launch, replay
+from foxlm.kernels import ahead_of_time
+from foxlm.kernels.launches import launch, replay
 from foxlm.kernels.launches.launch import launched
 from foxlm.kernels.launches.replay import Replayed
 from foxlm.kernels.launches.tape import INCOMPLETE, Recorder, Tape

@@ -26,7 +26,7 @@ if not HAS_TRITON or INTERPRETED:
 from triton.runtime.jit import JITFunction
 
 from ahead_of_time import idle_gpu, specializations
-from foxlm.kernels.launches import ahead_of_time
+from foxlm.kernels import ahead_of_time
 from foxlm.modeling.cache.page_pool import PagePool
 
 # Operators that launch nothing.

@@ -23,7 +23,7 @@ if not HAS_TRITON or INTERPRETED:
     pytest.skip("needs Triton's compiler", allow_module_level=True)
 
 from ahead_of_time import idle_gpu
-from foxlm.kernels.launches import ahead_of_time
+from foxlm.kernels import ahead_of_time
 from foxlm.kernels.triton_common import HAS_GLUON
 from foxlm.modeling.layers import repeated_layer
 

@@ -20,8 +20,8 @@ import triton
 from triton.runtime.jit import JITFunction
 
 from ahead_of_time import absent_gpu, specializations
-from foxlm.kernels.launches import ahead_of_time
-from foxlm.kernels.launches.ahead_of_time import launches_left_out, prepare_attention
+from foxlm.kernels import ahead_of_time
+from foxlm.kernels.ahead_of_time import launches_left_out, prepare_attention
 from foxlm.kernels.portable.block_ranges import _head_order_kernel, heaviest_first
 
 H100 = GPU((9, 0), 132)

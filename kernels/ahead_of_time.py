@@ -18,16 +18,16 @@ import triton
 from torch import Tensor
 from triton.runtime.jit import JITFunction
 
-from ..decay import Decay, accumulate
-from ..devices import capability_of
-from ..elementwise.triton_attention_sink import add_sink
-from ..operators import may_launch
-from ..portable.scan import sum_gates
-from ..pruning.rules import Rule, centered, key_center, prune
-from ..pruning.search import search_kv_start
-from ..tiles import PRUNED_KEYS
-from ..triton_attention import triton_attention
-from ..triton_common import INTERPRETED
+from .decay import Decay, accumulate
+from .devices import capability_of
+from .elementwise.triton_attention_sink import add_sink
+from .operators import may_launch
+from .portable.scan import sum_gates
+from .pruning.rules import Rule, centered, key_center, prune
+from .pruning.search import search_kv_start
+from .tiles import PRUNED_KEYS
+from .triton_attention import triton_attention
+from .triton_common import INTERPRETED
 
 # Tokens that stand for all: kernels are the same for any number, but for so few that there is nothing to prune.
 _TOKENS = PRUNED_KEYS + 1
