@@ -18,7 +18,7 @@ from ..triton_common import INF, LN_2, LOG2_E, kernel, load_rows, make_running_m
 # Keys are reduced to their largest in groups of so many, by programs of so many rows.
 MAXIMA_KEYS, _MAXIMA_ROWS = 16, 128
 # Groups that a scan takes at a time.
-_SCAN = 1024
+_GROUPS_AT_ONCE = 1024
 # Keeps bounds and their reciprocals from being subnormal.
 _LEAST_BOUND = tl.constexpr(2.0**-60)
 
@@ -85,7 +85,7 @@ def running_maxima(k: Tensor, v: Tensor) -> Tensor:
         BLOCK_N=_MAXIMA_ROWS,
         KEYS=MAXIMA_KEYS,
     )  # fmt: skip
-    _running_maxima_kernel[(2 * batch * kv_heads,)](MAXIMA=maxima, NG=groups, BLOCK=_SCAN)
+    _running_maxima_kernel[(2 * batch * kv_heads,)](MAXIMA=maxima, NG=groups, BLOCK=_GROUPS_AT_ONCE)
     return maxima
 
 

@@ -92,7 +92,7 @@ def _read_chunk_kernel(
 
 
 @triton.jit
-def _keep_unshifted(
+def _keep_unshifted_rows(
     STATES, RING, s_b, s_t, s_h, i_b, i_g, o_t, PAST, m_kept, G, D: tl.constexpr, BLOCK_D: tl.constexpr
 ):  # fmt: skip
     """Unshifted keys or values of the last tokens, by index modulo 64."""
@@ -137,9 +137,9 @@ def _write_chunk_kernel(
             tl.store(C_RING + p_ring, c, mask=m_kept)
             tl.store(FIRST_RING + p_ring, first, mask=m_kept)
     if KEY_STATES is not None:
-        _keep_unshifted(KEY_STATES, KEY_RING, ks_b, ks_t, ks_h, i_b, i_g, o_t, PAST, m_kept, G, D, BLOCK_D)
+        _keep_unshifted_rows(KEY_STATES, KEY_RING, ks_b, ks_t, ks_h, i_b, i_g, o_t, PAST, m_kept, G, D, BLOCK_D)
     if VALUE_STATES is not None:
-        _keep_unshifted(VALUE_STATES, VALUE_RING, vs_b, vs_t, vs_h, i_b, i_g, o_t, PAST, m_kept, G, D, BLOCK_D)
+        _keep_unshifted_rows(VALUE_STATES, VALUE_RING, vs_b, vs_t, vs_h, i_b, i_g, o_t, PAST, m_kept, G, D, BLOCK_D)
 
 
 class Recent(NamedTuple):

@@ -67,14 +67,14 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """As `torch.nn.functional.linear`, which itself runs for gradients, other than one row, and other than 16 bits."""
     if not _takes(x, weight, bias):
         return nn.functional.linear(x, weight, bias)
-    return _launch(x, weight, bias, False)
+    return _launch_linear(x, weight, bias, False)
 
 
 def gated_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """As `silu_product.gated_linear`, which itself runs where `torch.nn.functional.linear` does."""
     if not _takes(x, weight, bias):
         return gated_linear_in_pytorch(x, weight, bias)
-    return _launch(x, weight, bias, True)
+    return _launch_linear(x, weight, bias, True)
 
 
 def _takes(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
@@ -89,7 +89,7 @@ def _takes(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
 
 
 @replayed
-def _launch(x: Tensor, weight: Tensor, bias: Tensor | None, gated: bool) -> Tensor:
+def _launch_linear(x: Tensor, weight: Tensor, bias: Tensor | None, gated: bool) -> Tensor:
     features, size = weight.shape
     features //= 1 + gated
     out = torch.empty(*x.shape[:-1], features, dtype=x.dtype, device=x.device)

@@ -99,8 +99,8 @@ def test_training_of_a_pro_layer() -> None:
     assert found["prologue_forward_kernel"] == found["prologue_backward_kernel"] == 1
     # Forward, and once more in backward.
     assert found["_silu_product_kernel"] == 2
-    # Over thirty are matmuls.
-    assert found.total() <= 88, dict(found)
+    # Over thirty are matmuls. Within operators of ours kernels are counted, and operators of torch are not seen.
+    assert found.total() <= 89, dict(found)
 
 
 def test_a_chunk_of_an_evicting_cache() -> None:
