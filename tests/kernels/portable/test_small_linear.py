@@ -36,7 +36,7 @@ def launches(monkeypatch: pytest.MonkeyPatch) -> list[int]:
         found.append(x.shape[:-1].numel())
         return launch(x, *more)
 
-    monkeypatch.setattr(small_linear, "_launch", counted)
+    monkeypatch.setattr(small_linear, "_launch_linear", counted)
     return found
 
 
