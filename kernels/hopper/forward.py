@@ -50,8 +50,8 @@ not change its bits.
 **Registers** limit the speed. A consumer has as many live values as registers, so whether ptxas keeps them there
 depends on details such as the order of independent statements: with values and bias in variables of their own, written
 before what else goes into the same expression, heads of 64 spilled 236 times per tile instead of once. After any change
-look at the loops' STL and LDL in SASS. All consumers together
-must also fit the instruction cache (128 KiB); therefore full and masked tiles share one loop.
+look at the loops' STL and LDL in SASS. All consumers together must also fit the instruction cache (128 KiB); therefore
+full and masked tiles share one loop.
 """
 
 import torch
