@@ -25,7 +25,6 @@ from ..kernels.backends import PYTORCH, Backend
 from ..kernels.decay import Decay, without_padding
 from ..kernels.pruning.rounding import logit_margin
 from ..kernels.pruning.rules import PruningRule, Rule, key_center, prune
-from ..kernels.tiles import PRUNED_KEYS
 from .attention_settings import AttentionSettings, attention_settings
 from .cache.view import CacheView
 from .configuration_fox import DEFAULT_IMPLEMENTATION
@@ -167,10 +166,10 @@ def _decode(
         key, value = key.transpose(1, 2), value.transpose(1, 2)
     if PruningRule(rule).reads_bound and logit_bound is None:
         # Of these queries and all keys so far.
-        largest = view.summary.largest.index_select(-1, decay.last[-1:] // PRUNED_KEYS)
+        largest = view.largest(decay.last)
         norms = torch.linalg.vector_norm(q, dim=-1, dtype=torch.float64).amax(1)
         norms = norms * (abs(scale) * (1.0 + logit_margin(q.shape[-1], torch.float32)))
-        logit_bound = norms * largest[..., 0].repeat_interleave(q.shape[2] // largest.shape[1], dim=1)
+        logit_bound = norms * largest.repeat_interleave(q.shape[2] // largest.shape[1], dim=1)
     assert backend.decode is not None, "there is a view only where there is a decode"
     attended = backend.decode(
         q,

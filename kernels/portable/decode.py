@@ -45,23 +45,27 @@ def decode_attention(
     """Attention of few queries over ``decay``, without gradients, by GPU kernels that read each block kept once.
 
     As `reference_attention`, for what `can_decode` accepts. The cache is either dense, and may be longer than the
-    sequence (keys after the last query's are not read), or paged: 64 tokens of a key/value head to a page.
+    sequence (keys after the last query's are not read), or paged: a page holds 64 tokens, of one key/value head or, if
+    the table of pages has no dimension for heads, of all.
 
     Args:
         q: ``[B, Tq, H, D]`` queries; float16, bfloat16 or float32.
-        k, v: ``[B, Tk, G, D]`` keys and values, or pools ``[P, 64, D]`` of their pages; the dtype of ``q``.
-        decay: running sums and visible range of each query. Over a paged cache, ``key`` is a pool ``[P, R, 64]`` of
-            the ``R = max(1, Hf // G)`` gates of a page's key/value head.
+        k, v: ``[B, Tk, G, D]`` keys and values, or pools ``[P, 64, D]`` or ``[P, G, 64, D]`` of their pages; the dtype
+            of ``q``.
+        decay: running sums and visible range of each query; ``last`` may be of each sequence, ``[B, Tq]``. Over a paged
+            cache, ``key`` is a pool ``[P, R, 64]`` of the ``R = max(1, Hf // G)`` gates of a page's key/value head, or
+            of all: ``[P, Hf, 64]``.
         scale: multiplies ``q . k``.
         real: ``[B, Tk]`` bool, False for padding, which is hidden and may hold NaN; None if there is none.
-        summary: of the keys; pruning needs it.
+        summary: of the keys; pruning needs it. Where heads share pages, pools of what holds at the end of each page:
+            ``[P, Hf or G, 1]``.
         eps: with ``summary``, leave out keys of which it is proven that no row loses more than this of its attention
             weight in total, in ``(0, 1)``.
         rule: how that is proven, ``"tight"`` or ``"paper"``: see `pruning`. ``"measured"`` is taken as ``"tight"``.
         logit_bound: ``U`` of the rule ``paper``, a number, ``[H]`` or ``[B, H]``, as for `forgetting_attention`.
         sink: ``[G, D]`` key of an attention sink, which pruning is to know of; it is not attended to.
-        pages: ``[B, G, N]`` int32 page of each block of 64 tokens; -1 where there is none. A row that must read such a
-            block becomes NaN.
+        pages: ``[B, G, N]`` or ``[B, N]`` int32 page of each block of 64 tokens; -1 where there is none. A row that must
+            read such a block becomes NaN.
         start: ``[B, G]`` int32 first block that is still held; those before are not read.
 
     Returns:

@@ -96,8 +96,9 @@ def _merge_partials(
 @decode_kernel
 def _decode_attend_kernel(
     Q, K, V, C_Q, C_K, KV_START, LAST, REAL, PAGES, RANGES, PARTIALS, OUT, LSE,
-    q_b, q_t, q_h, k_b, k_t, k_h, v_b, v_t, v_h, cq_b, cq_h, ck_b, ck_h, s_b, s_h, real_b,
-    scale, KV_HEADS, TQ, H, HF, G, START_HEADS, PAGE_GATES, NB,
+    q_b, q_t, q_h, k_b, k_t, k_h, v_b, v_t, v_h, cq_b, cq_h, ck_b, ck_h, s_b, s_h, real_b, last_b,
+    pages_b,
+    scale, KV_HEADS, TQ, H, HF, G, START_HEADS, PAGE_GATES,
     D: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_R: tl.constexpr,
@@ -109,6 +110,7 @@ def _decode_attend_kernel(
     PRECISION: tl.constexpr,
     SCAN: tl.constexpr,
     MERGED: tl.constexpr,
+    SHARES_PAGES: tl.constexpr,
     OVERLAPS: tl.constexpr,
 ):  # fmt: skip
     """A program's share of the blocks; arguments as in `attend_blocks`, ``KV_HEADS`` is ``B * G``.
@@ -160,15 +162,18 @@ def _decode_attend_kernel(
         c_q = tl.load(C_Q + i_b * cq_b + i_gate.to(tl.int64) * cq_h + o_q, mask=m_r, other=0.0) * LOG2_E
         p_start = KV_START + i_b * s_b + (i_h // (H // START_HEADS)).to(tl.int64) * s_h + o_q
         kv_start = tl.load(p_start, mask=m_r, other=1).to(tl.int32)
-        last = tl.load(LAST + o_q, mask=m_r, other=0).to(tl.int32)
+        last = tl.load(LAST + i_b * last_b + o_q, mask=m_r, other=0).to(tl.int32)
         if PAGES is None:
             p_k, p_v = K + i_b * k_b + i_g.to(tl.int64) * k_h, V + i_b * v_b + i_g.to(tl.int64) * v_h
             p_ck = C_K + i_b * ck_b
         else:
-            i_gate = o_r // TQ * PAGE_GATES // KV_GROUP
-            p_ck = C_K
+            p_k, p_v, p_ck = K, V, C_K
+            if SHARES_PAGES:
+                p_k, p_v = K + i_g.to(tl.int64) * k_h, V + i_g.to(tl.int64) * v_h
+            else:
+                i_gate = o_r // TQ * PAGE_GATES // KV_GROUP
             # Each page is looked up a tile ahead: what is read of it waits for that.
-            p_page = PAGES + tl.cast(i_bg, tl.int64) * NB
+            p_page = PAGES + (i_b if SHARES_PAGES else tl.cast(i_bg, tl.int64)) * pages_b
             next_page = tl.load(p_page + n_begin // KEY_BLOCK)
         if IS_ONE_GATE:
             p_ck += tl.min(i_gate, 0).to(tl.int64) * ck_h
@@ -194,7 +199,7 @@ def _decode_attend_kernel(
                 page = next_page
                 next_page = tl.load(p_page + (n + BLOCK_N) // KEY_BLOCK, mask=n + BLOCK_N < n_end, other=0)
                 m_k, o_k = m_n & (page >= 0), o_n % KEY_BLOCK
-                p_k_tile, p_v_tile = K + page.to(tl.int64) * k_b, V + page.to(tl.int64) * v_b
+                p_k_tile, p_v_tile = p_k + page.to(tl.int64) * k_b, p_v + page.to(tl.int64) * v_b
                 p_ck_tile = p_ck + page.to(tl.int64) * ck_b
             b_k = load_rows(p_k_tile, o_k, k_t, m_k, D, BLOCK_D, True)
             b_v = load_rows(p_v_tile, o_k, v_t, m_k, D, BLOCK_D, True)
@@ -305,9 +310,9 @@ def attend_blocks(
         C_Q=inputs.c_q, cq_b=inputs.c_q.stride(0), cq_h=inputs.c_q.stride(1),
         C_K=inputs.c_k, ck_b=inputs.c_k.stride(0), ck_h=inputs.c_k.stride(1),
         KV_START=inputs.kv_start, s_b=inputs.kv_start.stride(0), s_h=inputs.kv_start.stride(1),
-        LAST=inputs.last,
+        LAST=inputs.last, last_b=inputs.last_stride,
         REAL=real, real_b=0 if real is None else real.stride(0),
-        PAGES=inputs.pages,
+        PAGES=inputs.pages, pages_b=inputs.pages_stride,
         RANGES=ranges,
         PARTIALS=partials,
         OUT=out,
@@ -320,7 +325,6 @@ def attend_blocks(
         G=kv_heads,
         START_HEADS=start_heads,
         PAGE_GATES=max(1, gates // kv_heads),
-        NB=blocks,
         D=head_dim,
         BLOCK_D=padded_dim,
         BLOCK_R=padded_rows,
@@ -332,6 +336,7 @@ def attend_blocks(
         PRECISION=dot_precision(q),
         SCAN=_SCAN,
         MERGED=max(1, min(32, 1024 * tile.warps // (padded_rows * padded_dim))),
+        SHARES_PAGES=inputs.shares_pages,
         num_warps=tile.warps,
         num_stages=tile.stages,
         maxnreg=tile.registers,

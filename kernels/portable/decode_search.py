@@ -39,13 +39,13 @@ class DecodeInputs(NamedTuple):
 
     Attributes:
         q: ``[B, Tq, H, D]``.
-        k, v: ``[B, Tk, G, D]``, or pools ``[P, 64, D]`` of pages.
+        k, v: ``[B, Tk, G, D]``, or pools of pages: ``[P, 64, D]``, or ``[P, G, 64, D]`` if heads share them.
         c_q: ``[B, Hf, Tq]`` float64.
-        c_k: ``[B, Hf, Tk]`` float64, or ``[P, max(1, Hf / G), 64]``.
+        c_k: ``[B, Hf, Tk]`` float64, or ``[P, max(1, Hf / G), 64]``, or ``[P, Hf, 64]`` if heads share pages.
         kv_start: ``[B, H or Hf or 1, Tq]`` int64.
-        last: ``[Tq]`` int64.
+        last: ``[Tq]`` int64, or ``[B, Tq]``.
         real: ``[B, Tk]`` bool or None.
-        pages: contiguous ``[B, G, N]`` int32 or None.
+        pages: int32 or None: contiguous ``[B, G, N]``, or ``[B, N]`` if heads share them.
         start: ``[B, G]`` int32 or None.
     """
 
@@ -61,13 +61,29 @@ class DecodeInputs(NamedTuple):
     start: Tensor | None
 
     @property
+    def shares_pages(self) -> bool:
+        return self.pages is not None and self.pages.ndim == 2
+
+    @property
     def kv_heads(self) -> int:
-        return self.k.shape[2] if self.pages is None else self.pages.shape[1]
+        if self.pages is None:
+            return self.k.shape[2]
+        return self.k.shape[1] if self.shares_pages else self.pages.shape[1]
 
     @property
     def blocks(self) -> int:
         """Blocks of 64 keys of a head."""
-        return cdiv(self.k.shape[1], PRUNED_KEYS) if self.pages is None else self.pages.shape[2]
+        return cdiv(self.k.shape[1], PRUNED_KEYS) if self.pages is None else self.pages.shape[-1]
+
+    @property
+    def pages_stride(self) -> int:
+        """Of the table, from one sequence or head to the next."""
+        return 0 if self.pages is None else self.pages.stride(-2)
+
+    @property
+    def last_stride(self) -> int:
+        """Of ``last``, from one sequence to the next."""
+        return 0 if self.last.ndim == 1 else self.last.stride(0)
 
     @property
     def rows(self) -> int:
@@ -76,6 +92,8 @@ class DecodeInputs(NamedTuple):
 
     def kv_strides(self, x: Tensor) -> tuple[int, int, int]:
         """Strides of ``k`` or ``v``: of a sequence or page, a token, a head."""
+        if self.shares_pages:
+            return x.stride(0), x.stride(2), x.stride(1)
         return (x.stride(0), x.stride(1), x.stride(2) if self.pages is None else 0)
 
 
@@ -87,7 +105,7 @@ class DecodePruning(NamedTuple):
         log_eps: of `pruning.rounding.log_allowed`.
         bound: ``U`` of ``paper``, unless there are ``bounds``.
         bounds: ``[B, H]``, ``U`` of each head.
-        summary: of the keys; None without a rule.
+        summary: of the keys; None without a rule. If heads share pages, of each page: ``[P, Hf or G, 1]``.
         sink: contiguous ``[G, D]`` key of an attention sink, or None.
     """
 
@@ -103,13 +121,14 @@ class DecodePruning(NamedTuple):
 def _decode_search_kernel(
     Q, K, C_Q, KV_START, LAST, PAGES, HELD_FROM, C, LOG_DECAYS, LARGEST, BOUND, SINK, RANGES,
     q_b, q_t, q_h, k_b, k_t, k_h, cq_b, cq_h, s_b, s_h, c_b, c_h, decays_b, decays_h, largest_b, largest_h, bound_b,
-    bound_h,
-    scale, bound, log_eps, margin, c_margin, bound_margin, TQ, H, HF, G, START_HEADS, NB, STEPS,
+    bound_h, last_b, pages_b,
+    scale, bound, log_eps, margin, c_margin, bound_margin, TQ, H, HF, G, START_HEADS, STEPS,
     D: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_R: tl.constexpr,
     BLOCK_BOUNDARIES: tl.constexpr,
     RULE: tl.constexpr,
+    SHARES_PAGES: tl.constexpr,
     OVERLAPS: tl.constexpr,
 ):  # fmt: skip
     """What `search_blocks` returns, of one key/value head. ``C``, ``LOG_DECAYS``, ``LARGEST`` are a `KeySummary`."""
@@ -121,7 +140,9 @@ def _decode_search_kernel(
     i_h, o_q = i_g * (H // G) + o_r // TQ, o_r % TQ
     p_start = KV_START + i_b * s_b + (i_h // (H // START_HEADS)).to(tl.int64) * s_h + o_q
     kv_start = tl.load(p_start, mask=m_r, other=1).to(tl.int32)
-    last = tl.load(LAST + o_q, mask=m_r, other=0).to(tl.int32)
+    last = tl.load(LAST + i_b * last_b + o_q, mask=m_r, other=0).to(tl.int32)
+    if PAGES is not None:
+        p_page = PAGES + (i_b if SHARES_PAGES else i_bg.to(tl.int64)) * pages_b
     # Whether a row is not fully masked.
     attends = m_r & (kv_start <= last)
     first_block = kv_start // KEY_BLOCK
@@ -129,7 +150,7 @@ def _decode_search_kernel(
     if RULE is not None:
         i_gate = i_h // (H // HF)
         c = raised(tl.load(C_Q + i_b * cq_b + i_gate.to(tl.int64) * cq_h + o_q, mask=m_r, other=0.0), c_margin)
-        p_c = C + i_b * c_b + i_gate.to(tl.int64) * c_h
+        p_c = C + i_gate.to(tl.int64) * c_h
         norm = None
         diagonal_logit = None
         if RULE == "paper":
@@ -147,8 +168,8 @@ def _decode_search_kernel(
                 p_k = K + i_b * k_b + i_g.to(tl.int64) * k_h + last.to(tl.int64) * k_t
                 is_held = attends
             else:
-                page = tl.load(PAGES + i_bg.to(tl.int64) * NB + last // KEY_BLOCK, mask=attends, other=-1)
-                p_k = K + page.to(tl.int64) * k_b + (last % KEY_BLOCK).to(tl.int64) * k_t
+                page = tl.load(p_page + last // KEY_BLOCK, mask=attends, other=-1)
+                p_k = K + page.to(tl.int64) * k_b + (last % KEY_BLOCK).to(tl.int64) * k_t + i_g.to(tl.int64) * k_h
                 is_held = page >= 0
             b_k = tl.load(p_k[:, None] + o_d[None, :], mask=is_held[:, None] & m_d, other=0.0).to(tl.float64)
             # As `query_bounds`, but these sums are float64, off by less than 1e-4 up to logits of 1e10: what counts is
@@ -161,8 +182,8 @@ def _decode_search_kernel(
                 diagonal_logit = log_add(diagonal_logit, of_sink)
             norm = norm[:, None]
             diagonal_logit = diagonal_logit[:, None]
-            p_decays = LOG_DECAYS + i_b * decays_b + i_gate.to(tl.int64) * decays_h
-            p_largest = LARGEST + i_b * largest_b + i_g.to(tl.int64) * largest_h
+            p_decays = LOG_DECAYS + i_gate.to(tl.int64) * decays_h
+            p_largest = LARGEST + i_g.to(tl.int64) * largest_h
 
         # Keys before block `low` may be dropped; those before any block after `high` may not.
         low = tl.zeros([BLOCK_R], tl.int32)
@@ -172,13 +193,20 @@ def _decode_search_kernel(
             boundary = low[:, None] + (1 + tl.arange(0, BLOCK_BOUNDARIES))[None, :] * step[:, None]
             m_boundary = boundary <= high[:, None]
             before = tl.where(m_boundary, boundary - 1, 0)
-            end = tl.load(p_c[:, None] + before, mask=m_boundary, other=INF)
+            # Where the summary of a block is: in a row of the sequence's, or beside the block's page.
+            i_summary = i_b
+            if SHARES_PAGES:
+                i_summary = tl.load(p_page + before, mask=m_boundary, other=0).to(tl.int64)
+                before = tl.zeros_like(before)
+            end = tl.load(p_c[:, None] + i_summary * c_b + before, mask=m_boundary, other=INF)
             decay = tl.where(end == INF, -INF, c[:, None] - tl.where(end == INF, 0.0, end))
             log_decays = None
             largest = None
             if RULE != "paper":
-                log_decays = c[:, None] + tl.load(p_decays[:, None] + before, mask=m_boundary, other=-INF)
-                largest = tl.load(p_largest + before, mask=m_boundary, other=0.0).to(tl.float64)
+                p_decays_before = p_decays[:, None] + i_summary * decays_b + before
+                log_decays = c[:, None] + tl.load(p_decays_before, mask=m_boundary, other=-INF)
+                p_largest_before = p_largest + i_summary * largest_b + before
+                largest = tl.load(p_largest_before, mask=m_boundary, other=0.0).to(tl.float64)
             droppable = may_drop(RULE, norm, diagonal_logit, bound, bound_margin, decay, log_decays, largest, log_eps)
             low = tl.maximum(low, tl.max(tl.where(m_boundary & droppable, boundary, 0), 1))
             high = tl.minimum(high, low + step - 1)
@@ -232,8 +260,8 @@ def search_blocks(inputs: DecodeInputs, pruning: DecodePruning, scale: float) ->
         K=k, k_b=k_b, k_t=k_t, k_h=k_h,
         C_Q=inputs.c_q, cq_b=inputs.c_q.stride(0), cq_h=inputs.c_q.stride(1),
         KV_START=inputs.kv_start, s_b=inputs.kv_start.stride(0), s_h=inputs.kv_start.stride(1),
-        LAST=inputs.last,
-        PAGES=inputs.pages,
+        LAST=inputs.last, last_b=inputs.last_stride,
+        PAGES=inputs.pages, pages_b=inputs.pages_stride,
         HELD_FROM=None if start is None else start.contiguous(),
         C=c, c_b=c_b, c_h=c_h,
         LOG_DECAYS=log_decays, decays_b=decays_b, decays_h=decays_h,
@@ -252,13 +280,13 @@ def search_blocks(inputs: DecodeInputs, pruning: DecodePruning, scale: float) ->
         HF=inputs.c_q.shape[1],
         G=kv_heads,
         START_HEADS=inputs.kv_start.shape[1],
-        NB=blocks,
         STEPS=_search_steps(blocks, candidates),
         D=head_dim,
         BLOCK_D=padded_head_dim(head_dim),
         BLOCK_R=padded_rows,
         BLOCK_BOUNDARIES=candidates,
         RULE=pruning.rule,
+        SHARES_PAGES=inputs.shares_pages,
         **overlapping(q),
     )  # fmt: skip
     return ranges

@@ -1,19 +1,23 @@
 """The attention of a FoX layer over the pages of vLLM's cache."""
 
+from typing import Any
+
 import torch
 from torch import Tensor
 from vllm.config import VllmConfig, get_current_vllm_config
-from vllm.forward_context import get_forward_context
 from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
 from vllm.v1.kv_cache_interface import FullAttentionSpec
 
+from ...kernels.backends import backend_of
 from ...kernels.decay import Decay
-from ..attention_backends import ALL_ATTENTION_FUNCTIONS, eager_attention_forward
+from ...kernels.tiles import PRUNED_KEYS
+from ..attention_backends import ALL_ATTENTION_FUNCTIONS, eager_attention_forward, fox_attention_forward
 from ..attention_settings import attention_settings
 from ..configuration_fox import FoxConfig
 from ..layers.attention import FoxAttention
 from .engine import FoxAttentionBackend
 from .pages import Chunk, PageLayout, Pages, Step
+from .pages_on_gpu import GpuPages, GpuStep
 
 
 class ServedAttention(FoxAttention, AttentionLayerBase):
@@ -39,7 +43,10 @@ class ServedAttention(FoxAttention, AttentionLayerBase):
         return FoxAttentionBackend
 
     def get_kv_cache_spec(self, vllm_config: VllmConfig) -> FullAttentionSpec:
-        layout = self._page_layout(vllm_config.cache_config.block_size)
+        size, on_gpu = vllm_config.cache_config.block_size, vllm_config.device_config.device_type != "cpu"
+        if on_gpu and size != PRUNED_KEYS:
+            raise ValueError(f"block_size must be {PRUNED_KEYS} for a FoX model on a GPU, got {size}")
+        layout = self._page_layout(size)
         return FullAttentionSpec(
             block_size=layout.tokens,
             num_kv_heads=layout.kv_heads,
@@ -56,19 +63,22 @@ class ServedAttention(FoxAttention, AttentionLayerBase):
 
     def bind_kv_cache(self, kv_cache: Tensor) -> None:
         super().bind_kv_cache(kv_cache)
-        self.pages = Pages(kv_cache, self._page_layout(kv_cache.shape[2]))
+        pages = Pages if kv_cache.device.type == "cpu" else GpuPages
+        self.pages = pages(kv_cache, self._page_layout(kv_cache.shape[2]))
 
     def forward(  # type: ignore[override]
         self,
         hidden_states: Tensor,
         *,
         position_embeddings: tuple[Tensor, Tensor] | None,
+        step: Step | GpuStep | None,
         stands_for: Tensor | None,
     ) -> tuple[Tensor, None]:
         """
         Args:
             hidden_states: ``[1, T, hidden]``, of the tokens of all requests of the step.
             position_embeddings: cosines and sines ``[1, T, rotated size]``; None without RoPE.
+            step: whose tokens these are; None where there is no cache yet.
             stands_for: ``[T]`` bool, tokens that the attention sink stands for where they begin a request, or None.
 
         Returns:
@@ -76,14 +86,11 @@ class ServedAttention(FoxAttention, AttentionLayerBase):
         """
         fused = self.project(hidden_states)
         q, k, v = self._heads(hidden_states, fused)
-        steps = get_forward_context().attn_metadata
-        if steps is None:
+        if step is None:
             # vLLM measures the memory of a pass before there is a cache.
             return self.o_proj(self._normalize_and_gate(torch.zeros_like(q), hidden_states, fused)), None
-        assert isinstance(steps, dict) and self.pages is not None, "vLLM binds a cache before it runs a step"
-        step: Step = steps[self.layer_name]
-        pages = self.pages
-        assert step.tokens == hidden_states.shape[1], "only captured graphs are padded, and there are none"
+        pages: Any = self.pages
+        assert pages is not None, "vLLM binds a cache before it runs a step"
         if "key" in self.shifted:
             previous = pages.previous("key", k, step)
             k = self.key_shift.mix(hidden_states, k, previous, fused.get("key_shift.proj"))
@@ -91,10 +98,13 @@ class ServedAttention(FoxAttention, AttentionLayerBase):
             previous = pages.previous("value", v, step)
             v = self.value_shift.mix(hidden_states, v, previous, fused.get("value_shift.proj"))
         q, k, v = self._normalize_and_rotate(q, k, v, position_embeddings if self.use_rope else None)
-        decays = pages.append_gates(self.log_forget_gates(hidden_states), step, stands_for)
-        pages.append_keys(k, v, step)
+        c, kv_start = pages.append(k, v, self.log_forget_gates(hidden_states), step, stands_for)
         out = torch.empty_like(q)
-        for chunk, decay in zip(step.chunks, decays, strict=True):
+        if step.single:
+            self._attend_single(pages, step, q, c, kv_start, out)
+        for chunk in step.chunks:
+            last = torch.arange(chunk.start, chunk.end, device=q.device)
+            decay = Decay(c[..., chunk.rows], c[..., chunk.rows], kv_start[..., chunk.rows], last)
             out[:, chunk.rows] = self._attend(pages, chunk, q[:, chunk.rows], decay)
         return self.o_proj(self._normalize_and_gate(out, hidden_states, fused)), None
 
@@ -103,6 +113,28 @@ class ServedAttention(FoxAttention, AttentionLayerBase):
         k, v, c = pages.read(chunk)
         attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.settings.implementation, eager_attention_forward)
         heads_first = (x.transpose(1, 2) for x in (q, k, v))
-        options = {"scaling": self.scaling, "settings": self.settings, "sink": self.sink(q) if self.has_sink else None}
-        out, _ = attend(self, *heads_first, None, decay=decay._replace(key=c), **options)
+        out, _ = attend(self, *heads_first, None, decay=decay._replace(key=c), **self._options(q))
         return out
+
+    def _attend_single(
+        self, pages: GpuPages, step: GpuStep, q: Tensor, c: Tensor, kv_start: Tensor, out: Tensor
+    ) -> None:
+        """One query of each of the first requests over their pages, and the sink; written to ``out``."""
+        rows = slice(0, step.single)
+        assert step.last is not None
+        decay = Decay(c[0, :, rows].T[..., None], pages.pools.sums, kv_start[0, :, rows].T[..., None], step.last)
+        attended, _ = fox_attention_forward(
+            self,
+            q[0, rows, :, None],
+            pages.pools.keys,
+            pages.pools.values,
+            None,
+            decay=decay,
+            view=pages.view(step),
+            **self._options(q),
+        )
+        out[0, rows] = attended[:, 0]
+
+    def _options(self, q: Tensor) -> dict[str, Any]:
+        sink = self.sink(q) if self.has_sink else None
+        return {"scaling": self.scaling, "settings": self.settings, "sink": sink, "backend": backend_of(q)}

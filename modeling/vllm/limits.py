@@ -3,7 +3,11 @@
 import warnings
 from typing import Any
 
-from ..configuration_fox import FoxConfig
+import torch
+
+from ...kernels.backends import PYTORCH, backend_of
+from ...kernels.tiles import LARGEST_DECODED_ROWS, LARGEST_HEAD_DIM
+from ..configuration_fox import DEFAULT_IMPLEMENTATION, FoxConfig
 
 # Of `vllm` in setup.cfg: the plugin uses parts of vLLM that change without notice.
 TESTED = "0.32"
@@ -38,10 +42,10 @@ def check_limits(config: FoxConfig, vllm_config: Any) -> None:
             f"enable_prompt_embeds must be False for a model with a sink_token_id, here {config.sink_token_id}: where "
             "vLLM takes embeddings it does not say which tokens they are of"
         )
+    _check_device(config, vllm_config.device_config.device_type)
     parallel, cache = vllm_config.parallel_config, vllm_config.cache_config
     for name, value, accepted in (
         ("runner", vllm_config.model_config.runner_type, "generate"),
-        ("device", vllm_config.device_config.device_type, "cpu"),
         ("tensor_parallel_size", parallel.tensor_parallel_size, 1),
         ("pipeline_parallel_size", parallel.pipeline_parallel_size, 1),
         ("decode_context_parallel_size", parallel.decode_context_parallel_size, 1),
@@ -54,3 +58,25 @@ def check_limits(config: FoxConfig, vllm_config: Any) -> None:
     ):
         if value != accepted:
             raise ValueError(f"{name} must be {accepted!r} for a FoX model on vLLM, got {value!r}")
+
+
+def _check_device(config: FoxConfig, device_type: str) -> None:
+    """Refuse a device that is neither a CPU nor a GPU that kernels run on, and what kernels do not do there."""
+    if device_type == "cpu":
+        return
+    if device_type != "cuda":
+        raise ValueError(f"device must be 'cpu' or 'cuda' for a FoX model on vLLM, got {device_type!r}")
+    heads, kv_heads, head_dim = config.heads
+    probe = torch.empty(1, 1, heads, head_dim, dtype=torch.bfloat16, device=device_type)
+    backend = backend_of(probe)
+    if backend is PYTORCH or not backend.can_decode(probe, kv_heads):
+        raise ValueError(
+            "a FoX model on vLLM needs a GPU of compute capability 8.0 or newer with Triton, heads of at most "
+            f"{LARGEST_HEAD_DIM} and at most {LARGEST_DECODED_ROWS} query heads for each key/value head; got "
+            f"{torch.cuda.get_device_name()}, heads of {head_dim}, {heads} over {kv_heads}"
+        )
+    if config._attn_implementation not in (None, DEFAULT_IMPLEMENTATION):
+        raise ValueError(
+            f"attn_implementation must be {DEFAULT_IMPLEMENTATION!r} for a FoX model by vLLM on a GPU, got "
+            f"{config._attn_implementation!r}"
+        )

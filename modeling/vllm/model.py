@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from vllm.config import VllmConfig
+from vllm.forward_context import get_forward_context
 from vllm.model_executor.models.utils import AutoWeightsLoader
 
 from ..configuration_fox import FoxConfig
@@ -21,6 +22,10 @@ class ServedDecoderLayer(FoxDecoderLayer):
     """`FoxDecoderLayer` of the tokens of many requests at once."""
 
     attention_class = ServedAttention
+
+    def forward(self, hidden_states: Tensor, **kwargs: Any) -> Tensor:
+        # A recorded layer would launch again with the pages of another step.
+        return self._compute(hidden_states, **kwargs)
 
 
 class ServedModel(nn.Module):
@@ -38,10 +43,15 @@ class ServedModel(nn.Module):
 
         ``stands_for`` as for `ServedAttention`.
         """
+        steps = get_forward_context().attn_metadata
+        step = None
+        if steps is not None:
+            assert isinstance(steps, dict), "microbatches are refused"
+            step = steps[self.layers[0].self_attn.layer_name].begin()
         hidden_states = hidden_states[None]
         angles = None if self.rotary_emb is None else self.rotary_emb(hidden_states, positions[None])
         for layer in self.layers:
-            hidden_states = layer(hidden_states, position_embeddings=angles, stands_for=stands_for)
+            hidden_states = layer(hidden_states, position_embeddings=angles, step=step, stands_for=stands_for)
         return self.norm(hidden_states)[0]
 
 

@@ -1,8 +1,8 @@
 """What a page of vLLM's cache holds of a FoX layer, and how one step reads and writes it. Imports nothing of vLLM.
 
 A page holds ``N`` tokens of one request. Beside keys and values it has the float64 gate sum of each token, and of the
-last of its tokens that was computed what the next token goes on from: the first key that is still visible, and with
-token shift the key and value before it. vLLM lets requests share full pages only (prefix caching), and computes a
+last of its tokens that was computed what the next token goes on from: the first key that is still visible, with token
+shift the key and value before it, and what pruning reads of all keys so far (`kernels.block_tables.append.PagePools`). vLLM lets requests share full pages only (prefix caching), and computes a
 request anew from its first token, or from a full page, after it was preempted; so what a full page says of its last
 token is all that a request needs that goes on after it.
 """
@@ -14,10 +14,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ...kernels.decay import Decay, accumulate
+from ...kernels.decay import accumulate
 
-# Of everything in a page, so that a float64 may stand anywhere.
-_ALIGNMENT = 8
+# Of everything in a page: kernels read keys in vectors of this size, and a float64 may stand anywhere.
+_ALIGNMENT = 16
 
 
 class PageLayout(NamedTuple):
@@ -40,13 +40,15 @@ class PageLayout(NamedTuple):
 
     def parts(self) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
         """Shape and dtype of each tensor of a page, in the order in which they are stored."""
-        heads = (self.kv_heads, self.head_dim)
+        heads_of_page = (self.kv_heads, self.tokens, self.head_dim)
         return {
-            "gate_sum": ((self.tokens, self.gates), torch.float64),
+            "key": (heads_of_page, self.dtype),
+            "value": (heads_of_page, self.dtype),
+            "gate_sum": ((self.gates, self.tokens), torch.float64),
             "kv_start": ((self.gates,), torch.int64),
-            "key": ((self.tokens, *heads), self.dtype),
-            "value": ((self.tokens, *heads), self.dtype),
-            **{f"unshifted_{name}": (heads, self.dtype) for name in self.shifted},
+            "log_decay": ((self.gates,), torch.float64),
+            "largest": ((self.kv_heads,), torch.float32),
+            **{f"unshifted_{name}": ((self.kv_heads, self.head_dim), self.dtype) for name in self.shifted},
         }
 
     def bytes_per_token(self) -> int:
@@ -89,7 +91,7 @@ class Chunk(NamedTuple):
     Attributes:
         rows: of these tokens among those of the step.
         start: how many tokens of the request come before.
-        pages: ``[pages]`` int64, of all tokens up to the last of these.
+        pages: ``[pages]`` int, of all tokens up to the last of these.
     """
 
     rows: slice
@@ -129,6 +131,12 @@ class Step(NamedTuple):
     lasts: Tensor
     within: _Carried
     after: _Carried
+    # Each chunk is attended to alone.
+    single: int = 0
+
+    def begin(self) -> "Step":
+        """Of a forward pass, before its layers."""
+        return self
 
 
 def make_step(chunks: Iterable[Chunk], page_tokens: int) -> Step:
@@ -188,43 +196,45 @@ class Pages:
         previous[0, step.after.rows] = held[step.after.pages]
         return previous
 
-    def append_gates(self, log_f: Tensor, step: Step, stands_for: Tensor | None = None) -> list[Decay]:
-        """Take in the log gates of a step.
+    def append(
+        self, k: Tensor, v: Tensor, log_f: Tensor, step: Step, stands_for: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Take in the tokens of a step.
 
         Args:
-            log_f: ``[1, T, Hf]``.
+            k, v: ``[1, T, G, D]`` keys and values as attention takes them.
+            log_f: ``[1, T, Hf]`` log gates.
             step: whose tokens these are.
             stands_for: ``[T]`` bool, tokens that the attention sink stands for where they begin a request, or None.
 
         Returns:
-            The decay of each of the step's chunks, over its own keys: `read` has the sums of all.
+            Running sums of each token's own request ``[1, Hf, T]`` float64, and the first key it may see, int64.
         """
+        self.views["key"][step.pages, :, step.offsets] = k[0]
+        self.views["value"][step.pages, :, step.offsets] = v[0]
         sums, kv_starts, size = self.views["gate_sum"], self.views["kv_start"], self.layout.tokens
-        decays = []
+        all_c = log_f.new_empty(1, log_f.shape[2], step.tokens, dtype=torch.float64)
+        all_first = torch.empty(all_c.shape, dtype=torch.int64)
         for chunk in step.chunks:
             carry = None
             if chunk.start > 0:
                 before, offset = int(chunk.pages[(chunk.start - 1) // size]), (chunk.start - 1) % size
-                carry = sums[before, offset][None], kv_starts[before][None]
-            c, kv_start = accumulate(log_f[:, chunk.rows], chunk.start, carry)
+                carry = sums[before, :, offset][None], kv_starts[before][None]
+            c, first = accumulate(log_f[:, chunk.rows], chunk.start, carry)
             if chunk.start == 0 and stands_for is not None and stands_for[chunk.rows.start]:
                 # Nothing sees the first key beside the sink.
-                kv_start = kv_start.clamp(min=1)
+                first = first.clamp(min=1)
             pages, offsets = step.pages[chunk.rows], step.offsets[chunk.rows]
-            sums[pages, offsets] = c[0].T
-            last = torch.arange(chunk.start, chunk.end)
+            sums[pages, :, offsets] = c[0].T
             # Later tokens of a page write over earlier ones: only the last of each is written.
-            ends = (offsets == size - 1) | (last == chunk.end - 1)
-            kv_starts[pages[ends]] = kv_start[0].T[ends]
-            decays.append(Decay(c, c, kv_start, last))
-        return decays
-
-    def append_keys(self, k: Tensor, v: Tensor, step: Step) -> None:
-        """Take in keys and values as attention takes them, ``[1, T, G, D]``."""
-        self.views["key"][step.pages, step.offsets] = k[0]
-        self.views["value"][step.pages, step.offsets] = v[0]
+            ends = offsets == size - 1
+            ends[-1] = True
+            kv_starts[pages[ends]] = first[0].T[ends]
+            all_c[..., chunk.rows], all_first[..., chunk.rows] = c, first
+        return all_c, all_first
 
     def read(self, chunk: Chunk) -> tuple[Tensor, Tensor, Tensor]:
         """Keys and values ``[1, Tk, G, D]`` and gate sums ``[1, Hf, Tk]`` of all tokens of a request so far."""
-        k, v, c = (self.views[name][chunk.pages].flatten(0, 1)[: chunk.end] for name in ("key", "value", "gate_sum"))
-        return k[None], v[None], c.T[None]
+        k, v, c = (self.views[name][chunk.pages].transpose(0, 1) for name in ("key", "value", "gate_sum"))
+        k, v = (x.flatten(1, 2)[:, : chunk.end].transpose(0, 1) for x in (k, v))
+        return k[None], v[None], c.flatten(1)[None, :, : chunk.end]

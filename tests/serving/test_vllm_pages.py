@@ -35,7 +35,7 @@ def request(length: int, pages: list[int]) -> Request:
 
 
 def run(pages: Pages, requests: list[Request], spans: list[tuple[int, int]]) -> tuple[list[Tensor], list]:
-    """The state before each token, and the decays, of one step with a span of each request."""
+    """The state before each token, and its sums and first keys, of one step with a span of each request."""
     chunks, row = [], 0
     for one, (start, end) in zip(requests, spans, strict=True):
         chunks.append(Chunk(slice(row, row + end - start), start, one.pages[: -(-end // SIZE)]))
@@ -46,22 +46,20 @@ def run(pages: Pages, requests: list[Request], spans: list[tuple[int, int]]) -> 
         return torch.cat([getattr(x, name)[:, slice(*span)] for x, span in zip(requests, spans, strict=True)], dim=1)
 
     previous = pages.previous("key", joined("key"), step)
-    decays = dict(zip((x.rows.start for x in step.chunks), pages.append_gates(joined("log_f"), step), strict=True))
-    pages.append_keys(joined("key"), joined("key") + 1, step)
+    c, kv_start = pages.append(joined("key"), joined("key") + 1, joined("log_f"), step)
     for chunk, one in zip(chunks, requests, strict=True):
-        k, v, c = pages.read(chunk)
+        k, v, sums = pages.read(chunk)
         assert torch.equal(k, one.key[:, : chunk.end]) and torch.equal(v, one.key[:, : chunk.end] + 1)
-        assert (c - accumulate(one.log_f)[0][..., : chunk.end]).abs().max() < 1e-12
-    return [previous[:, x.rows] for x in chunks], [decays[x.rows.start] for x in chunks]
+        assert (sums - accumulate(one.log_f)[0][..., : chunk.end]).abs().max() < 1e-12
+    return [previous[:, x.rows] for x in chunks], [(c[..., x.rows], kv_start[..., x.rows]) for x in chunks]
 
 
-def check(one: Request, start: int, end: int, previous: Tensor, decay) -> None:
+def check(one: Request, start: int, end: int, previous: Tensor, decay: tuple[Tensor, Tensor]) -> None:
     shifted = torch.cat([torch.zeros_like(one.key[:, :1]), one.key[:, :-1]], dim=1)
     assert torch.equal(previous, shifted[:, start:end])
     c, kv_start = accumulate(one.log_f)
-    assert (decay.query - c[..., start:end]).abs().max() < 1e-12
-    assert torch.equal(decay.kv_start, kv_start[..., start:end])
-    assert decay.last.tolist() == list(range(start, end))
+    assert (decay[0] - c[..., start:end]).abs().max() < 1e-12
+    assert torch.equal(decay[1], kv_start[..., start:end])
 
 
 def test_chunks_of_several_requests_are_as_whole_ones() -> None:
@@ -94,11 +92,12 @@ def test_a_sink_takes_the_place_of_the_first_token() -> None:
     one = request(12, [1, 2])
     one.log_f.fill_(-0.1)
     step = make_step([Chunk(slice(0, 5), 0, one.pages[:1])], SIZE)
-    (decay,) = pages.append_gates(one.log_f[:, :5], step, torch.tensor([True, False, False, True, False]))
-    assert (decay.kv_start == 1).all()
+    stands_for = torch.tensor([True, False, False, True, False])
+    _, kv_start = pages.append(one.key[:, :5], one.key[:, :5], one.log_f[:, :5], step, stands_for)
+    assert (kv_start == 1).all()
     step = make_step([Chunk(slice(0, 7), 5, one.pages)], SIZE)
-    (decay,) = pages.append_gates(one.log_f[:, 5:], step, torch.ones(7, dtype=torch.bool))
-    assert (decay.kv_start == 1).all()
+    _, kv_start = pages.append(one.key[:, 5:], one.key[:, 5:], one.log_f[:, 5:], step, torch.ones(7, dtype=torch.bool))
+    assert (kv_start == 1).all()
 
 
 def test_gate_sums_are_exact_over_a_hundred_thousand_tokens() -> None:
@@ -107,12 +106,12 @@ def test_gate_sums_are_exact_over_a_hundred_thousand_tokens() -> None:
     layout = LAYOUT._replace(tokens=128, shifted=())
     pages = make_pages(-(-length // 128), layout)
     log_f = -torch.rand(1, length, LAYOUT.gates)
+    key = torch.zeros(1, 2048, 2, 5, dtype=torch.bfloat16)
     table = torch.arange(len(pages.views["key"])).flip(0)
     for start in range(0, length, 2048):
         end = min(start + 2048, length)
-        pages.append_gates(
-            log_f[:, start:end], make_step([Chunk(slice(0, end - start), start, table[: -(-end // 128)])], 128)
-        )
+        step = make_step([Chunk(slice(0, end - start), start, table[: -(-end // 128)])], 128)
+        pages.append(key[:, : end - start], key[:, : end - start], log_f[:, start:end], step)
     _, _, c = pages.read(Chunk(slice(0, 1), length - 1, table))
     exact = log_f.double().cumsum(1).mT
     assert (c - exact).abs().max() < 1e-8
@@ -126,11 +125,11 @@ def test_views_share_a_page_without_overlap() -> None:
         view.fill_(number)
     assert all((view == number).all() for number, view in enumerate(pages.views.values()))
     used = sum(view[0].numel() * view.element_size() for view in pages.views.values())
-    assert used <= SIZE * LAYOUT.bytes_per_token() < used + 8 * (SIZE + len(pages.views))
+    assert used <= SIZE * LAYOUT.bytes_per_token() < used + 16 * (SIZE + len(pages.views))
 
 
 def test_another_cache_is_refused() -> None:
-    with pytest.raises(ValueError, match=r"cache must be int8 \[pages, 1, 8, 80\].* got torch.uint8"):
-        Pages(torch.empty(2, 1, 8, 80, dtype=torch.uint8), LAYOUT)
-    with pytest.raises(ValueError, match=r"shape \[2, 1, 16, 80\]"):
-        Pages(torch.empty(2, 1, 16, 80, dtype=torch.int8), LAYOUT)
+    with pytest.raises(ValueError, match=r"cache must be int8 \[pages, 1, 8, 96\].* got torch.uint8"):
+        Pages(torch.empty(2, 1, 8, 96, dtype=torch.uint8), LAYOUT)
+    with pytest.raises(ValueError, match=r"shape \[2, 1, 16, 96\]"):
+        Pages(torch.empty(2, 1, 16, 96, dtype=torch.int8), LAYOUT)

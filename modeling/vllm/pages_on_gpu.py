@@ -1,0 +1,70 @@
+"""`Pages` on a GPU: the same pages, read and written by kernels that look tokens up in vLLM's block table.
+
+Nothing here waits for the device, and what a step of one token for each request does depends on shapes alone, so that
+vLLM can capture it as a CUDA graph.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ...kernels.block_tables.append import PagePools, append_step
+from ...kernels.block_tables.requests import Requests, find_writers
+from ...kernels.block_tables.shift import previous_states
+from ...kernels.pruning.key_stats import KeySummary
+from ..cache.view import CacheView
+from .pages import Chunk, PageLayout, Pages
+
+
+class GpuStep(NamedTuple):
+    """The tokens that one forward pass computes: those of requests with one token, then chunks of others.
+
+    Attributes:
+        rows, lengths, pages, longest, single: as of `Requests`.
+        chunks: of the requests after those with one token.
+        requests: of the step, and `last` the index of the last token of those with one, ``[single, 1]`` int64; after
+            `begin`.
+    """
+
+    rows: Tensor
+    lengths: Tensor
+    pages: Tensor
+    longest: int
+    single: int
+    chunks: list[Chunk]
+    requests: Requests | None = None
+    last: Tensor | None = None
+
+    def begin(self) -> "GpuStep":
+        """What all layers read, computed once within a forward pass, so that a captured one computes it too."""
+        writers = find_writers(self.rows, self.lengths, self.pages)
+        requests = Requests(self.rows, self.lengths, self.pages, self.single, self.longest, writers)
+        return self._replace(requests=requests, last=(self.lengths[: self.single].long() - 1)[:, None])
+
+
+class GpuPages(Pages):
+    """A layer's pages, of 64 tokens; arguments and methods as of `Pages`."""
+
+    def __init__(self, cache: Tensor, layout: PageLayout) -> None:
+        super().__init__(cache, layout)
+        names = ("key", "value", "gate_sum", "kv_start", "log_decay", "largest")
+        self.pools = PagePools(*(self.views[name] for name in names))
+        # At the end of each page.
+        sums, log_decays, largest = self.pools.sums, self.pools.log_decays, self.pools.largest
+        self.summary = KeySummary(sums[:, :, -1:], log_decays[..., None], largest[..., None])
+
+    def previous(self, name: str, states: Tensor, step: GpuStep) -> Tensor:  # type: ignore[override]
+        assert step.requests is not None
+        return previous_states(states[0], self.views[f"unshifted_{name}"], step.requests)[None]
+
+    def append(  # type: ignore[override]
+        self, k: Tensor, v: Tensor, log_f: Tensor, step: GpuStep, stands_for: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        assert step.requests is not None
+        c, first = append_step(k[0], v[0], log_f[0], step.requests, self.pools, stands_for)
+        return c[None], first[None]
+
+    def view(self, step: GpuStep) -> CacheView:
+        """What the kernels of decoding read for the requests with one token."""
+        return CacheView(self.summary, step.pages[: step.single])
