@@ -7,7 +7,7 @@ it. A request that goes on after a page which another fills in the same step sum
 *writers* (`requests.find_writers`) to a request whose page before is not written in this step.
 """
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 import triton
@@ -33,7 +33,7 @@ _parts = _REQUESTS + _STATISTICS + _OTHERS
 
 
 class PagePools(NamedTuple):
-    """What ``P`` pages of 64 tokens hold of a layer, each in any strides but of the last dimension, which is contiguous.
+    """What ``P`` pages of 64 tokens hold of a layer, in any strides but of the last dimension, which is contiguous.
 
     Attributes:
         keys, values: ``[P, G, 64, D]``.
@@ -131,9 +131,9 @@ def _append_gate(
     first = tl.load(FIRST_BEFORE + root * HF + i_gate)
     decays = tl.load(DECAYS_BEFORE + root * HF + i_gate)
     if STANDS_FOR is not None:
-        if start_of(ROWS, LENGTHS, root) == 0:
-            # Nothing sees the first key beside the sink.
-            first = tl.maximum(first, tl.load(STANDS_FOR + tl.load(ROWS + root)).to(tl.int64))
+        # Nothing sees the first key beside the sink.
+        stands = tl.load(STANDS_FOR + tl.load(ROWS + root), mask=start_of(ROWS, LENGTHS, root) == 0, other=0)
+        first = tl.maximum(first, stands.to(tl.int64))
     for passed in range(0, distance + 1):
         i = _ancestor(WRITERS, i_r, distance - passed)
         first_row, start, end = tl.load(ROWS + i), start_of(ROWS, LENGTHS, i), tl.load(LENGTHS + i)
@@ -238,8 +238,8 @@ def append_step(
         stands_for: ``[T]`` bool, tokens that the attention sink stands for where they begin a request, or None.
 
     Returns:
-        Running sums ``[Hf, T]`` float64, and the first key that each token may see, ``[Hf, T]`` int64. A request without
-        rows, which may only follow those with one, has row ``r`` if it is the ``r``-th: it sees no key.
+        Running sums ``[Hf, T]`` float64, and the first key that each token may see, ``[Hf, T]`` int64. A request
+        without rows, which may only follow those with one, has row ``r`` if it is the ``r``-th: it sees no key.
 
     Raises:
         ValueError: the pages hold another dtype.

@@ -64,8 +64,8 @@ def decode_attention(
         rule: how that is proven, ``"tight"`` or ``"paper"``: see `pruning`. ``"measured"`` is taken as ``"tight"``.
         logit_bound: ``U`` of the rule ``paper``, a number, ``[H]`` or ``[B, H]``, as for `forgetting_attention`.
         sink: ``[G, D]`` key of an attention sink, which pruning is to know of; it is not attended to.
-        pages: ``[B, G, N]`` or ``[B, N]`` int32 page of each block of 64 tokens; -1 where there is none. A row that must
-            read such a block becomes NaN.
+        pages: ``[B, G, N]`` or ``[B, N]`` int32 page of each block of 64 tokens; -1 where there is none. A row that
+            must read such a block becomes NaN.
         start: ``[B, G]`` int32 first block that is still held; those before are not read.
 
     Returns:

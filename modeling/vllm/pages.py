@@ -2,9 +2,10 @@
 
 A page holds ``N`` tokens of one request. Beside keys and values it has the float64 gate sum of each token, and of the
 last of its tokens that was computed what the next token goes on from: the first key that is still visible, with token
-shift the key and value before it, and what pruning reads of all keys so far (`kernels.block_tables.append.PagePools`). vLLM lets requests share full pages only (prefix caching), and computes a
-request anew from its first token, or from a full page, after it was preempted; so what a full page says of its last
-token is all that a request needs that goes on after it.
+shift the key and value before it, and what pruning reads of all keys so far (`kernels.block_tables.append.PagePools`).
+vLLM lets requests share full pages only (prefix caching), and computes a request anew from its first token, or from a
+full page, after it was preempted; so what a full page says of its last token is all that a request needs that goes on
+after it.
 """
 
 import math

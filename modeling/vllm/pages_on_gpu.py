@@ -6,7 +6,6 @@ vLLM can capture it as a CUDA graph.
 
 from typing import NamedTuple
 
-import torch
 from torch import Tensor
 
 from ...kernels.block_tables.append import PagePools, append_step
