@@ -11,6 +11,7 @@ from vllm.model_executor.models.utils import AutoWeightsLoader
 
 from ..configuration_fox import FoxConfig
 from ..layers.block import FoxDecoderLayer
+from ..layers.fused_projections import fuse_projections
 from ..layers.norm import FoxRMSNorm
 from ..layers.rotary import FoxRotaryEmbedding
 from ..losses import FoxLMHead
@@ -110,4 +111,7 @@ class FoxForServing(nn.Module):
 
     def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str]:
         """Take in a checkpoint's weights by name; returns the names."""
-        return AutoWeightsLoader(self).load_weights(weights)
+        names = AutoWeightsLoader(self).load_weights(weights)
+        if self.lm_head.weight.is_cuda:
+            fuse_projections(self)
+        return names

@@ -22,10 +22,18 @@ from foxlm import FoxForCausalLM, FoxForSequenceClassification
 from foxlm.modeling.vllm.limits import check_limits
 from models import LLAMA, VARIANTS, rope, tiny_config, tiny_model, tokens
 
+# Kernels take pages of 64 tokens; PyTorch takes any, and small ones are faster to test.
+ON_GPU = torch.cuda.is_available()
+PAGE = 64 if ON_GPU else 8
 NEW = 16
-LENGTHS = (5, 17, 23, 9)
+LENGTHS = (60, 120, 184, 72) if ON_GPU else (5, 17, 23, 9)
+LONGEST = 8 * PAGE
 # Less than all requests need at once, in chunks shorter than prompts.
-SMALL = {"num_gpu_blocks_override": 12, "max_num_batched_tokens": 16, "max_num_seqs": 4}
+SMALL = {
+    "num_gpu_blocks_override": 10 if ON_GPU else 12,
+    "max_num_batched_tokens": 2 * PAGE,
+    "max_num_seqs": 4,
+}
 
 
 @contextmanager
@@ -33,8 +41,8 @@ def engine(model: Any, folder: Path, **options: Any) -> Iterator[LLM]:
     model.save_pretrained(folder)
     defaults = {
         "dtype": "float32",
-        "max_model_len": 64,
-        "block_size": 8,
+        "max_model_len": LONGEST,
+        "block_size": PAGE,
         "kv_cache_memory_bytes": 1 << 24,
         "skip_tokenizer_init": True,
         "disable_log_stats": False,
@@ -102,6 +110,30 @@ def test_every_variant_in_chunks_preempted_and_in_turn(variant: str, tmp_path: P
         assert counted(llm, "num_preemptions") > 0
 
 
+@pytest.mark.skipif(not ON_GPU, reason="needs a CUDA GPU")
+@pytest.mark.parametrize("variant", ["pro", "gateless", "rope-sink", "multi-query", "pro-no-qk-norm"])
+def test_captured_steps(variant: str, tmp_path: Path) -> None:
+    model = tiny_model(variant, dtype=torch.float32)
+    sizes = {"cudagraph_mode": "FULL_DECODE_ONLY", "cudagraph_capture_sizes": [1, 2, 4]}
+    with engine(model, tmp_path, **SMALL, enforce_eager=False, compilation_config=sizes) as llm:
+        assert_as_transformers(model, prompts(), answer_in_turn(llm, prompts()))
+        # The page of a prompt is filled by another request, in steps of one token for each.
+        asked = [tokens(PAGE - 1, seed=3).tolist()]
+        (first,) = answer(llm, asked)
+        filled = [asked[0] + list(first.outputs[0].token_ids)[: 1 + n] for n in range(3)]
+        assert_as_transformers(model, filled, answer_in_turn(llm, filled, every=1))
+        assert counted(llm, "num_preemptions") > 0
+
+
+@pytest.mark.skipif(not ON_GPU, reason="needs a CUDA GPU")
+def test_other_sizes_of_blocks_are_refused_on_a_gpu(tmp_path: Path) -> None:
+    model = tiny_model("pro", dtype=torch.float32)
+    refused = "block_size must be 64 for a FoX model on a GPU, got 128"
+    with pytest.raises(ValueError, match=refused), engine(model, tmp_path, block_size=128):
+        pass
+    cleanup_dist_env_and_memory()
+
+
 @pytest.mark.parametrize("rope_type", ["linear", "yarn", "llama3", "proportional"])
 def test_types_of_rope(rope_type: str, tmp_path: Path) -> None:
     model = tiny_model("llama", dtype=torch.float32, rope_parameters=rope(rope_type))
@@ -113,15 +145,15 @@ def test_types_of_rope(rope_type: str, tmp_path: Path) -> None:
 def test_requests_share_prefixes(variant: str, tmp_path: Path) -> None:
     """Pages of requests that have ended, and of requests that are computed in the same step."""
     model = tiny_model(variant, dtype=torch.float32)
-    prefix = tokens(48, seed=3).tolist()
-    asked = [prefix + tokens(length, seed=length).tolist() for length in (1, 1, 7, 20)]
-    with engine(model, tmp_path, max_model_len=96) as llm:
+    prefix = tokens(6 * PAGE, seed=3).tolist()
+    asked = [prefix + tokens(length, seed=length).tolist() for length in (1, 1, 7, 2 * PAGE + 4)]
+    with engine(model, tmp_path, max_model_len=12 * PAGE) as llm:
         outputs = answer(llm, [*asked, asked[3]])
         assert_as_transformers(model, [*asked, asked[3]], outputs)
-        assert sorted(x.num_cached_tokens for x in outputs) == [0, 48, 48, 48, 64]
+        assert sorted(x.num_cached_tokens for x in outputs) == [0, *[6 * PAGE] * 3, 8 * PAGE]
         later = answer(llm, asked)
         assert_as_transformers(model, asked, later)
-        assert all(x.num_cached_tokens >= 48 for x in later)
+        assert all(x.num_cached_tokens >= 6 * PAGE for x in later)
 
 
 def test_gates_of_zero_hide_what_is_before_them(tmp_path: Path) -> None:
@@ -141,7 +173,7 @@ def test_half_precision_is_as_near_as_transformers(tmp_path: Path) -> None:
     half = FoxForCausalLM.from_pretrained(tmp_path, dtype=torch.bfloat16).eval()
     exact = FoxForCausalLM.from_pretrained(tmp_path, dtype=torch.float64).eval()
     asked = prompts()
-    with engine(half, tmp_path, dtype="bfloat16", max_num_batched_tokens=24, max_num_seqs=6) as llm:
+    with engine(half, tmp_path, dtype="bfloat16", max_num_batched_tokens=3 * PAGE, max_num_seqs=6) as llm:
         params = SamplingParams(max_tokens=1, prompt_logprobs=0, detokenize=False)
         outputs = answer(llm, asked, params)
     errors: dict[str, list[torch.Tensor]] = {"vllm": [], "transformers": []}
@@ -176,8 +208,8 @@ def test_sampling_has_the_models_distribution(tmp_path: Path) -> None:
 def test_what_does_not_fit_is_refused_and_the_next_request_is_right(tmp_path: Path) -> None:
     model = tiny_model("pro", dtype=torch.float32)
     with engine(model, tmp_path, **SMALL) as llm:
-        with pytest.raises(VLLMValidationError, match="64"):
-            answer(llm, [tokens(65).tolist()])
+        with pytest.raises(VLLMValidationError, match=str(LONGEST)):
+            answer(llm, [tokens(LONGEST + 1).tolist()])
         assert_as_transformers(model, prompts(), answer(llm, prompts()))
 
 
@@ -209,7 +241,7 @@ def test_task_heads_are_refused_by_name(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("part", "field", "value", "named"),
     [
-        ("device_config", "device_type", "cuda", "device"),
+        ("device_config", "device_type", "xpu", "device"),
         ("parallel_config", "tensor_parallel_size", 2, "tensor_parallel_size"),
         ("parallel_config", "pipeline_parallel_size", 2, "pipeline_parallel_size"),
         ("parallel_config", "decode_context_parallel_size", 2, "decode_context_parallel_size"),

@@ -40,7 +40,8 @@ SERVE = ("-c", COMMAND, "serve")
 MODULE = ("-m", "vllm.entrypoints.openai.api_server", "--trust-remote-code", "--model")
 TEMPLATE = "{% for message in messages %}{{ message['content'] }}{% endfor %}"
 PROMPTS = ("well", "def read_", "import os\n\n\nclass ", "x" * 40)
-OPTIONS = ("--dtype", "float32", "--max-model-len", "64", "--enforce-eager", "--block-size", "16", "--seed", "0")
+PAGE = "64" if torch.cuda.is_available() else "16"
+OPTIONS = ("--dtype", "float32", "--max-model-len", "64", "--enforce-eager", "--block-size", PAGE, "--seed", "0")
 
 
 @contextmanager
