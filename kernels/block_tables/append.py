@@ -278,7 +278,7 @@ def append_step(
     launches = requests.launches()
     with on_device_of(k):
         for launch in launches:
-            _append_keys_kernel[(launch.count, heads + gates, launch.pages)](
+            _append_keys_kernel[(launch.requests, heads + gates, launch.pages)](
                 K=k, k_t=k.stride(0), k_h=k.stride(1),
                 V=v, v_t=v.stride(0), v_h=v.stride(1),
                 KEYS=pools.keys, keys_p=pools.keys.stride(0), keys_h=pools.keys.stride(1),

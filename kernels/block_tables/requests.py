@@ -64,14 +64,14 @@ class RequestLaunch(NamedTuple):
     """A launch over some requests of a step.
 
     Attributes:
-        begin, count: which requests.
+        begin, requests: the first of them, and how many.
         pages: programs for each of them.
         block: tokens that a program handles at most.
         warps: of a program.
     """
 
     begin: int
-    count: int
+    requests: int
     pages: int
     block: int
     warps: int

@@ -73,7 +73,7 @@ def previous_states(states: Tensor, held: Tensor, requests: Requests) -> Tensor:
     _, heads, head_dim = states.shape
     with on_device_of(states):
         for launch in requests.launches():
-            _previous_states_kernel[(launch.count, heads, launch.pages)](
+            _previous_states_kernel[(launch.requests, heads, launch.pages)](
                 STATES=states, s_t=states.stride(0), s_h=states.stride(1),
                 HELD=held, held_p=held.stride(0), held_h=held.stride(1),
                 PREVIOUS=previous,

@@ -17,7 +17,7 @@ from ..configuration_fox import FoxConfig
 from ..layers.attention import FoxAttention
 from .engine import FoxAttentionBackend
 from .pages import Chunk, PageLayout, Pages, Step
-from .pages_on_gpu import GpuPages, GpuStep
+from .pages_on_gpu import GpuPages, GpuStep, Prompts
 
 
 class ServedAttention(FoxAttention, AttentionLayerBase):
@@ -98,10 +98,15 @@ class ServedAttention(FoxAttention, AttentionLayerBase):
             previous = pages.previous("value", v, step)
             v = self.value_shift.mix(hidden_states, v, previous, fused.get("value_shift.proj"))
         q, k, v = self._normalize_and_rotate(q, k, v, position_embeddings if self.use_rope else None)
-        c, kv_start = pages.append(k, v, self.log_forget_gates(hidden_states), step, stands_for)
+        log_f = self.log_forget_gates(hidden_states)
+        c, kv_start = pages.append(k, v, log_f, step, stands_for)
         out = torch.empty_like(q)
-        if step.single:
+        if isinstance(step, GpuStep) and step.single:
             self._attend_single(pages, step, q, c, kv_start, out)
+        for prompts in step.prompts:
+            rows = prompts.rows
+            gates = log_f[:, rows], kv_start[..., rows]
+            out[:, rows] = self._attend_prompts(prompts, q[:, rows], k[:, rows], v[:, rows], *gates)
         for chunk in step.chunks:
             last = torch.arange(chunk.start, chunk.end, device=q.device)
             decay = Decay(c[..., chunk.rows], c[..., chunk.rows], kv_start[..., chunk.rows], last)
@@ -115,6 +120,19 @@ class ServedAttention(FoxAttention, AttentionLayerBase):
         heads_first = (x.transpose(1, 2) for x in (q, k, v))
         out, _ = attend(self, *heads_first, None, decay=decay._replace(key=c), **self._options(q))
         return out
+
+    def _attend_prompts(
+        self, prompts: Prompts, q: Tensor, k: Tensor, v: Tensor, log_f: Tensor, kv_start: Tensor
+    ) -> Tensor:
+        """``[1, T, H, D]`` queries of requests that begin, each over its own keys, and the sink."""
+        # Pruning relies on sums that fall over all of a row.
+        c, _ = backend_of(q).sum_gates(log_f, None, 0)
+        last = torch.arange(q.shape[1], device=q.device)
+        assert prompts.begins is not None
+        decay = Decay(c, c, kv_start + prompts.begins, last)
+        options = self._options(q)
+        q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
+        return fox_attention_forward(self, q, k, v, None, decay=decay, **options)[0]
 
     def _attend_single(
         self, pages: GpuPages, step: GpuStep, q: Tensor, c: Tensor, kv_start: Tensor, out: Tensor

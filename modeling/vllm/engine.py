@@ -1,5 +1,6 @@
 """What vLLM asks of a kind of attention: the layout of its cache, and what each step tells every layer."""
 
+import itertools
 from typing import Any
 
 import torch
@@ -15,7 +16,7 @@ from vllm.v1.kv_cache_interface import KVCacheLayout
 
 from ...kernels.tiles import PRUNED_KEYS
 from .pages import Chunk, Step, make_step
-from .pages_on_gpu import GpuStep
+from .pages_on_gpu import GpuStep, Prompts
 
 
 class FoxStepBuilder(AttentionMetadataBuilder[Step | GpuStep]):
@@ -36,21 +37,30 @@ class FoxStepBuilder(AttentionMetadataBuilder[Step | GpuStep]):
         rows, lengths = batch.query_start_loc_cpu.tolist(), batch.seq_lens_cpu_upper_bound
         # Exact, as there is no speculation.
         lengths = (batch.seq_lens if lengths is None else lengths).tolist()
-        on_cpu = self.device.type == "cpu"
-        single, chunks = 0, []
-        for i, length in enumerate(lengths):
-            first, stop = rows[i], rows[i + 1]
-            if not on_cpu and single == i and stop - first <= 1:
-                single += 1
-            # Requests that only fill a batch up have no tokens.
-            elif stop > first:
-                pages = batch.block_table_tensor[i, : -(-length // size)]
-                chunks.append(Chunk(slice(first, stop), length - (stop - first), pages.long() if on_cpu else pages))
-        if on_cpu:
+        counts = [stop - first for first, stop in itertools.pairwise(rows)]
+        spans = [slice(first, stop) for first, stop in itertools.pairwise(rows)]
+
+        def chunk(i: int) -> Chunk:
+            pages = batch.block_table_tensor[i, : -(-lengths[i] // size)]
+            return Chunk(spans[i], lengths[i] - counts[i], pages)
+
+        # Requests that only fill a batch up have no tokens.
+        if self.device.type == "cpu":
+            chunks = [chunk(i)._replace(pages=chunk(i).pages.long()) for i, count in enumerate(counts) if count]
             return make_step(chunks, size)
-        longest = max((x.end - x.start for x in chunks), default=1)
+        single = next((i for i, count in enumerate(counts) if count > 1), len(counts))
+        prompts: list[Prompts] = []
+        chunks = []
+        for i in range(single, len(counts)):
+            if lengths[i] > counts[i]:
+                chunks.append(chunk(i))
+            elif prompts and prompts[-1].requests.stop == i:
+                begun = prompts.pop()
+                prompts.append(Prompts(slice(begun.requests.start, i + 1), slice(begun.rows.start, spans[i].stop)))
+            else:
+                prompts.append(Prompts(slice(i, i + 1), spans[i]))
         tables = batch.query_start_loc, batch.seq_lens, batch.block_table_tensor
-        return GpuStep(*tables, longest, single, chunks)
+        return GpuStep(*tables, max(counts, default=1), single, chunks, prompts)
 
 
 class FoxAttentionBackend(AttentionBackend):

@@ -48,7 +48,8 @@ class ServedModel(nn.Module):
         step = None
         if steps is not None:
             assert isinstance(steps, dict), "microbatches are refused"
-            step = steps[self.layers[0].self_attn.layer_name].begin()
+            # All layers have the same one.
+            step = next(iter(steps.values())).begin()
         hidden_states = hidden_states[None]
         angles = None if self.rotary_emb is None else self.rotary_emb(hidden_states, positions[None])
         for layer in self.layers:

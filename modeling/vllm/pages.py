@@ -132,8 +132,8 @@ class Step(NamedTuple):
     lasts: Tensor
     within: _Carried
     after: _Carried
-    # Each chunk is attended to alone.
-    single: int = 0
+    # As of `GpuStep`; here each chunk is attended to alone.
+    prompts: tuple[()] = ()
 
     def begin(self) -> "Step":
         """Of a forward pass, before its layers."""

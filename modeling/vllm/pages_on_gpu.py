@@ -6,6 +6,7 @@ vLLM can capture it as a CUDA graph.
 
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 from ...kernels.block_tables.append import PagePools, append_step
@@ -16,12 +17,27 @@ from ..cache.view import CacheView
 from .pages import Chunk, PageLayout, Pages
 
 
+class Prompts(NamedTuple):
+    """Requests, one after the other, of which the step computes the first tokens: attended to as one packed row.
+
+    Attributes:
+        requests: which.
+        rows: of all their tokens.
+        begins: ``[tokens]`` int64, for each the index among these rows of its request's first; after `GpuStep.begin`.
+    """
+
+    requests: slice
+    rows: slice
+    begins: Tensor | None = None
+
+
 class GpuStep(NamedTuple):
-    """The tokens that one forward pass computes: those of requests with one token, then chunks of others.
+    """The tokens that one forward pass computes: those of requests with one token, then those of others.
 
     Attributes:
         rows, lengths, pages, longest, single: as of `Requests`.
         chunks: of the requests after those with one token.
+        prompts: likewise, where there are no tokens before.
         requests: of the step, and `last` the index of the last token of those with one, ``[single, 1]`` int64; after
             `begin`.
     """
@@ -32,6 +48,7 @@ class GpuStep(NamedTuple):
     longest: int
     single: int
     chunks: list[Chunk]
+    prompts: list[Prompts]
     requests: Requests | None = None
     last: Tensor | None = None
 
@@ -39,7 +56,15 @@ class GpuStep(NamedTuple):
         """What all layers read, computed once within a forward pass, so that a captured one computes it too."""
         writers = find_writers(self.rows, self.lengths, self.pages)
         requests = Requests(self.rows, self.lengths, self.pages, self.single, self.longest, writers)
-        return self._replace(requests=requests, last=(self.lengths[: self.single].long() - 1)[:, None])
+        last = (self.lengths[: self.single].long() - 1)[:, None]
+        prompts = [x._replace(begins=self._begins(x)) for x in self.prompts]
+        return self._replace(requests=requests, last=last, prompts=prompts)
+
+    def _begins(self, prompts: Prompts) -> Tensor:
+        first, stop = prompts.requests.start, prompts.requests.stop
+        begins = self.rows[first:stop] - prompts.rows.start
+        index = torch.arange(prompts.rows.stop - prompts.rows.start, device=begins.device, dtype=begins.dtype)
+        return begins[torch.searchsorted(begins, index, right=True) - 1].long()
 
 
 class GpuPages(Pages):

@@ -37,6 +37,9 @@ class Request(NamedTuple):
     log_f: Tensor
     pages: list[int]
 
+    def tokens(self, start: int, end: int) -> tuple[Tensor, Tensor, Tensor]:
+        return self.k[start:end], self.v[start:end], self.log_f[start:end]
+
     @property
     def exact(self) -> tuple[Tensor, Tensor]:
         return accumulate(self.log_f[None])
@@ -118,8 +121,9 @@ def draw(length: int, pages: list[int], gates: int, rate: float = 0.05) -> Reque
 def shared(one: Request, tokens: int, length: int, pages: list[int]) -> Request:
     """A request that begins as ``one`` does, in its pages."""
     other = draw(length, [*one.pages[: tokens // PAGE], *pages], one.log_f.shape[1])
-    parts = (torch.cat([x[:tokens], y[tokens:]]) for x, y in zip(one[:3], other[:3], strict=True))
-    return Request(*parts, other.pages)
+    begun, rest = one.tokens(0, tokens), other.tokens(tokens, length)
+    k, v, log_f = (torch.cat(x) for x in zip(begun, rest, strict=True))
+    return Request(k, v, log_f, other.pages)
 
 
 @pytest.mark.parametrize("gates", [1, 2, 4])
@@ -173,12 +177,10 @@ def test_a_sink_takes_the_place_of_the_first_token() -> None:
     for start, end, flags in ((0, 5, [True] + [False] * 4), (5, 70, [True] * 65)):
         requests = server.requests([one], [(start, end)])
         stands_for = torch.tensor(flags, device=DEVICE)
-        given_ = (x[start:end] for x in one[:3])
-        _, first = append_step(*given_, requests, server.pools, stands_for)
+        _, first = append_step(*one.tokens(start, end), requests, server.pools, stands_for)
         assert (first == 1).all()
     stands_for = torch.zeros(5, dtype=torch.bool, device=DEVICE)
-    given_ = (x[:5] for x in other[:3])
-    _, first = append_step(*given_, server.requests([other], [(0, 5)]), server.pools, stands_for)
+    _, first = append_step(*other.tokens(0, 5), server.requests([other], [(0, 5)]), server.pools, stands_for)
     assert (first == 0).all()
 
 
@@ -194,7 +196,8 @@ def test_attention_of_one_token_of_each_request(heads: int, gates: int, eps: flo
     spans = [(len(x.k) - 1, len(x.k)) for x in asked]
     requests = server.requests(asked, spans, padding)
     rows = len(asked) + padding
-    k, v, log_f = (torch.cat([x[i][-1:] for x in asked] + [asked[0][i][:padding]]) for i in range(3))
+    news = [x.tokens(len(x.k) - 1, len(x.k)) for x in asked]
+    k, v, log_f = (torch.cat(x) for x in zip(*news, asked[0].tokens(0, padding), strict=True))
     written = [x.clone() for x in server.pools]
     c, first = append_step(k, v, log_f, requests, server.pools)
     assert (first[:, len(asked) :] == 1).all()
