@@ -37,14 +37,15 @@ class ServedAttention(FoxAttention, AttentionLayerBase):
         self.pages: Pages | None = None
         vllm_config = get_current_vllm_config()
         self.cache_dtype = vllm_config.model_config.dtype
+        self.page_class = Pages if vllm_config.device_config.device_type == "cpu" else GpuPages
         vllm_config.compilation_config.static_forward_context[self.layer_name] = self
 
     def get_attn_backend(self) -> type[FoxAttentionBackend]:
         return FoxAttentionBackend
 
     def get_kv_cache_spec(self, vllm_config: VllmConfig) -> FullAttentionSpec:
-        size, on_gpu = vllm_config.cache_config.block_size, vllm_config.device_config.device_type != "cpu"
-        if on_gpu and size != PRUNED_KEYS:
+        size = vllm_config.cache_config.block_size
+        if self.page_class is GpuPages and size != PRUNED_KEYS:
             raise ValueError(f"block_size must be {PRUNED_KEYS} for a FoX model on a GPU, got {size}")
         layout = self._page_layout(size)
         return FullAttentionSpec(
@@ -63,8 +64,7 @@ class ServedAttention(FoxAttention, AttentionLayerBase):
 
     def bind_kv_cache(self, kv_cache: Tensor) -> None:
         super().bind_kv_cache(kv_cache)
-        pages = Pages if kv_cache.device.type == "cpu" else GpuPages
-        self.pages = pages(kv_cache, self._page_layout(kv_cache.shape[2]))
+        self.pages = self.page_class(kv_cache, self._page_layout(kv_cache.shape[2]))
 
     def forward(  # type: ignore[override]
         self,
