@@ -1,6 +1,5 @@
-"""Read the JSON files and the weights of a model's folder, the weights one at a time."""
+"""Read the weights of a model's folder, one at a time, and check them against its configuration."""
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -10,52 +9,17 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
+from foxlm.modeling.model_files import read_json
+
 # File names that transformers gives to weights, shards and their index.
 _SAFETENSORS, WEIGHTS_INDEX = "*.safetensors", "model.safetensors.index.json"
 _PICKLES, _PICKLES_INDEX = "pytorch_model*.bin", "pytorch_model.bin.index.json"
-_MOST_LABELS = 1_000_000
 # Configuration fields that are sizes of weights, in any model type read here.
 _SIZES = (
     *("vocab_size", "hidden_size", "intermediate_size", "head_dim"),
     *("num_heads", "num_kv_heads", "num_attention_heads", "num_key_value_heads"),
 )
 _DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
-
-
-def read_json(file: Path) -> dict[str, Any]:
-    """The object in a JSON file; raises a `ValueError` that names the file if there is none."""
-    content = read_any_json(file)
-    if not isinstance(content, dict):
-        raise ValueError(f"{file} must hold a JSON object, got a {type(content).__name__}")
-    return content
-
-
-def read_any_json(file: Path) -> Any:
-    """The content of a JSON file; raises a `ValueError` that names the file if it is not valid JSON."""
-    try:
-        return json.loads(file.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{file} is not valid JSON: {error}") from error
-
-
-def read_fields(folder: Path) -> dict[str, Any]:
-    """The ``config.json`` of a folder; raises a `ValueError` if there is none."""
-    if not (folder / "config.json").is_file():
-        raise ValueError(f"the source must be a folder with a config.json, got {folder}")
-    fields = read_json(folder / "config.json")
-    # transformers assumes a mapping.
-    if not isinstance(fields.get("auto_map") or {}, dict):
-        raise ValueError(f"auto_map in {folder / 'config.json'} must be an object, got {fields['auto_map']!r:.60}")
-    labels = fields.get("num_labels")
-    # A configuration of transformers creates a name for each label.
-    if isinstance(labels, int | float) and not labels <= _MOST_LABELS:
-        raise ValueError(f"num_labels in {folder / 'config.json'} must be at most {_MOST_LABELS}, got {labels}")
-    names = fields.get("id2label") or {}
-    if not isinstance(names, dict) or not all(number.isdecimal() for number in names):
-        raise ValueError(
-            f"id2label in {folder / 'config.json'} must be an object with numbers as names, got {names!r:.60}"
-        )
-    return fields
 
 
 def check_sizes(fields: dict[str, Any], headers: Mapping[str, Tensor]) -> None:

@@ -11,7 +11,7 @@ from huggingface_hub import split_torch_state_dict_into_shards
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 
-from foxlm.conversion.checkpoint_io import WEIGHTS_INDEX, StoredWeights, check_sizes, read_fields
+from foxlm.conversion.checkpoint_io import WEIGHTS_INDEX, StoredWeights, check_sizes
 from foxlm.conversion.formats.authors import AUTHORS
 from foxlm.conversion.formats.checkpoint_format import CheckpointFormat, invalid_config_as_value_error
 from foxlm.conversion.formats.fla import FLA
@@ -19,6 +19,7 @@ from foxlm.conversion.links import check_links
 from foxlm.conversion.new_folder import check_new, copy_text_files, new_folder
 from foxlm.conversion.weight_map import EMBEDDINGS, Plan, make_model, plan_to_external, plan_to_fox
 from foxlm.modeling.configuration_fox import FoxConfig
+from foxlm.modeling.model_files import read_fields
 from foxlm.modeling.modeling_fox import FoxForCausalLM
 
 FORMATS = {"authors": AUTHORS, "fla": FLA}

@@ -2,9 +2,9 @@
 
 from pathlib import Path
 
-from foxlm.conversion.checkpoint_io import read_fields
 from foxlm.conversion.formats.checkpoint_format import invalid_config_as_value_error
 from foxlm.modeling.configuration_fox import FoxConfig
+from foxlm.modeling.model_files import read_fields
 
 # Model class: the Auto class that loads it, and its task on the Hub.
 TASKS = {

@@ -25,15 +25,15 @@ from transformers import (
     PreTrainedModel,
 )
 
-from foxlm.conversion.checkpoint_io import check_sizes, headers_to_load, read_fields
+from foxlm.conversion.checkpoint_io import check_sizes, headers_to_load
 from foxlm.conversion.formats.checkpoint_format import invalid_config_as_value_error
 from foxlm.conversion.formats.llama_family import base_config, base_of, check_model_type
 from foxlm.conversion.links import check_links
 from foxlm.conversion.new_folder import TEXT_FILES, check_new, copy_text_files, new_folder
-from foxlm.conversion.pretrained import read_config, read_model
 from foxlm.conversion.weight_map import Plan, Rename, distinct_weights, make_model, plan_to_fox
 from foxlm.modeling.configuration_fox import FoxConfig
 from foxlm.modeling.layers.forget_gate import bias_for_times, log_spaced_times
+from foxlm.modeling.model_files import read_config, read_fields, read_model
 from foxlm.modeling.modeling_fox import FoxForCausalLM
 
 if TYPE_CHECKING:

@@ -8,10 +8,10 @@ from typing import Any, get_args
 import torch
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from foxlm.conversion.pretrained import read_config, read_model, reason
 from foxlm.kernels.backends import PYTORCH, backend_of
 from foxlm.kernels.pruning.rules import Rule
 from foxlm.modeling.configuration_fox import DEFAULT_IMPLEMENTATION, FoxConfig
+from foxlm.modeling.model_files import read_config, read_model, reason
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from foxlm.conversion.pretrained import read_config
+from foxlm.modeling.model_files import read_config
 
 _WEIGHTS = ("*.safetensors", "*.bin", "*.pt")
 _SAMPLES, _SAMPLE_BYTES = 64, 4096

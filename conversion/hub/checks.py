@@ -15,7 +15,7 @@ from huggingface_hub.utils import validate_repo_id
 from safetensors.torch import load_file
 from transformers import AutoTokenizer
 
-from foxlm.conversion.checkpoint_io import WEIGHTS_INDEX, StoredWeights, check_sizes, read_fields
+from foxlm.conversion.checkpoint_io import WEIGHTS_INDEX, StoredWeights, check_sizes
 from foxlm.conversion.fox_folder import TASKS, architecture_of, read_config
 from foxlm.conversion.hub.foreign_code import foreign_code
 from foxlm.conversion.hub.model_card import MISSING, check_license
@@ -26,6 +26,7 @@ from foxlm.conversion.links import is_inside
 from foxlm.conversion.new_folder import TEXT_FILES
 from foxlm.conversion.weight_map import Plan, distinct_weights, few
 from foxlm.modeling import modeling_fox
+from foxlm.modeling.model_files import read_fields
 from foxlm.modeling.remote_code import AUTO_MAP, exported_files, stale_files
 
 _EXPECTED = (

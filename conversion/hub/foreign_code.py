@@ -4,8 +4,8 @@ import re
 from collections.abc import Collection, Iterator
 from pathlib import Path
 
-from foxlm.conversion.checkpoint_io import read_any_json
 from foxlm.modeling.configuration_fox import IMPLEMENTATIONS
+from foxlm.modeling.model_files import read_any_json
 from foxlm.modeling.remote_code import AUTO_MAP, exported_files
 
 _CODE = {".py", ".pyc", ".pyo", ".pyw", ".pyx", ".pyd", ".so", ".dll", ".dylib", ".exe", ".sh", ".bat", ".cmd", ".ps1"}

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from foxlm.conversion.pretrained import read_config
+from foxlm.modeling.model_files import read_config
 
 from ..loading import load_model, load_tokenizer, position_limit, pruning_used
 from ..provenance import provenance

@@ -13,11 +13,11 @@ import torch
 from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from foxlm.conversion.pretrained import read_config
 from foxlm.kernels.pruning.rules import Rule
 from foxlm.kernels.tiles import PRUNED_QUERIES
 from foxlm.modeling.configuration_fox import FoxConfig
 from foxlm.modeling.layers.block import FoxDecoderLayer
+from foxlm.modeling.model_files import read_config
 
 from ..flops import forward_flops, shares_of_flops
 from ..loading import load_model, load_tokenizer, model_name

@@ -10,7 +10,7 @@ from foxlm.cli.errors import CommandLine
 
 def serve(context: typer.Context) -> None:
     """Answer requests in OpenAI's protocol with models, FoX and others, by transformers' own server: serve --help."""
-    from foxlm.conversion.pretrained import check_files, read_config
+    from foxlm.modeling.model_files import check_files, read_config
 
     server = fox_server()
     arguments = context.args

@@ -230,6 +230,59 @@ def test_imports_of_kernels_point_one_way() -> None:
         TopologicalSorter(imports).prepare()
 
 
+# Each imports only what stands before it.
+ORDER = ("kernels", "modeling", "evaluation", "conversion", "foxlm", "examples")
+
+
+def folders_imported(path: Path) -> set[str]:
+    """Of the folders at the root, those that a module imports, wherever in it; what a type checker alone reads is not.
+
+    ``import foxlm`` is none of them, and ``from foxlm import name`` the folder that the public name is defined in.
+    """
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    blocks = [x.body for x in ast.walk(tree) if isinstance(x, ast.If) and "TYPE_CHECKING" in ast.unparse(x.test)]
+    for_types = {node for body in blocks for statement in body for node in ast.walk(statement)}
+    found: set[str] = set()
+    for node in set(ast.walk(tree)) - for_types:
+        if isinstance(node, ast.Import):
+            modules = [alias.name for alias in node.names if alias.name.startswith("foxlm.")]
+        elif isinstance(node, ast.ImportFrom) and node.level:
+            above = path.relative_to(ROOT).parts[: -node.level]
+            modules = [".".join(("foxlm", *above, node.module or ""))]
+        elif isinstance(node, ast.ImportFrom) and node.module == "foxlm":
+            modules = [f"foxlm.{foxlm._MODULES.get(alias.name, '')}" for alias in node.names]
+        elif isinstance(node, ast.ImportFrom) and (node.module or "").startswith("foxlm."):
+            modules = [str(node.module)]
+        else:
+            continue
+        parts = [f"{module}.".split(".")[1] for module in modules]
+        found |= {part if part in ORDER else "foxlm" for part in parts if part}
+    return found - {path.relative_to(ROOT).parts[0]}
+
+
+def test_imports_between_folders_point_one_way(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    imported = {path: folders_imported(path) for folder in ORDER for path in (ROOT / folder).rglob("*.py")}
+    wrong = {
+        str(path.relative_to(ROOT)): later
+        for path, others in imported.items()
+        if (later := sorted(others & set(ORDER[ORDER.index(path.relative_to(ROOT).parts[0]) :])))
+    }
+    assert not wrong
+    assert {"kernels", "modeling", "evaluation"} == set().union(
+        *(others for path, others in imported.items() if (ROOT / "conversion") in path.parents)
+    )
+    # Negative control, of each form.
+    monkeypatch.setitem(globals(), "ROOT", tmp_path)
+    (tmp_path / "evaluation/plots").mkdir(parents=True)
+    for line in (
+        "def f():\n    from foxlm.conversion.graft import graft",
+        "import foxlm.conversion.graft",
+        "from ...conversion.graft import graft",
+    ):
+        (tmp_path / "evaluation/plots/new.py").write_text(line)
+        assert folders_imported(tmp_path / "evaluation/plots/new.py") == {"conversion"}, line
+
+
 FILES = sorted(path for folder in ("kernels", "modeling") for path in (ROOT / folder).rglob("*.py"))
 
 

@@ -1,5 +1,9 @@
-"""Read models of transformers from a folder or the Hub; every failure becomes an error of one line."""
+"""Read models of transformers from a folder or the Hub, of any model type; every failure becomes an error of one line.
 
+`conversion/` and `evaluation/` both begin here. The code that a saved model carries does not.
+"""
+
+import json
 from pathlib import Path
 from typing import Any
 
@@ -8,7 +12,7 @@ from safetensors import safe_open
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from transformers.configuration_utils import PreTrainedConfig
 
-from foxlm.conversion.checkpoint_io import read_fields, read_json
+_MOST_LABELS = 1_000_000
 
 
 def read_config(source: str | Path) -> PreTrainedConfig:
@@ -68,6 +72,42 @@ def _class_names(auto_map: Any) -> list[tuple[str, Any]]:
     if not isinstance(auto_map, dict):
         return [] if auto_map is None else [("auto_map", auto_map)]
     return [(f"auto_map[{name!r}]", value) for name, value in auto_map.items() if not isinstance(value, list)]
+
+
+def read_json(file: Path) -> dict[str, Any]:
+    """The object in a JSON file; raises a `ValueError` that names the file if there is none."""
+    content = read_any_json(file)
+    if not isinstance(content, dict):
+        raise ValueError(f"{file} must hold a JSON object, got a {type(content).__name__}")
+    return content
+
+
+def read_any_json(file: Path) -> Any:
+    """The content of a JSON file; raises a `ValueError` that names the file if it is not valid JSON."""
+    try:
+        return json.loads(file.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{file} is not valid JSON: {error}") from error
+
+
+def read_fields(folder: Path) -> dict[str, Any]:
+    """The ``config.json`` of a folder; raises a `ValueError` if there is none."""
+    if not (folder / "config.json").is_file():
+        raise ValueError(f"the source must be a folder with a config.json, got {folder}")
+    fields = read_json(folder / "config.json")
+    # transformers assumes a mapping.
+    if not isinstance(fields.get("auto_map") or {}, dict):
+        raise ValueError(f"auto_map in {folder / 'config.json'} must be an object, got {fields['auto_map']!r:.60}")
+    labels = fields.get("num_labels")
+    # A configuration of transformers creates a name for each label.
+    if isinstance(labels, int | float) and not labels <= _MOST_LABELS:
+        raise ValueError(f"num_labels in {folder / 'config.json'} must be at most {_MOST_LABELS}, got {labels}")
+    names = fields.get("id2label") or {}
+    if not isinstance(names, dict) or not all(number.isdecimal() for number in names):
+        raise ValueError(
+            f"id2label in {folder / 'config.json'} must be an object with numbers as names, got {names!r:.60}"
+        )
+    return fields
 
 
 def check_files(folder: Path) -> None:
