@@ -4,6 +4,7 @@ import ast
 import configparser
 import json
 import os
+import re
 import subprocess
 import sys
 from graphlib import CycleError, TopologicalSorter
@@ -281,6 +282,15 @@ def test_imports_between_folders_point_one_way(tmp_path: Path, monkeypatch: pyte
     ):
         (tmp_path / "evaluation/plots/new.py").write_text(line)
         assert folders_imported(tmp_path / "evaluation/plots/new.py") == {"conversion"}, line
+
+
+def test_modules_that_ask_for_triton_are_named() -> None:
+    page = (ROOT / "docs/design/tree.md").read_text(encoding="utf-8")
+    start = page.index("- Modules that must work without Triton")
+    rule = page[start : page.index("- `import foxlm` imports no kernels")]
+    paths = [path for folder in ORDER for path in (ROOT / folder).rglob("*.py")]
+    asking = [path for path in paths if "HAS_TRITON" in path.read_text(encoding="utf-8")]
+    assert set(re.findall(r"`(\w+/[\w/]+\.py)`", rule)) == {path.relative_to(ROOT).as_posix() for path in asking}
 
 
 FILES = sorted(path for folder in ("kernels", "modeling") for path in (ROOT / folder).rglob("*.py"))
