@@ -4,7 +4,7 @@
 
 A program has ``BLOCK_N`` rows of the weights and reads them in blocks of ``BLOCK_K``: so few that every multiprocessor
 has several, where a matmul for any shape has tiles of 64 rows, or a second launch to add up parts. Sums are float32, in
-one order, rounded once. For more rows torch's matmul is as fast (docs/results/tuning.md, section 19).
+one order, rounded once. For more rows torch's matmul is as fast (docs/results/tuning.md).
 """
 
 from typing import Any

@@ -6,7 +6,7 @@ of a prompt into the latter.
 
 ``--without-gluon`` leaves out the Gluon kernels. compute-sanitizer's racecheck does not follow an mbarrier's order from
 thread to thread: it reports a race between a thread that reads a buffer and the one that writes it after an arrival on
-the reader's behalf, also in a kernel of ten lines that does nothing else (see docs/results/tuning.md, section 9).
+the reader's behalf, also in a kernel of ten lines that does nothing else (docs/results/tuning.md).
 """
 
 import sys
