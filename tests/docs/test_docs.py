@@ -17,6 +17,7 @@ import foxlm
 from foxlm import FoxConfig, FoxForCausalLM
 from foxlm.cli import app
 from foxlm.evaluation.demo.tokenizer import byte_tokenizer
+from foxlm.modeling.remote_code import exported_files
 
 ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
@@ -151,6 +152,12 @@ def test_commands_that_are_named_exist(page):
             help_of(name, bench)
         elif name != "lm-eval":  # whose help is lm-evaluation-harness's
             help_of(name)
+
+
+def test_files_of_the_export_are_listed():
+    table = text_of(ROOT / "docs" / "design" / "exporter.md").partition("| holds | files |")[2].partition("\n\n")[0]
+    listed = re.findall(r"`(\w+\.py)`", table)
+    assert set(listed) == exported_files().keys() and len(listed) == len(set(listed))
 
 
 def test_api_reference_is_up_to_date():
