@@ -38,6 +38,7 @@ from torch import Tensor
 
 from ..decay import Decay
 from ..tiles import PRUNED_KEYS
+from .blocks import block_minimum, of_each_query, per_query_head
 from .key_stats import KeySummary
 from .rounding import log_allowed, logit_margin
 
@@ -85,9 +86,9 @@ def measured_kv_start(
     dtype = torch.promote_types(k.dtype, torch.float32)
     log_eps = log_measured(eps, dtype, k.shape[1])
     heads, at_once = q.shape[2], max(1, _CHUNK_ELEMENTS // (q.shape[0] * q.shape[2] * k.shape[1] * block_q)) * block_q
-    hidden_by_reset = _per_query_head(decay.kv_start, heads)
-    c_q, c_k = (_per_query_head(x, heads) for x in (decay.query, decay.key))
-    k = _per_query_head(k.double().transpose(1, 2), heads)
+    hidden_by_reset = per_query_head(decay.kv_start, heads)
+    c_q, c_k = (per_query_head(x, heads) for x in (decay.query, decay.key))
+    k = per_query_head(k.double().transpose(1, 2), heads)
     index = torch.arange(k.shape[2], device=k.device)
     # The last key of each one's block.
     c_end = c_k.gather(-1, (index // block_k * block_k + block_k - 1).clamp(max=len(index) - 1).expand_as(c_k))
@@ -98,8 +99,8 @@ def measured_kv_start(
         is_seen = start <= last
         # Of each row, what its block of queries begins with.
         of_block = torch.arange(len(last), device=k.device) // block_q * block_q
-        first = _block_minimum(start.masked_fill(~is_seen, torch.iinfo(torch.int64).max), block_q) // block_k * block_k
-        first = torch.minimum(first, last)
+        first = block_minimum(start.masked_fill(~is_seen, torch.iinfo(torch.int64).max), block_q) // block_k * block_k
+        first = torch.minimum(of_each_query(first, block_q, len(last)), last)
         diagonal = last[of_block]
         near = diagonal - PRUNED_KEYS - (diagonal - first).clamp(min=0) // NEAR_SHARE
         near = torch.maximum(near, first) // block_k * block_k
@@ -121,17 +122,6 @@ def measured_kv_start(
         # What comes before the first key is not looked at.
         passes = (is_negligible & is_decayed & is_far) | (index < first[..., None])
         most = passes.long().cumprod(-1).sum(-1).masked_fill(~is_seen, len(index))
-        most = _block_minimum(most, block_q) // block_k * block_k
+        most = of_each_query(block_minimum(most, block_q) // block_k * block_k, block_q, len(last))
         found.append(torch.where(is_seen, torch.maximum(start, most), start))
     return torch.cat(found, -1) if found else kv_start
-
-
-def _per_query_head(x: Tensor, heads: int) -> Tensor:
-    return x if x.shape[1] == heads else x.repeat_interleave(heads // x.shape[1], dim=1)
-
-
-def _block_minimum(x: Tensor, block: int) -> Tensor:
-    """Minimum over each block of the last dimension, for every element of it."""
-    padding = x[..., -1:].expand(*x.shape[:-1], -x.shape[-1] % block)
-    least = torch.cat([x, padding], dim=-1).unflatten(-1, (-1, block)).amin(-1)
-    return least.repeat_interleave(block, dim=-1)[..., : x.shape[-1]]

@@ -57,6 +57,7 @@ from torch import Tensor
 from ..decay import Decay, accumulate
 from ..tiles import PRUNED_KEYS, PRUNED_QUERIES
 from ..validation import check_scale, is_number, is_readable
+from .blocks import block_minimum, of_each_query, per_query_head
 from .key_stats import KeySummary
 from .measured import measured_kv_start
 from .rounding import decay_margin, log_allowed, logit_margin
@@ -173,9 +174,9 @@ def first_kept(
     decay = Decay(c[..., keys - queries :], c, kv_start[..., keys - queries :], last)
     query, summary = _summarize(decay, q, k, known, scale, logit_bound, sink)
     kept = _kept(decay, query, summary, eps, known, margin_dtype(k))
-    kept = _blocks_minimum(torch.maximum(kept, _per_query_head(decay.kv_start, heads)), block_q) // block_k * block_k
+    kept = block_minimum(torch.maximum(kept, per_query_head(decay.kv_start, heads)), block_q) // block_k * block_k
     if known is PruningRule.MEASURED:
-        rows = kept.repeat_interleave(block_q, dim=-1)[..., :queries]
+        rows = of_each_query(kept, block_q, queries)
         rows = measured_kv_start(decay, q, k, rows, query, summary, eps, scale, block_q, block_k)
         kept = rows[..., ::block_q]
     return kept
@@ -198,11 +199,11 @@ def search_kv_start(
     """
     query, keys = _summarize(decay, q, k, rule, scale, logit_bound, sink)
     kept = _kept(decay, query, keys, eps, rule, margin_dtype(k))
-    kv_start = _per_query_head(decay.kv_start, q.shape[2])
+    kv_start = per_query_head(decay.kv_start, q.shape[2])
     fully_masked = kv_start > decay.last
     kept = kept.masked_fill(fully_masked, torch.iinfo(torch.int64).max)
-    kept = _blocks_minimum(kept, PRUNED_QUERIES) // PRUNED_KEYS * PRUNED_KEYS
-    kept = kept.repeat_interleave(PRUNED_QUERIES, dim=-1)[..., : q.shape[1]]
+    kept = block_minimum(kept, PRUNED_QUERIES) // PRUNED_KEYS * PRUNED_KEYS
+    kept = of_each_query(kept, PRUNED_QUERIES, q.shape[1])
     kv_start = torch.where(fully_masked, kv_start, torch.maximum(kv_start, kept))
     if rule is not PruningRule.MEASURED:
         return kv_start
@@ -299,7 +300,7 @@ def query_bounds(
     norm = q.norm(dim=-1) * (abs(scale) * (1.0 + margin))
 
     def least_logit(key: Tensor) -> Tensor:
-        key = _per_query_head(key, q.shape[1])
+        key = per_query_head(key, q.shape[1])
         return scale * (q * key).sum(-1) - margin * norm * key.norm(dim=-1)
 
     diagonal = least_logit(diagonal_key)
@@ -422,7 +423,7 @@ def first_needed_block(
     known = check_rule(eps, rule)
     norm, diagonal = bounds
     heads, kv_heads = len(norm), summary.largest.shape[1]
-    c, *entries = (_per_query_head(x, heads) for x in (c[..., None], *(x[..., :blocks] for x in summary)))
+    c, *entries = (per_query_head(x, heads) for x in (c[..., None], *(x[..., :blocks] for x in summary)))
     log_eps = log_allowed(eps, torch.float32, known.terms(keys))
     # A bound of the logit with the diagonal key is one of any logit.
     query = QueryBounds(raised(c, keys), norm, diagonal, -diagonal if known.reads_bound else None)
@@ -448,11 +449,6 @@ def share_skipped(first: Tensor, length: int, block_q: int = 1, block_k: int = 1
     return (first // block_k).sum(-1).double() / tiles.sum()
 
 
-def _per_query_head(x: Tensor, heads: int) -> Tensor:
-    """``[B, Hf, T, ...] -> [B, H, T, ...]``."""
-    return x if x.shape[1] == heads else x.repeat_interleave(heads // x.shape[1], dim=1)
-
-
 def _summarize(
     decay: Decay,
     q: Tensor,
@@ -464,9 +460,9 @@ def _summarize(
 ) -> tuple[QueryBounds, KeySummary]:
     """What ``rule`` reads of every query, and of every key and all before, ``[B, H, Tk]`` each."""
     batch, _, heads, _ = q.shape
-    c_q, c_k = (_per_query_head(x, heads) for x in (decay.query, decay.key))
+    c_q, c_k = (per_query_head(x, heads) for x in (decay.query, decay.key))
     norm, diagonal, of_sink = query_bounds(q, k.index_select(1, decay.last), scale, sink)
-    k_norm = _per_query_head(k.double().norm(dim=-1).transpose(1, 2), heads).masked_fill(torch.isposinf(c_k), 0.0)
+    k_norm = per_query_head(k.double().norm(dim=-1).transpose(1, 2), heads).masked_fill(torch.isposinf(c_k), 0.0)
     # A hidden key (c = +inf) takes the running sum of the last visible key before it.
     keys = KeySummary(c_k.cummin(-1).values, torch.logcumsumexp(-c_k, dim=-1), k_norm.cummax(-1).values)
     bound = None
@@ -483,9 +479,3 @@ def _kept(
     """First key that each query keeps by the bound alone, ``[B, H, Tq]``; never after its own."""
     log_eps = log_allowed(eps, dtype, rule.terms(keys.c.shape[-1]))
     return most_droppable(rule, query, keys, decay.last, log_eps)
-
-
-def _blocks_minimum(x: Tensor, block: int) -> Tensor:
-    """Minimum over each block of the last dimension, the last block as long as it is."""
-    padding = x[..., -1:].expand(*x.shape[:-1], -x.shape[-1] % block)
-    return torch.cat([x, padding], dim=-1).unflatten(-1, (-1, block)).amin(-1)
