@@ -32,7 +32,7 @@ from ..token_layout import TokenLayout, token_layout
 from ..versions import CACHE, one_cache
 from .attention_sink import FoxAttentionSink
 from .forget_gate import FoxForgetGate, make_forget_gate
-from .fused_projections import FusableProjections, are_called_plainly, call_linear, has_hooks
+from .fused_projections import FusableProjections, call_linear, has_hooks, have_plain_forwards
 from .logit_bounds import qk_norm_bounds
 from .norm import FoxRMSNorm
 from .rotary import FoxRotaryEmbedding, apply_rotary
@@ -313,7 +313,7 @@ class FoxAttention(FusableProjections):
             return False
         norms = [] if self.qk_norm == "none" else [self.q_norm, self.k_norm]
         shifts = [getattr(self, f"{name}_shift") for name in self.shifted]
-        return are_called_plainly(norms, FoxRMSNorm) and are_called_plainly(shifts, FoxTokenShift)
+        return have_plain_forwards(norms, FoxRMSNorm) and have_plain_forwards(shifts, FoxTokenShift)
 
     def _prologue_inputs(
         self,
@@ -375,7 +375,7 @@ class FoxAttention(FusableProjections):
             dtype = torch.promote_types(hidden_states.dtype, torch.float32)
             return hidden_states.new_zeros(*hidden_states.shape[:-1], 1, dtype=dtype)
         gate = self.forget_gate
-        plain = not torch.compiler.is_compiling() and are_called_plainly([gate], FoxForgetGate)
+        plain = not torch.compiler.is_compiling() and have_plain_forwards([gate], FoxForgetGate)
         if plain and isinstance(gate, FoxForgetGate):
             return gate.forward(hidden_states, log_sigmoid=True)
         return nn.functional.logsigmoid(gate(hidden_states))

@@ -12,7 +12,7 @@ from transformers.utils import TransformersKwargs
 
 from ..configuration_fox import FoxConfig
 from .attention import FoxAttention
-from .fused_projections import FusableProjections, are_called_plainly, call_linear, has_hooks, is_called_as_matmul
+from .fused_projections import FusableProjections, call_linear, has_hooks, have_plain_forwards, is_called_as_matmul
 from .known_modules import KnownModules
 from .logit_bounds import projection_bounds, qk_norm_bounds
 from .norm import FoxRMSNorm
@@ -107,7 +107,11 @@ class FoxDecoderLayer(GradientCheckpointingLayer):
     def _add_and_norm(self, hidden_states: Tensor, attended: Tensor) -> tuple[Tensor, Tensor]:
         """The sum, and its norm; for inference on a GPU by one kernel, unless somebody watches or replaced the norm."""
         norm = self.post_attention_layernorm
-        if not torch.is_grad_enabled() and not torch.compiler.is_compiling() and are_called_plainly([norm], FoxRMSNorm):
+        if (
+            not torch.is_grad_enabled()
+            and not torch.compiler.is_compiling()
+            and have_plain_forwards([norm], FoxRMSNorm)
+        ):
             # Imported when they are used, since importing the kernels takes time.
             from ...kernels.backends import PYTORCH, elementwise_backend_of
 

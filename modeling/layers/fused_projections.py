@@ -304,7 +304,7 @@ def is_plain_linear(module: Any) -> bool:
     return all(x is None or is_sharded(x) or type(x) is nn.Parameter for x in _parameters(module))
 
 
-def are_called_plainly(modules: list[Any], made: type[nn.Module]) -> bool:
+def have_plain_forwards(modules: list[Any], made: type[nn.Module]) -> bool:
     """Whether calling each of them does what ``forward`` of its class ``made`` does, and nothing else."""
     for module in modules:
         if type(module) is not made or "forward" in module.__dict__ or "_hf_hook" in module.__dict__:
