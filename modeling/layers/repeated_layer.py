@@ -121,7 +121,7 @@ def repeat_prompt(
 
 
 def _nothing_else_happens(hidden_states: Tensor, arguments: dict[str, Any]) -> bool:
-    """Whether a call computes by its modules, kernels and operators as they are, and nobody looks on."""
+    """Whether a call computes by its modules, kernels and operators as they are, with no hooks or modes active."""
     from ...kernels.launches.replay import may_repeat
     from ..attention_backends import runs_own_attention
 
@@ -153,7 +153,7 @@ def _run(
 
 
 def _state_of(cache: Cache, index: int) -> DynamicForgettingLayer | StaticForgettingLayer | None:
-    """The layer of a cache, if it is all of the cache that takes part, and nobody looks on."""
+    """The layer of a cache, if it is all of the cache that takes part, and its methods are its class's."""
     if type(cache) not in (DynamicCache, StaticCache) or cache.offloading or "update" in vars(cache):
         return None
     layer = cache.layers[index] if index < len(cache.layers) else None
