@@ -105,7 +105,7 @@ class FoxDecoderLayer(GradientCheckpointingLayer):
         return hidden_states + self.post_feedforward_layernorm(self.mlp(hidden_states))
 
     def _add_and_norm(self, hidden_states: Tensor, attended: Tensor) -> tuple[Tensor, Tensor]:
-        """The sum, and its norm; for inference on a GPU by one kernel, unless somebody watches or replaced the norm."""
+        """The sum, and its norm; for inference on a GPU by one kernel, unless the norm has hooks or was replaced."""
         norm = self.post_attention_layernorm
         if (
             not torch.is_grad_enabled()

@@ -54,10 +54,10 @@ def computed_again(x: Tensor, function: Callable[..., Tensor], *inputs: Tensor) 
         x: what ``function(*inputs)`` has returned, contiguous. ``inputs`` are kept anyway.
         function: deterministic.
 
-    Where somebody else decides what is kept (gradient checkpointing, offloading), that holds alone.
+    Where outer saved-tensor hooks decide what is kept (gradient checkpointing, offloading), only they do.
     """
     wanted = torch.is_grad_enabled() and x.requires_grad and may_launch(x) and x.is_contiguous()
-    if not wanted or _somebody_decides():
+    if not wanted or _outer_hooks_decide():
         return contextlib.nullcontext()
     memory, size = x.untyped_storage().data_ptr(), x.numel()
 
@@ -70,7 +70,7 @@ def computed_again(x: Tensor, function: Callable[..., Tensor], *inputs: Tensor) 
     return torch.autograd.graph.saved_tensors_hooks(pack, _unpack)
 
 
-def _somebody_decides() -> bool:
+def _outer_hooks_decide() -> bool:
     """Whether there are hooks on saved tensors, or may be none; torch has no public way to ask."""
     top = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", None)
     enabled = getattr(torch._C._autograd, "_saved_tensors_hooks_is_enabled", None)
