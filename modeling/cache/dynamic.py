@@ -128,14 +128,16 @@ class DynamicForgettingLayer(DynamicLayer):
             else:
                 self._buffers[name] = x, c.shape[-1]
 
-    def append_gates(self, log_f: Tensor, layout: TokenLayout, backend: "Backend", few: bool = False) -> None:
+    def append_gates(
+        self, log_f: Tensor, layout: TokenLayout, backend: "Backend", use_decode_kernel: bool = False
+    ) -> None:
         """Take in the gates of new tokens, before their keys and values.
 
         Args:
             log_f: ``[B, T, Hf]`` log gates of the new tokens; those of padding do not count.
             layout: of the new tokens.
             backend: that of the layer's queries.
-            few: whether the kernels of decoding take so few queries; these may take in the gates with the keys.
+            use_decode_kernel: whether the decode kernels take these queries; they may take in the gates with the keys.
         """
         past, carry = 0, None
         if self.gates is not None:
@@ -148,7 +150,9 @@ class DynamicForgettingLayer(DynamicLayer):
             self.gates = self._append("c", old_c, c, -1), self._append("first", old_first, first.int(), -1)
         self._new = Decay(c, self.gates[0], first, layout.positions)
 
-    def update(self, key_states: Tensor, value_states: Tensor, few: bool = False) -> tuple[Tensor, Tensor]:
+    def update(
+        self, key_states: Tensor, value_states: Tensor, use_decode_kernel: bool = False
+    ) -> tuple[Tensor, Tensor]:
         """As `DynamicLayer.update`, for keys whose gates `append_gates` has taken in.
 
         Raises:
@@ -171,16 +175,16 @@ class DynamicForgettingLayer(DynamicLayer):
         self._reordered = False
         return self.keys, self.values
 
-    def decay(self, few: bool, own_block: bool = False) -> tuple[Decay, CacheView | None]:
-        """The decay of the tokens taken in last over all keys, and with ``few`` what the kernels of decoding read.
+    def decay(self, use_decode_kernel: bool, own_block: bool = False) -> tuple[Decay, CacheView | None]:
+        """The decay of the tokens taken in last over all keys; with ``use_decode_kernel`` also what these kernels read.
 
         Args:
-            few: whether these kernels take so few queries.
+            use_decode_kernel: whether the decode kernels take these queries.
             own_block: whether what they read includes the block of 64 keys of the last of them.
         """
         decay, self._new = self._new, None
         assert decay is not None, "called once after append_gates and update"
-        if not few or is_torchdynamo_compiling():
+        if not use_decode_kernel or is_torchdynamo_compiling():
             return decay, None
         length = decay.key.shape[-1]
         # No query drops its own block. So a step seldom has to summarize, and a prompt, which reads its keys, never.

@@ -128,16 +128,20 @@ class PagedForgettingLayer(PagePool, CacheLayerMixin):
             return
         self.bounds, self._bounds_to_come = bounds, None
 
-    def append_gates(self, log_f: Tensor, layout: TokenLayout, backend: "Backend", few: bool = False) -> None:
+    def append_gates(
+        self, log_f: Tensor, layout: TokenLayout, backend: "Backend", use_decode_kernel: bool = False
+    ) -> None:
         """As `StaticForgettingLayer.append_gates`."""
         states, self._states = self._states, {}
-        self._new = gates_for_kernel(log_f, layout, backend, few, states)
+        self._new = gates_for_kernel(log_f, layout, backend, use_decode_kernel, states)
         if self._new is not None:
             return
         launches = backend.take_chunk is not None and may_launch(log_f)
         self._backend = backend if launches else None
         # A kernel that takes the chunk keeps what follows from its last tokens; padding repeats what is kept.
-        self._in_chunk = states if launches and self.is_initialized and not few and layout.last_real is None else None
+        self._in_chunk = (
+            states if launches and self.is_initialized and not use_decode_kernel and layout.last_real is None else None
+        )
         if self._in_chunk is None:
             for name, x in states.items():
                 self._keep_unshifted(name, x, layout)
@@ -206,14 +210,16 @@ class PagedForgettingLayer(PagePool, CacheLayerMixin):
             fixed_address(x)
         self.is_initialized = True
 
-    def update(self, key_states: Tensor, value_states: Tensor, few: bool = False) -> tuple[Tensor, Tensor]:
+    def update(
+        self, key_states: Tensor, value_states: Tensor, use_decode_kernel: bool = False
+    ) -> tuple[Tensor, Tensor]:
         """Take in keys and values, ``[B, G, T, D]``.
 
         Args:
-            few: whether the decode kernels will read the pages.
+            use_decode_kernel: whether the decode kernels will read the pages.
 
         Returns:
-            The pages, or without ``few`` all keys and values, ``[B, G, Tk, D]``, values zero where they are evicted.
+            The pages; without ``use_decode_kernel`` all keys and values, ``[B, G, Tk, D]``, values zero where evicted.
 
         Raises:
             RuntimeError: gradients are wanted, or a long prompt is compiled.
@@ -226,7 +232,7 @@ class PagedForgettingLayer(PagePool, CacheLayerMixin):
         if isinstance(self._new, NewGates):
             self._new = self._append_by_kernel(self._new, key_states, value_states)
             return self.keys, self.values
-        if few:
+        if use_decode_kernel:
             self.write_tokens(key_states, value_states, self._new.query, self._new.last)
             self._summarize(self._new.query, key_states, self._new.last[0])
             result = self.keys, self.values
@@ -257,11 +263,11 @@ class PagedForgettingLayer(PagePool, CacheLayerMixin):
         )
         return Decay(c, c, first, layout.positions)
 
-    def decay(self, few: bool, own_block: bool = False) -> tuple[Decay, CacheView | None]:
+    def decay(self, use_decode_kernel: bool, own_block: bool = False) -> tuple[Decay, CacheView | None]:
         """As `DynamicForgettingLayer.decay`."""
         decay, self._new = self._new, None
         gathered, self._gathered = self._gathered, None
-        if not few:
+        if not use_decode_kernel:
             assert gathered is not None, "called once after append_gates and update"
             return gathered, None
         decay = Decay(decay.query, self.c, decay.kv_start, decay.last)

@@ -166,10 +166,12 @@ class ReservedForgettingLayer(StaticForgettingLayer):
             grown.summary, grown.summarized = (summary, (log_decays.clone(), largest.clone())), count
         return grown
 
-    def append_gates(self, log_f: Tensor, layout: TokenLayout, backend: "Backend", few: bool = False) -> None:
+    def append_gates(
+        self, log_f: Tensor, layout: TokenLayout, backend: "Backend", use_decode_kernel: bool = False
+    ) -> None:
         assert self.gates is not None
         states, self._states = self._states, {}
-        self._new = gates_for_kernel(log_f, layout, backend, few and self.summary is not None, states)
+        self._new = gates_for_kernel(log_f, layout, backend, use_decode_kernel and self.summary is not None, states)
         if self._new is not None:
             return
         for name, x in states.items():
@@ -182,7 +184,9 @@ class ReservedForgettingLayer(StaticForgettingLayer):
         last_first.copy_(first[..., -1])
         self._new = Decay(c, all_c, first, layout.positions)
 
-    def update(self, key_states: Tensor, value_states: Tensor, few: bool = False) -> tuple[Tensor, Tensor]:
+    def update(
+        self, key_states: Tensor, value_states: Tensor, use_decode_kernel: bool = False
+    ) -> tuple[Tensor, Tensor]:
         new = self._new
         assert new is not None and self.gates is not None, "called after append_gates"
         if isinstance(new, NewGates):

@@ -69,13 +69,13 @@ class NewGates(NamedTuple):
 
 
 def gates_for_kernel(
-    log_f: Tensor, layout: TokenLayout, backend: "Backend", few: bool, states: dict[str, Tensor]
+    log_f: Tensor, layout: TokenLayout, backend: "Backend", use_decode_kernel: bool, states: dict[str, Tensor]
 ) -> NewGates | None:
     """The gates, and unshifted ``states``, of a decoding step, if a kernel is to take them in.
 
     Compiled steps take the operators, which torch.compile fuses with what is around them.
     """
-    if not few or backend.append is None or not may_launch(log_f):
+    if not use_decode_kernel or backend.append is None or not may_launch(log_f):
         return None
     return NewGates(log_f, layout, backend.append, states)
 
@@ -218,11 +218,13 @@ class StaticForgettingLayer(StaticLayer):
         """Note that they have taken in a prompt."""
         self.was_reset = False
 
-    def append_gates(self, log_f: Tensor, layout: TokenLayout, backend: "Backend", few: bool = False) -> None:
+    def append_gates(
+        self, log_f: Tensor, layout: TokenLayout, backend: "Backend", use_decode_kernel: bool = False
+    ) -> None:
         """As `DynamicForgettingLayer.append_gates`: before `update`, which moves the length that is read here."""
         assert self.gates is not None, "called after lazy_initialization"
         states, self._states = self._states, {}
-        self._new = gates_for_kernel(log_f, layout, backend, few and self.summary is not None, states)
+        self._new = gates_for_kernel(log_f, layout, backend, use_decode_kernel and self.summary is not None, states)
         if self._new is not None:
             return
         for name, x in states.items():
@@ -237,7 +239,9 @@ class StaticForgettingLayer(StaticLayer):
             held.copy_(new[..., -1])
         self._new = Decay(c, all_c, first, layout.positions)
 
-    def update(self, key_states: Tensor, value_states: Tensor, few: bool = False) -> tuple[Tensor, Tensor]:
+    def update(
+        self, key_states: Tensor, value_states: Tensor, use_decode_kernel: bool = False
+    ) -> tuple[Tensor, Tensor]:
         """As `DynamicForgettingLayer.update`."""
         new = self._new
         check_gates(new)
@@ -275,11 +279,11 @@ class StaticForgettingLayer(StaticLayer):
         c, first = new.append(key_states, value_states, new.log_f, layout.positions, layout.real, **given)
         return Decay(c, all_c, first, layout.positions)
 
-    def decay(self, few: bool, own_block: bool = False) -> tuple[Decay, CacheView | None]:
+    def decay(self, use_decode_kernel: bool, own_block: bool = False) -> tuple[Decay, CacheView | None]:
         """As `DynamicForgettingLayer.decay`; the keys are the whole buffer."""
         decay, self._new = self._new, None
         assert isinstance(decay, Decay), "called once after append_gates and update"
-        if not few or self.summary is None:
+        if not use_decode_kernel or self.summary is None:
             return decay, None
         return decay, CacheView(self.summary[0])
 

@@ -208,20 +208,22 @@ class FoxAttention(FusableProjections):
                     cache_layer.append_unshifted(name, states[1 if name == "key" else 2], layout)
         log_f = self.log_forget_gates(hidden_states)
 
-        few = has_past and is_fox and layout.after_sink is None and self._can_use_decode_kernels(q, k, backend)
+        use_decode_kernel = (
+            has_past and is_fox and layout.after_sink is None and self._can_use_decode_kernels(q, k, backend)
+        )
         dropout = self.attention_dropout if self.training else 0.0
-        if is_fox and not few and layout.shards is None:
+        if is_fox and not use_decode_kernel and layout.shards is None:
             prepare(self, settings, q, k, v, log_f, dropout, backend)
         q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
         if cache is None or cache_layer is None:
             c, kv_start = layout.accumulate(log_f, backend)
             decay = Decay(c, c, kv_start, layout.positions)
         else:
-            cache_layer.append_gates(log_f, layout, backend, few)
-            k, v = cache.update(k, v, self.layer_idx, few=few)
+            cache_layer.append_gates(log_f, layout, backend, use_decode_kernel)
+            k, v = cache.update(k, v, self.layer_idx, use_decode_kernel=use_decode_kernel)
             # The bound of the logits that the rule reads, where the weights give none.
             needs_keys = settings.reads_bound and (self.qk_norm == "none" or self.rope_stretches)
-            decay, view = cache_layer.decay(few, own_block=needs_keys)
+            decay, view = cache_layer.decay(use_decode_kernel, own_block=needs_keys)
         decay, real = _without_padding(decay, view, layout)
 
         attend = ALL_ATTENTION_FUNCTIONS.get_interface(settings.implementation, eager_attention_forward)
@@ -230,7 +232,7 @@ class FoxAttention(FusableProjections):
         out, weights = attend(self, q, k, v, None, decay=decay, scaling=self.scaling, dropout=dropout, **options)
 
         out = self._normalize_and_gate(out, hidden_states, fused)
-        return call_linear(self.o_proj, out) if few else self.o_proj(out), weights
+        return call_linear(self.o_proj, out) if use_decode_kernel else self.o_proj(out), weights
 
     def _normalize_and_gate(self, out: Tensor, hidden_states: Tensor, fused: dict[str, Tensor]) -> Tensor:
         """Output norm and output gate, where the configuration has them: ``[B, T, H, D] -> [B, T, H * D]``.

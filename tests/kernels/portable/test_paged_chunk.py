@@ -40,7 +40,7 @@ class Taken:
             self.layer.append_unshifted(name, x, layout)
         self.layer.append_gates(log_f, layout, self.backend)
         keys, values = self.layer.update(k, v)
-        decay, _ = self.layer.decay(few=False)
+        decay, _ = self.layer.decay(use_decode_kernel=False)
         paged.settle([x for x in [self.layer] if x.pending is not None])
         return [keys, values, decay.query, decay.key, decay.kv_start, decay.last]
 

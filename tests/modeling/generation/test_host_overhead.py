@@ -166,7 +166,7 @@ class Summaries:
         return self._real(*args)
 
     @torch.no_grad()
-    def feed(self, count: int, few: bool, own_block: bool = False) -> None:
+    def feed(self, count: int, use_decode_kernel: bool, own_block: bool = False) -> None:
         past = self.layer.get_seq_length()
         positions = torch.arange(past, past + count)
         keys = torch.randn(2, 1, count, 8)
@@ -174,8 +174,8 @@ class Summaries:
             -torch.rand(2, count, 3), TokenLayout(positions, None, None, None, positions), backends.PYTORCH
         )
         self.layer.update(keys, keys)
-        decay, view = self.layer.decay(few, own_block)
-        assert (view is None) != few
+        decay, view = self.layer.decay(use_decode_kernel, own_block)
+        assert (view is None) != use_decode_kernel
         if view is not None:
             # A query reads of the blocks before its own; with own_block of that too.
             length = past + count
@@ -191,18 +191,18 @@ class Summaries:
 def test_keys_are_summarized_when_a_step_needs_it(monkeypatch: pytest.MonkeyPatch) -> None:
     run = Summaries(monkeypatch)
     for part in (100, 30, 200):
-        run.feed(part, few=False)
+        run.feed(part, use_decode_kernel=False)
     assert run.taken == 0
     for _ in range(130):
-        run.feed(1, few=True)
+        run.feed(1, use_decode_kernel=True)
     # At the first step, and where a block of 64 was full: at 384 and 448 tokens.
     assert run.taken == 3
     run.layer.crop(-100)
     for _ in range(30):
-        run.feed(3, few=True)
-    run.feed(1, few=True, own_block=True)
-    run.feed(2, few=True, own_block=True)
-    run.feed(90, few=False)
-    run.feed(5, few=True)
+        run.feed(3, use_decode_kernel=True)
+    run.feed(1, use_decode_kernel=True, own_block=True)
+    run.feed(2, use_decode_kernel=True, own_block=True)
+    run.feed(90, use_decode_kernel=False)
+    run.feed(5, use_decode_kernel=True)
     run.layer.crop(-1)
-    run.feed(5, few=True)
+    run.feed(5, use_decode_kernel=True)
