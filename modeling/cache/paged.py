@@ -293,7 +293,7 @@ class PagedForgettingLayer(PagePool, CacheLayerMixin):
         self._gathered = Decay(new.query, c_by_gate, kv_start, new.last)
         self.pending = _Pending(start, length, write)
         if len(keys) * tokens > _TOKENS_AT_ONCE:
-            settle([self])
+            flush_pages([self])
         return keys, values
 
     def _take_chunk(
@@ -466,7 +466,7 @@ class PagedForgettingLayer(PagePool, CacheLayerMixin):
             self._select(torch.arange(len(self.pages), device=self.device)[indices])
 
 
-def settle(layers: list[PagedForgettingLayer]) -> None:
+def flush_pages(layers: list[PagedForgettingLayer]) -> None:
     """Write what ``layers`` have taken in, all in the same pass, to pages, after freeing what can be evicted."""
     pending = [layer.pending for layer in layers]
     if not pending:
@@ -569,7 +569,7 @@ class FoxPagedCache(Cache):
 
     def settle(self) -> None:
         """Write to pages what layers have taken in; the model calls this at the end of its forward. Synchronises."""
-        settle([layer for layer in self.layers if layer.pending is not None])
+        flush_pages([layer for layer in self.layers if layer.pending is not None])
 
     def held_bytes(self) -> int:
         """Bytes of keys and values, and of running sums of gates, in all layers."""

@@ -41,7 +41,7 @@ class Taken:
         self.layer.append_gates(log_f, layout, self.backend)
         keys, values = self.layer.update(k, v)
         decay, _ = self.layer.decay(use_decode_kernel=False)
-        paged.settle([x for x in [self.layer] if x.pending is not None])
+        paged.flush_pages([x for x in [self.layer] if x.pending is not None])
         return [keys, values, decay.query, decay.key, decay.kv_start, decay.last]
 
     def state(self) -> list[Tensor]:
