@@ -157,11 +157,11 @@ class CacheGraphs:
     """The captured steps of one cache, by shape.
 
     Attributes:
-        lent: layers that take the place of those of a growing cache, while its steps are captured.
+        reserved: layers that take the place of those of a growing cache, while its steps are captured.
     """
 
     def __init__(self, model: Any) -> None:
-        self.lent: list[ReservedForgettingLayer] = []
+        self.reserved: list[ReservedForgettingLayer] = []
         self._sizes = state_sizes(model.config)
         self._pool: Any = None
         self._steps: dict[tuple, _Step] = {}
@@ -199,20 +199,20 @@ class CacheGraphs:
         if logits is None:
             self.give_back(cache)
             return None
-        for layer in self.lent:
+        for layer in self.reserved:
             layer.tokens += ids.shape[1]
         self._known_length += ids.shape[1]
         return logits
 
     def give_back(self, cache: Cache) -> None:
-        """Give a growing cache its layers back, if they are lent; graphs stay."""
-        if self.lent and cache.layers[0] is self.lent[0]:
-            cache.layers[: len(self.lent)] = [layer.give_back() for layer in self.lent]
+        """Give a growing cache its layers back, if reserved ones stand in their place; graphs stay."""
+        if self.reserved and cache.layers[0] is self.reserved[0]:
+            cache.layers[: len(self.reserved)] = [layer.give_back() for layer in self.reserved]
 
     def _prepare(self, cache: Cache, tokens: int, longest: int) -> bool:
         """Have the cache's state at addresses that stay; False if that cannot be."""
         layers = cache.layers
-        if self.lent and layers[0] is self.lent[0] and not self.lent[0].has_room(tokens):
+        if self.reserved and layers[0] is self.reserved[0] and not self.reserved[0].has_room(tokens):
             self.give_back(cache)
         kinds = {type(x) for x in layers}
         if kinds == {DynamicForgettingLayer}:
@@ -221,9 +221,9 @@ class CacheGraphs:
             self._lend(cache, tokens, longest)
         elif not all(issubclass(x, _FIXED_LAYERS) for x in kinds) or False in [x.is_initialized for x in layers]:
             return False
-        if self.lent and self._known_length != self.lent[0].tokens:
+        if self.reserved and self._known_length != self.reserved[0].tokens:
             assert self._length is not None, "made with the layers"
-            self._known_length = self.lent[0].tokens
+            self._known_length = self.reserved[0].tokens
             self._length.fill_(self._known_length)
         # Objects, not addresses, which may be used again; a graph of other buffers is never right again.
         buffers = [x for layer in cache.layers for x in (layer.keys, layer.values, getattr(layer, "pages", None))]
@@ -237,21 +237,21 @@ class CacheGraphs:
     def _lend(self, cache: Cache, tokens: int, longest: int) -> None:
         """Put layers with room for more in the place of growing ones."""
         held = cache.get_seq_length()
-        if len(self.lent) != len(cache.layers) or not all(
-            layer.fits(grown, tokens) for layer, grown in zip(self.lent, cache.layers, strict=True)
+        if len(self.reserved) != len(cache.layers) or not all(
+            layer.fits(grown, tokens) for layer, grown in zip(self.reserved, cache.layers, strict=True)
         ):
             wanted = min(longest - held, max(_ROOM, held // 8))
             room = -(-(held + max(wanted, tokens, _LEAST_ROOM)) // _ROOM_MULTIPLE) * _ROOM_MULTIPLE
             if self._length is None:
                 with torch.inference_mode(False):
                     self._length = torch.zeros((), dtype=torch.int64, device=cache.layers[0].keys.device)
-            self.lent = []
+            self.reserved = []
             for i, grown in enumerate(cache.layers):
-                self.lent.append(ReservedForgettingLayer(grown, room, self._sizes, self._length))
-                cache.layers[i] = self.lent[-1]
+                self.reserved.append(ReservedForgettingLayer(grown, room, self._sizes, self._length))
+                cache.layers[i] = self.reserved[-1]
             self._known_length = -1
             return
-        for i, layer in enumerate(self.lent):
+        for i, layer in enumerate(self.reserved):
             layer.take(cache.layers[i])
             cache.layers[i] = layer
 
@@ -259,8 +259,8 @@ class CacheGraphs:
         self, cache: Cache, ids: Tensor, attention_mask: Tensor | dict | None, position_ids: Tensor | None
     ) -> dict[str, Tensor | None]:
         """What a step reads beside the cache: tokens, the padding mask over the whole buffers, positions."""
-        past = self.lent[0].tokens if self.lent else cache.get_seq_length()
-        keys = self.lent[0].max_cache_len if self.lent else cache.get_mask_sizes(ids.shape[1], 0)[0]
+        past = self.reserved[0].tokens if self.reserved else cache.get_seq_length()
+        keys = self.reserved[0].max_cache_len if self.reserved else cache.get_mask_sizes(ids.shape[1], 0)[0]
         mask = padding_mask(attention_mask, ids.shape[0], past, ids.shape[1], keys, ids.device)
         return {"input_ids": ids, "attention_mask": mask, "position_ids": position_ids}
 
@@ -300,14 +300,14 @@ class CacheGraphs:
     ) -> Tensor:
         """Run the model's forward on the device's own length."""
         mask = {LAYER_TYPE: inputs["attention_mask"]}
-        for layer in self.lent:
+        for layer in self.reserved:
             layer.in_step = True
         try:
             logits = run.forward(**(inputs | {"attention_mask": mask}), cache=cache, logits_to_keep=logits_to_keep)
         finally:
-            for layer in self.lent:
+            for layer in self.reserved:
                 layer.in_step, layer._new = False, None
-        if self.lent:
+        if self.reserved:
             cast(Tensor, self._length).add_(cast(Tensor, inputs["input_ids"]).shape[1])
         return logits
 
