@@ -231,7 +231,7 @@ class DynamicForgettingLayer(DynamicLayer):
         return None if states is None or states.shape[1] == 0 else states
 
     @property
-    def unshifted_ring(self) -> dict[str, Tensor]:
+    def unshifted_buffer(self) -> dict[str, Tensor]:
         """By name, ``[B, 64, G, D]`` unshifted states by index modulo 64, where a layer keeps them so; else empty."""
         return {}
 

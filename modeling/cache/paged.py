@@ -169,7 +169,7 @@ class PagedForgettingLayer(PagePool, CacheLayerMixin):
         return self._last(name, 1, layout)
 
     @property
-    def unshifted_ring(self) -> dict[str, Tensor]:
+    def unshifted_buffer(self) -> dict[str, Tensor]:
         """As of `DynamicForgettingLayer`."""
         return {name: x for name, x in self.recent.items() if x.ndim == 4}
 

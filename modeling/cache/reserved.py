@@ -203,7 +203,7 @@ class ReservedForgettingLayer(StaticForgettingLayer):
         return self.unshifted[name].index_select(1, layout.slots[:1])
 
     @property
-    def unshifted_ring(self) -> dict[str, Tensor]:
+    def unshifted_buffer(self) -> dict[str, Tensor]:
         return self.unshifted
 
     def _keep_unshifted(self, name: str, states: Tensor, layout: TokenLayout) -> None:

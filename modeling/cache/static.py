@@ -293,7 +293,7 @@ class StaticForgettingLayer(StaticLayer):
         return self._unless_restarted(state) if is_torchdynamo_exporting() else state
 
     @property
-    def unshifted_ring(self) -> dict[str, Tensor]:
+    def unshifted_buffer(self) -> dict[str, Tensor]:
         """As of `DynamicForgettingLayer`."""
         return {}
 

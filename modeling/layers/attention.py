@@ -332,10 +332,10 @@ class FoxAttention(FusableProjections):
             key_logits = self.key_shift.proj(hidden_states)
         if "value" in self.shifted and value_logits is None:
             value_logits = self.value_shift.proj(hidden_states)
-        ring = None if cache_layer is None else cache_layer.unshifted_ring
+        held = None if cache_layer is None else cache_layer.unshifted_buffer
         # Autograd would keep what the cache overwrites.
-        if ring and not torch.is_grad_enabled():
-            key_past, value_past, past_slot = ring.get("key"), ring.get("value"), layout.slots
+        if held and not torch.is_grad_enabled():
+            key_past, value_past, past_slot = held.get("key"), held.get("value"), layout.slots
         else:
             key_past = _last_unshifted("key", layout, cache_layer) if "key" in self.shifted else None
             value_past = _last_unshifted("value", layout, cache_layer) if "value" in self.shifted else None
