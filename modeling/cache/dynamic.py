@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 _DYNAMIC_NOT_EXPORTED = ("_buffers", "_new", "_reordered", "expected", "summarized", "summary")
 
 # What `_append` keeps in buffers.
-_BUFFERED = ("keys", "values", "c", "first")
+_BUFFERED = ("keys", "values", "c", "kv_start")
 
 
 class DynamicForgettingLayer(DynamicLayer):
@@ -117,9 +117,9 @@ class DynamicForgettingLayer(DynamicLayer):
 
     def take_state(self, state: Sequence[Any], names: Collection[str]) -> None:
         """Hold the `state` that taking in a prompt has left, there or in a call that did the same."""
-        self.keys, self.values, c, first, *rest = state
+        self.keys, self.values, c, kv_start, *rest = state
         self.dtype, self.device, self.is_initialized = self.keys.dtype, self.keys.device, True
-        self.gates = c, first
+        self.gates = c, kv_start
         self.unshifted = dict(zip(names, rest, strict=False))
         for name, x in zip(_BUFFERED, rest[len(names) :], strict=True):
             # In place: a shallow copy of this layer learns from it that the room is taken.
@@ -141,14 +141,14 @@ class DynamicForgettingLayer(DynamicLayer):
         """
         past, carry = 0, None
         if self.gates is not None:
-            old_c, old_first = self.gates
-            past, carry = old_c.shape[-1], (old_c[..., -1], old_first[..., -1])
-        c, first = layout.accumulate(log_f, backend, past, carry)
+            old_c, old_kv_start = self.gates
+            past, carry = old_c.shape[-1], (old_c[..., -1], old_kv_start[..., -1])
+        c, kv_start = layout.accumulate(log_f, backend, past, carry)
         if self.gates is None:
-            self.gates = c, first.int()
+            self.gates = c, kv_start.int()
         else:
-            self.gates = self._append("c", old_c, c, -1), self._append("first", old_first, first.int(), -1)
-        self._new = Decay(c, self.gates[0], first, layout.positions)
+            self.gates = self._append("c", old_c, c, -1), self._append("kv_start", old_kv_start, kv_start.int(), -1)
+        self._new = Decay(c, self.gates[0], kv_start, layout.positions)
 
     def update(
         self, key_states: Tensor, value_states: Tensor, use_decode_kernel: bool = False
@@ -289,8 +289,8 @@ class DynamicForgettingLayer(DynamicLayer):
         if count:
             super().crop(tokens_to_remove)
             if self.gates is not None:
-                c, first = self.gates
-                self.gates = c[..., :-count], first[..., :-count]
+                c, kv_start = self.gates
+                self.gates = c[..., :-count], kv_start[..., :-count]
             self.unshifted = {name: states[:, :-count] for name, states in self.unshifted.items()}
             self._rewind_summary(length - count)
         if self.record_past:
@@ -320,8 +320,8 @@ class DynamicForgettingLayer(DynamicLayer):
         self._buffers.clear()
         self._reordered = True
         if self.gates is not None:
-            c, first = self.gates
-            self.gates = select(c), select(first)
+            c, kv_start = self.gates
+            self.gates = select(c), select(kv_start)
         self.unshifted = {name: select(states) for name, states in self.unshifted.items()}
         if self.summary is not None:
             summary, (log_decays, largest) = self.summary

@@ -63,7 +63,7 @@ class PagedForgettingLayer(PagePool, CacheLayerMixin):
 
     Attributes:
         summary: of all keys so far, evicted ones included.
-        recent: of the last 64 tokens, by index modulo 64: ``c`` ``[B, Hf, 64]`` float64, ``first`` ``[B, Hf, 64]``
+        recent: of the last 64 tokens, by index modulo 64: ``c`` ``[B, Hf, 64]`` float64, ``kv_start`` ``[B, Hf, 64]``
             int64, and with token shift the unshifted ``key`` and ``value``, ``[B, 64, G, D]``.
         cumulative_length: int64 number of tokens, on the device.
         pending: tokens of a prompt until the end of the model's forward, where pages are allocated for all layers at
@@ -149,18 +149,18 @@ class PagedForgettingLayer(PagePool, CacheLayerMixin):
         if "c" not in self.recent:
             self.cumulative_length = fixed_address(self.cumulative_length.to(log_f.device))
             self.recent["c"] = fixed_address(torch.zeros(batch, gates, PAGE, dtype=torch.float64, device=log_f.device))
-            self.recent["first"] = fixed_address(
+            self.recent["kv_start"] = fixed_address(
                 torch.zeros(batch, gates, PAGE, dtype=torch.int64, device=log_f.device)
             )
-        carry = self._last("c", -1, layout)[..., 0], self._last("first", -1, layout)[..., 0]
+        carry = self._last("c", -1, layout)[..., 0], self._last("kv_start", -1, layout)[..., 0]
         # The device's own length for a step, which may be captured in a graph that serves any length.
         is_known = len(layout.positions) > PAGE and self.known_length is not None
         offset = self.known_length if is_known else self.cumulative_length
-        c, first = layout.accumulate(log_f, backend, offset, carry)
+        c, kv_start = layout.accumulate(log_f, backend, offset, carry)
         if self._in_chunk is None:
             self._write_recent("c", c, -1, layout)
-            self._write_recent("first", first, -1, layout)
-        self._new = Decay(c, c, first, layout.positions)
+            self._write_recent("kv_start", kv_start, -1, layout)
+        self._new = Decay(c, c, kv_start, layout.positions)
 
     def previous_unshifted(self, name: str, layout: TokenLayout) -> Tensor | None:
         """As `StaticForgettingLayer.previous_unshifted`."""
@@ -245,7 +245,7 @@ class PagedForgettingLayer(PagePool, CacheLayerMixin):
 
     def _append_by_kernel(self, new: NewGates, key_states: Tensor, value_states: Tensor) -> Decay:
         layout = new.layout
-        c, first = new.append(
+        c, kv_start = new.append(
             key_states,
             value_states,
             new.log_f,
@@ -254,14 +254,14 @@ class PagedForgettingLayer(PagePool, CacheLayerMixin):
             keys=self.keys,
             values=self.values,
             c=self.c,
-            last=(self.recent["c"], self.recent["first"]),
+            last=(self.recent["c"], self.recent["kv_start"]),
             summary=self.summary,
             running=self.running,
             length=self.cumulative_length,
             pages=self.pages,
             **new.unshifted(self.recent),
         )
-        return Decay(c, c, first, layout.positions)
+        return Decay(c, c, kv_start, layout.positions)
 
     def decay(self, use_decode_kernel: bool, own_block: bool = False) -> tuple[Decay, CacheView | None]:
         """As `DynamicForgettingLayer.decay`."""
@@ -339,7 +339,7 @@ class PagedForgettingLayer(PagePool, CacheLayerMixin):
         if states is None:
             return Recent()
         shifted = (x for name in ("key", "value") for x in (states.get(name), self.recent.get(name)))
-        return Recent(self.recent["c"], self.recent["first"], *shifted)
+        return Recent(self.recent["c"], self.recent["kv_start"], *shifted)
 
     def _pools(self) -> dict[str, Tensor]:
         # One page stands for all, so that launches are remembered however many there are.
@@ -370,7 +370,7 @@ class PagedForgettingLayer(PagePool, CacheLayerMixin):
         )
         if c is None:
             # Blocks before a hard reset are hidden from all later queries.
-            hidden = (self.recent["first"][..., token % PAGE] // PAGE).int()
+            hidden = (self.recent["kv_start"][..., token % PAGE] // PAGE).int()
             if hidden.shape[1] not in (1, start.shape[1]):
                 hidden = hidden.unflatten(1, (start.shape[1], -1)).amin(2)
             start = torch.maximum(start, hidden)

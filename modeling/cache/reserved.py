@@ -72,12 +72,12 @@ class ReservedForgettingLayer(StaticForgettingLayer):
         self.dtype, self.device = keys.dtype, keys.device
         # Zeros: what is hidden by causality is still multiplied, by a weight of zero.
         self.keys, self.values = (x.new_zeros(*x.shape[:2], self.max_cache_len, x.shape[3]) for x in (keys, values))
-        c, first = grown.gates
+        c, kv_start = grown.gates
         batch, gates = c.shape[:2]
         shape = batch, gates, self.max_cache_len
         c, last_c = c.new_zeros(shape), c.new_zeros(batch, gates)
-        last_first = first.new_zeros(batch, gates, dtype=torch.int64)
-        self.gates = GateSums((c, last_c, last_first, first.new_zeros(shape)))
+        last_kv_start = kv_start.new_zeros(batch, gates, dtype=torch.int64)
+        self.gates = GateSums((c, last_c, last_kv_start, kv_start.new_zeros(shape)))
         self.unshifted = {name: x.new_zeros(batch, self.window, *x.shape[2:]) for name, x in grown.unshifted.items()}
         from ...kernels.backends import backend_of
 
@@ -99,18 +99,18 @@ class ReservedForgettingLayer(StaticForgettingLayer):
         """Take over the state of ``grown``, whose keys may already be the beginning of these buffers."""
         assert grown.gates is not None and self.gates is not None, "it holds tokens"
         self.grown, self.tokens = grown, grown.get_seq_length()
-        c, first = grown.gates
-        all_c, last_c, last_first, all_first = self.gates
+        c, kv_start = grown.gates
+        all_c, last_c, last_kv_start, all_kv_start = self.gates
         for buffer, held, dim in (
             (self.keys, grown.keys, 2),
             (self.values, grown.values, 2),
             (all_c, c, 2),
-            (all_first, first, 2),
+            (all_kv_start, kv_start, 2),
         ):
             if held.data_ptr() != buffer.data_ptr() or held.stride() != buffer.stride():
                 buffer.narrow(dim, 0, self.tokens).copy_(held)
         last_c.copy_(c[..., -1])
-        last_first.copy_(first[..., -1])
+        last_kv_start.copy_(kv_start[..., -1])
         self.oldest = 0
         for name, states in grown.unshifted.items():
             count = min(self.window, self.tokens, states.shape[1])
@@ -149,14 +149,14 @@ class ReservedForgettingLayer(StaticForgettingLayer):
         if count == 0:
             grown.reset()
             return grown
-        c, _, _, first = self.gates
+        c, _, _, kv_start = self.gates
         grown.keys, grown.values = (x.narrow(2, 0, count) for x in (self.keys, self.values))
-        grown.gates = c.narrow(2, 0, count), first.narrow(2, 0, count)
+        grown.gates = c.narrow(2, 0, count), kv_start.narrow(2, 0, count)
         grown._buffers = {
             "keys": (self.keys, count),
             "values": (self.values, count),
             "c": (c, count),
-            "first": (first, count),
+            "kv_start": (kv_start, count),
         }
         begin = max(self.oldest, count - self.window)
         slots = torch.arange(begin, count, device=self.device).remainder(self.window)
@@ -176,13 +176,13 @@ class ReservedForgettingLayer(StaticForgettingLayer):
             return
         for name, x in states.items():
             self._keep_unshifted(name, x, layout)
-        all_c, last_c, last_first, all_first = self.gates
-        c, first = layout.accumulate(log_f, backend, self.cumulative_length, (last_c, last_first))
+        all_c, last_c, last_kv_start, all_kv_start = self.gates
+        c, kv_start = layout.accumulate(log_f, backend, self.cumulative_length, (last_c, last_kv_start))
         all_c.index_copy_(2, layout.positions, c)
-        all_first.index_copy_(2, layout.positions, first.int())
+        all_kv_start.index_copy_(2, layout.positions, kv_start.int())
         last_c.copy_(c[..., -1])
-        last_first.copy_(first[..., -1])
-        self._new = Decay(c, all_c, first, layout.positions)
+        last_kv_start.copy_(kv_start[..., -1])
+        self._new = Decay(c, all_c, kv_start, layout.positions)
 
     def update(
         self, key_states: Tensor, value_states: Tensor, use_decode_kernel: bool = False
@@ -190,8 +190,8 @@ class ReservedForgettingLayer(StaticForgettingLayer):
         new = self._new
         assert new is not None and self.gates is not None, "called after append_gates"
         if isinstance(new, NewGates):
-            _, last_c, last_first, first = self.gates
-            buffers = {"last": (last_c, last_first), "first": first, "length": None}
+            _, last_c, last_kv_start, kv_start = self.gates
+            buffers = {"last": (last_c, last_kv_start), "first": kv_start, "length": None}
             self._new = self._append_by_kernel(new, key_states, value_states, **buffers)
             return self.keys, self.values
         self.keys.index_copy_(2, new.last, key_states)
@@ -248,9 +248,9 @@ class ReservedForgettingLayer(StaticForgettingLayer):
                 f"before, and only the last {self.tokens - self.oldest} are kept"
             )
         assert self.gates is not None
-        c, last_c, last_first, first = self.gates
+        c, last_c, last_kv_start, kv_start = self.gates
         last_c.copy_(c[..., left - 1])
-        last_first.copy_(first[..., left - 1])
+        last_kv_start.copy_(kv_start[..., left - 1])
         self.tokens = left
 
     def reset(self) -> None:
@@ -261,9 +261,9 @@ class ReservedForgettingLayer(StaticForgettingLayer):
         assert self.gates is not None
         rows = beam_idx.to(self.device)
         summary, running = self.summary or ((), ())
-        c, last_c, last_first, first = self.gates
-        by_token = [x.narrow(2, 0, self.tokens) for x in (self.keys, self.values, c, first)]
-        for held in (*by_token, last_c, last_first, *self.unshifted.values(), *summary, *running):
+        c, last_c, last_kv_start, kv_start = self.gates
+        by_token = [x.narrow(2, 0, self.tokens) for x in (self.keys, self.values, c, kv_start)]
+        for held in (*by_token, last_c, last_kv_start, *self.unshifted.values(), *summary, *running):
             held.copy_(held.index_select(0, rows))
 
 

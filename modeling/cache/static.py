@@ -181,8 +181,8 @@ class StaticForgettingLayer(StaticLayer):
         gates = heads * all_gates // all_heads or 1
         c = key_states.new_zeros(batch, gates, self.max_cache_len, dtype=torch.float64)
         last_c = key_states.new_zeros(batch, gates, dtype=torch.float64)
-        last_first = key_states.new_zeros(batch, gates, dtype=torch.int64)
-        self.gates = GateSums((c, last_c, last_first))
+        last_kv_start = key_states.new_zeros(batch, gates, dtype=torch.int64)
+        self.gates = GateSums((c, last_c, last_kv_start))
         states = {"key": key_states, "value": value_states}
         self.unshifted = {name: states[name].new_zeros(batch, 1, heads, states[name].shape[-1]) for name in shifted}
         from ...kernels.backends import backend_of
@@ -229,15 +229,15 @@ class StaticForgettingLayer(StaticLayer):
             return
         for name, x in states.items():
             self._keep_unshifted(name, x, layout)
-        all_c, last_c, last_first = self.gates
+        all_c, last_c, last_kv_start = self.gates
         if is_torchdynamo_exporting():
-            last_c, last_first = self._unless_restarted(last_c), self._unless_restarted(last_first)
-        carry = last_c, last_first
-        c, first = layout.accumulate(log_f, backend, self.cumulative_length, carry)
+            last_c, last_kv_start = self._unless_restarted(last_c), self._unless_restarted(last_kv_start)
+        carry = last_c, last_kv_start
+        c, kv_start = layout.accumulate(log_f, backend, self.cumulative_length, carry)
         all_c.index_copy_(2, layout.positions, c)
-        for held, new in zip(self.gates[1:], (c, first), strict=True):
+        for held, new in zip(self.gates[1:], (c, kv_start), strict=True):
             held.copy_(new[..., -1])
-        self._new = Decay(c, all_c, first, layout.positions)
+        self._new = Decay(c, all_c, kv_start, layout.positions)
 
     def update(
         self, key_states: Tensor, value_states: Tensor, use_decode_kernel: bool = False
@@ -270,14 +270,14 @@ class StaticForgettingLayer(StaticLayer):
             buffers: beside or instead of those of this class, as `Backend.append` takes them.
         """
         assert self.gates is not None and self.summary is not None, "asked in append_gates"
-        all_c, last_c, last_first = self.gates[:3]
+        all_c, last_c, last_kv_start = self.gates[:3]
         summary, running = self.summary
-        given = {"keys": self.keys, "values": self.values, "c": all_c, "last": (last_c, last_first)}
+        given = {"keys": self.keys, "values": self.values, "c": all_c, "last": (last_c, last_kv_start)}
         given |= {"summary": summary, "running": running, "length": self.cumulative_length, **buffers}
         given |= new.unshifted(self.unshifted)
         layout = new.layout
-        c, first = new.append(key_states, value_states, new.log_f, layout.positions, layout.real, **given)
-        return Decay(c, all_c, first, layout.positions)
+        c, kv_start = new.append(key_states, value_states, new.log_f, layout.positions, layout.real, **given)
+        return Decay(c, all_c, kv_start, layout.positions)
 
     def decay(self, use_decode_kernel: bool, own_block: bool = False) -> tuple[Decay, CacheView | None]:
         """As `DynamicForgettingLayer.decay`; the keys are the whole buffer."""

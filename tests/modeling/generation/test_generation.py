@@ -90,7 +90,7 @@ def test_chunks_of_a_prompt_are_written_to_memory_for_all_of_it(monkeypatch: pyt
     monkeypatch.setattr(DynamicForgettingLayer, "least_growth", 1)
     generate(model, tokens(2, 40), cache=cache, prefill_chunk_size=8, max_new_tokens=1)
     buffers = cache.layers[0]._buffers
-    assert buffers.keys() == {"c", "first", "keys", "values"}
+    assert buffers.keys() == {"c", "keys", "kv_start", "values"}
     assert {held.shape[-2 if name in ("keys", "values") else -1] for name, (held, _) in buffers.items()} == {40}
 
 
