@@ -52,7 +52,7 @@ def new_results(kind: str, device: str, seed: int, commit: str | None, settings:
     Raises:
         ValueError: ``commit`` is given in a checkout, which knows its own.
     """
-    run = provenance(device, seed, ("triton", "flash-linear-attention"))
+    run = provenance(device, seed, ("triton", "flash-linear-attention", "flash-attn-4"))
     if commit is not None:
         if run["commit"] != "none":
             raise ValueError(f"--commit must not be given in a checkout, which is at {run['commit']}; got {commit!r}")

@@ -12,6 +12,8 @@ import torch
 
 # Before vLLM is imported: one process, one thread, nothing sent anywhere.
 os.environ |= {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_NO_USAGE_STATS": "1", "OMP_NUM_THREADS": "1"}
+# Of small models, which longer texts are tried on, too.
+os.environ["VLLM_ALLOW_LONG_MAX_MODEL_LEN"] = "1"
 pytest.importorskip("vllm", reason="make test-vllm installs vLLM into an environment of its own")
 
 from vllm import LLM, SamplingParams
