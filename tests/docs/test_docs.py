@@ -1,4 +1,4 @@
-"""What the README and the pages in docs/ show runs as shown, and their links lead somewhere."""
+"""What the README and the pages in docs/ show runs as shown, page by page, and their links lead somewhere."""
 
 import doctest
 import functools
@@ -6,7 +6,9 @@ import importlib.util
 import json
 import re
 import shlex
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -14,6 +16,10 @@ from transformers import DynamicCache
 from typer.testing import CliRunner
 
 import foxlm
+from authors_checkpoints import authors_checkpoint
+from base_models import base
+from byte_models import byte_model
+from checkpoints import write
 from foxlm import FoxConfig, FoxForCausalLM
 from foxlm.cli import app
 from foxlm.evaluation.demo.tokenizer import byte_tokenizer
@@ -23,9 +29,10 @@ ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 NAMES = [page.relative_to(ROOT).as_posix() for page in PAGES]
 LINKING = [*PAGES, ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md"]
-# Not run here: what installs, takes checkpoints that are not there, or minutes.
-NOT_RUN: tuple[str, ...] = ("make ", "pip install", "python examples/")
-NOT_RUN += tuple(f"foxlm {name}" for name in ("publish", "convert", "graft", "card", "bench", "eval"))
+# Not run here: what installs, uploads, takes checkpoints that are not there, or minutes.
+NOT_RUN = ("make ", "pip install", "python examples/", "foxlm bench", "foxlm publish", "foxlm graft HuggingFaceTB/")
+# Ten questions of each task, or four needles of each kind, take minutes.
+SHORTER = {"eval": ["--limit", "1"], "needle": ["--samples", "1"]}
 
 
 def text_of(page: Path) -> str:
@@ -45,19 +52,6 @@ def commands(page: Path) -> list[str]:
 def test_pages_have_snippets():
     assert sum(len(snippets(page, "python")) for page in PAGES) >= 10
     assert any(line.startswith("foxlm report") for page in PAGES for line in commands(page))
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("page", PAGES, ids=NAMES)
-def test_python_runs(page, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    names: dict[str, object] = {"__name__": "page"}
-    for index, snippet in enumerate(snippets(page, "python")):
-        if ">>>" in snippet:
-            continue
-        # A page goes on where its last snippet ended; the README's stand alone.
-        scope = {"__name__": "page"} if page.parent == ROOT else names
-        exec(compile(snippet, f"{page.name} snippet {index}", "exec"), scope)
 
 
 def anchors(page: Path) -> set[str]:
@@ -90,40 +84,60 @@ def test_readme_is_short_and_narrow():
     assert len(lines) <= 110 and max(map(len, lines)) <= 200
 
 
+def python_of(page: Path) -> None:
+    """Run the snippets of a page in the current folder."""
+    names: dict[str, object] = {"__name__": "page"}
+    for index, snippet in enumerate(snippets(page, "python")):
+        if ">>>" in snippet:
+            continue
+        # A page goes on where its last snippet ended; the README's stand alone.
+        scope = {"__name__": "page"} if page.parent == ROOT else names
+        exec(compile(snippet, f"{page.name} snippet {index}", "exec"), scope)
+
+
+def supply_what_a_reader_has(folder: Path) -> None:
+    """Sources to convert and graft, a text, earlier scores, and a model on pages that make none themselves."""
+    fields, _, weights = authors_checkpoint("pro")
+    write(folder / "source-model", fields, weights)
+    base("llama").save_pretrained(folder / "my-llama")
+    text = text_of(ROOT / "docs" / "design" / "pruning.md")[:6000]
+    (folder / "book.txt").write_text(text, encoding="utf-8")
+    (folder / "results").mkdir()
+    (folder / "results" / "results_scores.json").write_text('{"piqa": {"acc": 0.5}}')
+    # Not in place of a page's own: what it makes is what its commands are to work on.
+    if not (folder / "my-fox").exists():
+        byte_model(max_position_embeddings=512).save_pretrained(folder / "my-fox")
+        byte_tokenizer().save_pretrained(folder / "my-fox")
+
+
 @pytest.fixture
-def folder(tmp_path) -> Path:
-    """Where the commands are run: a small model, a text to measure on."""
-    path = tmp_path
-    torch.manual_seed(0)
-    tokenizer = byte_tokenizer()
-    config = FoxConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=32,
-        intermediate_size=32,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        max_position_embeddings=512,
-        decay_time_max=64.0,
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-    )
-    FoxForCausalLM(config).save_pretrained(path / "my-fox")
-    tokenizer.save_pretrained(path / "my-fox")
-    (path / "book.txt").write_text(text_of(ROOT / "docs" / "design" / "pruning.md")[:6000], encoding="utf-8")
-    return path
+def few_tasks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """lm-eval's index of RULER's tasks alone: to index all that it has takes seconds."""
+    lm_tasks = pytest.importorskip("lm_eval.tasks")
+    ruler = Path(lm_tasks.__file__).parent / "ruler"
+    whole = lm_tasks.TaskManager
+
+    def only_ruler(include_path: Sequence[str] = (), metadata: Any = None) -> Any:
+        return whole(include_path=[str(ruler), *include_path], include_defaults=False, metadata=metadata)
+
+    monkeypatch.setattr(lm_tasks, "TaskManager", only_ruler)
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("few_tasks")
 @pytest.mark.parametrize("page", PAGES, ids=NAMES)
-def test_commands_run(page, folder, monkeypatch):
-    monkeypatch.chdir(folder)
-    for line in commands(page):
-        if not line.startswith(NOT_RUN):
-            program, *arguments = shlex.split(line)
-            assert program == "foxlm", line
-            done = CliRunner().invoke(app, arguments)
-            assert done.exit_code == 0, (line, done.output[-2000:], done.exception)
+def test_page_runs(page, tmp_path, monkeypatch):
+    """Its Python, then its commands in the folder that this leaves, as a reader has them."""
+    monkeypatch.chdir(tmp_path)
+    python_of(page)
+    lines = [line for line in commands(page) if not line.startswith(NOT_RUN) and "--push" not in line]
+    if lines:
+        supply_what_a_reader_has(tmp_path)
+    for line in lines:
+        program, *arguments = shlex.split(line)
+        assert program == "foxlm", line
+        done = CliRunner().invoke(app, arguments + SHORTER.get(arguments[0], []))
+        assert done.exit_code == 0, (line, done.output[-2000:], done.exception)
 
 
 @pytest.mark.parametrize("page", PAGES, ids=NAMES)
