@@ -21,7 +21,7 @@ from foxlm.conversion.hub.foreign_code import foreign_code
 from foxlm.conversion.hub.model_card import MISSING, check_license
 from foxlm.conversion.hub.secret_scan import secret_in, secret_rules
 from foxlm.conversion.hub.unsafe_content import what_runs
-from foxlm.conversion.hub.uploaded_files import refused_by_the_hub, uploaded_files
+from foxlm.conversion.hub.uploaded_files import left_out, refused_by_the_hub, uploaded_files
 from foxlm.conversion.links import is_inside
 from foxlm.conversion.new_folder import TEXT_FILES
 from foxlm.conversion.weight_map import Plan, distinct_weights, few
@@ -111,7 +111,7 @@ def check_code(folder: Path, allowed: Collection[str] = ()) -> str:
 
 
 def check_files(folder: Path, allowed: Collection[str] = ()) -> str:
-    """Nothing that a model does not need, that lies elsewhere, or that the Hub would refuse."""
+    """Nothing that a model does not need, that lies elsewhere, or that the Hub would refuse, but what is left out."""
     files = uploaded_files(folder)
     _none(
         "files are links that leave the folder, or lead nowhere", [x for x in files if not is_inside(files[x], folder)]
@@ -123,7 +123,9 @@ def check_files(folder: Path, allowed: Collection[str] = ()) -> str:
     ]
     _none("files are none of a model's (move them elsewhere)", {*unexpected} - exported_files().keys() - {*allowed})
     _none("the Hub cannot take", refused_by_the_hub(files))
-    return f"{len(files)} files, {sum(path.stat().st_size for path in files.values()) / 1e6:,.1f} MB"
+    size = sum(path.stat().st_size for path in files.values()) / 1e6
+    others = left_out(folder)
+    return f"{len(files)} files, {size:,.1f} MB" + (f"; left out, as of training: {few(others)}" if others else "")
 
 
 def check_contents(folder: Path, allowed: Collection[str] = ()) -> str:

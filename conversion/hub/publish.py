@@ -8,6 +8,7 @@ from huggingface_hub import HfApi, ModelCard
 
 import foxlm
 from foxlm.conversion.hub import checks as folder_checks
+from foxlm.conversion.hub.uploaded_files import OF_TRAINING
 
 _CHECKS: dict[str, Callable[[Path, Collection[str]], str]] = {
     "configuration": folder_checks.check_configuration,
@@ -72,7 +73,7 @@ def check_folder(folder: str | Path, allow_code: Collection[str] = ()) -> Iterat
 
 
 def push_folder(folder: str | Path, repo_id: str, private: bool = False) -> str:
-    """Upload a folder to the Hub; run `check_folder` first.
+    """Upload a folder to the Hub, without checkpoints and other files of training; run `check_folder` first.
 
     Args:
         folder: the model's.
@@ -94,7 +95,9 @@ def push_folder(folder: str | Path, repo_id: str, private: bool = False) -> str:
         public = private and not hub.model_info(repo_id).private
         if not public:
             message = f"Upload model, checked by foxlm {foxlm.__version__}"
-            hub.upload_folder(repo_id=repo_id, folder_path=folder, commit_message=message)
+            # A list of its own for each call: the Hub's client adds to it.
+            ignored = list(OF_TRAINING)
+            hub.upload_folder(repo_id=repo_id, folder_path=folder, commit_message=message, ignore_patterns=ignored)
     except Exception as error:  # of the Hub's client, of its HTTP library, of the network
         raise RuntimeError(f"pushing to {repo_id} failed: {error}") from error
     if public:

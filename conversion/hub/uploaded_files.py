@@ -1,4 +1,4 @@
-"""The files of a folder that the Hub's client uploads, and those that it or the Hub refuses."""
+"""The files of a folder that are uploaded, those that training left there, and those that the Hub refuses."""
 
 from collections import Counter
 from pathlib import Path
@@ -8,13 +8,35 @@ from huggingface_hub.utils import DEFAULT_IGNORE_PATTERNS, FORBIDDEN_FOLDERS, fi
 # The Hub's own limits for one file, and for the large files of one commit (the documentation of its client).
 _LARGEST_BYTES = 50 * 10**9
 _MOST_FILES = 25_000
+# What Trainer, accelerate and DeepSpeed write beside a model, to go on training or to look back at it. A model has no
+# use for any of it, and much of it is pickled.
+OF_TRAINING = (
+    *("checkpoint-[0-9]*/*", "runs/*", "global_step[0-9]*/*", "pytorch_model_fsdp_[0-9]*/*", "optimizer_[0-9]*/*"),
+    *("training_args.bin", "trainer_state.json", "optimizer.pt", "optimizer.bin", "scheduler.pt", "scaler.pt"),
+    *("rng_state.pth", "rng_state_[0-9]*.pth", "latest", "zero_to_fp32.py"),
+    *("all_results.json", "train_results.json", "eval_results.json"),
+)
 
 
 def uploaded_files(folder: Path) -> dict[str, Path]:
-    """The files that `HfApi.upload_folder` uploads, and broken links, which it skips; by name in the repository."""
+    """The files to upload, without those `OF_TRAINING`, and broken links, which are skipped; by name in the repository.
+
+    They are what `HfApi.upload_folder` takes with these as its ``ignore_patterns``.
+    """
+    files = _files(folder)
+    patterns = [*DEFAULT_IGNORE_PATTERNS, *OF_TRAINING]
+    return {name: files[name] for name in filter_repo_objects(files, ignore_patterns=patterns)}
+
+
+def left_out(folder: Path) -> list[str]:
+    """What is left out of the upload as `OF_TRAINING`: names of files, and of folders with a slash behind them."""
+    names = filter_repo_objects(_files(folder), allow_patterns=list(OF_TRAINING))
+    return sorted({name if "/" not in name else f"{name.split('/')[0]}/" for name in names})
+
+
+def _files(folder: Path) -> dict[str, Path]:
     paths = {path.relative_to(folder).as_posix(): path for path in sorted(folder.rglob("*"))}
-    files = {name: path for name, path in paths.items() if path.is_symlink() or not path.is_dir()}
-    return {name: files[name] for name in filter_repo_objects(files, ignore_patterns=DEFAULT_IGNORE_PATTERNS)}
+    return {name: path for name, path in paths.items() if path.is_symlink() or not path.is_dir()}
 
 
 def refused_by_the_hub(files: dict[str, Path]) -> list[str]:

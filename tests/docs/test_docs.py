@@ -30,7 +30,7 @@ PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 NAMES = [page.relative_to(ROOT).as_posix() for page in PAGES]
 LINKING = [*PAGES, ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md"]
 # Not run here: what installs, uploads, takes checkpoints that are not there, or minutes.
-NOT_RUN = ("make ", "pip install", "python examples/", "foxlm bench", "foxlm publish", "foxlm graft HuggingFaceTB/")
+NOT_RUN = ("make ", "pip install", "python examples/", "foxlm bench", "foxlm graft HuggingFaceTB/")
 # Ten questions of each task, or four needles of each kind, take minutes.
 SHORTER = {"eval": ["--limit", "1"], "needle": ["--samples", "1"]}
 

@@ -206,7 +206,7 @@ FILES: dict[str, tuple[Spoil, str]] = {
     "page as a license": (put("LICENSE.html", "<script>"), "LICENSE.html"),
     "program as a notice": (put("NOTICE.vbs"), "NOTICE.vbs"),
     "environment": (put(".env"), r"\.env"),
-    "sub-folder": (put("runs/LICENSE"), "runs/LICENSE"),
+    "sub-folder": (put("old/LICENSE"), "old/LICENSE"),
     "folder that the Hub refuses": (put(".cache/LICENSE"), r"\.cache/LICENSE"),
     "backslash": (put("LICENSE\\x"), "characters that a name cannot have"),
     "line break": (put("LICENSE\nx"), "characters that a name cannot have"),
@@ -241,7 +241,9 @@ def test_what_is_no_image_is_refused(tmp_path: Path, name: str) -> None:
             check_contents(tmp_path)
 
 
-@pytest.mark.parametrize("name", ["pytorch_model.bin", "checkpoint-1/training_args.bin", "a.joblib", "A.PKL"])
+@pytest.mark.parametrize(
+    "name", ["pytorch_model.bin", "old/training_args.bin", "checkpoint-x/a.bin", "a.joblib", "A.PKL"]
+)
 def test_what_is_a_pickle_by_its_name_is_refused(tmp_path: Path, name: str) -> None:
     put(name)(tmp_path)
     with pytest.raises(ValueError, match=rf"{name} \(a pickle by its name\)"):

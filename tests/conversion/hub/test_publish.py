@@ -8,15 +8,18 @@ from typing import Any
 
 import pytest
 import torch
+from huggingface_hub.utils import filter_repo_objects
 from safetensors.torch import load_file, save_file
+from transformers import DataCollatorWithFlattening, Trainer, TrainingArguments
 from typer.testing import CliRunner
 
 import foxlm
 from foxlm.cli import app
 from foxlm.conversion.hub import checks as folder_checks
 from foxlm.conversion.hub import publish
-from foxlm.conversion.hub.model_card import MISSING
-from foxlm.evaluation.demo.tokenizer import VOCAB_SIZE
+from foxlm.conversion.hub.model_card import MISSING, write_model_card
+from foxlm.conversion.hub.uploaded_files import OF_TRAINING, uploaded_files
+from foxlm.evaluation.demo.tokenizer import VOCAB_SIZE, byte_tokenizer
 from foxlm.modeling.remote_code import exported_files
 from models import tiny_model
 
@@ -83,12 +86,56 @@ def test_push_asks_the_hub_for_the_right_things(publishable: Path, hub: Hub) -> 
     assert hub.calls == [
         ("validate", {}),
         ("create_repo", {"repo_id": "fox", "private": None, "exist_ok": True}),
-        ("upload_folder", {"repo_id": "someone/fox", "folder_path": publishable, "commit_message": message}),
+        (
+            "upload_folder",
+            {"repo_id": "someone/fox", "folder_path": publishable, "commit_message": message}
+            | {"ignore_patterns": list(OF_TRAINING)},
+        ),
     ]
     hub.calls.clear()
     hub.private = True
     assert invoke(str(publishable), "--push", "fox", "--private").exit_code == 0
     assert [name for name, _ in hub.calls] == ["validate", "create_repo", "upload_folder"]
+
+
+@pytest.fixture
+def trained(tmp_path: Path) -> Path:
+    """What Trainer leaves in the folder that it trains in and saves to: checkpoints, metrics, its arguments."""
+    folder = tmp_path / "trained"
+    arguments = TrainingArguments(
+        output_dir=str(folder), max_steps=2, save_steps=1, per_device_train_batch_size=1, report_to="none", use_cpu=True
+    )
+    trainer = Trainer(
+        tiny_model(vocab_size=VOCAB_SIZE, dtype=torch.float32),
+        arguments,
+        data_collator=DataCollatorWithFlattening(),
+        train_dataset=[{"input_ids": list(range(8))}] * 2,
+        processing_class=byte_tokenizer(),
+    )
+    trainer.save_metrics("train", trainer.train().metrics)
+    trainer.save_state()
+    trainer.save_model()
+    write_model_card(folder, license="apache-2.0", training_data="Eight bytes.")
+    return folder
+
+
+def test_folder_that_trainer_trained_in_is_published_without_what_is_of_training(trained: Path, hub: Hub) -> None:
+    result = invoke(str(trained), "--push", "fox")
+    assert result.exit_code == 0, result.output
+    (files,) = (line for line in result.stdout.splitlines() if line.startswith("ok    files"))
+    assert files.endswith(
+        "left out, as of training: all_results.json, checkpoint-1/, checkpoint-2/, train_results.json, "
+        "trainer_state.json and 1 more"
+    )
+    uploaded = hub.calls[-1][1]
+    assert {*filter_repo_objects(all_files(trained), ignore_patterns=uploaded["ignore_patterns"])} == {
+        *uploaded_files(trained)
+    }, "what is uploaded is what was checked"
+    assert {path.name for path in trained.iterdir() if path.is_dir()} == {"checkpoint-1", "checkpoint-2"}, "they stay"
+
+
+def all_files(folder: Path) -> list[str]:
+    return [path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()]
 
 
 @pytest.mark.usefixtures("without_loading")
