@@ -170,7 +170,7 @@ class FoxConfig(PreTrainedConfig):
             logits. `None`, the default, stores them.
         free_dead_cache (`bool`, defaults to `False`): Let `generate` use the evicting cache, `FoxPagedCache`, which
             frees the memory of keys that no later query can give more than `acp_eps` of its weight, on any device.
-            Assisted decoding, which crops many tokens, does not use it.
+            Assisted decoding, which crops many tokens, does not use it. `generate` takes the same name as a keyword.
         decoding_graphs (`bool`, defaults to `True`): Let `generate` capture its steps in CUDA graphs, where the default
             `attn_implementation` runs on GPU kernels: it then launches a step as a whole, without torch.compile.
         grafted_from (`str`, *optional*): The `model_type` of the Transformer whose weights the model started from, by

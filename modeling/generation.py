@@ -64,6 +64,25 @@ def decoding_weights(model: nn.Module) -> Iterator[None]:
         yield
 
 
+def _check_free_dead_cache(asked: Any, cache: Any, generation_config: Any, assisted: bool) -> None:
+    """Raise a `ValueError` unless ``free_dead_cache``, as `generate` was given it, can be done."""
+    if asked is not None and not isinstance(asked, bool):
+        raise ValueError(f"free_dead_cache must be True, False or None, as the configuration says, got {asked!r}")
+    other = None
+    if cache is not None and not isinstance(cache, FoxPagedCache):
+        other = f"{CACHE} of type {type(cache).__name__}"
+    elif generation_config.cache_implementation is not None:
+        other = f"cache_implementation={generation_config.cache_implementation!r}"
+    elif generation_config.use_cache is False:
+        other = "use_cache=False"
+    elif assisted and cache is None:
+        other = "assistant_model or prompt_lookup_num_tokens, which take back more tokens than its cache allows"
+    if asked and other is not None:
+        raise ValueError(
+            f"free_dead_cache=True is for a cache of its own, FoxPagedCache, got it with {other}: give one of the two"
+        )
+
+
 class FoxGenerationMixin(GenerationMixin):
     """transformers' generation, with caches that keep forget gates."""
 
@@ -77,6 +96,14 @@ class FoxGenerationMixin(GenerationMixin):
         """As in [`~transformers.GenerationMixin.generate`], with fused projections and local weights.
 
         On a GPU its steps are captured in CUDA graphs, unless the configuration says ``decoding_graphs=False``.
+
+        Args:
+            free_dead_cache: use the evicting cache, [`FoxPagedCache`], or do not; by default as the `GenerationConfig`
+                says, which takes it too, or else the model's configuration.
+
+        Raises:
+            ValueError: ``free_dead_cache=True`` with another cache, ``cache_implementation``, ``use_cache=False`` or
+                assisted decoding.
         """
         if kwargs.get("cache_implementation") == "paged":
             self._refuse_continuous_batching()
@@ -97,6 +124,14 @@ class FoxGenerationMixin(GenerationMixin):
         for module, before in fuse_projections(model, uses="always"):
             module.uses_fused = before
         return known_modules(model)[0]
+
+    def _prepare_generation_config(self, *args, **kwargs):
+        """As in transformers, which would take a keyword that it does not know for one of the model's."""
+        given = kwargs.pop("free_dead_cache", None)
+        generation_config, model_kwargs = super()._prepare_generation_config(*args, **kwargs)
+        if given is not None:
+            generation_config.free_dead_cache = given
+        return generation_config, model_kwargs
 
     def _valid_auto_compile_criteria(self, model_kwargs, generation_config) -> bool:
         # Captured steps need no compilation; who passes a `compile_config` gets it.
@@ -165,7 +200,11 @@ class FoxGenerationMixin(GenerationMixin):
             )
         # Assisted decoding crops more tokens than the evicting cache allows.
         rolls_back = assisted or generation_config.is_assistant
-        wanted = self.config.free_dead_cache and generation_config.use_cache is not False and not rolls_back
+        asked = getattr(generation_config, "free_dead_cache", None)
+        if not generation_config.is_assistant:
+            _check_free_dead_cache(asked, cache, generation_config, assisted)
+        wanted = self.config.free_dead_cache if asked is None else asked
+        wanted = wanted and generation_config.use_cache is not False and not rolls_back
         if wanted and cache is None and generation_config.cache_implementation is None:
             # Room for later turns with this cache costs little.
             room = max(max_cache_length, generation_config.max_cache_len or 0, self.config.max_position_embeddings)

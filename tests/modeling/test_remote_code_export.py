@@ -44,6 +44,7 @@ def save_with_expectations(folder: Path) -> None:
             "dynamic": model.generate(ids, **GREEDY),
             "static": model.generate(ids, cache_implementation="static", **GREEDY),
             "paged": model.generate(ids, cache=paged, **GREEDY),
+            "evicting": model.generate(ids, free_dead_cache=True, **GREEDY),
         },
         folder / "expected.safetensors",
     )
@@ -75,6 +76,7 @@ def outputs(model):
         "dynamic": model.generate(ids, **GREEDY),
         "static": model.generate(ids, cache_implementation="static", **GREEDY),
         "paged": model.generate(ids, cache=paged, **GREEDY),
+        "evicting": model.generate(ids, free_dead_cache=True, **GREEDY),
     }
 """
 

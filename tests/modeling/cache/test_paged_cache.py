@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
-from transformers import DynamicCache
+from transformers import DynamicCache, GenerationConfig
 
 from foxlm import FoxForCausalLM
 from foxlm.kernels.tiles import PRUNED_KEYS
@@ -273,6 +273,49 @@ def test_generate_with_the_configuration_switch(options: dict[str, Any]) -> None
         assert isinstance(cache_of(result), FoxPagedCache) == free
         found[free] = result.sequences
     assert torch.equal(found[False], found[True])
+
+
+@pytest.mark.versions
+def test_generate_is_told_in_the_call() -> None:
+    """As a keyword or in a `GenerationConfig`, both before the model's own configuration."""
+    model = forgetful_model(max_position_embeddings=512)
+    ids, new = tokens(1, 200), {"max_new_tokens": 4, "return_dict_in_generate": True, "do_sample": False}
+    for by_default in (False, True):
+        model.config.free_dead_cache = by_default
+        for asked in (False, True):
+            in_config = GenerationConfig(free_dead_cache=asked, **new)
+            for result in (
+                model.generate(ids, free_dead_cache=asked, **new),
+                model.generate(ids, generation_config=in_config),
+                model.generate(ids, generation_config=in_config, free_dead_cache=None),
+            ):
+                assert isinstance(cache_of(result), FoxPagedCache) == asked
+        assert isinstance(cache_of(model.generate(ids, free_dead_cache=None, **new)), FoxPagedCache) == by_default
+    opposite = GenerationConfig(free_dead_cache=False, **new)
+    result = model.generate(ids, generation_config=opposite, free_dead_cache=True)
+    assert isinstance(cache_of(result), FoxPagedCache), "the keyword is the last word"
+    again = model.generate(result.sequences, cache=cache_of(result), free_dead_cache=True, **new)
+    assert cache_of(again) is cache_of(result), "a paged cache is one that frees"
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"cache_implementation": "static"}, "cache_implementation='static'"),
+        ({"cache_implementation": "dynamic"}, "cache_implementation='dynamic'"),
+        ({"use_cache": False}, "use_cache=False"),
+        ({"prompt_lookup_num_tokens": 2}, "prompt_lookup_num_tokens"),
+        ({"cache": "own"}, "of type DynamicCache"),
+        ({"free_dead_cache": "yes"}, "free_dead_cache must be True, False or None"),
+    ],
+    ids=lambda x: str(x)[:30],
+)
+def test_generate_refuses_another_cache_beside_one_that_frees(options: dict[str, Any], message: str) -> None:
+    model = forgetful_model()
+    if options.get("cache") == "own":
+        options = {"cache": DynamicCache(config=model.config)}
+    with pytest.raises(ValueError, match=f"free_dead_cache.*{message}|{message}"):
+        model.generate(tokens(1, 8), max_new_tokens=4, **({"free_dead_cache": True} | options))
 
 
 def test_generate_in_chunks_of_the_prompt() -> None:
