@@ -4,7 +4,7 @@ Values are read on a CPU only: elsewhere that would synchronise with the device.
 """
 
 import math
-from numbers import Real
+from numbers import Integral, Real
 
 import torch
 from torch import Tensor
@@ -18,8 +18,13 @@ ONLY_REVERSE_MODE = (
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
-def check_inputs(q: Tensor, k: Tensor, v: Tensor, log_f: Tensor) -> None:
-    """Raise a `ValueError` unless the tensors have shapes, dtypes and devices as `forgetting_attention` takes them."""
+def check_inputs(q: Tensor, k: Tensor, v: Tensor, log_f: Tensor, wide_keys: bool = False) -> None:
+    """Raise a `ValueError` unless the tensors have shapes, dtypes and devices as `forgetting_attention` takes them.
+
+    Args:
+        q, k, v, log_f: its arguments.
+        wide_keys: whether ``k`` and ``v`` may have a wider dtype than ``q``, as centered keys have.
+    """
     for name, x in (("q", q), ("k", k), ("v", v), ("log_f", log_f)):
         check_tensor(name, x)
     refuse_transforms(q, k, v, log_f)
@@ -28,7 +33,8 @@ def check_inputs(q: Tensor, k: Tensor, v: Tensor, log_f: Tensor) -> None:
             raise ValueError(f"{name} must have shape [B, T, heads, D], got {list(x.shape)}")
         if x.dtype not in _DTYPES:
             raise ValueError(f"{name} must be float16, bfloat16, float32 or float64, got {x.dtype}")
-        if x.dtype != q.dtype or x.device != q.device:
+        wider = wide_keys and torch.promote_types(x.dtype, q.dtype) == x.dtype
+        if not (x.dtype == q.dtype or wider) or x.device != q.device:
             raise ValueError(
                 f"{name} must have the type and device of q, {q.dtype} on {q.device}, got {x.dtype} on {x.device}"
             )
@@ -111,6 +117,12 @@ def check_options(*, scale: float | None, dropout: float) -> None:
     check_scale(scale)
     if not (is_number(dropout) and 0.0 <= dropout < 1.0):
         raise ValueError(f"dropout must be a number in [0, 1), got {dropout!r}")
+
+
+def check_count(name: str, value: object, least: int = 1) -> None:
+    """Raise a `ValueError` about argument ``name`` unless ``value`` is a whole number of at least ``least``."""
+    if not isinstance(value, Integral) or isinstance(value, bool) or value < least:
+        raise ValueError(f"{name} must be a whole number of at least {least}, got {value!r}")
 
 
 def check_scale(scale: float | None) -> None:

@@ -56,7 +56,7 @@ from torch import Tensor
 
 from ..decay import Decay, accumulate
 from ..tiles import PRUNED_KEYS, PRUNED_QUERIES
-from ..validation import check_scale, is_number, is_readable
+from ..validation import check_count, check_gates, check_inputs, check_scale, check_tensor, is_number, is_readable
 from .blocks import block_minimum, of_each_query, per_query_head
 from .key_stats import KeySummary
 from .measured import measured_kv_start
@@ -161,13 +161,23 @@ def first_kept(
         ``[B, H, ceil(Tq / block_q)]`` int64, multiples of ``block_k``. Keys hidden by a hard reset count as dropped.
 
     Raises:
-        ValueError: ``eps``, ``rule``, ``scale`` or ``logit_bound`` is not as above.
+        ValueError: an argument is not as above; the message names it. Positive or NaN gates raise on a CPU alone.
     """
     known = check_rule(eps, rule)
+    check_inputs(q, k, k, log_f, wide_keys=True)
+    check_gates(log_f)
+    check_count("block_q", block_q)
+    check_count("block_k", block_k)
     batch, queries, heads, head_dim = q.shape
     keys = k.shape[1]
     check_logit_bound(logit_bound, batch, heads)
     check_scale(scale)
+    if sink is not None:
+        check_tensor("sink", sink)
+        if sink.shape not in (k.shape[2:], (batch, *k.shape[2:])):
+            raise ValueError(
+                f"sink must be [G, D] or [B, G, D] = {[batch, *k.shape[2:]]}, got one of shape {list(sink.shape)}"
+            )
     scale = head_dim**-0.5 if scale is None else scale
     c, kv_start = accumulate(log_f)
     last = torch.arange(keys - queries, keys, device=c.device)
@@ -442,7 +452,25 @@ def share_skipped(first: Tensor, length: int, block_q: int = 1, block_k: int = 1
 
     Returns:
         ``[B, H]`` float64 in ``[0, 1)``.
+
+    Raises:
+        ValueError: an argument is not as above; the message names it. Values of ``first`` on a GPU are not checked.
     """
+    for name, value in (("length", length), ("block_q", block_q), ("block_k", block_k)):
+        check_count(name, value)
+    if queries is not None:
+        check_count("queries", queries)
+        if queries > length:
+            raise ValueError(f"queries must be at most length, {length}, got {queries}")
+    check_tensor("first", first)
+    blocks = -(-(length if queries is None else queries) // block_q)
+    if first.ndim == 0 or first.shape[-1] != blocks or first.is_floating_point() or first.is_complex():
+        raise ValueError(
+            f"first must hold whole numbers of shape [B, H, ceil(Tq / block_q)] = [B, H, {blocks}], got {first.dtype} "
+            f"of shape {list(first.shape)}"
+        )
+    if is_readable(first) and not ((first >= 0) & (first <= length)).all():
+        raise ValueError(f"first must be from 0 to length, {length}, got {first.min().item()} to {first.max().item()}")
     queries = length if queries is None else queries
     ends = torch.arange(first.shape[-1], device=first.device) * block_q + block_q
     tiles = (ends.clamp(max=queries) + length - queries + block_k - 1) // block_k

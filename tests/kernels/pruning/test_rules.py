@@ -160,3 +160,54 @@ def test_logit_bounds_of_every_shape_are_taken(shape):
     q, k, log_f = random_case(0, 50, 50, 2, 2, 2, 5.0, 1.0)
     expected = first_kept(q, k, log_f, eps=1e-3, rule="paper", logit_bound=20)
     assert torch.equal(first_kept(q, k, log_f, eps=1e-3, rule="paper", logit_bound=torch.full(shape, 20.0)), expected)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("q", torch.zeros(1, 4, 2)),
+        ("q", [[0.0]]),
+        ("k", torch.zeros(1, 4, 2, 3)),
+        ("k", torch.zeros(1, 4, 2, 8, dtype=torch.float16)),
+        ("log_f", torch.zeros(1, 4, 3)),
+        ("log_f", torch.zeros(1, 5, 2)),
+        ("log_f", torch.zeros(1, 4, 2, dtype=torch.float16)),
+        ("log_f", torch.full((1, 4, 2), 0.1)),
+        ("log_f", torch.full((1, 4, 2), math.nan)),
+        ("block_q", 0),
+        ("block_q", 1.0),
+        ("block_k", -1),
+        ("block_k", True),
+        ("sink", torch.zeros(8)),
+        ("sink", 1.0),
+    ],
+    ids=str,
+)
+def test_bad_tensors_and_blocks_are_named(name, value):
+    q, k, log_f = torch.zeros(1, 4, 2, 8), torch.zeros(1, 4, 2, 8), torch.zeros(1, 4, 2)
+    given = {"q": q, "k": k, "log_f": log_f, "eps": 0.1, "rule": "tight"} | {name: value}
+    with pytest.raises(ValueError, match=rf"^{name} must (be|have|not)"):
+        first_kept(**given)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("first", [0, 4]),
+        ("first", torch.zeros(1, 1, 3, dtype=torch.int64)),
+        ("first", torch.zeros(1, 1, 2)),
+        ("first", torch.tensor([[[-4, 0]]])),
+        ("first", torch.tensor([[[0, 9]]])),
+        ("length", -5),
+        ("length", 8.0),
+        ("block_q", 0),
+        ("block_k", -1),
+        ("queries", 9),
+        ("queries", 0),
+    ],
+    ids=str,
+)
+def test_bad_arguments_of_the_share_are_named(name, value):
+    given = {"first": torch.tensor([[[0, 4]]]), "length": 8, "block_q": 4, "block_k": 4} | {name: value}
+    with pytest.raises(ValueError, match=rf"^{name} must be|^first must hold|^{name} must hold"):
+        share_skipped(**given)
