@@ -10,12 +10,14 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from foxlm.kernels.argument_types import typed
 from foxlm.modeling.layers.attention import FoxAttention
 from foxlm.modeling.layers.forget_gate import FoxConstantGate, FoxForgetGate
 from foxlm.modeling.modeling_fox import FoxPreTrainedModel
 from foxlm.modeling.parallel.tensor_parallel import check_tensor_parallel
 
 
+@typed
 @torch.no_grad()
 def balance_heads(model: FoxPreTrainedModel, ranks: int) -> None:
     """Reorder the heads of each layer, in place, so that slow-forgetting heads are spread evenly over ``ranks``.
@@ -40,7 +42,7 @@ def balance_heads(model: FoxPreTrainedModel, ranks: int) -> None:
         raise ValueError(f"ranks must be positive, got {ranks}")
     if config.forget_gate == "none":
         raise ValueError("model must have forget gates (forget_gate), got 'none': its heads need no balancing")
-    check_tensor_parallel(config, ranks)
+    check_tensor_parallel(config, ranks, "ranks")
     for module in model.modules():
         if isinstance(module, FoxAttention):
             order = _balanced_order(_decay_biases(module), ranks)

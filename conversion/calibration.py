@@ -35,6 +35,7 @@ from tqdm import tqdm
 from foxlm.evaluation.gates import attention_reach
 from foxlm.evaluation.recording import AttentionInputs, record_attention
 from foxlm.evaluation.text import check_tokens
+from foxlm.kernels.argument_types import typed
 from foxlm.kernels.pruning.measured import NEAR_SHARE
 from foxlm.kernels.pruning.rules import Rule, first_kept, key_center
 from foxlm.kernels.tiles import PRUNED_KEYS, PRUNED_QUERIES
@@ -88,6 +89,7 @@ class Calibration:
     frontier: dict[float, float]
 
 
+@typed
 def calibrate(
     model: FoxForCausalLM,
     rows: Tensor,

@@ -18,6 +18,7 @@ from foxlm.conversion.formats.fla import FLA
 from foxlm.conversion.links import check_links
 from foxlm.conversion.new_folder import check_new, copy_text_files, new_folder
 from foxlm.conversion.weight_map import EMBEDDINGS, Plan, make_model, plan_to_external, plan_to_fox
+from foxlm.kernels.argument_types import typed
 from foxlm.modeling.configuration_fox import FoxConfig
 from foxlm.modeling.model_files import read_fields
 from foxlm.modeling.modeling_fox import FoxForCausalLM
@@ -46,6 +47,7 @@ def convert_checkpoint(folder: str | Path, *, allow_pickle: bool = False) -> Fox
     return make_model(plan, model.config, stored.load, _dtype(stored))
 
 
+@typed
 def convert_to_folder(source: str | Path, out: str | Path, *, to: str = "fox", allow_pickle: bool = False) -> None:
     """Write the checkpoint in ``source`` in another format, with its tokenizer, to ``out``, atomically.
 

@@ -31,6 +31,7 @@ from foxlm.conversion.formats.llama_family import base_config, base_of, check_mo
 from foxlm.conversion.links import check_links
 from foxlm.conversion.new_folder import TEXT_FILES, check_new, copy_text_files, new_folder
 from foxlm.conversion.weight_map import Plan, Rename, distinct_weights, make_model, plan_to_fox
+from foxlm.kernels.argument_types import typed
 from foxlm.modeling.configuration_fox import FoxConfig
 from foxlm.modeling.layers.forget_gate import bias_for_times, log_spaced_times
 from foxlm.modeling.model_files import read_config, read_fields, read_model
@@ -93,6 +94,9 @@ def graft(
             names the field, weight or argument.
         OSError: a file of the model cannot be read.
     """
+    # By what it has: to import its class takes what it takes to evaluate.
+    if calibration is not None and not hasattr(calibration, "decay_times"):
+        raise ValueError(f"calibration must be what calibrate found, a Calibration, or None, got {calibration!r}")
     if forget_gate not in _GATES:
         raise ValueError(f"forget_gate must be one of {_GATES}, got {forget_gate!r}")
     for name, given in (("decay_times", decay_times), ("calibration", calibration)):
@@ -137,6 +141,7 @@ def graft(
     return grafted
 
 
+@typed
 def graft_to_folder(
     source: str | Path, out: str | Path, *, calibrate: "CalibrationText | None" = None, **options: Any
 ) -> None:
@@ -152,6 +157,8 @@ def graft_to_folder(
         ValueError: ``out`` exists already or lies in ``source``; or as `graft`.
         OSError: as `graft`.
     """
+    if calibrate is not None and not hasattr(calibrate, "skip"):
+        raise ValueError(f"calibrate must be a CalibrationText or None, got {calibrate!r}")
     # Before anything is fetched or read; `new_folder` checks again.
     check_new(Path(out), Path(source))
     source = _folder_of(source)

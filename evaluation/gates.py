@@ -6,6 +6,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from foxlm.kernels.argument_types import typed
 from foxlm.kernels.backends import backend_of
 from foxlm.kernels.decay import Decay, accumulate
 from foxlm.kernels.pruning.rules import Rule, centered, first_kept, key_center, prune, share_skipped
@@ -16,6 +17,7 @@ from .recording import AttentionInputs
 RULES: tuple[Rule, ...] = ("paper", "tight")
 
 
+@typed
 def decay_times(log_f: Tensor) -> Tensor:
     """Mean decay time of each gate in tokens, ``-1 / mean(log f)``: after so many tokens a weight fell by ``e``.
 
@@ -28,12 +30,14 @@ def decay_times(log_f: Tensor) -> Tensor:
     return 1.0 / log_f.double().mean((0, 1)).abs()
 
 
+@typed
 def decay_time_table(layers: Sequence[AttentionInputs]) -> Tensor:
     """`decay_times` of every layer: ``[L, H]`` float64, one column per query head."""
     groups = [layer.q.shape[2] // layer.log_f.shape[2] for layer in layers]
     return torch.stack([decay_times(x.log_f).repeat_interleave(n) for x, n in zip(layers, groups, strict=True)])
 
 
+@typed
 def skipped_shares(
     layers: Sequence[AttentionInputs], log_eps: Sequence[float], rule: Rule, block_q: int = 1, block_k: int = 1
 ) -> Tensor:
@@ -127,6 +131,7 @@ def share_of_tiles_skipped(first: Tensor) -> Tensor:
     return share_skipped(first[..., ::PRUNED_QUERIES], first.shape[-1], PRUNED_QUERIES, PRUNED_KEYS)
 
 
+@typed
 def attention_weights(layer: AttentionInputs, head: int, sequence: int = 0) -> Tensor:
     """The dense attention weights of one head: ``[T, T]`` float64, zero above the diagonal; without that of a sink."""
     q = layer.q[sequence, :, head].double()
@@ -142,6 +147,7 @@ def attention_weights(layer: AttentionInputs, head: int, sequence: int = 0) -> T
     return torch.cat([of_sink[:, None], logits], dim=1).softmax(-1)[:, 1:]
 
 
+@typed
 def attention_reach(layers: Sequence[AttentionInputs], share: float = 0.9, rows: int = 128) -> Tensor:
     """How far back each head looks: the distance in tokens within which ``share`` of its attention is, on average.
 

@@ -8,6 +8,7 @@ from typing import Any, get_args
 import torch
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
+from foxlm.kernels.argument_types import typed
 from foxlm.kernels.backends import PYTORCH, backend_of
 from foxlm.kernels.pruning.rules import Rule
 from foxlm.modeling.configuration_fox import DEFAULT_IMPLEMENTATION, FoxConfig
@@ -16,8 +17,9 @@ from foxlm.modeling.model_files import read_config, read_model, reason
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
 
+@typed
 def load_model(
-    source: str, *, device: str = "auto", dtype: str = "auto", eps: float | str = "model", rule: str = "model"
+    source: str | Path, *, device: str = "auto", dtype: str = "auto", eps: float | str = "model", rule: str = "model"
 ) -> PreTrainedModel:
     """A causal language model, ready for inference.
 

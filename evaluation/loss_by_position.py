@@ -2,12 +2,13 @@
 
 import itertools
 from collections.abc import Iterable, Iterator, Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from foxlm.kernels.argument_types import typed
 from foxlm.modeling.cache.paged import FoxPagedCache
 from foxlm.modeling.versions import CACHE, cache_of
 
@@ -16,7 +17,8 @@ from .text import check_tokens
 _LOGITS_AT_ONCE = 4096
 
 
-def loss_by_position(model: PreTrainedModel, rows: Tensor, chunk: int = 0) -> Tensor:
+@typed
+def loss_by_position(model: nn.Module, rows: Tensor, chunk: int = 0) -> Tensor:
     """Negative log-likelihood of each token given all before it in its row, in nats.
 
     Args:
@@ -30,7 +32,8 @@ def loss_by_position(model: PreTrainedModel, rows: Tensor, chunk: int = 0) -> Te
     return torch.stack(list(row_losses(model, rows, chunk)))
 
 
-def row_losses(model: PreTrainedModel, rows: Iterable[Tensor], chunk: int = 0) -> Iterator[Tensor]:
+@typed
+def row_losses(model: nn.Module, rows: Iterable[Tensor], chunk: int = 0) -> Iterator[Tensor]:
     """`loss_by_position`, a row at a time: one row is in memory, and the logits of some of its tokens.
 
     Args:
@@ -48,7 +51,11 @@ def row_losses(model: PreTrainedModel, rows: Iterable[Tensor], chunk: int = 0) -
     """
     if chunk < 0:
         raise ValueError(f"chunk must be 0 (a row in one pass) or a number of tokens, got {chunk}")
-    vocabulary = model.get_input_embeddings().num_embeddings
+    if not hasattr(model, "get_input_embeddings"):
+        raise ValueError(f"model must be a causal language model of transformers, got {type(model).__name__}")
+    # PEFT's too, which is no `PreTrainedModel`.
+    model = cast(PreTrainedModel, model)
+    vocabulary = cast(Any, model).get_input_embeddings().num_embeddings
     for index, row in enumerate(rows):
         check_tokens(int(row.min()), int(row.max()), vocabulary, "rows")
         if index == 0 and not chunk and not _logits_are_the_heads(model, row):
@@ -110,6 +117,7 @@ def bootstrap_means(values: Tensor, seed: int = 0, samples: int = 1000) -> Tenso
     return torch.cat([values.mean(0, keepdim=True), means.quantile(ends, dim=0)])
 
 
+@typed
 def by_interval(losses: Tensor, edges: Sequence[int], seed: int = 0, samples: int = 1000) -> list[dict[str, float]]:
     """Mean losses between positions, with the 95% interval of a bootstrap over rows.
 

@@ -14,6 +14,8 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
+from foxlm.kernels.argument_types import typed
+
 from .loading import load_model, load_tokenizer, model_name, position_limit, pruning_used, trained_length
 from .loss_by_position import bootstrap_means, row_losses
 from .provenance import provenance
@@ -45,6 +47,7 @@ class LossOptions:
     overwrite: bool = False
 
 
+@typed
 def measure_losses(options: LossOptions) -> dict[str, Any]:
     """Measure what ``out/loss.json`` does not hold yet, and write it there, also when it is interrupted.
 

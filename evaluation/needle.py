@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from foxlm.kernels.argument_types import typed
 from foxlm.modeling.versions import CACHE, cache_of
 
 from .loading import load_model, load_tokenizer, model_name, position_limit, pruning_used, trained_length
@@ -52,6 +53,7 @@ class NeedleOptions:
     overwrite: bool = False
 
 
+@typed
 def measure_needle(options: NeedleOptions) -> dict[str, Any]:
     """Measure the cells that ``out/needle.json`` does not hold yet; it is written after each.
 

@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
+from foxlm.kernels.argument_types import typed
 from foxlm.modeling.attention_backends import ALL_ATTENTION_FUNCTIONS, eager_attention_forward
 from foxlm.modeling.layers.attention import FoxAttention
 
@@ -45,6 +46,7 @@ class AttentionInputs(NamedTuple):
         return self._replace(**parts, after_sink=after_sink)
 
 
+@typed
 @contextmanager
 def record_attention(
     model: nn.Module, take: Callable[[AttentionInputs], None] | None = None

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from foxlm.kernels.argument_types import typed
 from foxlm.kernels.decay import Decay, without_padding
 from foxlm.kernels.tiles import PRUNED_KEYS, PRUNED_QUERIES
 from foxlm.modeling.attention_backends import ALL_ATTENTION_FUNCTIONS, eager_attention_forward, pruned
@@ -20,6 +21,7 @@ from .recording import replaced_attention
 _INPUTS = ("input_ids", "inputs_embeds", "attention_mask", "position_ids", "cu_seq_lens_q", "cu_seq_lens_k")
 
 
+@typed
 @torch.no_grad()
 def skipped_share(model: nn.Module, batch: Mapping[str, Any]) -> Tensor | None:
     """Share of attention's tiles, 128 queries by 64 keys, that pruning skips on ``batch``, over all layers and heads.

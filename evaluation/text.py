@@ -7,10 +7,13 @@ from pathlib import Path
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
+from foxlm.kernels.argument_types import typed
+
 # Tokens of a row. Nothing that runs takes in as many; more are a slip of the hand, refused before memory is asked for.
 LONGEST = 2**27
 
 
+@typed
 def documents(path: Path, tokenizer: PreTrainedTokenizerBase | None) -> Iterator[np.ndarray]:
     """Tokens of each document of a file or folder, ``[N]`` int64, read one at a time.
 
@@ -88,6 +91,7 @@ def _texts(path: Path) -> Iterator[str]:
         raise ValueError(f"{where}: must be {wanted} ({error})") from None
 
 
+@typed
 def rows(
     path: Path, tokenizer: PreTrainedTokenizerBase | None, length: int, count: int, join: bool = False
 ) -> Iterator[np.ndarray]:

@@ -15,6 +15,7 @@ from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainerContr
 from transformers.trainer_callback import ExportableState
 
 from foxlm.evaluation.skipped_share import skipped_share
+from foxlm.kernels.argument_types import typed
 
 
 class FoxTrainer(Trainer):
@@ -97,6 +98,7 @@ class FoxTrainer(Trainer):
 _TOKENS_OF_A_CHUNK = 1024
 
 
+@typed
 def distance(logits: Tensor, expected: Tensor, real: Tensor | None = None) -> Tensor:
     """Mean over tokens of the Kullback-Leibler divergence ``KL(softmax(expected) || softmax(logits))``, in float32.
 
@@ -110,7 +112,18 @@ def distance(logits: Tensor, expected: Tensor, real: Tensor | None = None) -> Te
 
     Returns:
         A scalar in nats; 0 if no token counts.
+
+    Raises:
+        ValueError: shapes differ, as those of models with other vocabularies.
     """
+    if logits.ndim < 2 or expected.shape != logits.shape:
+        raise ValueError(
+            f"expected must have the shape of logits, [B, T, vocab] = {list(logits.shape)}, got {list(expected.shape)}"
+        )
+    if real is not None and (real.shape != logits.shape[:-1] or real.dtype != torch.bool):
+        raise ValueError(
+            f"real must be bool of shape {list(logits.shape[:-1])}, got {real.dtype} of shape {list(real.shape)}"
+        )
 
     def part(logits: Tensor, expected: Tensor) -> Tensor:
         ours, theirs = (x.float().log_softmax(-1) for x in (logits, expected))
@@ -140,12 +153,15 @@ class DistillingTrainer(FoxTrainer):
     """
 
     def __init__(self, *args: Any, teacher: PreTrainedModel, **kwargs: Any) -> None:
+        # Before Trainer, which takes memory. A model in a wrapper, as PEFT's, has its configuration.
+        if not (isinstance(teacher, nn.Module) and hasattr(teacher, "config")):
+            raise ValueError(f"teacher must be a model, such as from_pretrained gives, got {teacher!r}")
         super().__init__(*args, **kwargs)
         config: Any = self.model.config
-        if teacher.config.vocab_size != config.vocab_size:
+        its: Any = teacher.config
+        if its.vocab_size != config.vocab_size:
             raise ValueError(
-                f"teacher must have the vocabulary of the model, {config.vocab_size} tokens, got "
-                f"{teacher.config.vocab_size}"
+                f"teacher must have the vocabulary of the model, {config.vocab_size} tokens, got {its.vocab_size}"
             )
         if getattr(config, "loss_chunk_size", None) is not None:
             raise ValueError(f"loss_chunk_size must be None to be distilled, got {config.loss_chunk_size}")
@@ -188,7 +204,8 @@ class SkippedShareRamp(TrainerCallback, ExportableState):
         ValueError: an argument is not as above.
     """
 
-    def __init__(self, goal: float, steps: int, coefficient: float = 0.01, gain: float = 5.0) -> None:
+    @typed
+    def __init__(self, goal: float, steps: float, coefficient: float = 0.01, gain: float = 5.0) -> None:
         if not 0.0 < goal < 1.0:
             raise ValueError(f"goal must be a share in (0, 1), got {goal}")
         for name, value in (("steps", steps), ("coefficient", coefficient), ("gain", gain)):

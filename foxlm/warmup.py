@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from transformers import StaticCache
 
+from foxlm.kernels.argument_types import typed
 from foxlm.kernels.backends import HAS_TRITON
 from foxlm.kernels.devices import GPU, assume_gpu
 from foxlm.modeling.attention_settings import pruned_at_any_length
@@ -43,6 +44,7 @@ class CompiledKernel(NamedTuple):
     was_cached: bool
 
 
+@typed
 def compile_kernels(
     config: FoxConfig,
     *,

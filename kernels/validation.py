@@ -121,7 +121,7 @@ def check_options(*, scale: float | None, dropout: float) -> None:
 
 def check_count(name: str, value: object, least: int = 1) -> None:
     """Raise a `ValueError` about argument ``name`` unless ``value`` is a whole number of at least ``least``."""
-    if not isinstance(value, Integral) or isinstance(value, bool) or value < least:
+    if isinstance(value, bool) or not isinstance(value, Integral) or value < least:
         raise ValueError(f"{name} must be a whole number of at least {least}, got {value!r}")
 
 

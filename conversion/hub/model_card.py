@@ -10,6 +10,7 @@ from foxlm.conversion.checkpoint_io import StoredWeights
 from foxlm.conversion.fox_folder import TASKS, architecture_of, read_config
 from foxlm.conversion.hub.evaluation_results import Pruning, Results, read_results
 from foxlm.conversion.links import check_links
+from foxlm.kernels.argument_types import typed
 from foxlm.modeling.configuration_fox import FoxConfig
 
 # Marks what only the author can write; `foxlm publish` refuses a card that still contains it.
@@ -44,6 +45,7 @@ _CITATIONS = """```bibtex
 ```"""
 
 
+@typed
 def write_model_card(
     folder: str | Path,
     *,

@@ -9,6 +9,7 @@ from huggingface_hub import HfApi, ModelCard
 import foxlm
 from foxlm.conversion.hub import checks as folder_checks
 from foxlm.conversion.hub.uploaded_files import OF_TRAINING
+from foxlm.kernels.argument_types import typed
 
 _CHECKS: dict[str, Callable[[Path, Collection[str]], str]] = {
     "configuration": folder_checks.check_configuration,
@@ -42,6 +43,7 @@ class Check:
     found: str
 
 
+@typed
 def check_folder(folder: str | Path, allow_code: Collection[str] = ()) -> Iterator[Check]:
     """Run every check, one after the other; the last takes some seconds more than loading the model twice.
 
@@ -72,6 +74,7 @@ def check_folder(folder: str | Path, allow_code: Collection[str] = ()) -> Iterat
         yield found
 
 
+@typed
 def push_folder(folder: str | Path, repo_id: str, private: bool = False) -> str:
     """Upload a folder to the Hub, without checkpoints and other files of training; run `check_folder` first.
 

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from foxlm.kernels.argument_types import typed
 from foxlm.modeling.model_files import read_config
 
 from ..loading import load_model, load_tokenizer, position_limit, pruning_used
@@ -64,6 +65,7 @@ class Outcome:
         return sum(row.failed is not None for row in self.rows)
 
 
+@typed
 def evaluate(options: Options, say: Callable[[str], None]) -> Outcome:
     """Run all tasks that are not done yet. Results are in ``options.out``, a file for each task and `SUMMARY`.
 

@@ -13,6 +13,7 @@ import torch
 from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from foxlm.kernels.argument_types import typed
 from foxlm.kernels.pruning.rules import Rule
 from foxlm.kernels.tiles import PRUNED_QUERIES
 from foxlm.modeling.configuration_fox import FoxConfig
@@ -89,6 +90,7 @@ class Options:
             )
 
 
+@typed
 def run_report(options: Options) -> dict[str, Any]:
     """Measure, and write ``report.json`` into ``options.out``; drawing is another step (`draw`).
 

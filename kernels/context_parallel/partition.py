@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..argument_types import typed
 from ..tiles import PRUNED_KEYS, PRUNED_QUERIES
 
 
@@ -23,12 +24,14 @@ class Segment(NamedTuple):
 Split = Callable[[int, int], Sequence[Segment]]
 
 
+@typed
 def contiguous(length: int, ranks: int) -> list[Segment]:
     """One segment for each rank. The last has the most to do where heads do not forget."""
     bounds = _bounds(length, ranks)
     return [Segment(rank, *bounds[rank : rank + 2]) for rank in range(ranks)]
 
 
+@typed
 def zigzag(length: int, ranks: int) -> list[Segment]:
     """Two segments for each rank, the i-th from the start and the i-th from the end (head-tail partition).
 

@@ -271,7 +271,13 @@ def centered(k: Tensor) -> Tensor:
     So the rules may be given these keys in place of ``k``. Without QK-norm keys have a large part in common, and the
     bound ``scale |q| max |k|`` is loosened by it: in SmolLM2 it is 40 nats, and 27 nats with centered keys. Of the
     first 64 because they are there before anything can be dropped.
+
+    Raises:
+        ValueError: ``k`` is no tensor of four dimensions.
     """
+    check_tensor("k", k)
+    if k.ndim != 4:
+        raise ValueError(f"k must have shape [B, T, G, D], got {list(k.shape)}")
     return k - key_center(k)
 
 

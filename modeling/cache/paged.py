@@ -501,6 +501,8 @@ class FoxPagedCache(Cache):
     """
 
     def __init__(self, config: "FoxConfig", max_cache_len: int) -> None:
+        if not hasattr(config, "forget_gate"):
+            raise ValueError(f"config must be the FoxConfig of the model, got {config!r}")
         if not isinstance(max_cache_len, int) or max_cache_len < 1:
             raise ValueError(f"max_cache_len must be a positive integer, got {max_cache_len!r}")
         eps = None if config.forget_gate == "none" else config.acp_eps

@@ -16,9 +16,11 @@ from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 
+from ...kernels.argument_types import typed
 from ..layers.forget_gate import FoxConstantGate, FoxForgetGate
 
 
+@typed
 def shard_forget_gates(
     model: nn.Module, mesh: DeviceMesh | None = None, offload_policy: OffloadPolicy | None = None
 ) -> None:
@@ -47,6 +49,7 @@ def shard_forget_gates(
             )
 
 
+@typed
 def prepare_fsdp2(accelerator: Accelerator, model: nn.Module) -> None:
     """Set up FSDP2 through accelerate for FoX; does nothing with other engines.
 
@@ -86,7 +89,12 @@ def save_whole_model(trainer: Any) -> None:
 
     Args:
         trainer: a `Trainer`, on all ranks.
+
+    Raises:
+        ValueError: it is none.
     """
+    if not hasattr(trainer, "save_model"):
+        raise ValueError(f"trainer must be a Trainer, got {trainer!r}")
     if trainer.is_fsdp_enabled:
         trainer.accelerator.state.fsdp_plugin.set_state_dict_type("FULL_STATE_DICT")
     trainer.save_model()

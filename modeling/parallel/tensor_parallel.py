@@ -187,8 +187,8 @@ def check_processes(distributed_config: Any) -> None:
         )
 
 
-def check_tensor_parallel(config: FoxConfig, tp_size: int) -> None:
-    """Refuse a number of ranks that does not divide the heads.
+def check_tensor_parallel(config: FoxConfig, tp_size: int, name: str = "tp_size") -> None:
+    """Refuse a number of ranks that does not divide the heads; ``name`` is what the message calls it.
 
     Raises:
         ValueError: ``tp_size`` does not divide a size of ``config``.
@@ -205,4 +205,4 @@ def check_tensor_parallel(config: FoxConfig, tp_size: int) -> None:
         common = math.gcd(*sizes.values())
         accepted = [size for size in range(1, common + 1) if common % size == 0]
         named = " and ".join(f"{name} ({size})" for name, size in refused.items())
-        raise ValueError(f"tp_size must divide {named}, got {tp_size}; this model takes {accepted}")
+        raise ValueError(f"{name} must divide {named}, got {tp_size}; this model takes {accepted}")
