@@ -14,6 +14,8 @@ from foxlm.kernels.pruning.rules import Rule
 from foxlm.modeling.configuration_fox import DEFAULT_IMPLEMENTATION, FoxConfig
 from foxlm.modeling.model_files import read_config, read_model, reason
 
+# One of them is what any tokenizer of transformers saves.
+_TOKENIZER_FILES = ("tokenizer*", "vocab*", "merges.txt", "*.model", "spiece*", "special_tokens_map.json")
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
 
@@ -35,7 +37,7 @@ def load_model(
         ValueError: an argument is none of these, or ``eps`` or ``rule`` is given for a model without forget gates.
         OSError: ``source`` cannot be read.
     """
-    device = resolve_device(device)
+    source, device = str(source), resolve_device(device)
     if dtype != "auto" and dtype not in DTYPES:
         raise ValueError(f"dtype must be auto or one of {', '.join(DTYPES)}, got {dtype!r}")
     config = read_config(source)
@@ -54,6 +56,11 @@ def load_model(
 
 def load_tokenizer(source: str) -> PreTrainedTokenizerBase:
     """The tokenizer in a model's folder; a ValueError where there is none."""
+    folder = Path(source)
+    if folder.is_dir() and not any(any(folder.glob(pattern)) for pattern in _TOKENIZER_FILES):
+        raise ValueError(
+            f"{source} has no tokenizer: save one beside the model (tokenizer.save_pretrained({str(source)!r}))"
+        )
     try:
         return AutoTokenizer.from_pretrained(source, trust_remote_code=False)
     except Exception as error:  # tokenizers raises exceptions of no type of their own

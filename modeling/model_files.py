@@ -62,7 +62,9 @@ def reason(error: Exception) -> str:
     """An error of another library in one line, with its type where the message alone does not explain it."""
     # An error of `@strict` names the field and has the reason in its cause.
     shown = error.__cause__ if isinstance(error, StrictDataclassError) and error.__cause__ else error
-    text = next((line.strip() for line in str(shown).splitlines() if line.strip()), "")
+    lines = [line.strip() for line in str(shown).splitlines() if line.strip()]
+    # A first line that ends in a colon says nothing without the others.
+    text = " ".join(lines) if lines and lines[0].endswith(":") else "".join(lines[:1])
     known = isinstance(error, ValueError | OSError | StrictDataclassError)
     return text if known and text else f"{type(error).__name__}: {text}".rstrip(": ")
 

@@ -122,6 +122,8 @@ class _Run:
         from lm_eval.tasks import TaskManager
 
         self.options, self.say = options, say
+        # First: lm-eval's index of tasks and the model take longer.
+        self.tokenizer = load_tokenizer(options.model)
         self.text = None if options.text is None else _checksum(options.text)
         self.units = units_of((*options.tasks, *(OWN_TEXT if self.text else ())), options.lengths or ())
         self.unreachable: dict[str, str] = {}
@@ -136,10 +138,6 @@ class _Run:
         self.model = load_model(
             options.model, device=options.device, dtype=options.dtype, eps=options.eps, rule=options.rule
         )
-        try:
-            self.tokenizer = load_tokenizer(options.model)
-        except (OSError, ValueError) as error:
-            raise ValueError(f"{options.model} has no tokenizer, which lm-eval needs: {in_a_line(error)}") from error
         check_tokenizer(self.model, self.tokenizer)
         self.own_length = options.max_length or own_max_length(self.model, self.tokenizer)
         self.positions = position_limit(self.model)

@@ -356,7 +356,11 @@ def test_bad_options_are_refused_in_one_line(fox: Path, away: Path, arguments: t
 def test_models_without_tokenizer_are_refused(away: Path) -> None:
     tiny_model().save_pretrained(away / "model")
     done = evaluate("model", "--tasks", "piqa")
-    assert done.exit_code == 1 and "error: model has no tokenizer, which lm-eval needs: " in done.stderr
+    assert (
+        done.exit_code == 1
+        and "error: model has no tokenizer: save one beside the model (tokenizer.save_pretrained('model'))"
+        in done.stderr
+    )
     assert not (away / "out").exists()
 
 
