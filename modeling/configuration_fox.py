@@ -212,8 +212,8 @@ class FoxConfig(PreTrainedConfig):
     head_dim: int | None = None
     hidden_act: str = "silu"
     max_position_embeddings: int = 16384
-    initializer_range: float = 0.02
-    rms_norm_eps: float = 1e-6
+    initializer_range: float | int = 0.02
+    rms_norm_eps: float | int = 1e-6
     use_cache: bool = True
     tie_word_embeddings: bool = False
     rope_parameters: RopeParameters | dict | None = None
@@ -229,13 +229,13 @@ class FoxConfig(PreTrainedConfig):
     attention_sink: Literal["none", "learned"] = "none"
     sink_token_id: int | None = None
     qk_norm: Literal["per_head", "shared", "all_heads", "none"] = "per_head"
-    qk_norm_eps: float | None = None
+    qk_norm_eps: float | int | None = None
     use_key_shift: bool = True
     use_value_shift: bool = True
     use_output_gate: bool = True
     output_gate_act: Literal["sigmoid", "silu"] = "sigmoid"
     use_output_norm: bool = True
-    acp_eps: float | None = math.exp(-10)
+    acp_eps: float | int | None = math.exp(-10)
     acp_rule: Literal["paper", "tight", "measured"] = "tight"
     forget_aux_loss_coef: float | int = 0.0
     loss_chunk_size: int | None = None
@@ -502,7 +502,8 @@ class FoxConfig(PreTrainedConfig):
         self._require(
             "loss_chunk_size", chunk is None or 0 < chunk <= 2**31, "None or a positive number of tokens up to 2**31"
         )
-        self._require("acp_eps", self.acp_eps is None or 0 < self.acp_eps < 1, "None or a number in (0, 1)")
+        accepted = "a number in (0, 1), or None, which turns pruning off"
+        self._require("acp_eps", self.acp_eps is None or 0 < self.acp_eps < 1, accepted)
         # An upper bound beyond any sequence, below which exp(1 / T) - 1 is exact enough in float32 arithmetic.
         self._require("decay_time_min", 0 < self.decay_time_min <= 1e9, "a number of tokens in (0, 1e9]")
         self._require(

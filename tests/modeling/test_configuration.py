@@ -50,6 +50,7 @@ WRONG = [
     *(("decay_time_min", {"decay_time_min": t}, str(t), "(0, 1e9]") for t in (0, -2.0, INF, NAN)),
     *(("decay_time_max", {"decay_time_max": t}, str(t), "[2.0, 1e9]") for t in (1.0, INF, NAN)),
     ("decay_time_max", {"decay_time_min": 30.0}, "20.0", "[30.0, 1e9]"),
+    *(("acp_eps", {"acp_eps": x}, str(x), "or None, which turns pruning off") for x in (0, 2, 1, 0.0, -1, NAN)),
     ("decay_time_min", {"decay_time_min": "2"}, "2", "float"),
     ("qk_norm", {"qk_norm": "layer"}, "layer", "'per_head'"),
     ("qk_norm", {"qk_norm": True}, "True", "'per_head'"),
@@ -340,3 +341,8 @@ def test_norms_over_all_heads_see_all_heads_on_every_rank() -> None:
     assert attention == dict.fromkeys(("q_proj", "k_proj", "v_proj"), "colwise_gather_output") | {
         "o_proj": "rowwise_split_input"
     }
+
+
+def test_whole_numbers_are_taken_for_floats() -> None:
+    config = tiny_config(rms_norm_eps=1, qk_norm_eps=1, initializer_range=1)
+    assert (config.rms_norm_eps, config.qk_norm_eps, config.initializer_range) == (1, 1, 1)
