@@ -62,12 +62,18 @@ def attention_settings(config: Any, learns: bool = True) -> AttentionSettings:
     Args:
         config: of the model.
         learns: whether there is a backward pass, or may be one.
+
+    Raises:
+        ValueError: ``acp_eps`` was set to what pruning cannot go by after the configuration was made.
     """
+    eps = config.acp_eps
+    if eps is not None and not 0.0 < eps < 1.0:
+        raise ValueError(f"acp_eps must be a number in (0, 1), or None, which turns pruning off, got {eps!r}")
     reads_bound = PruningRule(config.acp_rule).reads_bound
     return AttentionSettings(
         implementation=config._attn_implementation or DEFAULT_IMPLEMENTATION,
         # Without forget gates nothing is forgotten.
-        eps=None if config.forget_gate == "none" else config.acp_eps,
+        eps=None if config.forget_gate == "none" else eps,
         # To measure takes longer than a forward pass alone saves by it; `tight` is what it begins with.
         rule=config.acp_rule if learns or config.acp_rule != "measured" else "tight",
         reads_bound=reads_bound,

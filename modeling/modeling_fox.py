@@ -325,7 +325,9 @@ class FoxForCausalLM(FoxPreTrainedModel, FoxGenerationMixin):
         options = targets | {"labels": labels}
         shards = None
         if (context := self.model.context_parallel) is None:
-            check_labels(labels, hidden_states.shape[:2] if logits is None else logits.shape[:2])
+            check_labels(
+                labels, hidden_states.shape[:2] if logits is None else logits.shape[:2], self.config.vocab_size
+            )
             options["num_items_in_batch"] = number_of_targets(
                 labels, targets.get("shift_labels"), targets.get("num_items_in_batch")
             )

@@ -70,8 +70,11 @@ class FoxAttention(FusableProjections):
         super().__init__()
         if getattr(config, "model_type", None) != FoxConfig.model_type:
             raise ValueError(f"config must be a FoxConfig, got {type(config).__name__}")
-        if not isinstance(layer_idx, int) or layer_idx < 0:
-            raise ValueError(f"layer_idx must be an integer from 0, got {layer_idx!r}")
+        layers = config.num_hidden_layers
+        if not isinstance(layer_idx, int) or not 0 <= layer_idx < layers:
+            raise ValueError(
+                f"layer_idx must be an integer from 0 to {layers - 1}, of {layers} layers, got {layer_idx!r}"
+            )
         self.config = config
         self.layer_idx = layer_idx
         self.use_rope = config.has_rope(layer_idx)

@@ -259,3 +259,31 @@ def qkvf() -> list[torch.Tensor]:
 def test_wrong_types_given_to_public_names_are_refused(message: str, call: Any) -> None:
     with pytest.raises(ValueError, match=message):
         call()
+
+
+@pytest.mark.parametrize("value", [-1, -99, 10**6])
+@pytest.mark.parametrize("chunk", [None, 2])
+def test_labels_out_of_range_are_named(value: int, chunk: int | None) -> None:
+    model = tiny_model(loss_chunk_size=chunk).train()
+    labels = tokens(1, 6)
+    labels[0, 3] = value
+    with pytest.raises(ValueError, match=rf"^labels must be -100 or in \[0, {model.config.vocab_size}\), .*{value}"):
+        model(tokens(1, 6), labels=labels)
+    labels[0, 3] = -100
+    model(tokens(1, 6), labels=labels)
+
+
+@pytest.mark.parametrize("value", [5.0, 0.0, float("nan")])
+def test_acp_eps_that_is_set_later_is_checked_where_it_is_read(value: float) -> None:
+    model = tiny_model().eval()
+    model.config.acp_eps = value
+    with pytest.raises(ValueError, match="^acp_eps must be "):
+        model(tokens(1, 6))
+
+
+@pytest.mark.parametrize("part", [FoxAttention, FoxDecoderLayer])
+def test_a_layer_that_the_configuration_does_not_have_is_refused(part: Any) -> None:
+    config = tiny_config()
+    beyond = config.num_hidden_layers
+    with pytest.raises(ValueError, match=rf"^layer_idx must be an integer from 0 to .*, got {beyond}"):
+        part(config, beyond)
