@@ -26,6 +26,12 @@ DECODER_ARGUMENTS = {
     "debug_io_dir": "read by transformers' merge_with_config_defaults",
     "prune_layers": "read by transformers' merge_with_config_defaults, for debug_io",
 }
+# What only collators and transformers itself pass: no one has it in mind who mistypes a name.
+_INTERNAL = {"max_length_q", "max_length_k", "seq_idx", "num_items_in_batch"} | {
+    "debug_io",
+    "debug_io_dir",
+    "prune_layers",
+}
 LOSS_ARGUMENTS = {
     "num_items_in_batch": "of Trainer; read by the loss",
     "shift_labels": "of Trainer with context parallelism; read by the loss",
@@ -51,7 +57,7 @@ def refuse_unknown(function: Callable, given: Mapping[str, Any], *taken: Mapping
     unknown = [name for name, value in given.items() if value is not None and not any(name in x for x in taken)]
     if unknown:
         named = [name for name in inspect.signature(function).parameters if name not in ("self", "kwargs")]
-        known = list(dict.fromkeys([*named, *itertools.chain(*taken)]))
+        known = [name for name in dict.fromkeys([*named, *itertools.chain(*taken)]) if name not in _INTERNAL]
         close = difflib.get_close_matches(unknown[0], known, n=1)
         hint = f"did you mean {close[0]}?" if close else f"it takes {', '.join(known)}"
         raise TypeError(f"{function.__qualname__} got an argument that it does not know, {unknown[0]!r}: {hint}")

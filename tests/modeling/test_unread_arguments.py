@@ -1,5 +1,6 @@
 """Unknown arguments of models, heads, layers, caches and attention are errors that name them."""
 
+import re
 from typing import Any
 
 import pytest
@@ -45,6 +46,9 @@ def test_an_unknown_argument_is_refused_by_name(model_class: Any) -> None:
     with pytest.raises(TypeError):
         model(tokens(1, 4), sequence_ids=False)
     model(tokens(1, 4), cache_position=None)
+    with pytest.raises(TypeError) as error:
+        model(tokens(1, 4), is_causal=True)
+    assert not re.search("debug_io|prune_layers|max_length_|seq_idx|num_items", str(error.value)), "internals"
 
 
 @torch.no_grad()
