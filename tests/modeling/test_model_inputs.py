@@ -277,7 +277,7 @@ def test_labels_out_of_range_are_named(value: int, chunk: int | None) -> None:
 def test_acp_eps_that_is_set_later_is_checked_where_it_is_read(value: float) -> None:
     model = tiny_model().eval()
     model.config.acp_eps = value
-    with pytest.raises(ValueError, match="^acp_eps must be "):
+    with pytest.raises(ValueError, match=r"^acp_eps must be "):
         model(tokens(1, 6))
 
 
