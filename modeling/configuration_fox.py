@@ -44,6 +44,8 @@ _SIZES = {
 }
 _PRO_PARTS = {
     "qk_norm": "per_head",
+    # What the papers' code has, whatever its other norms have.
+    "qk_norm_eps": 1e-5,
     "use_key_shift": True,
     "use_value_shift": True,
     "use_output_gate": True,
@@ -249,6 +251,8 @@ class FoxConfig(PreTrainedConfig):
     @classmethod
     def preset(cls, name: str, **overrides) -> "FoxConfig":
         """A model of the papers, e.g. `"pro-760m"`: `llama` or `pro` with `125m`, `360m` or `760m`.
+
+        `foxlm convert` writes these models in the authors' format, `llama` ones also in flash-linear-attention's.
 
         Args:
             name: block and size.

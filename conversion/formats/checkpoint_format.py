@@ -96,7 +96,7 @@ class CheckpointFormat:
             if converted_back.get(name) != value:
                 raise ValueError(
                     f"{name} must be {converted_back.get(name)!r}, got {value!r}: "
-                    f"model_type {self.fields.model_type!r} has no other"
+                    f"model_type {self.fields.model_type!r} has no other (what it has: docs/guides/conversion.md)"
                 )
         return fields
 

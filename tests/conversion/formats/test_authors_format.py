@@ -1,6 +1,8 @@
 """Checkpoints of the paper's authors: every key is mapped, and the converted model is the same."""
 
 import json
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -157,3 +159,22 @@ def test_what_nothing_computed_depends_on_is_left_behind(tmp_path):
     FoxForCausalLM(FoxConfig(**fields, qk_norm_eps=1e-5, **idle)).save_pretrained(tmp_path / "ours")
     convert_to_folder(tmp_path / "ours", tmp_path / "theirs", to="authors")
     assert not idle.keys() & json.loads((tmp_path / "theirs" / "config.json").read_text()).keys()
+
+
+@pytest.mark.parametrize(
+    ("preset", "to", "changes"),
+    [
+        ("pro-125m", "authors", {}),
+        ("llama-125m", "authors", {}),
+        ("llama-125m", "fla", {}),
+        ("pro-125m", "fla", {"use_key_shift": False, "use_value_shift": False, "use_output_norm": False}),
+    ],
+)
+def test_presets_are_written_and_read_back(preset: str, to: str, changes: dict[str, Any], tmp_path: Path) -> None:
+    sizes = {"num_hidden_layers": 2, "hidden_size": 64, "num_attention_heads": 4, "vocab_size": 61}
+    model = FoxForCausalLM(FoxConfig.preset(preset, **sizes, **changes)).eval()
+    model.save_pretrained(tmp_path / "ours")
+    convert_to_folder(tmp_path / "ours", tmp_path / "theirs", to=to)
+    convert_to_folder(tmp_path / "theirs", tmp_path / "back")
+    tokens = torch.arange(20)[None]
+    assert torch.equal(FoxForCausalLM.from_pretrained(tmp_path / "back")(tokens).logits, model(tokens).logits)
