@@ -82,7 +82,7 @@ VARYING_SIZES = (
     "T", "TQ", "TK", "HAS_CARRY", "HEADS", "KV_HEADS", "NB", "NC", "NG", "NM", "NN", "NR", "OFFSET",
     "STEPS", "WORK_TILES",
     "c_b", "c_h", "carry_b", "carry_h", "ck_b", "ck_h", "cq_b", "cq_h", "decays_b", "decays_h", "dl_b", "dl_h", "f_b",
-    "first_b", "first_h", "largest_b", "largest_h", "real_b", "s_b", "s_h", "starts_b",
+    "first_b", "first_h", "largest_b", "largest_h", "last_b", "pages_b", "real_b", "s_b", "s_h", "starts_b",
 )  # fmt: skip
 PARTS_OF_TENSORS = (
     "BASE", "C", "CARRY_C", "CARRY_FIRST", "C_K", "C_Q", "DC", "DELTA", "DIAGONAL", "DIAGONAL_BLOCK", "DQ_SCALE",
