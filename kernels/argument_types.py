@@ -18,7 +18,8 @@ def typed(function: Callable[P, R]) -> Callable[P, R]:
     """``function``, which names an argument whose type is not that of its annotation, before anything is computed.
 
     For functions that people call once, not many times a step: it binds arguments to their names. Held is the outermost
-    type: of ``Sequence[int]`` that it is a sequence. Flags (``bool``) may be anything, as everywhere in Python.
+    type: of ``Sequence[int]`` that it is a sequence. Flags (``bool``) may be anything, as everywhere in Python, and so
+    may what has a quoted annotation.
 
     Raises:
         ValueError: naming the argument, what came, and what is accepted.
@@ -68,6 +69,8 @@ def _accepted(annotation: Any) -> list[type] | None:
     if get_origin(annotation) in (Union, types.UnionType):
         parts = [_accepted(part) for part in get_args(annotation)]
         return None if None in parts else [kind for part in parts if part is not None for kind in part]
+    if annotation is Any:
+        return None
     kind = get_origin(annotation) or annotation
     kind = {float: Real, int: Integral, None: type(None)}.get(kind, kind)
     # Values of a `Literal` are the function's own to check, which has words for them.

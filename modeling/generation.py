@@ -68,6 +68,8 @@ def _check_free_dead_cache(asked: Any, cache: Any, generation_config: Any, assis
     """Raise a `ValueError` unless ``free_dead_cache``, as `generate` was given it, can be done."""
     if asked is not None and not isinstance(asked, bool):
         raise ValueError(f"free_dead_cache must be True, False or None, as the configuration says, got {asked!r}")
+    if asked is False and isinstance(cache, FoxPagedCache):
+        raise ValueError(f"free_dead_cache must not be False with {CACHE} of type FoxPagedCache, which frees")
     other = None
     if cache is not None and not isinstance(cache, FoxPagedCache):
         other = f"{CACHE} of type {type(cache).__name__}"

@@ -29,4 +29,5 @@ class CacheView(NamedTuple):
         if self.pages is None or self.pages.ndim == 3:
             return self.summary.largest.index_select(-1, block)[..., 0]
         # A sequence without tokens has no last one.
-        return self.summary.largest[self.pages.gather(1, block.clamp(min=0))[:, 0].long(), :, 0]
+        page = self.pages.gather(1, block.clamp(min=0))[:, 0].long()
+        return self.summary.largest[page, :, 0].masked_fill(block < 0, 0.0)

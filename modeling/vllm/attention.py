@@ -1,6 +1,7 @@
 """The attention of a FoX layer over the pages of vLLM's cache."""
 
-from typing import Any
+import math
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -35,8 +36,10 @@ class ServedAttention(FoxAttention, AttentionLayerBase):
         self.settings = attention_settings(config, learns=False)
         self.layer_name = f"model.layers.{layer_idx}.self_attn"
         self.pages: Pages | None = None
+        self._kv_cache: Tensor | None = None
         vllm_config = get_current_vllm_config()
         self.cache_dtype = vllm_config.model_config.dtype
+        self.longest = vllm_config.model_config.max_model_len
         self.page_class = Pages if vllm_config.device_config.device_type == "cpu" else GpuPages
         vllm_config.compilation_config.static_forward_context[self.layer_name] = self
 
@@ -62,9 +65,15 @@ class ServedAttention(FoxAttention, AttentionLayerBase):
         _, kv_heads, head_dim = self.config.heads
         return PageLayout(tokens, self.config.num_forget_gates, kv_heads, head_dim, self.shifted, self.cache_dtype)
 
-    def bind_kv_cache(self, kv_cache: Tensor) -> None:
-        super().bind_kv_cache(kv_cache)
-        self.pages = self.page_class(kv_cache, self._page_layout(kv_cache.shape[2]))
+    @property
+    def kv_cache(self) -> Tensor | None:
+        """What vLLM binds, and replaces by nothing when it lets go of its memory."""
+        return self._kv_cache
+
+    @kv_cache.setter
+    def kv_cache(self, cache: Tensor) -> None:
+        self._kv_cache = cache
+        self.pages = self.page_class(cache, self._page_layout(cache.shape[2])) if cache.numel() else None
 
     def forward(  # type: ignore[override]
         self,
@@ -87,8 +96,10 @@ class ServedAttention(FoxAttention, AttentionLayerBase):
         fused = self.project(hidden_states)
         q, k, v = self._heads(hidden_states, fused)
         if step is None:
-            # vLLM measures the memory of a pass before there is a cache.
+            # vLLM measures the memory of a pass before there is a cache. A chunk of the longest text reads this much.
+            self._page_layout(PRUNED_KEYS).read_buffers(self.longest, q.device)
             return self.o_proj(self._normalize_and_gate(torch.zeros_like(q), hidden_states, fused)), None
+        # Of the same device as the step.
         pages: Any = self.pages
         assert pages is not None, "vLLM binds a cache before it runs a step"
         if "key" in self.shifted:
@@ -101,8 +112,8 @@ class ServedAttention(FoxAttention, AttentionLayerBase):
         log_f = self.log_forget_gates(hidden_states)
         c, kv_start = pages.append(k, v, log_f, step, stands_for)
         out = torch.empty_like(q)
-        if isinstance(step, GpuStep) and step.single:
-            self._attend_single(pages, step, q, c, kv_start, out)
+        if step.single:
+            self._attend_single(pages, cast(GpuStep, step), q, c, kv_start, out)
         for prompts in step.prompts:
             rows = prompts.rows
             gates = log_f[:, rows], kv_start[..., rows]
@@ -125,14 +136,17 @@ class ServedAttention(FoxAttention, AttentionLayerBase):
         self, prompts: Prompts, q: Tensor, k: Tensor, v: Tensor, log_f: Tensor, kv_start: Tensor
     ) -> Tensor:
         """``[1, T, H, D]`` queries of requests that begin, each over its own keys, and the sink."""
+        assert prompts.begins is not None
+        v, log_f, broken = prompts.isolated(v, log_f)
         # Pruning relies on sums that fall over all of a row.
         c, _ = backend_of(q).sum_gates(log_f, None, 0)
-        last = torch.arange(q.shape[1], device=q.device)
-        assert prompts.begins is not None
-        decay = Decay(c, c, kv_start + prompts.begins, last)
+        decay = Decay(c, c, kv_start + prompts.begins, torch.arange(q.shape[1], device=q.device))
         options = self._options(q)
+        if not self.settings.prunes(q.shape[2], prompts.length, prompts.length):
+            options["settings"] = self.settings._replace(eps=None)
         q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
-        return fox_attention_forward(self, q, k, v, None, decay=decay, **options)[0]
+        out, _ = fox_attention_forward(self, q, k, v, None, decay=decay, **options)
+        return out if broken is None else out.masked_fill(broken[:, None, None], math.nan)
 
     def _attend_single(
         self, pages: GpuPages, step: GpuStep, q: Tensor, c: Tensor, kv_start: Tensor, out: Tensor

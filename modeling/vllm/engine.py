@@ -1,6 +1,7 @@
 """What vLLM asks of a kind of attention: the layout of its cache, and what each step tells every layer."""
 
 import itertools
+import math
 from typing import Any
 
 import torch
@@ -34,31 +35,32 @@ class FoxStepBuilder(AttentionMetadataBuilder[Step | GpuStep]):
         self, common_prefix_len: int, common_attn_metadata: CommonAttentionMetadata, fast_build: bool = False
     ) -> Step | GpuStep:
         batch, size = common_attn_metadata, self.kv_cache_spec.block_size
-        rows, lengths = batch.query_start_loc_cpu.tolist(), batch.seq_lens_cpu_upper_bound
+        on_cpu = self.device.type == "cpu"
+        rows, known = batch.query_start_loc_cpu.tolist(), batch.seq_lens_cpu_upper_bound
         # Exact, as there is no speculation.
-        lengths = (batch.seq_lens if lengths is None else lengths).tolist()
+        assert on_cpu or known is not None, "lengths are on the host, so that nothing waits for the device"
+        lengths = (batch.seq_lens if known is None else known).tolist()
         counts = [stop - first for first, stop in itertools.pairwise(rows)]
-        spans = [slice(first, stop) for first, stop in itertools.pairwise(rows)]
 
         def chunk(i: int) -> Chunk:
             pages = batch.block_table_tensor[i, : -(-lengths[i] // size)]
-            return Chunk(spans[i], lengths[i] - counts[i], pages)
+            return Chunk(slice(rows[i], rows[i + 1]), lengths[i] - counts[i], pages.long() if on_cpu else pages)
 
         # Requests that only fill a batch up have no tokens.
-        if self.device.type == "cpu":
-            chunks = [chunk(i)._replace(pages=chunk(i).pages.long()) for i, count in enumerate(counts) if count]
-            return make_step(chunks, size)
+        if on_cpu:
+            return make_step([chunk(i) for i, count in enumerate(counts) if count], size)
         single = next((i for i, count in enumerate(counts) if count > 1), len(counts))
+        chunks, first = [], single
         prompts: list[Prompts] = []
-        chunks = []
-        for i in range(single, len(counts)):
-            if lengths[i] > counts[i]:
+        for i in range(single, len(counts) + 1):
+            if i < len(counts) and lengths[i] == counts[i]:
+                continue
+            if first < i:
+                pairs = sum(count * count for count in counts[first:i])
+                prompts.append(Prompts(slice(first, i), slice(rows[first], rows[i]), math.isqrt(pairs)))
+            if i < len(counts):
                 chunks.append(chunk(i))
-            elif prompts and prompts[-1].requests.stop == i:
-                begun = prompts.pop()
-                prompts.append(Prompts(slice(begun.requests.start, i + 1), slice(begun.rows.start, spans[i].stop)))
-            else:
-                prompts.append(Prompts(slice(i, i + 1), spans[i]))
+            first = i + 1
         tables = batch.query_start_loc, batch.seq_lens, batch.block_table_tensor
         return GpuStep(*tables, max(counts, default=1), single, chunks, prompts)
 

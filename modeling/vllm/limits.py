@@ -50,11 +50,14 @@ def check_limits(config: FoxConfig, vllm_config: Any) -> None:
         ("pipeline_parallel_size", parallel.pipeline_parallel_size, 1),
         ("decode_context_parallel_size", parallel.decode_context_parallel_size, 1),
         ("prefill_context_parallel_size", parallel.prefill_context_parallel_size, 1),
+        ("enable_dbo or ubatch_size > 1", parallel.use_ubatching, False),
         ("kv_cache_dtype", cache.cache_dtype, "auto"),
         ("quantization", vllm_config.model_config.quantization, None),
         ("speculative_config", vllm_config.speculative_config, None),
         ("kv_transfer_config", vllm_config.kv_transfer_config, None),
         ("lora_config", vllm_config.lora_config, None),
+        ("cpu_offload_gb", vllm_config.offload_config.uva.cpu_offload_gb, 0),
+        ("offload_group_size", vllm_config.offload_config.prefetch.offload_group_size, 0),
     ):
         if value != accepted:
             raise ValueError(f"{name} must be {accepted!r} for a FoX model on vLLM, got {value!r}")

@@ -47,7 +47,7 @@ class ServedModel(nn.Module):
         steps = get_forward_context().attn_metadata
         step = None
         if steps is not None:
-            assert isinstance(steps, dict), "microbatches are refused"
+            assert isinstance(steps, dict), "`check_limits` refuses microbatches"
             # All layers have the same one.
             step = next(iter(steps.values())).begin()
         hidden_states = hidden_states[None]

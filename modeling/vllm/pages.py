@@ -2,7 +2,8 @@
 
 A page holds ``N`` tokens of one request. Beside keys and values it has the float64 gate sum of each token, and of the
 last of its tokens that was computed what the next token goes on from: the first key that is still visible, with token
-shift the key and value before it, and what pruning reads of all keys so far (`kernels.block_tables.append.PagePools`).
+shift the key and value before it, and, on a GPU, what pruning reads of all keys so far
+(`kernels.block_tables.append.PagePools`).
 vLLM lets requests share full pages only (prefix caching), and computes a request anew from its first token, or from a
 full page, after it was preempted; so what a full page says of its last token is all that a request needs that goes on
 after it.
@@ -56,6 +57,11 @@ class PageLayout(NamedTuple):
         """A page's size, as vLLM counts it: by the token."""
         size = sum(_aligned_size(*part) for part in self.parts().values())
         return _aligned(-(-size // self.tokens))
+
+    def read_buffers(self, tokens: int, device: torch.device) -> tuple[Tensor, ...]:
+        """As much memory as `Pages.read` returns of so many tokens."""
+        heads = torch.empty(2, self.kv_heads, tokens, self.head_dim, dtype=self.dtype, device=device)
+        return heads, torch.empty(self.gates, tokens, dtype=torch.float64, device=device)
 
     def views(self, cache: Tensor) -> dict[str, Tensor]:
         """Each tensor of all pages, ``[pages, ...]``, as a view of the bytes that vLLM allocates.
@@ -133,6 +139,7 @@ class Step(NamedTuple):
     within: _Carried
     after: _Carried
     # As of `GpuStep`; here each chunk is attended to alone.
+    single: int = 0
     prompts: tuple[()] = ()
 
     def begin(self) -> "Step":
@@ -236,6 +243,6 @@ class Pages:
 
     def read(self, chunk: Chunk) -> tuple[Tensor, Tensor, Tensor]:
         """Keys and values ``[1, Tk, G, D]`` and gate sums ``[1, Hf, Tk]`` of all tokens of a request so far."""
-        k, v, c = (self.views[name][chunk.pages].transpose(0, 1) for name in ("key", "value", "gate_sum"))
-        k, v = (x.flatten(1, 2)[:, : chunk.end].transpose(0, 1) for x in (k, v))
-        return k[None], v[None], c.flatten(1)[None, :, : chunk.end]
+        views = (self.views[name].transpose(0, 1)[:, chunk.pages] for name in ("key", "value", "gate_sum"))
+        k, v, c = (x.flatten(1, 2)[:, : chunk.end] for x in views)
+        return k.transpose(0, 1)[None], v.transpose(0, 1)[None], c[None]

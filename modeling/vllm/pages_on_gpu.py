@@ -23,19 +23,41 @@ class Prompts(NamedTuple):
     Attributes:
         requests: which.
         rows: of all their tokens.
+        length: of one row with as many pairs of query and key.
         begins: ``[tokens]`` int64, for each the index among these rows of its request's first; after `GpuStep.begin`.
     """
 
     requests: slice
     rows: slice
+    length: int
     begins: Tensor | None = None
+
+    def isolated(self, v: Tensor, log_f: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+        """``v`` and ``log_f`` without what is not finite, which would reach the other requests of the row.
+
+        Args:
+            v: ``[1, T, G, D]`` values of these rows.
+            log_f: ``[1, T, Hf]`` log gates; -inf is a gate of zero.
+
+        Returns:
+            Both, and ``[T]`` bool, tokens whose output is of such values or gates: those of the same request from
+            there on. None where there is one request alone.
+        """
+        if self.requests.stop - self.requests.start == 1:
+            return v, log_f, None
+        assert self.begins is not None
+        broken = log_f.isnan().any(-1)[0] | ~v.isfinite().all(-1).all(-1)[0]
+        last = torch.where(broken, torch.arange(len(broken), device=v.device), -1).cummax(0).values
+        v, log_f = v.masked_fill(broken[:, None, None], 0.0), log_f.masked_fill(broken[:, None], 0.0)
+        return v, log_f, last >= self.begins
 
 
 class GpuStep(NamedTuple):
     """The tokens that one forward pass computes: those of requests with one token, then those of others.
 
     Attributes:
-        rows, lengths, pages, longest, single: as of `Requests`.
+        rows, lengths, pages, longest: as of `Requests`.
+        single: so many requests at the front have one token or none.
         chunks: of the requests after those with one token.
         prompts: likewise, where there are no tokens before.
         requests: of the step, and `last` the index of the last token of those with one, ``[single, 1]`` int64; after

@@ -118,6 +118,8 @@ def test_captured_steps(variant: str, tmp_path: Path) -> None:
     model = tiny_model(variant, dtype=torch.float32)
     sizes = {"cudagraph_mode": "FULL_DECODE_ONLY", "cudagraph_capture_sizes": [1, 2, 4]}
     with engine(model, tmp_path, **SMALL, enforce_eager=False, compilation_config=sizes) as llm:
+        mode = llm.llm_engine.vllm_config.compilation_config.cudagraph_mode
+        assert mode.name == "FULL_DECODE_ONLY", "vLLM captures nothing, and only warns"
         assert_as_transformers(model, prompts(), answer_in_turn(llm, prompts()))
         # The page of a prompt is filled by another request, in steps of one token for each.
         asked = [tokens(PAGE - 1, seed=3).tolist()]
@@ -248,6 +250,9 @@ def test_task_heads_are_refused_by_name(tmp_path: Path) -> None:
         ("parallel_config", "pipeline_parallel_size", 2, "pipeline_parallel_size"),
         ("parallel_config", "decode_context_parallel_size", 2, "decode_context_parallel_size"),
         ("parallel_config", "prefill_context_parallel_size", 2, "prefill_context_parallel_size"),
+        ("parallel_config", "use_ubatching", True, "enable_dbo or ubatch_size"),
+        ("offload_config", "uva", SimpleNamespace(cpu_offload_gb=1), "cpu_offload_gb"),
+        ("offload_config", "prefetch", SimpleNamespace(offload_group_size=2), "offload_group_size"),
         ("model_config", "enable_prompt_embeds", True, "enable_prompt_embeds"),
         (None, "speculative_config", object(), "speculative_config"),
         (None, "kv_transfer_config", object(), "kv_transfer_config"),
@@ -259,7 +264,10 @@ def test_every_limit_of_an_engine_is_named(part: str | None, field: str, value: 
     config = SimpleNamespace(
         model_config=SimpleNamespace(runner_type="generate", quantization=None, enable_prompt_embeds=False),
         device_config=SimpleNamespace(device_type="cpu"),
-        parallel_config=SimpleNamespace(**{f"{name}_parallel_size": 1 for name in sizes}),
+        parallel_config=SimpleNamespace(**{f"{name}_parallel_size": 1 for name in sizes}, use_ubatching=False),
+        offload_config=SimpleNamespace(
+            uva=SimpleNamespace(cpu_offload_gb=0), prefetch=SimpleNamespace(offload_group_size=0)
+        ),
         cache_config=SimpleNamespace(cache_dtype="auto"),
         speculative_config=None,
         kv_transfer_config=None,

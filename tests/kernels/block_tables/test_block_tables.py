@@ -2,7 +2,7 @@
 
 import math
 import random
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -13,7 +13,8 @@ from foxlm.kernels.decay import Decay, accumulate
 from foxlm.kernels.pruning.key_stats import KeySummary
 from foxlm.kernels.pruning.rounding import SHORTEST_LENGTH
 from foxlm.kernels.reference import reference_attention
-from kernel_device import DEVICE, ON_KERNELS
+from foxlm.modeling.cache.view import CacheView
+from kernel_device import DEVICE, ON_KERNELS, SOME_DTYPES
 
 if not HAS_TRITON:
     pytest.skip("needs Triton", allow_module_level=True)
@@ -26,7 +27,7 @@ from foxlm.kernels.portable.decode import decode_attention
 pytestmark = ON_KERNELS
 
 PAGE = 64
-HEADS, SIZE = 2, 16
+HEADS, SIZE = 2, 12
 
 
 class Request(NamedTuple):
@@ -111,10 +112,10 @@ class Server:
         assert torch.equal(self.held[pages], one.k[lasts])
 
 
-def draw(length: int, pages: list[int], gates: int, rate: float = 0.05) -> Request:
+def draw(length: int, pages: list[int], gates: int, rate: float = 0.05, dtype: torch.dtype = torch.float32) -> Request:
     log_f = -torch.rand(length, gates, device=DEVICE) * rate
     log_f[length // 3, 0] = -1e6
-    k, v = (torch.randn(length, HEADS, SIZE, device=DEVICE) for _ in range(2))
+    k, v = (torch.randn(length, HEADS, SIZE, device=DEVICE, dtype=dtype) for _ in range(2))
     return Request(k, v, log_f, pages)
 
 
@@ -126,11 +127,13 @@ def shared(one: Request, tokens: int, length: int, pages: list[int]) -> Request:
     return Request(k, v, log_f, other.pages)
 
 
+@pytest.mark.parametrize("dtype", {torch.float32, *SOME_DTYPES}, ids=str)
 @pytest.mark.parametrize("gates", [1, 2, 4])
-def test_requests_in_turn(gates: int) -> None:
+def test_requests_in_turn(gates: int, dtype: torch.dtype) -> None:
     """One token of some beside many of others; in the middle of a page, up to its end, and after it."""
-    server = Server(12, gates)
-    asked = [draw(190, [3, 9, 1], gates), draw(130, [2, 11, 5], gates), draw(70, [7, 4], gates)]
+    server = Server(12, gates, dtype)
+    lengths, pages = (190, 130, 70), ([3, 9, 1], [2, 11, 5], [7, 4])
+    asked = [draw(length, held, gates, dtype=dtype) for length, held in zip(lengths, pages, strict=True)]
     cuts = [[0, 63, 64, 65, 189, 190], [0, 1, 2, 128, 129, 130], [0, 64, 65, 66, 67, 70]]
     for i in range(5):
         spans = [(x[i], x[i + 1]) for x in cuts]
@@ -184,11 +187,11 @@ def test_a_sink_takes_the_place_of_the_first_token() -> None:
     assert (first == 0).all()
 
 
-@pytest.mark.parametrize("eps", [None, 1e-3])
+@pytest.mark.parametrize("rule", [None, "tight", "paper"])
 @pytest.mark.parametrize("heads,gates", [(2, 2), (2, 1), (4, 2), (4, 4)])
-def test_attention_of_one_token_of_each_request(heads: int, gates: int, eps: float | None) -> None:
+def test_attention_of_one_token_of_each_request(heads: int, gates: int, rule: str | None) -> None:
     """Also where some requests only fill the batch up; and with pruning no page that it drops is read."""
-    server, padding = Server(20, gates), 2
+    server, padding, eps = Server(20, gates), 2, 1e-3
     asked = [draw(200, [3, 9, 1, 13], gates, 0.5), draw(65, [2, 11], gates), draw(129, [7, 4, 5], gates, 0.5)]
     asked.append(draw(1, [6], gates))
     for one in asked[:3]:
@@ -207,23 +210,27 @@ def test_attention_of_one_token_of_each_request(heads: int, gates: int, eps: flo
 
     q = torch.randn(rows, 1, heads, SIZE, device=DEVICE)
     scale, pools = SIZE**-0.5, server.pools
-    dropped = []
-    if eps is not None:
-        for page in asked[0].pages[:1]:
-            pools.values[page].fill_(math.nan)
-            dropped.append(page)
     decay = Decay(c.T[..., None], pools.sums, first.T[..., None], (requests.lengths.long() - 1)[:, None])
     summary = KeySummary(pools.sums[:, :, -1:], pools.log_decays[..., None], pools.largest[..., None])
-    out, lse = decode_attention(
-        q, pools.keys, pools.values, decay, scale=scale, pages=requests.pages, summary=summary, eps=eps
-    )
+    largest = CacheView(summary, requests.pages).largest(decay.last)
+    for i, one in enumerate(asked):
+        longest = one.k.norm(dim=-1).amax(0).clamp(min=SHORTEST_LENGTH)
+        torch.testing.assert_close(largest[i], longest, rtol=1e-6, atol=0.0)
+    options: dict[str, Any] = {"pages": requests.pages, "summary": summary}
+    if rule is not None:
+        # The weights of 64 tokens that gates of about exp(-1/4) precede by 100 more.
+        pools.values[asked[0].pages[0]].fill_(math.nan)
+        options |= {"eps": eps, "rule": rule}
+    if rule == "paper":
+        options["logit_bound"] = q.norm(dim=-1).amax(1) * scale * largest.repeat_interleave(heads // HEADS, dim=1)
+    out, lse = decode_attention(q, pools.keys, pools.values, decay, scale=scale, **options)
     for i, one in enumerate(asked):
         sums, firsts = one.exact
         alone = Decay(sums[..., -1:], sums, firsts[..., -1:], torch.tensor([len(one.k) - 1], device=DEVICE))
         exact, exact_lse = reference_attention(q[i : i + 1], one.k[None], one.v[None], alone, scale=scale)
-        bound = 1e-5 if eps is None else 2 * eps * float(one.v.abs().max())
+        bound = 1e-5 if rule is None else 2 * eps * float(one.v.abs().max())
         assert (out[i] - exact[0]).abs().max() < bound
-        assert (lse[i] - exact_lse[0]).abs().max() < (1e-5 if eps is None else 2 * eps)
+        assert (lse[i] - exact_lse[0]).abs().max() < (1e-5 if rule is None else 2 * eps)
     assert (out[len(asked) :] == 0).all() and (lse[len(asked) :] == -math.inf).all()
 
 

@@ -294,6 +294,8 @@ def test_generate_is_told_in_the_call() -> None:
     opposite = GenerationConfig(free_dead_cache=False, **new)
     result = model.generate(ids, generation_config=opposite, free_dead_cache=True)
     assert isinstance(cache_of(result), FoxPagedCache), "the keyword is the last word"
+    with pytest.raises(ValueError, match="free_dead_cache must not be False with cache of type FoxPagedCache"):
+        model.generate(result.sequences, cache=cache_of(result), free_dead_cache=False, **new)
     again = model.generate(result.sequences, cache=cache_of(result), free_dead_cache=True, **new)
     assert cache_of(again) is cache_of(result), "a paged cache is one that frees"
 
