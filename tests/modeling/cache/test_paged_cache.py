@@ -16,7 +16,7 @@ from foxlm.kernels.tiles import PRUNED_KEYS
 from foxlm.modeling.cache.page_pool import move_pages
 from foxlm.modeling.cache.paged import FoxPagedCache, PagedForgettingLayer
 from foxlm.modeling.layers.block import FoxDecoderLayer
-from foxlm.modeling.versions import cache_of
+from foxlm.modeling.versions import CACHE, cache_of
 from models import tiny_model, tokens
 
 EPS = 1e-4
@@ -294,7 +294,7 @@ def test_generate_is_told_in_the_call() -> None:
     opposite = GenerationConfig(free_dead_cache=False, **new)
     result = model.generate(ids, generation_config=opposite, free_dead_cache=True)
     assert isinstance(cache_of(result), FoxPagedCache), "the keyword is the last word"
-    with pytest.raises(ValueError, match="free_dead_cache must not be False with cache of type FoxPagedCache"):
+    with pytest.raises(ValueError, match=f"free_dead_cache must not be False with {CACHE} of type FoxPagedCache"):
         model.generate(result.sequences, cache=cache_of(result), free_dead_cache=False, **new)
     again = model.generate(result.sequences, cache=cache_of(result), free_dead_cache=True, **new)
     assert cache_of(again) is cache_of(result), "a paged cache is one that frees"
