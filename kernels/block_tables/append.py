@@ -119,6 +119,19 @@ def _ancestor(WRITERS, i_r, distance):
 
 
 @triton.jit
+def _followed(ROWS, LENGTHS, WRITERS, i_r, distance):
+    """What a request sums of the one ``distance`` writers before: its first row in this step, and first and last token.
+
+    Of the request itself, at a distance of 0, all tokens of the step; of others those before the next one begins.
+    """
+    i = _ancestor(WRITERS, i_r, distance)
+    end = tl.load(LENGTHS + i)
+    if distance > 0:
+        end = start_of(ROWS, LENGTHS, _ancestor(WRITERS, i_r, distance - 1))
+    return tl.load(ROWS + i), start_of(ROWS, LENGTHS, i), end
+
+
+@triton.jit
 def _append_gate(
     LOG_F, STANDS_FOR, SUMS, FIRSTS, DECAYS, C_BEFORE, FIRST_BEFORE, DECAYS_BEFORE, C, FIRST,
     ROWS, LENGTHS, PAGES, WRITERS,
@@ -135,11 +148,7 @@ def _append_gate(
         stands = tl.load(STANDS_FOR + tl.load(ROWS + root), mask=start_of(ROWS, LENGTHS, root) == 0, other=0)
         first = tl.maximum(first, stands.to(tl.int64))
     for passed in range(0, distance + 1):
-        i = _ancestor(WRITERS, i_r, distance - passed)
-        first_row, start, end = tl.load(ROWS + i), start_of(ROWS, LENGTHS, i), tl.load(LENGTHS + i)
-        is_own = passed == distance
-        if not is_own:
-            end = start_of(ROWS, LENGTHS, _ancestor(WRITERS, i_r, distance - passed - 1))
+        first_row, start, end = _followed(ROWS, LENGTHS, WRITERS, i_r, distance - passed)
         for i_page in range(start // PAGE, (end + PAGE - 1) // PAGE):
             span = span_of(first_row, start, end, i_page, BLOCK)
             m = span.mask
@@ -156,7 +165,7 @@ def _append_gate(
             terms = tl.where(m, -sums, -INF)
             maximum = tl.maximum(decays, tl.max(terms, 0))
             decays = maximum + tl.log(tl.exp(decays - maximum) + tl.sum(tl.exp(terms - maximum), 0))
-            if is_own:
+            if passed == distance:
                 page = tl.load(PAGES + i_r.to(tl.int64) * pages_r + i_page).to(tl.int64)
                 tl.store(SUMS + page * sums_p + i_gate * sums_h + span.o_n % PAGE, sums, mask=m)
                 tl.store(FIRSTS + page * firsts_p + i_gate, first)
@@ -173,16 +182,12 @@ def _append_lengths(
     """The largest length of the keys of one head of a request."""
     largest = tl.load(LARGEST_BEFORE + _ancestor(WRITERS, i_r, distance) * G + i_g)
     for passed in range(0, distance + 1):
-        i = _ancestor(WRITERS, i_r, distance - passed)
-        first_row, start, end = tl.load(ROWS + i), start_of(ROWS, LENGTHS, i), tl.load(LENGTHS + i)
-        is_own = passed == distance
-        if not is_own:
-            end = start_of(ROWS, LENGTHS, _ancestor(WRITERS, i_r, distance - passed - 1))
+        first_row, start, end = _followed(ROWS, LENGTHS, WRITERS, i_r, distance - passed)
         for i_page in range(start // PAGE, (end + PAGE - 1) // PAGE):
             span = span_of(first_row, start, end, i_page, BLOCK)
             norms = tl.load(NORMS + span.rows.to(tl.int64) * G + i_g, mask=span.mask, other=0.0)
             largest = tl.maximum(largest, tl.max(norms, 0))
-            if is_own:
+            if passed == distance:
                 page = tl.load(PAGES + i_r.to(tl.int64) * pages_r + i_page).to(tl.int64)
                 tl.store(LARGEST + page * largest_p + i_g, largest)
 
@@ -218,7 +223,7 @@ def _append_gates_kernel(
                 i_r, (i_row - HF).to(tl.int64), distance, BLOCK,
             )  # fmt: skip
     elif (BLOCK == 1) & (i_row < HF) & (i_r < c_h):
-        # Where all have one row, that of a request without one is a row that sees nothing.
+        # Where all have one row, a request without one gets a fully masked row.
         tl.store(C + i_row.to(tl.int64) * c_h + i_r, 0.0)
         tl.store(FIRST + i_row.to(tl.int64) * c_h + i_r, 1)
 
@@ -239,7 +244,7 @@ def append_step(
 
     Returns:
         Running sums ``[Hf, T]`` float64, and the first key that each token may see, ``[Hf, T]`` int64. A request
-        without rows, which may only follow those with one, has row ``r`` if it is the ``r``-th: it sees no key.
+        without rows, which may only follow those with one, has row ``r`` if it is the ``r``-th: a fully masked one.
 
     Raises:
         ValueError: the pages hold another dtype.
