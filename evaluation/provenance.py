@@ -62,9 +62,14 @@ def _commit() -> str:
     # Only a checkout of foxlm itself: an installed copy may lie inside some other project's repository.
     if not (root / ".git").exists() or not (root / "foxlm").is_dir():
         return "none"
-    try:
-        # `--exclude` leaves tags out of the description.
-        command = ["git", "describe", "--always", "--abbrev=40", "--exclude=*", "--dirty=+changes"]
+
+    def git(*arguments: str) -> str:
+        command = ["git", "--no-optional-locks", *arguments]
         return subprocess.run(command, cwd=root, capture_output=True, text=True, check=True).stdout.strip()
+
+    try:
+        # `git describe --dirty` rewrites the index in any case, and leaves a lock behind if it is ended meanwhile.
+        changed = git("status", "--porcelain", "--untracked-files=no")
+        return git("rev-parse", "HEAD") + ("+changes" if changed else "")
     except (OSError, subprocess.CalledProcessError):
         return "none"
