@@ -31,7 +31,8 @@ def attention_prologue(inputs: PrologueInputs, eps: float) -> tuple[Tensor, Tens
     Returns:
         q, k, v of the same shapes and dtypes, once differentiable in all but the pasts and angles; what nothing is done
         to is returned as it came. None for inputs that the kernels do not take: float64, tracing, torch.func's
-        transforms, forward mode, gradients of padded tokens, of pasts and of angles, weights on another device.
+        transforms, forward mode, gradients of padded tokens, of pasts and of angles and with a past of each token,
+        weights on another device.
     """
     if not _takes(inputs):
         return None
@@ -39,8 +40,12 @@ def attention_prologue(inputs: PrologueInputs, eps: float) -> tuple[Tensor, Tens
     if not any(slots):
         return inputs.q, inputs.k, inputs.v
     if _wants_gradients(inputs):
-        if inputs.last_real is not None or any(
-            x is not None and x.requires_grad for x in (inputs.key_past, inputs.value_past, inputs.cos, inputs.sin)
+        if (
+            inputs.last_real is not None
+            or inputs.past_of_each
+            or any(
+                x is not None and x.requires_grad for x in (inputs.key_past, inputs.value_past, inputs.cos, inputs.sin)
+            )
         ):
             return None
         q, k, v = _Prologue.apply(eps, slots, *inputs)
@@ -103,7 +108,14 @@ def _prologue_forward(inputs: PrologueInputs, eps: float, slots: _Slots) -> tupl
     out = [x.new_empty(x.shape) if heads else None for x, heads in zip(inputs[:3], slots, strict=True)]
     arguments, grid = _prologue_arguments(inputs, eps, slots)
     with on_device_of(inputs.q):
-        prologue_forward_kernel[grid](**arguments, OUT_Q=out[0], OUT_K=out[1], OUT_V=out[2], **overlapping(inputs.q))
+        prologue_forward_kernel[grid](
+            **arguments,
+            OUT_Q=out[0],
+            OUT_K=out[1],
+            OUT_V=out[2],
+            PAST_OF_EACH=inputs.past_of_each,
+            **overlapping(inputs.q),
+        )
     return tuple(out)
 
 

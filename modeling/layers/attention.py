@@ -197,18 +197,10 @@ class FoxAttention(FusableProjections):
         backend, view = backend_of(states[0]), None
         is_fox = settings.implementation == DEFAULT_IMPLEMENTATION
         angles = position_embeddings if self.use_rope else None
-        prepared, logits = None, (fused.get("key_shift.proj"), fused.get("value_shift.proj"))
-        if is_fox and backend is not PYTORCH and layout.shards is None and self._can_use_prologue():
-            inputs = self._prologue_inputs(states, hidden_states, logits, layout, cache_layer, angles)
-            prepared = backend.prologue(inputs, self.q_norm.eps if inputs.q_weight is not None else 0.0)
-            logits = inputs.key_logits, inputs.value_logits
-        if prepared is None:
-            q, k, v = self._queries_keys_values(states, hidden_states, logits, layout, cache_layer, angles)
-        else:
-            q, k, v = prepared
-            if cache_layer is not None:
-                for name in self.shifted:
-                    cache_layer.append_unshifted(name, states[1 if name == "key" else 2], layout)
+        on_kernels = is_fox and layout.shards is None and backend is not PYTORCH
+        q, k, v = self._queries_keys_values(
+            states, hidden_states, fused, layout, cache_layer, angles, backend if on_kernels else None
+        )
         log_f = self.log_forget_gates(hidden_states)
 
         use_decode_kernel = (
@@ -277,21 +269,34 @@ class FoxAttention(FusableProjections):
         self,
         states: _States,
         hidden_states: Tensor,
-        logits: tuple[Tensor | None, Tensor | None],
+        fused: dict[str, Tensor],
         layout: TokenLayout,
         cache_layer: ForgettingLayer | None,
         position_embeddings: tuple[Tensor, Tensor] | None,
+        backend: "Backend | None",
     ) -> _States:
         """Queries, keys and values as attention takes them: shifted, normalized, rotated.
 
         Args:
             states: as `_heads` returns them.
             hidden_states: ``[B, T, hidden]``.
-            logits: of the token shift of keys and of values, where they are computed already.
+            fused: as for `_heads`.
             layout: of the tokens.
-            cache_layer: this layer's cache, or None.
+            cache_layer: this layer's cache, or None; takes in what is unshifted.
             position_embeddings: with RoPE, else None.
+            backend: whose kernel may take the place of all this; None for none.
         """
+        logits = fused.get("key_shift.proj"), fused.get("value_shift.proj")
+        if backend is not None and self._can_use_prologue():
+            inputs = self._prologue_inputs(states, hidden_states, logits, position_embeddings)
+            inputs = self._with_past(inputs, layout, cache_layer)
+            prepared = backend.prologue(inputs, self.qk_norm_eps)
+            if prepared is not None:
+                if cache_layer is not None:
+                    for name in self.shifted:
+                        cache_layer.append_unshifted(name, states[1 if name == "key" else 2], layout)
+                return prepared
+            logits = inputs.key_logits, inputs.value_logits
         q, k, v = states
         if "key" in self.shifted:
             k = self.key_shift(hidden_states, k, layout, cache_layer, "key", logits[0])
@@ -325,16 +330,25 @@ class FoxAttention(FusableProjections):
         states: _States,
         hidden_states: Tensor,
         logits: tuple[Tensor | None, Tensor | None],
-        layout: TokenLayout,
-        cache_layer: ForgettingLayer | None,
         position_embeddings: tuple[Tensor, Tensor] | None,
     ) -> "PrologueInputs":
-        """What one kernel takes of the modules whose place it takes; arguments as for `_queries_keys_values`."""
+        """What one kernel takes of the modules whose place it takes, but for the states before; arguments as for
+        `_queries_keys_values`."""
         key_logits, value_logits = logits
         if "key" in self.shifted and key_logits is None:
             key_logits = self.key_shift.proj(hidden_states)
         if "value" in self.shifted and value_logits is None:
             value_logits = self.value_shift.proj(hidden_states)
+        weights: list[Tensor | None] = [None, None]
+        if self.qk_norm != "none":
+            weights = [self.q_norm.local_weight(), self.k_norm.local_weight()]
+        cos, sin = (None, None) if position_embeddings is None else position_embeddings
+        return PrologueInputs(*states, key_logits, value_logits, None, None, weights[0], weights[1], cos, sin)
+
+    def _with_past(
+        self, inputs: "PrologueInputs", layout: TokenLayout, cache_layer: ForgettingLayer | None
+    ) -> "PrologueInputs":
+        """``inputs`` with the states before them, and where those lie."""
         held = None if cache_layer is None else cache_layer.unshifted_buffer
         # Autograd would keep what the cache overwrites.
         if held and not torch.is_grad_enabled():
@@ -343,13 +357,13 @@ class FoxAttention(FusableProjections):
             key_past = _last_unshifted("key", layout, cache_layer) if "key" in self.shifted else None
             value_past = _last_unshifted("value", layout, cache_layer) if "value" in self.shifted else None
             past_slot = None
-        weights: list[Tensor | None] = [None, None]
-        if self.qk_norm != "none":
-            weights = [self.q_norm.local_weight(), self.k_norm.local_weight()]
-        cos, sin = (None, None) if position_embeddings is None else position_embeddings
-        shift = key_logits, value_logits, key_past, value_past
-        sources = layout.starts, layout.last_real, past_slot
-        return PrologueInputs(*states, *shift, weights[0], weights[1], cos, sin, *sources)
+        return inputs._replace(
+            key_past=key_past,
+            value_past=value_past,
+            starts=layout.starts,
+            last_real=layout.last_real,
+            past_slot=past_slot,
+        )
 
     def check_hidden_states(self, hidden_states: Tensor) -> None:
         """Raise a `ValueError` unless they are ``[B, T, hidden]`` with at least one token."""
@@ -368,6 +382,11 @@ class FoxAttention(FusableProjections):
                     f"{CACHE} must be a DynamicCache or a StaticCache for a standalone layer: "
                     "the pages of a FoxPagedCache are those of all layers"
                 )
+
+    @property
+    def qk_norm_eps(self) -> float:
+        """Of QK-norm as its modules have it now; 0 without one."""
+        return 0.0 if self.qk_norm == "none" else self.q_norm.eps
 
     @property
     def outputs_stay_sharded(self) -> bool:

@@ -9,13 +9,14 @@ from vllm.config import VllmConfig, get_current_vllm_config
 from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
 from vllm.v1.kv_cache_interface import FullAttentionSpec
 
-from ...kernels.backends import backend_of
+from ...kernels.backends import PYTORCH, backend_of
 from ...kernels.decay import Decay
 from ...kernels.tiles import PRUNED_KEYS
 from ..attention_backends import ALL_ATTENTION_FUNCTIONS, eager_attention_forward, fox_attention_forward
 from ..attention_settings import attention_settings
 from ..configuration_fox import FoxConfig
 from ..layers.attention import FoxAttention
+from ..layers.fused_projections import call_linear
 from .engine import FoxAttentionBackend
 from .pages import Chunk, PageLayout, Pages, Step
 from .pages_on_gpu import GpuPages, GpuStep, Prompts
@@ -102,18 +103,16 @@ class ServedAttention(FoxAttention, AttentionLayerBase):
         # Of the same device as the step.
         pages: Any = self.pages
         assert pages is not None, "vLLM binds a cache before it runs a step"
-        if "key" in self.shifted:
-            previous = pages.previous("key", k, step)
-            k = self.key_shift.mix(hidden_states, k, previous, fused.get("key_shift.proj"))
-        if "value" in self.shifted:
-            previous = pages.previous("value", v, step)
-            v = self.value_shift.mix(hidden_states, v, previous, fused.get("value_shift.proj"))
-        q, k, v = self._normalize_and_rotate(q, k, v, position_embeddings if self.use_rope else None)
+        angles = position_embeddings if self.use_rope else None
+        q, k, v = self._shift_and_rotate((q, k, v), hidden_states, fused, pages, step, angles)
         log_f = self.log_forget_gates(hidden_states)
         c, kv_start = pages.append(k, v, log_f, step, stands_for)
+        if step.single == q.shape[1]:
+            out = self._attend_single(pages, cast(GpuStep, step), q, c, kv_start)
+            return call_linear(self.o_proj, self._normalize_and_gate(out, hidden_states, fused)), None
         out = torch.empty_like(q)
         if step.single:
-            self._attend_single(pages, cast(GpuStep, step), q, c, kv_start, out)
+            out[:, : step.single] = self._attend_single(pages, cast(GpuStep, step), q, c, kv_start)
         for prompts in step.prompts:
             rows = prompts.rows
             gates = log_f[:, rows], kv_start[..., rows]
@@ -123,6 +122,37 @@ class ServedAttention(FoxAttention, AttentionLayerBase):
             decay = Decay(c[..., chunk.rows], c[..., chunk.rows], kv_start[..., chunk.rows], last)
             out[:, chunk.rows] = self._attend(pages, chunk, q[:, chunk.rows], decay)
         return self.o_proj(self._normalize_and_gate(out, hidden_states, fused)), None
+
+    def _shift_and_rotate(
+        self,
+        states: tuple[Tensor, Tensor, Tensor],
+        hidden_states: Tensor,
+        fused: dict[str, Tensor],
+        pages: Any,
+        step: Step | GpuStep,
+        angles: tuple[Tensor, Tensor] | None,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries, keys and values as attention takes them, of those that are projected: token shift, QK-norm, RoPE."""
+        previous = {
+            name: pages.previous(name, x, step)
+            for name, x in (("key", states[1]), ("value", states[2]))
+            if name in self.shifted
+        }
+        logits = fused.get("key_shift.proj"), fused.get("value_shift.proj")
+        backend = backend_of(states[0])
+        if backend is not PYTORCH and self._can_use_prologue():
+            inputs = self._prologue_inputs(states, hidden_states, logits, angles)
+            inputs = inputs._replace(key_past=previous.get("key"), value_past=previous.get("value"))
+            prepared = backend.prologue(inputs, self.qk_norm_eps)
+            if prepared is not None:
+                return prepared
+            logits = inputs.key_logits, inputs.value_logits
+        q, k, v = states
+        if "key" in previous:
+            k = self.key_shift.mix(hidden_states, k, previous["key"], logits[0])
+        if "value" in previous:
+            v = self.value_shift.mix(hidden_states, v, previous["value"], logits[1])
+        return self._normalize_and_rotate(q, k, v, angles)
 
     def _attend(self, pages: Pages, chunk: Chunk, q: Tensor, decay: Decay) -> Tensor:
         """``[1, Tq, H, D]`` queries of one request over all of its keys, and the sink."""
@@ -148,10 +178,8 @@ class ServedAttention(FoxAttention, AttentionLayerBase):
         out, _ = fox_attention_forward(self, q, k, v, None, decay=decay, **options)
         return out if broken is None else out.masked_fill(broken[:, None, None], math.nan)
 
-    def _attend_single(
-        self, pages: GpuPages, step: GpuStep, q: Tensor, c: Tensor, kv_start: Tensor, out: Tensor
-    ) -> None:
-        """One query of each of the first requests over their pages, and the sink; written to ``out``."""
+    def _attend_single(self, pages: GpuPages, step: GpuStep, q: Tensor, c: Tensor, kv_start: Tensor) -> Tensor:
+        """One query of each of the first requests over their pages, and the sink: ``[1, single, H, D]``."""
         rows = slice(0, step.single)
         assert step.last is not None
         decay = Decay(c[0, :, rows].T[..., None], pages.pools.sums, kv_start[0, :, rows].T[..., None], step.last)
@@ -165,7 +193,7 @@ class ServedAttention(FoxAttention, AttentionLayerBase):
             view=pages.view(step),
             **self._options(q),
         )
-        out[0, rows] = attended[:, 0]
+        return attended.transpose(0, 1)
 
     def _options(self, q: Tensor) -> dict[str, Any]:
         sink = self.sink(q) if self.has_sink else None

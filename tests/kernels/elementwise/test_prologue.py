@@ -245,6 +245,24 @@ def test_a_past_in_a_ring_is_the_state_that_the_slot_names(case: str) -> None:
         assert all(torch.equal(x, y) for x, y in zip(found, expected, strict=True))
 
 
+@pytest.mark.parametrize("case", ["one token", "pro", "only values", "views of one projection", "head of 80"])
+def test_a_past_of_each_token_takes_the_place_of_the_token_before(case: str) -> None:
+    inputs = draw(SOME_DTYPES[0], **CASES[case] | {"past": True})
+
+    def before(states: Tensor, past: Tensor | None) -> Tensor | None:
+        return None if past is None else torch.cat([past[:, None], states[:, :-1]], 1)
+
+    of_each = inputs._replace(
+        key_past=before(inputs.k, inputs.key_past), value_past=before(inputs.v, inputs.value_past)
+    )
+    for one, other in zip(on_kernels(inputs), on_kernels(of_each), strict=True):
+        assert torch.equal(one, other)
+    of_each = converted(of_each)
+    assert TRITON.prologue(of_each, EPS) is None
+    with torch.no_grad():
+        assert TRITON.prologue(of_each, EPS) is not None
+
+
 def test_gradients_are_the_same_bits_each_time() -> None:
     inputs = draw(SOME_DTYPES[0], rotated=16, norm="shared")
     cotangents = [torch.randn_like(x) for x in inputs[:3]]
