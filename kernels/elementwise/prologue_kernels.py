@@ -27,8 +27,8 @@ class _States(NamedTuple):
     """One of q, k and v, ``[B, T, heads, D]``, and what shifts it: None in `LOGITS` for nothing.
 
     `LOGITS` are ``[B, T, heads]``; `PAST` is the state before the first token, ``[B, heads, D]``, or None for zero; if
-    it is ``[B, any, heads, D]``, `SLOT` points to the index of that state, or, with `OF_EACH`, it is ``[B, T, heads,
-    D]``, the state before each token, and nothing else is read for it;
+    it is ``[B, any, heads, D]``, `SLOT` points to the index of that state; `BEFORE` is the state before each token,
+    ``[B, T, heads, D]`` with the strides of `PAST`, in place of all else that tells it, or None;
     `STARTS` marks where the state before is zero, ``[B, T]``, or None; `SOURCES` is the index of the token before, -1
     for that of the past, ``[B, 1 + T]``, or None for the one right before.
     """
@@ -45,7 +45,7 @@ class _States(NamedTuple):
     p_s: Any
     p_h: Any
     SLOT: Any
-    OF_EACH: Any
+    BEFORE: Any
     STARTS: Any
     s_b: Any
     SOURCES: Any
@@ -103,8 +103,8 @@ def _load_previous(
     HALF: tl.constexpr, REST: tl.constexpr, BLOCK_HALF: tl.constexpr, BLOCK_REST: tl.constexpr,
 ):  # fmt: skip
     """``x_prev(t)``."""
-    if states.OF_EACH:
-        p_before = states.PAST + i_b * states.p_b + i_h * states.p_h + o_t.to(tl.int64) * states.p_s
+    if states.BEFORE is not None:
+        p_before = states.BEFORE + i_b * states.p_b + i_h * states.p_h + o_t.to(tl.int64) * states.p_s
         b_1, b_2, b_3 = _load(p_before, m_t, HALF, REST, BLOCK_HALF, BLOCK_REST)
     else:
         b_1, b_2, b_3 = _load_neighbours(states, i_b, i_h, o_t, m_t, HALF, REST, BLOCK_HALF, BLOCK_REST)
@@ -230,20 +230,20 @@ def prologue_forward_kernel(
     o_t = tl.program_id(0) // (NQ + NK + NV) * BLOCK_T + tl.arange(0, BLOCK_T)
     i_b = tl.program_id(1).to(tl.int64)
     if OUT_Q is not None and i_slot < NQ:
-        q_states = _States(Q, q_b, q_t, q_h, None, 0, 0, None, 0, 0, 0, None, False, None, 0, None, 0, T)
+        q_states = _States(Q, q_b, q_t, q_h, None, 0, 0, None, 0, 0, 0, None, None, None, 0, None, 0, T)
         q_turn = _Turn(Q_WEIGHT, w_h, EPS, COS, SIN, c_b, c_t)
         _forward_head(q_states, q_turn, OUT_Q, NQ, i_b, i_slot, o_t, HALF, REST, BLOCK_HALF, BLOCK_REST)
     elif OUT_K is not None and i_slot < NQ + NK:
         k_states = _States(
             K, k_b, k_t, k_h, KEY_LOGITS, kl_b, kl_t, KEY_PAST, kp_b,
-            kp_s, kp_h, PAST_SLOT, PAST_OF_EACH, STARTS, s_b, SOURCES, r_b, T,
+            kp_s, kp_h, PAST_SLOT, KEY_PAST if PAST_OF_EACH else None, STARTS, s_b, SOURCES, r_b, T,
         )  # fmt: skip
         k_turn = _Turn(K_WEIGHT, w_h, EPS, COS, SIN, c_b, c_t)
         _forward_head(k_states, k_turn, OUT_K, NK, i_b, i_slot - NQ, o_t, HALF, REST, BLOCK_HALF, BLOCK_REST)
     elif OUT_V is not None:
         v_states = _States(
             V, v_b, v_t, v_h, VALUE_LOGITS, vl_b, vl_t, VALUE_PAST, vp_b,
-            vp_s, vp_h, PAST_SLOT, PAST_OF_EACH, STARTS, s_b, SOURCES, r_b, T,
+            vp_s, vp_h, PAST_SLOT, VALUE_PAST if PAST_OF_EACH else None, STARTS, s_b, SOURCES, r_b, T,
         )  # fmt: skip
         v_turn = _Turn(None, 0, 0.0, None, None, 0, 0)
         _forward_head(v_states, v_turn, OUT_V, NV, i_b, i_slot - NQ - NK, o_t, HALF, REST, BLOCK_HALF, BLOCK_REST)
@@ -348,7 +348,7 @@ def prologue_backward_kernel(
     if DW is not None:
         p_dw = DW + ((i_b * tl.cdiv(T, BLOCK_T) + i_block) * (NQ + NK) + i_slot) * (2 * HALF + REST)
     if DQ is not None and i_slot < NQ:
-        q_states = _States(Q, q_b, q_t, q_h, None, 0, 0, None, 0, 0, 0, None, False, None, 0, None, 0, T)
+        q_states = _States(Q, q_b, q_t, q_h, None, 0, 0, None, 0, 0, 0, None, None, None, 0, None, 0, T)
         q_turn = _Turn(Q_WEIGHT, w_h, EPS, COS, SIN, c_b, c_t)
         _backward_head(
             q_states, q_turn, D_OUT_Q, gq_b, gq_t, gq_h, DQ, None, p_dw, NQ, i_b, i_slot, o_t,
@@ -357,7 +357,7 @@ def prologue_backward_kernel(
     elif DK is not None and i_slot < NQ + NK:
         k_states = _States(
             K, k_b, k_t, k_h, KEY_LOGITS, kl_b, kl_t, KEY_PAST, kp_b,
-            kp_s, kp_h, PAST_SLOT, False, STARTS, s_b, SOURCES, r_b, T,
+            kp_s, kp_h, PAST_SLOT, None, STARTS, s_b, SOURCES, r_b, T,
         )  # fmt: skip
         k_turn = _Turn(K_WEIGHT, w_h, EPS, COS, SIN, c_b, c_t)
         _backward_head(
@@ -367,7 +367,7 @@ def prologue_backward_kernel(
     elif DV is not None:
         v_states = _States(
             V, v_b, v_t, v_h, VALUE_LOGITS, vl_b, vl_t, VALUE_PAST, vp_b,
-            vp_s, vp_h, PAST_SLOT, False, STARTS, s_b, SOURCES, r_b, T,
+            vp_s, vp_h, PAST_SLOT, None, STARTS, s_b, SOURCES, r_b, T,
         )  # fmt: skip
         v_turn = _Turn(None, 0, 0.0, None, None, 0, 0)
         _backward_head(

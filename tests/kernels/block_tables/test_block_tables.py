@@ -127,7 +127,7 @@ def shared(one: Request, tokens: int, length: int, pages: list[int]) -> Request:
     return Request(k, v, log_f, other.pages)
 
 
-@pytest.mark.parametrize("dtype", {torch.float32, *SOME_DTYPES}, ids=str)
+@pytest.mark.parametrize("dtype", dict.fromkeys([torch.float32, *SOME_DTYPES]), ids=str)
 @pytest.mark.parametrize("gates", [1, 2, 4])
 def test_requests_in_turn(gates: int, dtype: torch.dtype) -> None:
     """One token of some beside many of others; in the middle of a page, up to its end, and after it."""

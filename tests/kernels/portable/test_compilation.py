@@ -323,6 +323,13 @@ def test_prologue_compiles_for_what_a_model_has(shifted, norm, rotated):
         out = attention_prologue(inputs, 1e-6)
         assert out is not None
         torch.autograd.grad(out, (q, k, v), [torch.empty_like(x) for x in out])
+        # Of the token before the first, of several by slot, and of the one before each.
+        slot = torch.zeros(1, dtype=torch.int64)
+        for shape, past_slot in (((2, 3, 32), None), ((2, 4, 3, 32), slot), ((2, 16, 3, 32), None)):
+            past = torch.empty(shape, dtype=torch.bfloat16)
+            held = {f"{name}_past": past for name in shifted}
+            with torch.no_grad():
+                assert attention_prologue(inputs._replace(**held, past_slot=past_slot), 1e-6) is not None
     assert {kernel.metadata.name for kernel in compiled} == {"prologue_forward_kernel", "prologue_backward_kernel"}
 
 
