@@ -292,13 +292,15 @@ def sdpa_forward(
     # In float32 throughout: SDPA wants the mask in the type of the queries, and rounded to bfloat16 a decay of -5 would
     # be off by 2% in the weight.
     bias, fully_masked = _dense_bias(decay, query)
+    # First: `real` has no place for the sink.
+    query, key, value = _without_padding(query, key, value, decay, real)
     if sink is not None:
         if dropout > 0.0:
             raise ValueError("attention_dropout must be 0 with an attention_sink and attn_implementation 'sdpa'")
         sink_k, sink_v = (x[:, None].expand(len(key), -1, -1, -1) for x in sink)
         key, value = torch.cat([sink_k, key], dim=2), torch.cat([sink_v, value], dim=2)
         bias = nn.functional.pad(bias.masked_fill(fully_masked, -math.inf), (1, 0))
-    query, key, value = (x.to(bias.dtype) for x in _without_padding(query, key, value, decay, real))
+    query, key, value = (x.to(bias.dtype) for x in (query, key, value))
     with maybe_autocast(query.device.type, enabled=False):
         out, _ = sdpa_attention_forward(
             module, query, key, value, bias, dropout=dropout, scaling=scaling, is_causal=False

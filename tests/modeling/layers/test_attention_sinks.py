@@ -173,6 +173,24 @@ def test_gradients_reach_sinks(implementation):
         assert_close(parameter.grad.view(-1)[3], (losses[0] - losses[1]) / 2e-6, 1e-6)
 
 
+@pytest.mark.parametrize("implementation", ["fox", "fox_reference", "sdpa", "eager"])
+@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize("variant", ["sink", "rope-sink"])
+def test_padding_beside_a_sink_changes_no_logits(implementation, side, variant):
+    model = set_to(tiny_model(variant), implementation)
+    ids, mask = tokens(2, 9), torch.ones(2, 9, dtype=torch.long)
+    hidden = slice(0, 3) if side == "left" else slice(6, None)
+    mask[1, hidden] = 0
+    embeddings = model.get_input_embeddings()(ids).detach()
+    # Whatever stands in padding must not spread, by a weight of zero times it.
+    embeddings[1, hidden] = math.nan
+    with torch.no_grad():
+        found = model(inputs_embeds=embeddings, attention_mask=mask).logits
+        assert_close(found[:1], model(ids[:1]).logits)
+        real = mask[1].bool()
+        assert_close(found[1:, real], model(ids[1:, real]).logits)
+
+
 def test_attention_weights_leave_out_the_sinks():
     weights = set_to(tiny_model("sink"), "eager")(tokens(1, 9), output_attentions=True).attentions[0]
     assert weights.shape[-1] == 9
