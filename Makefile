@@ -72,7 +72,7 @@ test-vllm: .venv-vllm/.installed  ## Run the tests of serving by vLLM, on the CP
 	rm -rf .venv-vllm
 	$(PYTHON) -m venv .venv-vllm
 	.venv-vllm/bin/python -m pip install --quiet "$$(grep '^torch==' requirements.txt)"
-	.venv-vllm/bin/python -m pip install --quiet "$(VLLM)" accelerate hypothesis pytest rich typer
+	.venv-vllm/bin/python -m pip install --quiet "$(VLLM)" accelerate hypothesis peft pytest rich typer
 	.venv-vllm/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
 	.venv-vllm/bin/python -m pip install --quiet --no-deps -e .
 	touch $@

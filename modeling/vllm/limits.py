@@ -42,7 +42,15 @@ def check_limits(config: FoxConfig, vllm_config: Any) -> None:
             f"enable_prompt_embeds must be False for a model with a sink_token_id, here {config.sink_token_id}: where "
             "vLLM takes embeddings it does not say which tokens they are of"
         )
-    _check_device(config, vllm_config.device_config.device_type)
+    device_type = vllm_config.device_config.device_type
+    _check_device(config, device_type)
+    if device_type == "cpu" and vllm_config.lora_config is not None:
+        warnings.warn(
+            f"vLLM {TESTED} on a CPU computes a request without an adapter by what is in its last slot for adapters, "
+            "when another request of the step has one: max_loras must be greater than the number of adapters, got "
+            f"{vllm_config.lora_config.max_loras}",
+            stacklevel=2,
+        )
     parallel, cache = vllm_config.parallel_config, vllm_config.cache_config
     for name, value, accepted in (
         ("runner", vllm_config.model_config.runner_type, "generate"),
@@ -55,7 +63,6 @@ def check_limits(config: FoxConfig, vllm_config: Any) -> None:
         ("quantization", vllm_config.model_config.quantization, None),
         ("speculative_config", vllm_config.speculative_config, None),
         ("kv_transfer_config", vllm_config.kv_transfer_config, None),
-        ("lora_config", vllm_config.lora_config, None),
         ("cpu_offload_gb", vllm_config.offload_config.uva.cpu_offload_gb, 0),
         ("offload_group_size", vllm_config.offload_config.prefetch.offload_group_size, 0),
     ):

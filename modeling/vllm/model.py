@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 from vllm.config import VllmConfig
 from vllm.forward_context import get_forward_context
+from vllm.model_executor.models.interfaces import SupportsLoRA
 from vllm.model_executor.models.utils import AutoWeightsLoader
 
 from ..configuration_fox import FoxConfig
@@ -15,6 +16,7 @@ from ..layers.fused_projections import fuse_projections
 from ..layers.norm import FoxRMSNorm
 from ..layers.rotary import FoxRotaryEmbedding
 from ..losses import FoxLMHead
+from .adapters import make_adaptable
 from .attention import ServedAttention
 from .limits import check_limits
 
@@ -57,7 +59,7 @@ class ServedModel(nn.Module):
         return self.norm(hidden_states)[0]
 
 
-class FoxForServing(nn.Module):
+class FoxForServing(nn.Module, SupportsLoRA):
     """The language model that vLLM serves for ``FoxForCausalLM``.
 
     Args:
@@ -77,6 +79,9 @@ class FoxForServing(nn.Module):
         self.lm_head = FoxLMHead(config.hidden_size, config.vocab_size, bias=False)
         if config.tie_word_embeddings:
             self.lm_head.weight = self.model.embed_tokens.weight
+        self.has_adapters = vllm_config.lora_config is not None
+        if self.has_adapters:
+            make_adaptable(self, config)
 
     def embed_input_ids(self, input_ids: Tensor) -> Tensor:
         return self.model.embed_tokens(input_ids)
@@ -113,6 +118,6 @@ class FoxForServing(nn.Module):
     def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str]:
         """Take in a checkpoint's weights by name; returns the names."""
         names = AutoWeightsLoader(self).load_weights(weights)
-        if self.lm_head.weight.is_cuda:
+        if self.lm_head.weight.is_cuda and not self.has_adapters:
             fuse_projections(self)
         return names

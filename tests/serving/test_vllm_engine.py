@@ -16,11 +16,13 @@ os.environ |= {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_NO_USAGE_STATS": "1"
 os.environ["VLLM_ALLOW_LONG_MAX_MODEL_LEN"] = "1"
 pytest.importorskip("vllm", reason="make test-vllm installs vLLM into an environment of its own")
 
+from peft import LoraConfig, get_peft_model
 from vllm import LLM, SamplingParams
 from vllm.distributed import cleanup_dist_env_and_memory
 from vllm.exceptions import VLLMValidationError
+from vllm.lora.request import LoRARequest
 
-from foxlm import FoxForCausalLM, FoxForSequenceClassification
+from foxlm import FoxForCausalLM, FoxForSequenceClassification, peft_targets
 from foxlm.modeling.vllm.limits import check_limits
 from models import LLAMA, VARIANTS, rope, tiny_config, tiny_model, tokens
 
@@ -196,6 +198,39 @@ def test_half_precision_is_as_near_as_transformers(tmp_path: Path) -> None:
     assert 0 < ours.mean() <= 1.5 * theirs.mean() and ours.max() <= 2.0 * theirs.max()
 
 
+@pytest.mark.parametrize("variant", ["pro", "rope-sink"])
+@pytest.mark.parametrize("captured", [False, pytest.param(True, marks=pytest.mark.skipif(not ON_GPU, reason="CUDA"))])
+def test_each_request_has_its_adapter(variant: str, captured: bool, tmp_path: Path) -> None:
+    """Two LoRA and none in the same steps; and an adapter that also holds gates is refused by name."""
+    model = tiny_model(variant, dtype=torch.float32)
+    targets = peft_targets(model)["target_modules"]
+    peft = get_peft_model(model, LoraConfig(r=4, target_modules=targets), adapter_name="one")
+    peft.add_adapter("two", LoraConfig(r=8, lora_alpha=4, target_modules=targets))
+    with torch.no_grad():
+        for name, weight in peft.named_parameters():
+            if "lora_B" in name:
+                torch.nn.init.normal_(weight, std=0.1)
+    peft.save_pretrained(tmp_path / "adapters")
+    requests = [LoRARequest(name, 1 + i, str(tmp_path / "adapters" / name)) for i, name in enumerate(("one", "two"))]
+    gates = get_peft_model(tiny_model(variant, dtype=torch.float32), LoraConfig(**peft_targets(model)))
+    gates.save_pretrained(tmp_path / "gates")
+    base = tiny_model(variant, dtype=torch.float32)
+    # One slot more than adapters: on a CPU vLLM gives requests that have none what is in the last.
+    options = {**SMALL, "enable_lora": True, "max_loras": 3, "max_lora_rank": 8, "enforce_eager": not captured}
+    with engine(base, tmp_path / "base", **options) as llm:
+        asked = [{"prompt_token_ids": x} for x in prompts()]
+        outputs = llm.generate(asked, greedy(), use_tqdm=False, lora_request=[None, *requests, None])
+        assert_as_transformers(base, [prompts()[0], prompts()[3]], [outputs[0], outputs[3]])
+        for i, name in ((1, "one"), (2, "two")):
+            peft.set_adapter(name)
+            assert_as_transformers(peft, [prompts()[i]], [outputs[i]])
+        texts = {tuple(answer(llm, [prompts()[i]])[0].outputs[0].token_ids) for i in (1, 2)}
+        assert not texts & {tuple(outputs[i].outputs[0].token_ids) for i in (1, 2)}, "adapters change nothing"
+        with pytest.raises(ValueError, match="forget_gate"):
+            llm.llm_engine.add_lora(LoRARequest("gates", 3, str(tmp_path / "gates")))
+        assert_as_transformers(base, prompts(), answer(llm, prompts()))
+
+
 def test_sampling_has_the_models_distribution(tmp_path: Path) -> None:
     model = tiny_model("pro", dtype=torch.float32)
     prompt = tokens(9, seed=1).tolist()
@@ -256,12 +291,28 @@ def test_task_heads_are_refused_by_name(tmp_path: Path) -> None:
         ("model_config", "enable_prompt_embeds", True, "enable_prompt_embeds"),
         (None, "speculative_config", object(), "speculative_config"),
         (None, "kv_transfer_config", object(), "kv_transfer_config"),
-        (None, "lora_config", object(), "lora_config"),
     ],
 )
 def test_every_limit_of_an_engine_is_named(part: str | None, field: str, value: Any, named: str) -> None:
+    config = engine_config()
+    check_limits(tiny_config("rope-sink"), config)
+    setattr(getattr(config, part) if part else config, field, value)
+    with pytest.raises(ValueError, match=named):
+        check_limits(tiny_config("rope-sink"), config)
+
+
+@pytest.mark.skipif(ON_GPU, reason="a CPU's LoRA")
+def test_slots_of_adapters_on_a_cpu_are_warned_of() -> None:
+    config = engine_config()
+    config.lora_config = SimpleNamespace(max_loras=2)
+    with pytest.warns(UserWarning, match="max_loras must be greater .* got 2"):
+        check_limits(tiny_config("pro"), config)
+
+
+def engine_config() -> SimpleNamespace:
+    """What `check_limits` reads of vLLM's configuration, as it is by default."""
     sizes = ("tensor", "pipeline", "decode_context", "prefill_context")
-    config = SimpleNamespace(
+    return SimpleNamespace(
         model_config=SimpleNamespace(runner_type="generate", quantization=None, enable_prompt_embeds=False),
         device_config=SimpleNamespace(device_type="cpu"),
         parallel_config=SimpleNamespace(**{f"{name}_parallel_size": 1 for name in sizes}, use_ubatching=False),
@@ -273,10 +324,6 @@ def test_every_limit_of_an_engine_is_named(part: str | None, field: str, value: 
         kv_transfer_config=None,
         lora_config=None,
     )
-    check_limits(tiny_config("rope-sink"), config)
-    setattr(getattr(config, part) if part else config, field, value)
-    with pytest.raises(ValueError, match=named):
-        check_limits(tiny_config("rope-sink"), config)
 
 
 def test_weights_that_are_missing_are_named(tmp_path: Path) -> None:
