@@ -72,6 +72,7 @@ class FoxDecoderLayer(GradientCheckpointingLayer):
     """
 
     attention_class: ClassVar[type[FoxAttention]] = FoxAttention
+    mlp_class: ClassVar[type[FoxMLP]] = FoxMLP
     # What `repeat_prompt` knows of its modules.
     known: KnownModules | None = None
 
@@ -79,7 +80,7 @@ class FoxDecoderLayer(GradientCheckpointingLayer):
         super().__init__()
         self.self_attn = self.attention_class(config, layer_idx)
         self.norms_first = config.norm_position == "pre"
-        self.mlp = FoxMLP(config)
+        self.mlp = self.mlp_class(config)
         # Names of Llama, where `post_attention_layernorm` precedes the MLP, and of OLMo 2, where it follows attention.
         if self.norms_first:
             self.input_layernorm = FoxRMSNorm(config.hidden_size, config.rms_norm_eps)

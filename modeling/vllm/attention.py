@@ -6,6 +6,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 from vllm.config import VllmConfig, get_current_vllm_config
+from vllm.distributed import tensor_model_parallel_all_reduce
 from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
 from vllm.v1.kv_cache_interface import FullAttentionSpec
 
@@ -28,7 +29,7 @@ class ServedAttention(FoxAttention, AttentionLayerBase):
     To be made while vLLM makes a model: it enters itself where vLLM looks for layers that need a cache.
 
     Args:
-        config: as for `FoxAttention`.
+        config: as for `FoxAttention`, with the heads of this rank of tensor parallelism.
         layer_idx: index of the layer.
     """
 
@@ -99,7 +100,8 @@ class ServedAttention(FoxAttention, AttentionLayerBase):
         if step is None:
             # vLLM measures the memory of a pass before there is a cache. A chunk of the longest text reads this much.
             self._page_layout(PRUNED_KEYS).read_buffers(self.longest, q.device)
-            return self.o_proj(self._normalize_and_gate(torch.zeros_like(q), hidden_states, fused)), None
+            out = self._normalize_and_gate(torch.zeros_like(q), hidden_states, fused)
+            return tensor_model_parallel_all_reduce(self.o_proj(out)), None
         # Of the same device as the step.
         pages: Any = self.pages
         assert pages is not None, "vLLM binds a cache before it runs a step"
@@ -109,7 +111,8 @@ class ServedAttention(FoxAttention, AttentionLayerBase):
         c, kv_start = pages.append(k, v, log_f, step, stands_for)
         if step.single == q.shape[1]:
             out = self._attend_single(pages, cast(GpuStep, step), q, c, kv_start)
-            return call_linear(self.o_proj, self._normalize_and_gate(out, hidden_states, fused)), None
+            out = call_linear(self.o_proj, self._normalize_and_gate(out, hidden_states, fused))
+            return tensor_model_parallel_all_reduce(out), None
         out = torch.empty_like(q)
         if step.single:
             out[:, : step.single] = self._attend_single(pages, cast(GpuStep, step), q, c, kv_start)
@@ -121,7 +124,8 @@ class ServedAttention(FoxAttention, AttentionLayerBase):
             last = torch.arange(chunk.start, chunk.end, device=q.device)
             decay = Decay(c[..., chunk.rows], c[..., chunk.rows], kv_start[..., chunk.rows], last)
             out[:, chunk.rows] = self._attend(pages, chunk, q[:, chunk.rows], decay)
-        return self.o_proj(self._normalize_and_gate(out, hidden_states, fused)), None
+        out = self.o_proj(self._normalize_and_gate(out, hidden_states, fused))
+        return tensor_model_parallel_all_reduce(out), None
 
     def _shift_and_rotate(
         self,

@@ -8,6 +8,7 @@ import torch
 from ...kernels.backends import PYTORCH, backend_of
 from ...kernels.tiles import LARGEST_DECODED_ROWS, LARGEST_HEAD_DIM
 from ..configuration_fox import DEFAULT_IMPLEMENTATION, FoxConfig
+from ..parallel.tensor_parallel import check_tensor_parallel
 
 # Of `vllm` in setup.cfg: the plugin uses parts of vLLM that change without notice.
 TESTED = "0.32"
@@ -44,6 +45,8 @@ def check_limits(config: FoxConfig, vllm_config: Any) -> None:
         )
     device_type = vllm_config.device_config.device_type
     _check_device(config, device_type)
+    parallel = vllm_config.parallel_config
+    _check_ranks(config, parallel.tensor_parallel_size, vllm_config.lora_config is not None)
     if device_type == "cpu" and vllm_config.lora_config is not None:
         warnings.warn(
             f"vLLM {TESTED} on a CPU computes a request without an adapter by what is in its last slot for adapters, "
@@ -51,10 +54,9 @@ def check_limits(config: FoxConfig, vllm_config: Any) -> None:
             f"{vllm_config.lora_config.max_loras}",
             stacklevel=2,
         )
-    parallel, cache = vllm_config.parallel_config, vllm_config.cache_config
+    cache = vllm_config.cache_config
     for name, value, accepted in (
         ("runner", vllm_config.model_config.runner_type, "generate"),
-        ("tensor_parallel_size", parallel.tensor_parallel_size, 1),
         ("pipeline_parallel_size", parallel.pipeline_parallel_size, 1),
         ("decode_context_parallel_size", parallel.decode_context_parallel_size, 1),
         ("prefill_context_parallel_size", parallel.prefill_context_parallel_size, 1),
@@ -68,6 +70,22 @@ def check_limits(config: FoxConfig, vllm_config: Any) -> None:
     ):
         if value != accepted:
             raise ValueError(f"{name} must be {accepted!r} for a FoX model on vLLM, got {value!r}")
+
+
+def _check_ranks(config: FoxConfig, ranks: int, has_adapters: bool) -> None:
+    """Refuse tensor parallelism of what is not of whole heads."""
+    if ranks == 1:
+        return
+    if has_adapters:
+        raise ValueError(
+            f"enable_lora must be False with tensor_parallel_size {ranks} for a FoX model on vLLM, got True"
+        )
+    if config.qk_norm == "all_heads":
+        raise ValueError(
+            f"tensor_parallel_size must be 1 on vLLM for a model whose qk_norm is 'all_heads', got {ranks}: its norms "
+            "need all heads of a token"
+        )
+    check_tensor_parallel(config, ranks, "tensor_parallel_size")
 
 
 def _check_device(config: FoxConfig, device_type: str) -> None:

@@ -6,12 +6,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from vllm.config import VllmConfig
+from vllm.distributed import tensor_model_parallel_all_reduce
 from vllm.forward_context import get_forward_context
 from vllm.model_executor.models.interfaces import SupportsLoRA
 from vllm.model_executor.models.utils import AutoWeightsLoader
 
 from ..configuration_fox import FoxConfig
-from ..layers.block import FoxDecoderLayer
+from ..layers.block import FoxDecoderLayer, FoxMLP
 from ..layers.fused_projections import fuse_projections
 from ..layers.norm import FoxRMSNorm
 from ..layers.rotary import FoxRotaryEmbedding
@@ -19,12 +20,21 @@ from ..losses import FoxLMHead
 from .adapters import make_adaptable
 from .attention import ServedAttention
 from .limits import check_limits
+from .ranks import config_of_rank, weights_of_rank
+
+
+class ServedMLP(FoxMLP):
+    """`FoxMLP`, summed over the ranks of tensor parallelism."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return tensor_model_parallel_all_reduce(super().forward(x))
 
 
 class ServedDecoderLayer(FoxDecoderLayer):
     """`FoxDecoderLayer` of the tokens of many requests at once."""
 
     attention_class = ServedAttention
+    mlp_class = ServedMLP
 
     def forward(self, hidden_states: Tensor, **kwargs: Any) -> Tensor:
         # A recorded layer would launch again with the pages of another step.
@@ -75,7 +85,7 @@ class FoxForServing(nn.Module, SupportsLoRA):
         config = vllm_config.model_config.hf_config
         check_limits(config, vllm_config)
         self.config = config
-        self.model = ServedModel(config)
+        self.model = ServedModel(config_of_rank(config))
         self.lm_head = FoxLMHead(config.hidden_size, config.vocab_size, bias=False)
         if config.tie_word_embeddings:
             self.lm_head.weight = self.model.embed_tokens.weight
@@ -117,7 +127,8 @@ class FoxForServing(nn.Module, SupportsLoRA):
 
     def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str]:
         """Take in a checkpoint's weights by name; returns the names."""
-        names = AutoWeightsLoader(self).load_weights(weights)
+        parts = weights_of_rank(weights, dict(self.named_parameters()), self.config)
+        names = AutoWeightsLoader(self).load_weights(parts)
         if self.lm_head.weight.is_cuda and not self.has_adapters:
             fuse_projections(self)
         return names

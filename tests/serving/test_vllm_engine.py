@@ -23,6 +23,7 @@ from vllm.exceptions import VLLMValidationError
 from vllm.lora.request import LoRARequest
 
 from foxlm import FoxForCausalLM, FoxForSequenceClassification, peft_targets
+from foxlm.modeling.vllm import ranks
 from foxlm.modeling.vllm.limits import check_limits
 from models import LLAMA, VARIANTS, rope, tiny_config, tiny_model, tokens
 
@@ -198,6 +199,18 @@ def test_half_precision_is_as_near_as_transformers(tmp_path: Path) -> None:
     assert 0 < ours.mean() <= 1.5 * theirs.mean() and ours.max() <= 2.0 * theirs.max()
 
 
+@pytest.mark.skipif(ON_GPU and torch.cuda.device_count() < 2, reason="needs two GPUs")
+@pytest.mark.parametrize("variant", ["pro", "rope-sink", "biases"])
+def test_heads_over_two_ranks(variant: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tensor parallelism: chunks, preemption and requests in turn as on one rank."""
+    # One core for each rank: by itself vLLM wants a NUMA node for each.
+    monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", "0|1")
+    model = tiny_model(variant, dtype=torch.float32)
+    with engine(model, tmp_path, **SMALL, tensor_parallel_size=2) as llm:
+        assert_as_transformers(model, prompts(), answer_in_turn(llm, prompts()))
+        assert counted(llm, "num_preemptions") > 0
+
+
 @pytest.mark.parametrize("variant", ["pro", "rope-sink"])
 @pytest.mark.parametrize("captured", [False, pytest.param(True, marks=pytest.mark.skipif(not ON_GPU, reason="CUDA"))])
 def test_each_request_has_its_adapter(variant: str, captured: bool, tmp_path: Path) -> None:
@@ -281,7 +294,7 @@ def test_task_heads_are_refused_by_name(tmp_path: Path) -> None:
     ("part", "field", "value", "named"),
     [
         ("device_config", "device_type", "xpu", "device"),
-        ("parallel_config", "tensor_parallel_size", 2, "tensor_parallel_size"),
+        ("parallel_config", "tensor_parallel_size", 3, "tensor_parallel_size must divide num_attention_heads"),
         ("parallel_config", "pipeline_parallel_size", 2, "pipeline_parallel_size"),
         ("parallel_config", "decode_context_parallel_size", 2, "decode_context_parallel_size"),
         ("parallel_config", "prefill_context_parallel_size", 2, "prefill_context_parallel_size"),
@@ -299,6 +312,28 @@ def test_every_limit_of_an_engine_is_named(part: str | None, field: str, value: 
     setattr(getattr(config, part) if part else config, field, value)
     with pytest.raises(ValueError, match=named):
         check_limits(tiny_config("rope-sink"), config)
+
+
+def test_ranks_take_no_adapters_and_no_norm_over_all_heads() -> None:
+    config = engine_config()
+    config.parallel_config.tensor_parallel_size = 2
+    check_limits(tiny_config("pro"), config)
+    with pytest.raises(ValueError, match="qk_norm is 'all_heads', got 2"):
+        check_limits(tiny_config("olmo"), config)
+    config.lora_config = SimpleNamespace(max_loras=8)
+    with pytest.raises(ValueError, match="enable_lora must be False with tensor_parallel_size 2"):
+        check_limits(tiny_config("pro"), config)
+
+
+def test_a_rank_refuses_weights_of_another_model(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ranks, "get_tensor_model_parallel_rank", lambda: 1)
+    monkeypatch.setattr(ranks, "get_tensor_model_parallel_world_size", lambda: 2)
+    own = {"q_proj.weight": torch.empty(4, 6)}
+    whole = torch.randn(8, 6)
+    (found,) = ranks.weights_of_rank([("q_proj.weight", whole)], own, tiny_config())
+    assert found[0] == "q_proj.weight" and torch.equal(found[1], whole[4:])
+    with pytest.raises(ValueError, match=r"q_proj.weight must be \[4, 6\] or 2 such parts side by side, got \[8, 12\]"):
+        list(ranks.weights_of_rank([("q_proj.weight", torch.empty(8, 12))], own, tiny_config()))
 
 
 @pytest.mark.skipif(ON_GPU, reason="a CPU's LoRA")
