@@ -37,7 +37,8 @@ from foxlm.evaluation.recording import AttentionInputs, record_attention
 from foxlm.evaluation.text import check_tokens
 from foxlm.kernels.argument_types import typed
 from foxlm.kernels.pruning.measured import NEAR_SHARE
-from foxlm.kernels.pruning.rules import Rule, first_kept, key_center
+from foxlm.kernels.pruning.prune import first_kept
+from foxlm.kernels.pruning.rules import Rule, key_center
 from foxlm.kernels.tiles import PRUNED_KEYS, PRUNED_QUERIES
 from foxlm.kernels.validation import is_number
 from foxlm.modeling.layers.forget_gate import log_spaced_times

@@ -9,7 +9,8 @@ from torch import Tensor
 from foxlm.kernels.argument_types import typed
 from foxlm.kernels.backends import backend_of
 from foxlm.kernels.decay import Decay, accumulate
-from foxlm.kernels.pruning.rules import Rule, centered, first_kept, key_center, prune, share_skipped
+from foxlm.kernels.pruning.prune import first_kept, prune, share_skipped
+from foxlm.kernels.pruning.rules import Rule, centered, key_center
 from foxlm.kernels.tiles import PRUNED_KEYS, PRUNED_QUERIES
 
 from .recording import AttentionInputs

@@ -23,7 +23,8 @@ from .devices import capability_of
 from .elementwise.triton_attention_sink import add_sink
 from .operators import may_launch
 from .portable.scan import sum_gates
-from .pruning.rules import Rule, centered, key_center, prune
+from .pruning.prune import prune
+from .pruning.rules import Rule, centered, key_center
 from .pruning.search import search_kv_start
 from .tiles import PRUNED_KEYS
 from .triton_attention import triton_attention

@@ -9,7 +9,8 @@ from torch import Tensor
 
 from .backends import backend_of
 from .decay import Decay, accumulate, hide_padding, sequence_starts, without_padding
-from .pruning.rules import Rule, check_rule, prune
+from .pruning.prune import prune
+from .pruning.rules import Rule, check_rule
 from .validation import check_gates, check_inputs, check_options, check_packing, check_sink, real_tokens
 
 

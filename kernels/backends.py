@@ -18,7 +18,7 @@ from .elementwise.gated_norm import add_and_norm, gated_norm
 from .elementwise.prologue import PrologueInputs
 from .elementwise.silu_product import gated_linear, silu_product
 from .pruning.key_stats import extend_summary
-from .pruning.rules import search_kv_start
+from .pruning.prune import search_kv_start
 from .reference import backward_pass, forward_pass, reference_attention
 from .tiles import LARGEST_HEAD_DIM
 
@@ -61,7 +61,7 @@ class Backend(NamedTuple):
         prepare: called with the arguments of attention before the rest, which it may make ready for:
             `ahead_of_time.prepare_attention`.
         sum_gates: running sums of log gates, and the resets among them: `decay.sum_gates`.
-        search_kv_start: the first key that pruning leaves to each query: `pruning.rules.search_kv_start`.
+        search_kv_start: the first key that pruning leaves to each query: `pruning.prune.search_kv_start`.
         attention: attention over a `Decay`, with autograd: `reference.reference_attention`.
         forward, backward: its two passes, for a caller that takes care of gradients: `reference.forward_pass` and
             `reference.backward_pass`.

@@ -23,8 +23,9 @@ from transformers.utils.generic import maybe_autocast
 
 from ..kernels.backends import PYTORCH, Backend
 from ..kernels.decay import Decay, without_padding
+from ..kernels.pruning.prune import prune
 from ..kernels.pruning.rounding import logit_margin
-from ..kernels.pruning.rules import PruningRule, Rule, key_center, prune
+from ..kernels.pruning.rules import PruningRule, Rule, key_center
 from .attention_settings import AttentionSettings, attention_settings
 from .cache.view import CacheView
 from .configuration_fox import DEFAULT_IMPLEMENTATION

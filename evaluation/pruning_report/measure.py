@@ -11,7 +11,9 @@ from torch import Tensor
 
 from foxlm.kernels.decay import accumulate
 from foxlm.kernels.pruning.key_stats import empty_summary, extend_summary
-from foxlm.kernels.pruning.rules import Rule, first_needed_block, future_query_bounds, share_skipped
+from foxlm.kernels.pruning.later_queries import first_needed_block, future_query_bounds
+from foxlm.kernels.pruning.prune import share_skipped
+from foxlm.kernels.pruning.rules import Rule
 from foxlm.modeling.cache.paged import PAGE, LogitBounds, PagedForgettingLayer
 
 from ..gates import RULES, first_read, kept_from, share_of_tiles_skipped

@@ -79,14 +79,14 @@ def prune_shards(
     logit_bound: float | Tensor | None = None,
     sink: Tensor | None = None,
 ) -> Decay:
-    """As `pruning.rules.prune`, for this rank's queries over the keys of all ranks.
+    """As `pruning.prune.prune`, for this rank's queries over the keys of all ranks.
 
     Args:
         decay: of this rank's tokens, with ``kv_start`` and ``last`` in tokens of the whole sequence.
         q, k: ``[B, T, heads, D]`` of this rank's tokens, finite.
         shards: who has which tokens.
         ops: what runs on the device.
-        eps, rule, scale, logit_bound, sink: as for `pruning.rules.prune`.
+        eps, rule, scale, logit_bound, sink: as for `pruning.prune.prune`.
 
     Returns:
         ``decay`` with ``kv_start`` raised, ``[B, H, T]``.

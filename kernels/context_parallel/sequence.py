@@ -69,7 +69,7 @@ class ShardedSequence(Shards):
         sink: Tensor | None = None,
         backend: Backend,
     ) -> Decay:
-        """As `pruning.rules.prune`, for this rank's queries over the keys of all ranks: see `prune_shards`."""
+        """As `pruning.prune.prune`, for this rank's queries over the keys of all ranks: see `prune_shards`."""
         ops = context_backend_of(backend)
         options: dict[str, Any] = {"eps": eps, "rule": rule, "scale": scale, "logit_bound": logit_bound, "sink": sink}
         return prune_shards(decay, q, k, self, ops, **options)

@@ -19,8 +19,8 @@ from ..launches.launch import launched
 from ..launches.replay import replayed
 from ..operators import maybe_contiguous
 from ..pruning.key_stats import KeySummary, Running
+from ..pruning.later_queries import QueriesToCome
 from ..pruning.rounding import decay_margin, log_allowed, logit_margin
-from ..pruning.rules import QueriesToCome
 from ..tiles import PRUNED_KEYS, cdiv, padded_head_dim
 from ..triton_common import INF, load_rows
 from .chunk_summary import CHUNK_PARTS, CHUNK_SIZES, JOINED_BLOCKS, join_chunk_kernel, summarize_gate, summarize_keys

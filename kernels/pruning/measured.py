@@ -31,7 +31,6 @@ bfloat16 first, which raises ``m`` by `rounding.stored_margin`. `rounding.log_al
 """
 
 import math
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -41,9 +40,7 @@ from ..tiles import PRUNED_KEYS
 from .blocks import block_minimum, of_each_query, per_query_head
 from .key_stats import KeySummary
 from .rounding import log_allowed, logit_margin
-
-if TYPE_CHECKING:
-    from .rules import QueryBounds
+from .rules import QueryBounds
 
 # The nearest keys are one in so many of those that the bound keeps.
 NEAR_SHARE = 8
@@ -61,7 +58,7 @@ def measured_kv_start(
     q: Tensor,
     k: Tensor,
     kv_start: Tensor,
-    query: "QueryBounds",
+    query: QueryBounds,
     keys: KeySummary,
     eps: float,
     scale: float,
@@ -77,7 +74,7 @@ def measured_kv_start(
         kv_start: ``[B, H, Tq]`` int64, first key that each query keeps by the rule ``tight`` in these blocks.
         query: ``[B, H, Tq]`` float64 each.
         keys: ``[B, H, Tk]`` each, of every key and all before.
-        eps, scale: as for `rules.first_kept`.
+        eps, scale: as for `prune.first_kept`.
         block_q, block_k: sizes of a block of queries and of keys.
 
     Returns:

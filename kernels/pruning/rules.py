@@ -20,8 +20,8 @@ An attention sink is a key that every query sees undecayed (`elementwise.attenti
 that is known before any key is read. ``tight`` and ``measured`` add it to ``exp(s_ii)``; ``paper`` does without.
 
 All hold for `centered` keys as well. `PruningRule` names them. Each is written once in PyTorch, which is the
-definition (`may_drop`), and once in Triton (`predicates.may_drop`), for all kernels that search. `first_kept` is for
-analysis; `prune` is what attention runs, on a GPU by the kernels of `search`.
+definition (`may_drop`), and once in Triton (`predicates.may_drop`), for all kernels that search. `prune`
+applies them, `later_queries` to queries that are still to come.
 
 **In floating point** the guarantee is about the exact attention weights of ``q``, ``k``, ``log_f`` as they are given:
 attention rounds with pruning as it does without. Every value that a rule reads is rounded towards keeping keys, by
@@ -47,20 +47,17 @@ An overflow, or any NaN, makes a comparison false, which keeps keys. So does a `
 """
 
 import math
-from collections.abc import Callable
 from enum import Enum
 from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
-from ..decay import Decay, accumulate
-from ..tiles import PRUNED_KEYS, PRUNED_QUERIES
-from ..validation import check_count, check_gates, check_inputs, check_scale, check_tensor, is_number, is_readable
-from .blocks import block_minimum, of_each_query, per_query_head
+from ..tiles import PRUNED_KEYS
+from ..validation import check_tensor, is_number, is_readable
+from .blocks import per_query_head
 from .key_stats import KeySummary
-from .measured import measured_kv_start
-from .rounding import decay_margin, log_allowed, logit_margin
+from .rounding import decay_margin, logit_margin
 
 Rule = Literal["paper", "tight", "measured"]
 """What arguments and configurations call a `PruningRule`."""
@@ -97,7 +94,7 @@ def check_rule(eps: float, rule: str) -> PruningRule:
     """The rule that is meant.
 
     Raises:
-        ValueError: ``eps`` or ``rule`` is not as `first_kept` takes it.
+        ValueError: ``eps`` or ``rule`` is not as `prune.first_kept` takes it.
     """
     if not (is_number(eps) and 0.0 < eps < 1.0):
         raise ValueError(f"eps must be a number in (0, 1), got {eps!r}")
@@ -109,7 +106,7 @@ def check_rule(eps: float, rule: str) -> PruningRule:
 
 
 def check_logit_bound(logit_bound: float | Tensor | None, batch: int, heads: int) -> None:
-    """Raise a `ValueError` unless ``logit_bound`` is as `first_kept` takes it."""
+    """Raise a `ValueError` unless ``logit_bound`` is as `prune.first_kept` takes it."""
     if logit_bound is None:
         return
     if isinstance(logit_bound, Tensor):
@@ -126,135 +123,6 @@ def check_logit_bound(logit_bound: float | Tensor | None, batch: int, heads: int
         valid = is_number(logit_bound) and math.isfinite(logit_bound) and logit_bound >= 0.0
     if not valid:
         raise ValueError(f"logit_bound must be finite and >= 0, as a bound of |scale * q . k| is, got {logit_bound!r}")
-
-
-def first_kept(
-    q: Tensor,
-    k: Tensor,
-    log_f: Tensor,
-    *,
-    eps: float,
-    rule: Rule,
-    scale: float | None = None,
-    logit_bound: float | Tensor | None = None,
-    block_q: int = 1,
-    block_k: int = 1,
-    sink: Tensor | None = None,
-) -> Tensor:
-    """First key that each block of queries keeps: it may drop every key before.
-
-    Args:
-        q: ``[B, Tq, H, D]`` queries, the last ``Tq`` of ``Tk`` tokens.
-        k: ``[B, Tk, G, D]`` keys.
-        log_f: ``[B, Tk, Hf]`` log forget gates, ``Hf`` in ``{H, G, 1}``.
-        eps: largest attention weight that a row may lose in total, in ``(0, 1)``.
-        rule: ``"paper"``, ``"tight"`` or ``"measured"``; the last takes time and memory of all pairs in blocks of rows.
-        scale: multiplies the logits, finite; ``1 / sqrt(D)`` by default.
-        logit_bound: ``U`` of the rule ``paper``, a number, ``[H]`` or ``[B, H]``, finite and at least 0, e.g. from
-            QK-norm weights; by default ``scale * max |q| * max |k|`` per sequence and head. If some
-            ``|scale * q . k|`` exceeds it by ``x``, rows may lose up to ``exp(2 x) eps``. Values on a GPU are not
-            checked: nothing is dropped where they are NaN, infinite or negative.
-        block_q, block_k: queries and keys are dropped in blocks of these sizes; 1 is per query and key.
-        sink: as for `prune`.
-
-    Returns:
-        ``[B, H, ceil(Tq / block_q)]`` int64, multiples of ``block_k``. Keys hidden by a hard reset count as dropped.
-
-    Raises:
-        ValueError: an argument is not as above; the message names it. Positive or NaN gates raise on a CPU alone.
-    """
-    known = check_rule(eps, rule)
-    check_inputs(q, k, k, log_f, wide_keys=True)
-    check_gates(log_f)
-    check_count("block_q", block_q)
-    check_count("block_k", block_k)
-    batch, queries, heads, head_dim = q.shape
-    keys = k.shape[1]
-    check_logit_bound(logit_bound, batch, heads)
-    check_scale(scale)
-    if sink is not None:
-        check_tensor("sink", sink)
-        if sink.shape not in (k.shape[2:], (batch, *k.shape[2:])):
-            raise ValueError(
-                f"sink must be [G, D] or [B, G, D] = {[batch, *k.shape[2:]]}, got one of shape {list(sink.shape)}"
-            )
-    scale = head_dim**-0.5 if scale is None else scale
-    c, kv_start = accumulate(log_f)
-    last = torch.arange(keys - queries, keys, device=c.device)
-    decay = Decay(c[..., keys - queries :], c, kv_start[..., keys - queries :], last)
-    query, summary = _summarize(decay, q, k, known, scale, logit_bound, sink)
-    kept = _kept(decay, query, summary, eps, known, margin_dtype(k))
-    kept = block_minimum(torch.maximum(kept, per_query_head(decay.kv_start, heads)), block_q) // block_k * block_k
-    if known is PruningRule.MEASURED:
-        rows = of_each_query(kept, block_q, queries)
-        rows = measured_kv_start(decay, q, k, rows, query, summary, eps, scale, block_q, block_k)
-        kept = rows[..., ::block_q]
-    return kept
-
-
-def search_kv_start(
-    decay: Decay,
-    q: Tensor,
-    k: Tensor,
-    *,
-    eps: float,
-    rule: PruningRule,
-    scale: float,
-    logit_bound: float | Tensor | None,
-    sink: Tensor | None = None,
-) -> Tensor:
-    """First key that each query keeps, ``[B, H, Tq]`` int64, in blocks of 128 queries and 64 keys: the definition.
-
-    Arguments as for `prune`, which checks them. At least ``decay.kv_start``.
-    """
-    query, keys = _summarize(decay, q, k, rule, scale, logit_bound, sink)
-    kept = _kept(decay, query, keys, eps, rule, margin_dtype(k))
-    kv_start = per_query_head(decay.kv_start, q.shape[2])
-    fully_masked = kv_start > decay.last
-    kept = kept.masked_fill(fully_masked, torch.iinfo(torch.int64).max)
-    kept = block_minimum(kept, PRUNED_QUERIES) // PRUNED_KEYS * PRUNED_KEYS
-    kept = of_each_query(kept, PRUNED_QUERIES, q.shape[1])
-    kv_start = torch.where(fully_masked, kv_start, torch.maximum(kv_start, kept))
-    if rule is not PruningRule.MEASURED:
-        return kv_start
-    blocks = (PRUNED_QUERIES, PRUNED_KEYS)
-    return measured_kv_start(decay, q, k, kv_start, query, keys, eps, scale, *blocks)
-
-
-def prune(
-    decay: Decay,
-    q: Tensor,
-    k: Tensor,
-    *,
-    eps: float,
-    rule: Rule = "tight",
-    scale: float,
-    logit_bound: float | Tensor | None = None,
-    sink: Tensor | None = None,
-    search: Callable[..., Tensor] = search_kv_start,
-) -> Decay:
-    """Hide from every query the keys that it may drop, in blocks of 128 queries and 64 keys.
-
-    Args:
-        decay: of ``Tq`` queries over ``Tk`` keys; with resets, packing and padding.
-        q, k, eps, rule, logit_bound: as for `first_kept`; q and k finite, also where they are padding; k may have a
-            wider dtype than q (see `centered`).
-        scale: multiplies the logits.
-        sink: key of an attention sink, ``[G, D]``, or ``[B, G, D]`` less the `key_center` if ``k`` is centered.
-        search: that of the `Backend`.
-
-    Returns:
-        ``decay`` with ``kv_start`` raised, ``[B, H, Tq]``. No row loses more than ``eps`` of its attention weight.
-
-    Raises:
-        ValueError: an argument is not as above.
-    """
-    known = check_rule(eps, rule)
-    check_logit_bound(logit_bound, q.shape[0], q.shape[2])
-    if k.shape[1] <= PRUNED_KEYS or q.numel() == 0:
-        return decay
-    options = {"eps": eps, "rule": known, "scale": scale, "logit_bound": logit_bound, "sink": sink}
-    return Decay(decay.query, decay.key, search(decay, q, k, **options), decay.last)
 
 
 @torch.no_grad()
@@ -372,144 +240,3 @@ def most_droppable(rule: PruningRule, query: QueryBounds, keys: KeySummary, most
         high = torch.where(droppable, high, middle - 1)
         high = torch.maximum(low, high)
     return low
-
-
-def future_query_bounds(bounds: tuple[Tensor, Tensor], heads: int, head_dim: int) -> tuple[Tensor, Tensor]:
-    """``norm`` and ``diagonal`` of `QueryBounds`, ``[H, 1]`` float64, of future queries, of which only upper bounds are
-    known.
-
-    Args:
-        bounds: ``scale |q|`` and ``-scale q . k`` with its diagonal key of any such query are at most these, ``[H]`` or
-            ``[1]`` each; the second also bounds any ``|scale q . k|``. Negative ones and NaN count as infinite.
-        heads: number of query heads ``H``.
-        head_dim: size of a head.
-    """
-    # The largest norms of keys are float32.
-    margin = logit_margin(head_dim, torch.float32)
-    given = torch.stack(bounds).double()
-    norm, logit_bound = torch.where(given >= 0.0, given * (1.0 + margin), math.inf).expand(2, heads)[..., None]
-    return norm, -logit_bound
-
-
-class QueriesToCome(NamedTuple):
-    """By which `first_needed_block` finds what no later query needs.
-
-    Attributes:
-        rule, eps: as for `first_kept`.
-        norm, diagonal: ``[H, 1]`` float64, as `future_query_bounds` gives them.
-        token: whose running sum no later one exceeds; before 64 nothing is found.
-        most_keys: that there will ever be.
-    """
-
-    rule: PruningRule
-    eps: float
-    norm: Tensor
-    diagonal: Tensor
-    token: int
-    most_keys: int
-
-
-def first_needed_block(
-    c: Tensor,
-    summary: KeySummary,
-    bounds: tuple[Tensor, Tensor],
-    blocks: int,
-    *,
-    eps: float,
-    rule: Rule,
-    keys: int,
-) -> Tensor:
-    """First block of 64 keys that a query to come may need; every later one may drop all before.
-
-    The rules above for queries of which only bounds are known. Their running sum is not above that of any token before
-    them.
-
-    Args:
-        c: ``[B, Hf]`` float64 running sum at some token.
-        summary: of the keys.
-        bounds: of any query from that token on, as `future_query_bounds` gives them.
-        blocks: how many blocks lie wholly before that token.
-        eps: as for `first_kept`.
-        rule: as for `first_kept`.
-        keys: most keys there will ever be.
-
-    Returns:
-        ``[B, G]`` int32, at most ``blocks``: the least over the query heads of a key/value head.
-    """
-    known = check_rule(eps, rule)
-    norm, diagonal = bounds
-    heads, kv_heads = len(norm), summary.largest.shape[1]
-    c, *entries = (per_query_head(x, heads) for x in (c[..., None], *(x[..., :blocks] for x in summary)))
-    log_eps = log_allowed(eps, torch.float32, known.terms(keys))
-    # A bound of the logit with the diagonal key is one of any logit.
-    query = QueryBounds(raised(c, keys), norm, diagonal, -diagonal if known.reads_bound else None)
-    dead = may_drop(known, query, KeySummary(*entries), log_eps)
-    return dead.int().cumprod(-1).sum(-1, dtype=torch.int32).unflatten(1, (kv_heads, -1)).amin(2)
-
-
-def share_skipped(first: Tensor, length: int, block_q: int = 1, block_k: int = 1, queries: int | None = None) -> Tensor:
-    """Share of the causal tiles that are skipped when each block of queries starts at its first kept key.
-
-    Args:
-        first: ``[B, H, ceil(Tq / block_q)]`` as `first_kept` returns it for the same blocks.
-        length: number of keys ``Tk``.
-        block_q, block_k: tile sizes; with both 1, pairs of query and key are counted.
-        queries: number of queries ``Tq``, the last of the keys; all of them by default.
-
-    Returns:
-        ``[B, H]`` float64 in ``[0, 1)``.
-
-    Raises:
-        ValueError: an argument is not as above; the message names it. Values of ``first`` on a GPU are not checked.
-    """
-    for name, value in (("length", length), ("block_q", block_q), ("block_k", block_k)):
-        check_count(name, value)
-    if queries is not None:
-        check_count("queries", queries)
-        if queries > length:
-            raise ValueError(f"queries must be at most length, {length}, got {queries}")
-    check_tensor("first", first)
-    blocks = -(-(length if queries is None else queries) // block_q)
-    if first.ndim == 0 or first.shape[-1] != blocks or first.is_floating_point() or first.is_complex():
-        raise ValueError(
-            f"first must hold whole numbers of shape [B, H, ceil(Tq / block_q)] = [B, H, {blocks}], got {first.dtype} "
-            f"of shape {list(first.shape)}"
-        )
-    if is_readable(first) and not ((first >= 0) & (first <= length)).all():
-        raise ValueError(f"first must be from 0 to length, {length}, got {first.min().item()} to {first.max().item()}")
-    queries = length if queries is None else queries
-    ends = torch.arange(first.shape[-1], device=first.device) * block_q + block_q
-    tiles = (ends.clamp(max=queries) + length - queries + block_k - 1) // block_k
-    return (first // block_k).sum(-1).double() / tiles.sum()
-
-
-def _summarize(
-    decay: Decay,
-    q: Tensor,
-    k: Tensor,
-    rule: PruningRule,
-    scale: float,
-    logit_bound: float | Tensor | None,
-    sink: Tensor | None,
-) -> tuple[QueryBounds, KeySummary]:
-    """What ``rule`` reads of every query, and of every key and all before, ``[B, H, Tk]`` each."""
-    batch, _, heads, _ = q.shape
-    c_q, c_k = (per_query_head(x, heads) for x in (decay.query, decay.key))
-    norm, diagonal, of_sink = query_bounds(q, k.index_select(1, decay.last), scale, sink)
-    k_norm = per_query_head(k.double().norm(dim=-1).transpose(1, 2), heads).masked_fill(torch.isposinf(c_k), 0.0)
-    # A hidden key (c = +inf) takes the running sum of the last visible key before it.
-    keys = KeySummary(c_k.cummin(-1).values, torch.logcumsumexp(-c_k, dim=-1), k_norm.cummax(-1).values)
-    bound = None
-    if rule.reads_bound:
-        if logit_bound is None:
-            logit_bound = norm.amax(-1) * k_norm.amax(-1)
-        bound = torch.as_tensor(logit_bound, dtype=torch.float64, device=c_q.device).expand(batch, heads)[..., None]
-    return QueryBounds(raised(c_q, k.shape[1]), norm, diagonal, bound, of_sink), keys
-
-
-def _kept(
-    decay: Decay, query: QueryBounds, keys: KeySummary, eps: float, rule: PruningRule, dtype: torch.dtype
-) -> Tensor:
-    """First key that each query keeps by the bound alone, ``[B, H, Tq]``; never after its own."""
-    log_eps = log_allowed(eps, dtype, rule.terms(keys.c.shape[-1]))
-    return most_droppable(rule, query, keys, decay.last, log_eps)

@@ -194,7 +194,7 @@ def search_kv_start(
     logit_bound: float | Tensor | None,
     sink: Tensor | None = None,
 ) -> Tensor:
-    """As `rules.search_kv_start`, for q up to float32. Where ``logit_bound`` is no bound nothing is dropped."""
+    """As `prune.search_kv_start`, for q up to float32. Where ``logit_bound`` is no bound nothing is dropped."""
     if logit_bound is not None:
         if not isinstance(logit_bound, Tensor):
             # Filled on the device: a copy of a number from the host would wait for all that is queued.

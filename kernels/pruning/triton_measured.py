@@ -155,7 +155,7 @@ def measure(
         kv_start: contiguous ``[B, H, Tq]`` int64, as `search.search` found it by the rule ``tight``.
         norm: ``[B, H, Tq]`` float32, of `search.Queries`.
         end, log_sum, largest: of `search.Blocks`.
-        eps, scale: as for `rules.first_kept`.
+        eps, scale: as for `prune.first_kept`.
         sink: ``[B, G, D]`` with contiguous rows, or None.
     """
     batch, queries, heads, head_dim = q.shape

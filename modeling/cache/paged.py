@@ -23,7 +23,8 @@ from transformers.utils.import_utils import is_torchdynamo_compiling
 from ...kernels.decay import Decay
 from ...kernels.operators import may_launch
 from ...kernels.pruning.key_stats import KeySummary, Running, empty_summary, running_before
-from ...kernels.pruning.rules import QueriesToCome, Rule, check_rule, first_needed_block, future_query_bounds
+from ...kernels.pruning.later_queries import QueriesToCome, first_needed_block, future_query_bounds
+from ...kernels.pruning.rules import Rule, check_rule
 from ..token_layout import TokenLayout, refuse_overflow
 from ..versions import CACHE
 from .page_pool import PAGE, PagePool, fixed_address, in_blocks, move_pages

@@ -9,7 +9,8 @@ from torch import Tensor
 from attention_inputs import attention, draw_inputs, forgetting_attention, output_and_gradients, padding_mask
 from foxlm.kernels.decay import sum_gates
 from foxlm.kernels.portable import scan
-from foxlm.kernels.pruning.rules import Rule, first_kept
+from foxlm.kernels.pruning.prune import first_kept
+from foxlm.kernels.pruning.rules import Rule
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")]
 

@@ -7,7 +7,7 @@ import torch
 
 from foxlm.evaluation.skipped_share import skipped_share
 from foxlm.kernels import backends
-from foxlm.kernels.pruning.rules import first_kept
+from foxlm.kernels.pruning.prune import first_kept
 from foxlm.kernels.reference import reference_attention
 from foxlm.modeling import attention_backends, attention_settings
 from foxlm.modeling.layers.rotary import apply_rotary

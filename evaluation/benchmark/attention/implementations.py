@@ -14,7 +14,8 @@ from torch.nn.attention.flex_attention import BlockMask, flex_attention
 from foxlm.kernels.attention import forgetting_attention
 from foxlm.kernels.backends import backend_of
 from foxlm.kernels.decay import accumulate
-from foxlm.kernels.pruning.rules import Rule, share_skipped
+from foxlm.kernels.pruning.prune import share_skipped
+from foxlm.kernels.pruning.rules import Rule
 from foxlm.kernels.tiles import PRUNED_KEYS, PRUNED_QUERIES
 
 from ...gates import RULES, decay_of, first_read, kept_from, search, share_of_tiles_skipped

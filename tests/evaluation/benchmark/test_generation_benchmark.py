@@ -23,7 +23,7 @@ from foxlm.evaluation.benchmark.public_calls import MEASURED, Sizes, chosen, gro
 from foxlm.evaluation.benchmark.results import add_ratios
 from foxlm.evaluation.gates import RULES, kept_from
 from foxlm.evaluation.recording import record_attention
-from foxlm.kernels.pruning.rules import share_skipped
+from foxlm.kernels.pruning.prune import share_skipped
 from foxlm.modeling.cache.static import StaticForgettingLayer
 from foxlm.modeling.versions import CACHE
 from models import tiny_config

@@ -17,7 +17,8 @@ from foxlm.kernels import backends
 from foxlm.kernels.backends import HAS_TRITON
 from foxlm.kernels.decay import Decay
 from foxlm.kernels.pruning.key_stats import KeySummary, empty_summary
-from foxlm.kernels.pruning.rules import PruningRule, QueriesToCome
+from foxlm.kernels.pruning.later_queries import QueriesToCome
+from foxlm.kernels.pruning.rules import PruningRule
 from foxlm.kernels.tiles import Tiles, choose_tiles
 from kernel_device import INTERPRETED
 

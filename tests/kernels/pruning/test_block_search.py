@@ -15,7 +15,8 @@ from torch import Tensor
 from attention_inputs import attention, draw_inputs, forgetting_attention, output_and_gradients, padding_mask
 from foxlm.kernels.backends import HAS_TRITON, backend_of
 from foxlm.kernels.decay import Decay, accumulate, hide_padding, sequence_starts
-from foxlm.kernels.pruning.rules import Rule, centered, first_kept, key_center, prune
+from foxlm.kernels.pruning.prune import first_kept, prune
+from foxlm.kernels.pruning.rules import Rule, centered, key_center
 from foxlm.kernels.tiles import PRUNED_KEYS, PRUNED_QUERIES
 from kernel_device import DEVICES, INTERPRETED
 from one_rank import Alone

@@ -10,7 +10,8 @@ from torch import Tensor
 from attention_inputs import padding_mask
 from foxlm.kernels.backends import PYTORCH, backend_of
 from foxlm.kernels.decay import Decay, accumulate, hide_padding, sequence_starts, without_padding
-from foxlm.kernels.pruning.rules import centered, prune
+from foxlm.kernels.pruning.prune import prune
+from foxlm.kernels.pruning.rules import centered
 from foxlm.kernels.tiles import PRUNED_KEYS
 from kernel_device import DEVICES
 

@@ -3,6 +3,7 @@
 In PyTorch on the CPU, by kernels on a GPU, and by kernels on the CPU in Triton's interpreter (`make test-slow`).
 """
 
+import importlib
 import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -14,8 +15,10 @@ from torch import Tensor
 from foxlm.kernels.backends import HAS_TRITON, backend_of
 from foxlm.kernels.decay import Decay
 from foxlm.kernels.pruning.key_stats import KeySummary, empty_summary, extend_summary
+from foxlm.kernels.pruning.later_queries import first_needed_block, future_query_bounds
+from foxlm.kernels.pruning.prune import first_kept, prune
 from foxlm.kernels.pruning.rounding import logit_margin
-from foxlm.kernels.pruning.rules import Rule, first_kept, first_needed_block, future_query_bounds, prune
+from foxlm.kernels.pruning.rules import Rule
 from kernel_device import DEVICES, INTERPRETED
 from one_rank import Alone
 from thresholds import BLOCK, SCALE, Threshold, on_threshold
@@ -206,14 +209,19 @@ def test_without_margins_rows_lose_more(device: str, name: str, monkeypatch: pyt
     """Negative control."""
     if name == "decoding" and device == "cpu" and not INTERPRETED:
         pytest.skip("is done by kernels")
-    modules = ["pruning.rules", "context_parallel.pruning"] + (
-        ["pruning.search", "portable.decode", "portable.decode_search"] if HAS_TRITON else []
-    )
+    names = ("rules", "prune", "later_queries", *(("search",) if HAS_TRITON else ()))
+    modules = [*(f"pruning.{name}" for name in names), "context_parallel.pruning"]
+    modules += ["portable.decode", "portable.decode_search"] if HAS_TRITON else []
+    without = {
+        "logit_margin": lambda *_: 0.0,
+        "decay_margin": lambda *_: 0.0,
+        "log_allowed": lambda eps, dtype, keys=1: math.log(eps) - math.log(keys),
+    }
     for module in modules:
-        for margin in ("logit_margin", "decay_margin"):
-            monkeypatch.setattr(f"foxlm.kernels.{module}.{margin}", lambda *_: 0.0, raising=False)
-        without = lambda eps, dtype, keys=1: math.log(eps) - math.log(keys)  # noqa: E731
-        monkeypatch.setattr(f"foxlm.kernels.{module}.log_allowed", without, raising=module != "portable.decode_search")
+        read = vars(importlib.import_module(f"foxlm.kernels.{module}")).keys() & without
+        assert read, f"{module} has no margins"
+        for margin in read:
+            monkeypatch.setattr(f"foxlm.kernels.{module}.{margin}", without[margin])
 
     def lost(seed: int) -> float:
         case = on_the_rules_own(name, "tight", 2.5e3 + 100.0 * seed, seed)
@@ -233,7 +241,7 @@ def test_what_is_no_bound_drops_nothing_where_it_is_not_read(
         pytest.skip("is done by kernels")
     if rule == "tight" and name != "paging":
         pytest.skip("has no use for a bound")
-    for module in ("pruning.rules", "context_parallel.pruning", *(["portable.decode"] if HAS_TRITON else [])):
+    for module in ("pruning.prune", "context_parallel.pruning", *(["portable.decode"] if HAS_TRITON else [])):
         monkeypatch.setattr(f"foxlm.kernels.{module}.check_logit_bound", lambda *_: None)
     case = on_the_rules_own(name, rule, 76.0, 0)
     case.bounds[:3] = torch.tensor([math.nan, -1.0, math.inf])

@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 from torch.nn.functional import normalize
 
 from attention_inputs import forgetting_attention
-from foxlm.kernels.pruning.rules import Rule, first_kept, share_skipped
+from foxlm.kernels.pruning.prune import first_kept, share_skipped
+from foxlm.kernels.pruning.rules import Rule
 
 RULES: list[Rule] = ["paper", "tight", "measured"]
 
