@@ -2,6 +2,8 @@
 
 import math
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, get_args
 
@@ -11,6 +13,7 @@ from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from foxlm.kernels.argument_types import typed
 from foxlm.kernels.backends import PYTORCH, backend_of
 from foxlm.kernels.pruning.rules import Rule
+from foxlm.modeling.attention_settings import attention_settings, pruned_at_any_length
 from foxlm.modeling.configuration_fox import DEFAULT_IMPLEMENTATION, FoxConfig
 from foxlm.modeling.model_files import read_config, read_model, reason
 
@@ -96,20 +99,46 @@ def pruning_changes(eps: float | str, rule: str) -> dict[str, Any]:
     return changes
 
 
+@contextmanager
+def pruning_as_asked(eps: float | str, rule: str) -> Iterator[None]:
+    """While it is open, prompts are pruned however short they are, if ``eps`` or ``rule`` is given.
+
+    By itself a model leaves short prompts whole, for which a search takes longer than it saves: what pruning changes
+    would then not show.
+
+    Args:
+        eps, rule: as for `load_model`.
+
+    Raises:
+        ValueError: ``rule`` is ``measured``, by which nothing is pruned without gradients.
+    """
+    if rule == "measured":
+        raise ValueError(f"rule must be paper, tight or model, got {rule!r}, which is for training: others go by tight")
+    with pruned_at_any_length() if pruning_changes(eps, rule) else nullcontext():
+        yield
+
+
 @torch.no_grad()
 def pruning_used(model: PreTrainedModel) -> dict[str, Any]:
-    """For the record: ``eps`` and ``rule`` of the configuration, and what prunes by them here.
+    """For the record: ``eps`` and ``rule`` by which it prunes without gradients, and what prunes by them here.
 
-    ``attention`` leaves nothing out where it runs in PyTorch; ``generation`` may free cached keys there all the same.
-    ``eps`` and ``rule`` of a model that does not prune are None.
+    ``attention`` leaves nothing out where it runs in PyTorch, or below ``least_pairs`` pairs of query and key of all
+    heads; ``generation`` may free cached keys there all the same. What does not apply is None.
     """
     config = model.config
     if getattr(config, "acp_eps", None) is None or config.forget_gate == "none":
-        return {"eps": None, "rule": None, "attention": False, "generation": False}
+        return {"eps": None, "rule": None, "attention": False, "least_pairs": None, "generation": False}
     q = torch.empty(1, 1, config.num_attention_heads, config.head_dim, dtype=model.dtype, device=model.device)
     attention = config._attn_implementation == DEFAULT_IMPLEMENTATION and backend_of(q) is not PYTORCH
     generation = attention or config.free_dead_cache
-    return {"eps": config.acp_eps, "rule": config.acp_rule, "attention": attention, "generation": generation}
+    settings = attention_settings(config, learns=False)
+    return {
+        "eps": settings.eps,
+        "rule": settings.rule,
+        "attention": attention,
+        "least_pairs": settings.least_pairs if attention else None,
+        "generation": generation,
+    }
 
 
 def model_name(source: str) -> str:

@@ -16,7 +16,15 @@ from tqdm import tqdm
 
 from foxlm.kernels.argument_types import typed
 
-from .loading import load_model, load_tokenizer, model_name, position_limit, pruning_used, trained_length
+from .loading import (
+    load_model,
+    load_tokenizer,
+    model_name,
+    position_limit,
+    pruning_as_asked,
+    pruning_used,
+    trained_length,
+)
 from .loss_by_position import bootstrap_means, row_losses
 from .provenance import provenance
 from .results import fingerprint, read_json, reading, require_folder, require_least, require_same, write_json
@@ -87,7 +95,8 @@ def measure_losses(options: LossOptions) -> dict[str, Any]:
     for name in names:
         report["models"] = [model for other, model in models.items() if other in measured or other == name]
         if len(models[name]["row_means"]) < count:
-            _measure(models[name], options, settings, lambda: write_json(path, report))
+            with pruning_as_asked(options.eps, options.rule):
+                _measure(models[name], options, settings, lambda: write_json(path, report))
         measured[name] = models[name]
     write_json(path, report)
     return report

@@ -20,7 +20,15 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from foxlm.kernels.argument_types import typed
 from foxlm.modeling.versions import CACHE, cache_of
 
-from .loading import load_model, load_tokenizer, model_name, position_limit, pruning_used, trained_length
+from .loading import (
+    load_model,
+    load_tokenizer,
+    model_name,
+    position_limit,
+    pruning_as_asked,
+    pruning_used,
+    trained_length,
+)
 from .loss_by_position import new_cache
 from .needle_prompts import STARTS, PromptMaker, draw_needle, haystack_tokens
 from .provenance import provenance
@@ -100,7 +108,8 @@ def measure_needle(options: NeedleOptions) -> dict[str, Any]:
         done = {(cell["length"], cell["depth"]) for cell in report["cells"]}
     missing = [(length, depth) for length in lengths for depth in options.depths if (length, depth) not in done]
     if missing:
-        _measure(report, maker, options, missing)
+        with pruning_as_asked(options.eps, options.rule):
+            _measure(report, maker, options, missing)
     write_json(path, report)
     return report
 

@@ -11,6 +11,7 @@ from foxlm.conversion.fox_folder import TASKS, architecture_of, read_config
 from foxlm.conversion.hub.evaluation_results import Pruning, Results, read_results
 from foxlm.conversion.links import check_links
 from foxlm.kernels.argument_types import typed
+from foxlm.modeling.attention_settings import attention_settings
 from foxlm.modeling.configuration_fox import FoxConfig
 
 # Marks what only the author can write; `foxlm publish` refuses a card that still contains it.
@@ -235,7 +236,7 @@ def _pruning(config: FoxConfig, measured: Pruning | None) -> str:
         + (
             "This model is set to leave out nothing (`acp_eps` is null)."
             if config.acp_eps is None
-            else f"This model does so on GPU kernels, with eps = {config.acp_eps:.2g} and rule `{config.acp_rule}`."
+            else f"This model does so on GPU kernels, with eps = {config.acp_eps:.2g} and rule {_rules(config)}."
         )
     ]
     if measured is None:
@@ -248,6 +249,11 @@ def _pruning(config: FoxConfig, measured: Pruning | None) -> str:
     lines.append(f"Measured on {measured.tokens:,} held-out tokens in windows of {measured.length:,}:")
     lines.append(_table(["eps", "rule", "pairs left out", f"tiles of {block_q} x {block_k} left out"], rows))
     return "\n\n".join(lines)
+
+
+def _rules(config: FoxConfig) -> str:
+    used = attention_settings(config, learns=False).rule
+    return f"`{used}`" if used == config.acp_rule else f"`{config.acp_rule}` in training, `{used}` elsewhere"
 
 
 def _limits(config: FoxConfig) -> str:

@@ -18,7 +18,7 @@ import torch
 from foxlm.kernels.argument_types import typed
 from foxlm.modeling.model_files import read_config
 
-from ..loading import load_model, load_tokenizer, position_limit, pruning_used
+from ..loading import load_model, load_tokenizer, position_limit, pruning_as_asked, pruning_used
 from ..provenance import provenance
 from ..requirements import require
 from ..results import fingerprint
@@ -82,6 +82,11 @@ def evaluate(options: Options, say: Callable[[str], None]) -> Outcome:
     require("lm-eval")
     # Before lm-eval's index of tasks, which takes ten seconds.
     read_config(options.model)
+    with pruning_as_asked(options.eps, options.rule):
+        return _evaluate(options, say)
+
+
+def _evaluate(options: Options, say: Callable[[str], None]) -> Outcome:
     earlier = earlier_results(options.out, overwrite=False)
     run = _Run(options, say)
     for unit in run.units:
@@ -156,6 +161,7 @@ class _Run:
             "weights": self.weights,
             "eps": self.pruning["eps"],
             "rule": self.pruning["rule"],
+            "least_pairs": self.pruning["least_pairs"],
             "attention": self.model.config._attn_implementation,
             "dtype": str(self.model.dtype).removeprefix("torch."),
             "device": self.model.device.type,

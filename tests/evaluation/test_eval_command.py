@@ -101,7 +101,13 @@ def test_stock_tasks_run_and_those_without_data_are_named(fox: Path, away: Path)
     block = content["foxlm"]
     assert block["settings"]["eps"] is None and block["settings"]["batch_size"] == 2
     assert block["settings"]["max_length"] == BYTES["max_position_embeddings"]
-    assert block["pruning"] == {"eps": None, "rule": None, "attention": False, "generation": False}
+    assert block["pruning"] == {
+        "eps": None,
+        "rule": None,
+        "attention": False,
+        "least_pairs": None,
+        "generation": False,
+    }
     assert block["seconds"] > 0 and block["run"]["lm-eval"]
     # A model card reads it.
     scores = read_results([away / "out"]).scores

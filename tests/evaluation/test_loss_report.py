@@ -17,6 +17,8 @@ from foxlm.evaluation import loss_report as module
 from foxlm.evaluation.loss_report import LossOptions, bin_edges, measure_losses, summarize
 from foxlm.evaluation.plots.position import plot_loss_by_position
 from foxlm.evaluation.text import texts
+from foxlm.modeling.attention_settings import attention_settings
+from models import tiny_model
 from oracles import counting_losses, save_counting
 
 
@@ -196,13 +198,42 @@ def test_a_fox_model_of_real_text(tmp_path: Path, folder: Path) -> None:
         "eps": None,
         "rule": None,
         "attention": False,
+        "least_pairs": None,
         "generation": False,
     }
+
+
+@pytest.mark.parametrize(("asked", "least"), [({}, 1 << 28), ({"eps": "0.01"}, 0), ({"rule": "paper"}, 0)])
+def test_short_rows_are_pruned_where_pruning_is_asked_for(
+    folder: Path, tmp_path: Path, asked: dict[str, str], least: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By itself a model leaves them whole: with and without --eps would be the same numbers, and recorded as pruned."""
+    tiny_model("pro", dtype=torch.float32, vocab_size=256).save_pretrained(tmp_path / "fox")
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(folder / "slow" / name, tmp_path / "fox")
+    found = []
+
+    def row_losses(model: Any, rows: Any, chunk: int | None) -> Any:
+        found.append(attention_settings(model.config, learns=False))
+        return iter(torch.zeros(1, 63))
+
+    monkeypatch.setattr("foxlm.evaluation.loss_report.row_losses", row_losses)
+    # As on a GPU, and outside of tests, which prune what is short.
+    monkeypatch.setattr("foxlm.evaluation.loading.PYTORCH", None)
+    monkeypatch.setattr("foxlm.modeling.attention_settings._least_pairs", 1 << 28)
+    options = LossOptions([str(tmp_path / "fox")], folder / "text.txt", 64, tmp_path / "out", rows=1, **asked)
+    report = measure_losses(options)
+    assert found[0].least_pairs == report["models"][0]["pruning"]["least_pairs"] == least
+    assert report["models"][0]["pruning"]["rule"] == asked.get("rule", "tight")
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
+        (
+            ["{slow}", "--text", "{text}", "--length", "64", "--rule", "measured"],
+            "rule must be paper, tight or model, got 'measured', which is for training",
+        ),
         ([], "models to measure, --text and --length must be given, or --redraw"),
         (["{slow}", "--length", "64"], "models to measure, --text and --length must be given"),
         (["{slow}", "--text", "{text}", "--length", "1"], "length must be from 2 to 134,217,728, got 1"),

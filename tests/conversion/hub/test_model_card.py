@@ -126,6 +126,12 @@ def test_card_takes_what_foxlm_report_measured(model: Path, tmp_path: Path) -> N
     assert "| score at 4,096 tokens | 0.5 |" in text
 
 
+def test_card_says_where_keys_are_measured(model: Path) -> None:
+    config = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps(config | {"acp_rule": "measured"}))
+    assert "and rule `measured` in training, `tight` elsewhere." in write_model_card(model).read_text()
+
+
 def test_what_is_not_known_is_marked(model: Path) -> None:
     text = write_model_card(model).read_text()
     assert text.count(MISSING) == 2
