@@ -134,6 +134,8 @@ class FoxConfig(PreTrainedConfig):
         attention_bias (`bool`, defaults to `False`): Biases of the q, k, v and o projections.
         mlp_bias (`bool`, defaults to `False`): Biases of the MLP projections.
         attention_dropout (`float`, defaults to 0.0): Probability of dropping an attention weight in training.
+        classifier_dropout (`float`, defaults to 0.1): Probability of dropping an element of what is classified by
+            `FoxForTokenClassification`, in training.
         forget_gate (`str`, defaults to `"full"`): `"full"`, `f_t = sigmoid(w . x_t + b)`; `"bias_only"`,
             `f = sigmoid(b)` with `b` learned; `"fixed"`, the same with `b` constant; `"none"`, `f = 1`: a Transformer.
         forget_gate_heads (`str`, defaults to `"query"`): `"query"`, one gate per query head; `"key_value"`, one per
@@ -157,8 +159,9 @@ class FoxConfig(PreTrainedConfig):
         output_gate_act (`str`, defaults to `"sigmoid"`): `"sigmoid"` or `"silu"`.
         use_output_norm (`bool`, defaults to `True`): RMSNorm of the output of each head, before the output gate.
         acp_eps (`float`, *optional*, defaults to `exp(-10)`): Adaptive Computation Pruning (arXiv 2504.06949): the
-            attention weight that a query may lose in total to pruned keys. `None` prunes nothing. Used where the
-            default `attn_implementation`, `"fox"`, runs on GPU kernels; nothing else prunes.
+            attention weight that a query may lose in total to pruned keys. `None` prunes nothing. Attention prunes
+            where the default `attn_implementation`, `"fox"`, runs on GPU kernels (without gradients only passes that
+            are long enough to gain by it) and under context parallelism; the evicting cache does on any device.
         acp_rule (`str`, defaults to `"tight"`): The pruning rule: `"tight"`; `"paper"`, the rule of the paper, whose
             bound of the logits is taken from the weights of QK-norm where there are some; or `"measured"`, which drops
             more by computing weights, in training (without gradients attention then goes by `"tight"`, since a forward
@@ -224,6 +227,7 @@ class FoxConfig(PreTrainedConfig):
     attention_bias: bool = False
     mlp_bias: bool = False
     attention_dropout: float | int = 0.0
+    classifier_dropout: float | int = 0.1
     forget_gate: Literal["full", "bias_only", "fixed", "none"] = "full"
     forget_gate_heads: Literal["query", "key_value"] = "query"
     decay_time_min: float | int = 2.0
@@ -494,7 +498,8 @@ class FoxConfig(PreTrainedConfig):
             self._require("sink_token_id", 0 <= self.sink_token_id < self.vocab_size, accepted)
             self._require("sink_token_id", self.attention_sink != "none", "None without an attention_sink")
         self._require("hidden_act", self.hidden_act in ACT2FN, f"one of {sorted(ACT2FN)}")
-        self._require("attention_dropout", 0 <= self.attention_dropout < 1, "a number in [0, 1)")
+        for field in ("attention_dropout", "classifier_dropout"):
+            self._require(field, 0 <= getattr(self, field) < 1, "a number in [0, 1)")
         self._require(
             "forget_aux_loss_coef", 0 <= self.forget_aux_loss_coef < math.inf, "a number that is not negative"
         )

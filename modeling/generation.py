@@ -105,10 +105,13 @@ class FoxGenerationMixin(GenerationMixin):
 
         Raises:
             ValueError: ``free_dead_cache=True`` with another cache, ``cache_implementation``, ``use_cache=False`` or
-                assisted decoding.
+                assisted decoding; or ``cache_implementation="paged"``.
         """
         if kwargs.get("cache_implementation") == "paged":
-            self._refuse_continuous_batching()
+            raise ValueError(
+                "cache_implementation must not be 'paged', transformers' continuous batching, whose cache keeps no "
+                "forget gates: free_dead_cache=True is for FoX's paged cache, which evicts"
+            )
         known = self._known_modules()
         own_masks = kwargs.get("custom_generate") is not None
         with decoding_mode(cast(Any, self), known), decoding_graphs(self, known, own_masks):

@@ -401,8 +401,7 @@ class FoxForTokenClassification(GenericForTokenClassification, FoxPreTrainedMode
         PreTrainedModel.__init__(self, config)
         self.num_labels = config.num_labels
         self.model = FoxModel(config)
-        dropout = getattr(config, "classifier_dropout", None)
-        self.dropout = nn.Dropout(0.1 if dropout is None else dropout)
+        self.dropout = nn.Dropout(config.classifier_dropout)
         self.score = nn.Linear(config.hidden_size, config.num_labels)
         self.post_init()
 

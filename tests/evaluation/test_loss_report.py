@@ -221,8 +221,8 @@ def test_short_rows_are_pruned_where_pruning_is_asked_for(
     # As on a GPU, and outside of tests, which prune what is short.
     monkeypatch.setattr("foxlm.evaluation.loading.PYTORCH", None)
     monkeypatch.setattr("foxlm.modeling.attention_settings._least_pairs", 1 << 28)
-    options = LossOptions([str(tmp_path / "fox")], folder / "text.txt", 64, tmp_path / "out", rows=1, **asked)
-    report = measure_losses(options)
+    where = {"models": [str(tmp_path / "fox")], "text": folder / "text.txt", "out": tmp_path / "out"}
+    report = measure_losses(LossOptions(**where, length=64, rows=1, **asked))
     assert found[0].least_pairs == report["models"][0]["pruning"]["least_pairs"] == least
     assert report["models"][0]["pruning"]["rule"] == asked.get("rule", "tight")
 

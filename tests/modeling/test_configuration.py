@@ -43,7 +43,11 @@ WRONG = [
     *((field, {field: 1}, "1", "bool") for field in ("use_cache", "tie_word_embeddings", "attention_bias")),
     *((f, {f: "yes"}, "yes", "bool") for f in ("use_key_shift", "use_value_shift", "use_output_gate")),
     *((f, {f: None}, "None", "bool") for f in ("use_output_norm", "mlp_bias")),
-    *(("attention_dropout", {"attention_dropout": p}, str(p), "[0, 1)") for p in (1.0, -0.1, NAN)),
+    *(
+        (name, {name: p}, str(p), "[0, 1)")
+        for name in ("attention_dropout", "classifier_dropout")
+        for p in (1.0, -0.1, NAN)
+    ),
     ("forget_gate", {"forget_gate": "half"}, "half", "'bias_only'"),
     ("forget_gate", {"forget_gate": None}, "None", "'none'"),
     ("forget_gate_heads", {"forget_gate_heads": "all"}, "all", "'key_value'"),

@@ -188,7 +188,7 @@ def test_continuous_batching_is_refused_at_every_door(door: str) -> None:
 
 
 def test_continuous_batching_within_generate_is_refused() -> None:
-    with pytest.raises(NotImplementedError, match="FoX has no continuous batching"):
+    with pytest.raises(ValueError, match=r"cache_implementation must not be 'paged'.*free_dead_cache=True"):
         generate(MODELS["pro"], tokens(1, 5), cache_implementation="paged")
 
 
