@@ -1,6 +1,7 @@
 """transformers' Trainer, with what is worth watching while a FoX model trains: tokens per second and what is pruned.
 
-And what finetunes a graft: the distance to the model that it was made of, and forgetting that is asked for by and by.
+And what finetunes a graft: distillation from the model that it was made of, and a schedule that raises the share of
+attention that is skipped.
 """
 
 import math

@@ -1,7 +1,7 @@
 """Compile kernels before they are launched, side by side.
 
 Triton compiles a kernel when it is launched for the first time, and the launch waits. A first forward and backward pass
-launches 15 kernels, so here they are found before, by going through the same code with launches left out: what Triton
+launches 16 kernels, so here they are found before, by going through the same code with launches left out: what Triton
 calls a warm-up of a kernel. Triton's `AsyncCompileMode` then compiles them in threads, whose work is nearly all done
 without Python's lock. A launch waits for its own kernel only, so backward's are compiled while forward runs.
 """

@@ -184,8 +184,8 @@ class FoxConfig(PreTrainedConfig):
     Raises:
         `ValueError`, or huggingface_hub's `StrictDataclassError` for a wrong type or value: the message names the
         field, what came and what is accepted. Sizes have upper limits, such as 4,096 layers, far beyond any model.
-        A field that is none is an error where it looks like one of ours, else a warning; in a file, which may be of a
-        newer version, always a warning.
+        An unknown field is an error if its name resembles that of a known one, else a warning; in a file, which may be
+        of a newer version, always a warning.
 
     ```python
     >>> from foxlm import FoxConfig, FoxForCausalLM

@@ -265,9 +265,7 @@ def generate(
         ),
     ] = None,
     batch: Annotated[list[int] | None, typer.Option(help="Sequences; may be repeated; 1 and 8.")] = None,
-    new: Annotated[
-        int | None, typer.Option(help="Tokens that a call generates, and half of what a longer one does; 64.")
-    ] = None,
+    new: Annotated[int | None, typer.Option(help="N: calls that generate N and 2N tokens are timed; 64.")] = None,
     chunk: Annotated[int | None, typer.Option(help="Tokens of a chunk of a prompt; 4096, or 64 on a CPU.")] = None,
     compiled: Annotated[
         bool | None,

@@ -17,7 +17,7 @@ def demo(
     steps: Annotated[
         int | None, typer.Option(help="Optimizer steps instead of a time: repeats exactly on the same machine.")
     ] = None,
-    seed: Annotated[int, typer.Option(help="Of weights, training windows, questions and sampling.")] = 0,
+    seed: Annotated[int, typer.Option(help="Random seed.")] = 0,
     device: Annotated[str, typer.Option(help="auto (a GPU if there is one), cpu or cuda.")] = "auto",
     quick: Annotated[
         bool, typer.Option("--quick", help="A tiny model and 12 steps: shows that all parts work, nothing more.")

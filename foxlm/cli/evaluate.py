@@ -144,7 +144,9 @@ def loss(
     length: Annotated[int | None, typer.Option(help="Tokens of a row.")] = None,
     rows: Annotated[int, typer.Option(help="Rows to measure; fewer if the text has no more.")] = 16,
     join: Join = False,
-    name: Annotated[list[str] | None, typer.Option(help="Of a model in tables and plots; once for each model.")] = None,
+    name: Annotated[
+        list[str] | None, typer.Option(help="Name of a model in tables and plots; give one for each model, in order.")
+    ] = None,
     edges: Annotated[
         str,
         typer.Option(help="Bins of positions: log (two for each doubling), a width, or edges such as 1,1024,8192."),
@@ -226,7 +228,7 @@ def needle(
         ),
     ] = None,
     depths: Annotated[
-        str, typer.Option(help="Where the needle is: from 0, the beginning, to 1.")
+        str, typer.Option(help="Places of the needle in the text, from 0 (its beginning) to 1, with commas between.")
     ] = "0,0.25,0.5,0.75,1",
     samples: Annotated[int, typer.Option(help="Different needles for each length and depth.")] = 4,
     mode: Annotated[

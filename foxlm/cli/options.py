@@ -24,8 +24,11 @@ Eps = Annotated[
         "as its configuration says."
     ),
 ]
-Rule = Annotated[str, typer.Option(help="How that is proven: paper, tight, measured, or model.")]
-Seed = Annotated[int, typer.Option(help="Of all that is drawn at random.")]
+Rule = Annotated[
+    str,
+    typer.Option(help="Pruning rule: paper, tight, measured (of report alone), or model, as its configuration says."),
+]
+Seed = Annotated[int, typer.Option(help="Random seed.")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace results of an earlier run in that folder.")]
 
 

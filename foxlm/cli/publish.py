@@ -13,7 +13,7 @@ _ModelFolder = Annotated[Path, typer.Argument(metavar="DIR", help="A model's fol
 def card(
     folder: _ModelFolder,
     license: Annotated[
-        str | None, typer.Option(help="Of the weights, as the Hub writes it: apache-2.0, mit, ...")
+        str | None, typer.Option(help="License of the weights, as the Hub writes it: apache-2.0, mit, ...")
     ] = None,
     training_data: Annotated[str | None, typer.Option(help="What the model was trained on, in words.")] = None,
     evaluation: Annotated[
@@ -24,10 +24,14 @@ def card(
             "a folder to search for all but the last. Repeatable.",
         ),
     ] = None,
-    language: Annotated[list[str] | None, typer.Option(help="Such as en, or code. Repeatable.")] = None,
-    dataset: Annotated[list[str] | None, typer.Option(help="On the Hub, that it was trained on. Repeatable.")] = None,
-    base_model: Annotated[str | None, typer.Option(help="On the Hub, if it was made from another model.")] = None,
-    name: Annotated[str | None, typer.Option(help="Of the model; the folder's by default.")] = None,
+    language: Annotated[
+        list[str] | None, typer.Option(help="Language that the model writes: en, code, ... May be repeated.")
+    ] = None,
+    dataset: Annotated[
+        list[str] | None, typer.Option(help="Data set on the Hub that it was trained on. May be repeated.")
+    ] = None,
+    base_model: Annotated[str | None, typer.Option(help="Model on the Hub that it was made from, if any.")] = None,
+    name: Annotated[str | None, typer.Option(help="Name of the model. Default: the folder's.")] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a README.md that is there.")] = False,
 ) -> None:
     """Write a model card, README.md, into a model's folder, from its configuration and results at hand.

@@ -31,7 +31,7 @@ _BUFFERED = ("keys", "values", "c", "kv_start")
 
 
 class DynamicForgettingLayer(DynamicLayer):
-    """Grows with the sequence: in place while its buffers have buffer, else into buffers an eighth larger.
+    """Grows with the sequence: in place while its buffers have room, else into buffers an eighth larger.
 
     Attributes:
         keys, values: ``[B, G, T, D]``.
