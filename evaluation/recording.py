@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 from torch import Tensor, nn
 
 from foxlm.kernels.argument_types import typed
-from foxlm.modeling.attention_backends import ALL_ATTENTION_FUNCTIONS, eager_attention_forward
+from foxlm.modeling.attention_implementations import ALL_ATTENTION_FUNCTIONS, eager_attention_forward
 from foxlm.modeling.layers.attention import FoxAttention
 
 

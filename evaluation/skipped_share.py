@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from foxlm.kernels.argument_types import typed
 from foxlm.kernels.decay import Decay, without_padding
 from foxlm.kernels.tiles import PRUNED_KEYS, PRUNED_QUERIES
-from foxlm.modeling.attention_backends import ALL_ATTENTION_FUNCTIONS, eager_attention_forward, pruned
+from foxlm.modeling.attention_implementations import ALL_ATTENTION_FUNCTIONS, eager_attention_forward, pruned
 from foxlm.modeling.attention_settings import attention_settings
 from foxlm.modeling.layers.attention import FoxAttention
 from foxlm.modeling.modeling_fox import FoxForCausalLM, FoxModel

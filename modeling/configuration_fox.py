@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 DEFAULT_IMPLEMENTATION = "fox"
 IMPLEMENTATIONS = (DEFAULT_IMPLEMENTATION, "fox_reference", "sdpa", "eager")
-"""What ``attn_implementation`` may be: see `attention_backends`."""
+"""What ``attn_implementation`` may be: see `attention_implementations`."""
 CONTEXT_PARALLEL_IMPLEMENTATIONS = (DEFAULT_IMPLEMENTATION, "fox_reference")
 """Those that compute a sequence of which each rank has a part."""
 # Tensor-parallel style of a weight that all ranks hold, each for heads of its own (`parallel.tensor_parallel`).

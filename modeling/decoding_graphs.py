@@ -455,7 +455,7 @@ def decoding_graphs(model: Any, known: KnownModules | None = None, own_masks: bo
     if not model.config.decoding_graphs or not runs_decode_kernels(model):
         yield
         return
-    from .attention_backends import runs_own_attention
+    from .attention_implementations import runs_own_attention
 
     config = model.config
     reason, fingerprint = _reason_and_fingerprint(model, known)

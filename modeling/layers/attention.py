@@ -192,7 +192,7 @@ class FoxAttention(FusableProjections):
 
         # Imported when they are used, since importing the kernels takes time.
         from ...kernels.backends import PYTORCH, backend_of
-        from ..attention_backends import ALL_ATTENTION_FUNCTIONS, eager_attention_forward, prepare
+        from ..attention_implementations import ALL_ATTENTION_FUNCTIONS, eager_attention_forward, prepare
 
         backend, view = backend_of(states[0]), None
         is_fox = settings.implementation == DEFAULT_IMPLEMENTATION

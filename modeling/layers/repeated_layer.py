@@ -123,7 +123,7 @@ def repeat_prompt(
 def _nothing_else_happens(hidden_states: Tensor, arguments: dict[str, Any]) -> bool:
     """Whether a call computes by its modules, kernels and operators as they are, with no hooks or modes active."""
     from ...kernels.launches.replay import may_repeat
-    from ..attention_backends import runs_own_attention
+    from ..attention_implementations import runs_own_attention
 
     settings: AttentionSettings = arguments["settings"]
     if arguments["layout"].shards is not None or not runs_own_attention(settings.implementation):

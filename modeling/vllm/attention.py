@@ -13,7 +13,7 @@ from vllm.v1.kv_cache_interface import FullAttentionSpec
 from ...kernels.backends import PYTORCH, backend_of
 from ...kernels.decay import Decay
 from ...kernels.tiles import PRUNED_KEYS
-from ..attention_backends import ALL_ATTENTION_FUNCTIONS, eager_attention_forward, fox_attention_forward
+from ..attention_implementations import ALL_ATTENTION_FUNCTIONS, eager_attention_forward, fox_attention_forward
 from ..attention_settings import attention_settings
 from ..configuration_fox import FoxConfig
 from ..layers.attention import FoxAttention

@@ -11,7 +11,7 @@ from foxlm.evaluation.loading import load_model, load_tokenizer
 from foxlm.kernels import backends
 from foxlm.kernels.decay import Decay
 from foxlm.kernels.reference import reference_attention
-from foxlm.modeling import attention_backends as attention_fox
+from foxlm.modeling import attention_implementations as attention_fox
 from foxlm.modeling.cache.paged import PagedForgettingLayer
 from lm_eval_models import generated, likelihoods, save_fox
 

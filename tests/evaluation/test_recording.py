@@ -16,7 +16,7 @@ from foxlm.evaluation.gates import (
     skipped_shares,
 )
 from foxlm.evaluation.recording import AttentionInputs, record_attention
-from foxlm.modeling.attention_backends import ALL_ATTENTION_FUNCTIONS
+from foxlm.modeling.attention_implementations import ALL_ATTENTION_FUNCTIONS
 from foxlm.modeling.versions import cache_of
 
 

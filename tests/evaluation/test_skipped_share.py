@@ -12,7 +12,7 @@ from foxlm.evaluation.gates import skipped_shares
 from foxlm.evaluation.recording import record_attention, replaced_attention
 from foxlm.evaluation.skipped_share import skipped_share
 from foxlm.kernels.decay import Decay, without_padding
-from foxlm.modeling.attention_backends import ALL_ATTENTION_FUNCTIONS, eager_attention_forward, pruned
+from foxlm.modeling.attention_implementations import ALL_ATTENTION_FUNCTIONS, eager_attention_forward, pruned
 from foxlm.modeling.modeling_fox import FoxForSequenceClassification
 from foxlm.training import FoxTrainer
 from models import IMPLEMENTATIONS, tiny_model, tokens

@@ -9,7 +9,7 @@ from foxlm.evaluation.skipped_share import skipped_share
 from foxlm.kernels import backends
 from foxlm.kernels.pruning.prune import first_kept
 from foxlm.kernels.reference import reference_attention
-from foxlm.modeling import attention_backends, attention_settings
+from foxlm.modeling import attention_implementations, attention_settings
 from foxlm.modeling.layers.rotary import apply_rotary
 from models import tiny_model, tokens
 
@@ -30,13 +30,13 @@ def calls(monkeypatch):
 @pytest.fixture
 def rules(calls, monkeypatch):
     """By which rules attention is pruned."""
-    seen, prune = [], attention_backends.prune
+    seen, prune = [], attention_implementations.prune
 
     def pruned(*args, **options):
         seen.append(options["rule"])
         return prune(*args, **options)
 
-    monkeypatch.setattr(attention_backends, "prune", pruned)
+    monkeypatch.setattr(attention_implementations, "prune", pruned)
     return seen
 
 

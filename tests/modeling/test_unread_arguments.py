@@ -17,7 +17,7 @@ from foxlm import (
 )
 from foxlm.evaluation.demo.tokenizer import byte_tokenizer
 from foxlm.modeling.arguments import DECODER_ARGUMENTS, LOSS_ARGUMENTS, MASK_ARGUMENTS
-from foxlm.modeling.attention_backends import ALL_ATTENTION_FUNCTIONS, eager_attention_forward
+from foxlm.modeling.attention_implementations import ALL_ATTENTION_FUNCTIONS, eager_attention_forward
 from foxlm.modeling.configuration_fox import IMPLEMENTATIONS
 from models import assert_close, tiny_config, tiny_model, tokens
 

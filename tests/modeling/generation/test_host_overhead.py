@@ -15,7 +15,7 @@ from transformers import Cache, DynamicCache, StaticCache
 from foxlm import FoxForCausalLM, FoxPagedCache
 from foxlm.kernels import backends
 from foxlm.kernels.pruning.key_stats import empty_summary
-from foxlm.modeling import attention_backends
+from foxlm.modeling import attention_implementations
 from foxlm.modeling.cache import dynamic as cache_fox
 from foxlm.modeling.cache.dynamic import DynamicForgettingLayer
 from foxlm.modeling.token_layout import TokenLayout
@@ -52,7 +52,7 @@ def only_what_is_around_attention(monkeypatch: pytest.MonkeyPatch) -> None:
     nothing = backends.PYTORCH._replace(attention=lambda q, k, v, decay, **_: (torch.empty_like(q), torch.empty(0)))
     monkeypatch.setattr(backends, "backend_of", lambda q: nothing)
     # What tells it from one that prunes.
-    monkeypatch.setattr(attention_backends, "PYTORCH", nothing)
+    monkeypatch.setattr(attention_implementations, "PYTORCH", nothing)
     # torch has a kernel for it on GPUs only.
     monkeypatch.setattr(nn.functional, "rms_norm", lambda x, *_: x.clone())
 

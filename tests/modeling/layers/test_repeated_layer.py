@@ -400,7 +400,7 @@ def test_who_looks_on_sees_each_call(what: str, launches: list[Any], computed: l
     from torch.overrides import TorchFunctionMode
 
     from foxlm.evaluation.recording import replaced_attention
-    from foxlm.modeling.attention_backends import fox_attention_forward as attend
+    from foxlm.modeling.attention_implementations import fox_attention_forward as attend
     from foxlm.modeling.layers.norm import FoxRMSNorm
 
     class Mode(TorchFunctionMode):
