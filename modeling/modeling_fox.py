@@ -151,15 +151,15 @@ class FoxModel(FoxPreTrainedModel):
             # To look again at each chunk of a prompt would wait for the GPU.
             attention_mask = {LAYER_TYPE: None}
         layout = token_layout(tokens, device, attention_mask, position_ids, cu_seqlens, cache, stands_for=stands_for)
-        if shards is not None:
-            layout = layout.shard(shards)
         position_embeddings = None
         if self.rotary_emb is not None:
             if position_ids is None:
                 position_ids = layout.rope_positions(counts_padding=self.config.attention_sink == "none")
-            elif shards is not None:
+            if shards is not None:
                 position_ids = shards.take(position_ids)
             position_embeddings = self.rotary_emb(inputs_embeds, position_ids)
+        if shards is not None:
+            layout = layout.shard(shards)
 
         settings = attention_settings(self.config, self.training or torch.is_grad_enabled())
         hidden_states = inputs_embeds

@@ -66,16 +66,22 @@ class TokenLayout(NamedTuple):
         return c, kv_start if self.after_sink is None else torch.maximum(kv_start, self.after_sink)
 
     def rope_positions(self, counts_padding: bool) -> Tensor:
-        """Positions that RoPE reads where none are given, ``[B or 1, T]``.
+        """Positions that RoPE reads where none are given, ``[B or 1, T]``; to be asked before `shard`.
 
         Args:
             counts_padding: as everywhere in transformers, which differences of positions do not see. The key of an
-                attention sink is at the place of the first real token.
+                attention sink is at the place of the first real token of each sequence.
         """
-        real = self.real_keys if self.shards is None else self.real_of_all_ranks
-        if counts_padding or real is None:
+        if counts_padding:
             return self.positions[None]
-        return (real.cumsum(1) - 1).clamp(min=0).index_select(1, self.positions)
+        positions = self.positions[None]
+        if self.real_keys is not None:
+            positions = (self.real_keys.cumsum(1) - 1).index_select(1, self.positions)
+        if self.starts is not None:
+            # Real tokens before the sequence that each token belongs to.
+            before = positions if self.real is None else positions + (~self.real).long()
+            positions = positions - running_max(torch.where(self.starts, before, 0))
+        return positions.clamp(min=0)
 
     def shard(self, shards: "ShardedSequence") -> "TokenLayout":
         """The layout of this rank's tokens."""

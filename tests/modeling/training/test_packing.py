@@ -154,6 +154,23 @@ def test_packing_and_padding_go_together(variant: str, flash: bool) -> None:
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("padded", [False, True])
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_offsets_alone_put_the_sink_at_the_beginning_of_each_sequence(implementation: str, padded: bool) -> None:
+    """The key of a sink is at position 0, so a rotated query sees where its sequence begins."""
+    model = tiny_model("rope-sink", attn_implementation=implementation)
+    ids = tokens(1, 12)
+    # The third sequence begins with padding, which counts for no position.
+    rows = [[1, 2, 4], [5], [8, 9, 10, 11]] if padded else [[0, 1, 2, 3, 4], [5], [6, 7, 8, 9, 10, 11]]
+    mask = torch.zeros(1, 12, dtype=torch.long)
+    mask[0, [token for row in rows for token in row]] = 1
+    logits = model(ids, attention_mask=mask, cu_seq_lens_q=torch.tensor([0, 5, 6, 12])).logits
+    for row in rows:
+        # transformers computes the angles of RoPE in float32.
+        assert_close(logits[:, row], model(ids[:, row]).logits, 1e-5)
+
+
+@torch.no_grad()
 def test_positions_restart_under_compilation_too() -> None:
     model = tiny_model()
     batch = {k: v for k, v in packed(False).items() if k != "labels"}

@@ -179,7 +179,7 @@ def traffic_shares(tokens: int) -> dict[str, float]:
     return shares
 
 
-CALLS = ("whole", "padded", "packed", "items", "auxiliary loss", "checkpointing")
+CALLS = ("whole", "padded", "packed", "packed by offsets", "items", "auxiliary loss", "checkpointing")
 
 
 def model_errors(variants: Sequence[str]) -> dict[str, dict[str, float]]:
@@ -196,7 +196,7 @@ def model_errors(variants: Sequence[str]) -> dict[str, dict[str, float]]:
 def _model_errors(variant: str, call: str, context: ContextParallel) -> dict[str, float]:
     torch.manual_seed(1)
     tokens = 61
-    ids = torch.randint(2, 97, (1 if call == "packed" else 2, tokens))
+    ids = torch.randint(2, 97, (1 if call.startswith("packed") else 2, tokens))
     labels = ids.masked_fill(torch.arange(tokens) < 5, -100)
     inputs: dict[str, Any] = {}
     if call == "padded":
@@ -205,6 +205,8 @@ def _model_errors(variant: str, call: str, context: ContextParallel) -> dict[str
         inputs["attention_mask"] = mask.long()
     if call == "packed":
         inputs["position_ids"] = torch.cat([torch.arange(length) for length in (7, 30, 1, 23)])[None]
+    if call == "packed by offsets":
+        inputs["cu_seq_lens_q"] = torch.tensor([0, 7, 37, 38, 61])
     if call in ("items", "auxiliary loss"):
         inputs["num_items_in_batch"] = torch.tensor(50)
     coefficient = 0.5 if call == "auxiliary loss" else 0.0
