@@ -1,6 +1,7 @@
 """FoX's part of `generate`: caches that keep forget gates, padding masks, fused projections, and what is refused."""
 
 import contextlib
+import copy
 import functools
 import warnings
 from collections.abc import Iterator
@@ -83,6 +84,15 @@ def _check_free_dead_cache(asked: Any, cache: Any, generation_config: Any, assis
         raise ValueError(
             f"free_dead_cache=True is for a cache of its own, FoxPagedCache, got it with {other}: give one of the two"
         )
+
+
+def _without_single_tokens(size: int, tokens: int) -> int:
+    """The least size of chunks, from ``size`` on, that leaves no chunk of one token of so many.
+
+    A single token is taken for a decoding step, in which no sequence begins; but in a padded batch one may begin there,
+    with the token that its attention sink stands for.
+    """
+    return next((x for x in range(max(size, 2), tokens) if tokens % x != 1), max(size, tokens))
 
 
 class FoxGenerationMixin(GenerationMixin):
@@ -223,9 +233,15 @@ class FoxGenerationMixin(GenerationMixin):
 
     def _prefill(self, input_ids, generation_config, model_kwargs, *args, **kwargs):
         if generation_config.prefill_chunk_size is not None:
-            for layer in getattr(model_kwargs.get(CACHE), "layers", ()):
+            cache, mask = model_kwargs.get(CACHE), model_kwargs.get("attention_mask")
+            for layer in getattr(cache, "layers", ()):
                 if isinstance(layer, DynamicForgettingLayer):
                     layer.expected = input_ids.shape[1]
+            size = generation_config.prefill_chunk_size
+            if self.config.sink_token_id is not None and mask is not None and cache is not None and size > 0:
+                held = int(cache.get_seq_length()) if mask.shape[1] == input_ids.shape[1] else 0
+                generation_config = copy.copy(generation_config)
+                generation_config.prefill_chunk_size = _without_single_tokens(size, input_ids.shape[1] - held)
         return super()._prefill(input_ids, generation_config, model_kwargs, *args, **kwargs)
 
     # Each entry point to continuous batching, which would otherwise fail inside transformers.

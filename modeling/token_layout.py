@@ -159,9 +159,17 @@ def token_layout(
         starts = sequence_starts(queries, length).to(device)
     elif position_ids is not None and fresh:
         starts = _restarts(position_ids.to(device).expand(batch, -1), real, jumps=attention_mask is None)
-    # A sequence may begin after padding, or where the host does not know what came before; but not in a decoding step,
-    # where each layer would pay for it.
+    # A sequence may begin after padding, or where the host does not know what came before.
     may_begin = seen == 0 or (length > 1 and (seen is None or real is not None)) or is_torchdynamo_exporting()
+    after_sink = None
+    if may_begin:
+        after_sink = _after_sink(stands_for, positions, real_keys, starts)
+    elif real is not None and not prepared and not is_torchdynamo_compiling():
+        # With a single token too, but that is seldom so, and in a decoding step each layer would pay for it. Of masks
+        # that `generate` prepares this is not asked: it leaves no single token of a padded prompt.
+        after_sink = _after_sink(stands_for, positions, real_keys, starts)
+        if after_sink is not None and not after_sink.any():
+            after_sink = None
     last_real = visible = None
     if real is not None and real_keys is not None:
         last_real, visible = last_real_tokens(real), first_visible(real_keys, real, positions)
@@ -173,7 +181,7 @@ def token_layout(
         slots=indices.remainder(PRUNED_KEYS),
         last_real=last_real,
         first_visible=visible,
-        after_sink=_after_sink(stands_for, positions, real_keys, starts) if may_begin else None,
+        after_sink=after_sink,
     )
 
 

@@ -75,7 +75,7 @@ def caches(config: Any) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("kind", ["dynamic", "static", "paged"])
-@pytest.mark.parametrize("parts", [(1, 39), (2, 1, 37), (1, 1, 38), (20, 20)], ids=str)
+@pytest.mark.parametrize("parts", [(1, 39), (2, 1, 37), (1, 1, 38), (3, 1, 36), (1, 1, 1, 1, 36), (20, 20)], ids=str)
 @pytest.mark.parametrize("padded", [False, True])
 def test_the_separator_stays_hidden_in_every_cache(kind, parts, padded):
     model, ids = set_to(sinking(), "fox"), separated(2, 40)
@@ -100,6 +100,20 @@ def test_the_separator_stays_hidden_in_every_cache(kind, parts, padded):
         assert_close(torch.cat(found, 1)[mask.bool()], expected[mask.bool()], TOLERANCE)
         # Once more in the same cache.
         cache.reset()
+
+
+@pytest.mark.parametrize("kind", ["dynamic", "static", "paged"])
+@pytest.mark.parametrize("size", [1, 4])
+def test_prompts_in_chunks_may_begin_with_a_chunk_of_one_token(kind, size):
+    """As the last of chunks of 1 or 4 tokens would be, and the second prompt is all in it."""
+    model = set_to(sinking(), "fox")
+    ids, mask = torch.full((3, 9), SEPARATOR), torch.ones(3, 9, dtype=torch.long)
+    ids[0, 1:], ids[2, 5:] = tokens(1, 8)[0], tokens(1, 4)[0]
+    mask[1, :8] = mask[2, :4] = 0
+    options = {"attention_mask": mask, "max_new_tokens": 8, "do_sample": False, "eos_token_id": None}
+    expected = base().generate(ids, **options)
+    cache = caches(model.config)[kind]
+    assert torch.equal(model.generate(ids, cache=cache, prefill_chunk_size=size, **options), expected)
 
 
 def test_each_packed_sequence_has_its_own_beginning():
