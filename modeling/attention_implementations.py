@@ -306,6 +306,9 @@ def sdpa_forward(
         out, _ = sdpa_attention_forward(
             module, query, key, value, bias, dropout=dropout, scaling=scaling, is_causal=False
         )
+    if sink is None and real is not None:
+        # Their weights are those of a mean over all keys, later ones too.
+        out = out.masked_fill(fully_masked.transpose(1, 2), 0.0)
     return out.to(output_dtype), None
 
 

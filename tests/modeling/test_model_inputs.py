@@ -96,6 +96,25 @@ def test_padding_anywhere_changes_nothing(variant: str, implementation: str) -> 
     assert logits.isfinite().all()
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("implementation", [*IMPLEMENTATIONS, "fox_reference"])
+@pytest.mark.parametrize("variant", ["pro", "llama", "gateless", "sink"])
+def test_padding_sees_no_token(variant: str, implementation: str) -> None:
+    """Not even those after it: the first token of a row padded on its left is a target of the padding before it."""
+    model = tiny_model(variant, attn_implementation=implementation)
+    ids = tokens(3, 9)
+    mask = torch.ones(3, 9, dtype=torch.long)
+    mask[0, :4] = mask[1, 6:] = mask[2, [2, 5]] = 0
+    logits = model(ids, attention_mask=mask).logits
+    other = torch.where(mask.bool(), (ids + 1) % 97, ids)
+    assert_close(model(other, attention_mask=mask).logits[mask == 0], logits[mask == 0], 0)
+    labels = ids.masked_fill(mask == 0, -100)
+    expected = tiny_model(variant, attn_implementation="fox_reference")
+    # transformers takes the loss in float32.
+    losses = [x(ids, attention_mask=mask, labels=labels).loss for x in (model, expected)]
+    assert_close(*losses, 1e-6)
+
+
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 @pytest.mark.parametrize("variant", ["pro", "llama"])
 def test_gradients_with_padding_are_those_without(variant: str, implementation: str) -> None:
