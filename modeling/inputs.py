@@ -69,20 +69,20 @@ def check_logits_to_keep(logits_to_keep: object) -> None:
     raise ValueError(f"logits_to_keep must be an integer from 0 or a tensor of indices, got {got}")
 
 
-def check_labels(labels: Tensor, tokens: tuple[int, ...], vocab_size: int) -> None:
+def check_labels(labels: Tensor, tokens: tuple[int, ...], vocab_size: int, name: str = "labels") -> None:
     """Raise a `ValueError` unless ``labels`` are int64, one for each of ``tokens``, ``B`` and ``T``, and in range.
 
-    Values are read on a CPU alone: elsewhere that would synchronise.
+    Values are read on a CPU alone: elsewhere that would synchronise. ``name`` is what the message calls them.
     """
-    check_tensor("labels", labels)
+    check_tensor(name, labels)
     if labels.shape != tokens or labels.dtype != torch.int64:
         raise ValueError(
-            f"labels must be int64 and have the shape of the tokens with logits, {list(tokens)}, "
+            f"{name} must be int64 and have the shape of the tokens with logits, {list(tokens)}, "
             f"got {labels.dtype} of shape {list(labels.shape)} (logits_to_keep leaves logits of fewer tokens)"
         )
     if is_readable(labels) and not ((labels == -100) | ((labels >= 0) & (labels < vocab_size))).all():
         raise ValueError(
-            f"labels must be -100 or in [0, {vocab_size}), of the vocabulary, got from {labels.min().item()} to "
+            f"{name} must be -100 or in [0, {vocab_size}), of the vocabulary, got from {labels.min().item()} to "
             f"{labels.max().item()}"
         )
 

@@ -287,6 +287,8 @@ class FoxForCausalLM(FoxPreTrainedModel, FoxGenerationMixin):
             if logits is not None:
                 return CausalLMOutputWithPast(logits=logits, **{CACHE: cache})
         targets = {name: kwargs.pop(name) for name in LOSS_ARGUMENTS if name in kwargs}
+        if labels is None and targets.get("shift_labels") is not None:
+            raise ValueError("shift_labels must be given with labels, which say that there is a loss, got labels None")
         check_logits_to_keep(logits_to_keep)
         coefficient = self.config.forget_aux_loss_coef if self.training and labels is not None else 0.0
         if coefficient:
@@ -325,9 +327,10 @@ class FoxForCausalLM(FoxPreTrainedModel, FoxGenerationMixin):
         options = targets | {"labels": labels}
         shards = None
         if (context := self.model.context_parallel) is None:
-            check_labels(
-                labels, hidden_states.shape[:2] if logits is None else logits.shape[:2], self.config.vocab_size
-            )
+            tokens = hidden_states.shape[:2] if logits is None else logits.shape[:2]
+            for name, given in (("labels", labels), ("shift_labels", targets.get("shift_labels"))):
+                if given is not None:
+                    check_labels(given, tokens, self.config.vocab_size, name)
             options["num_items_in_batch"] = number_of_targets(
                 labels, targets.get("shift_labels"), targets.get("num_items_in_batch")
             )
