@@ -42,11 +42,11 @@ class CalibrationText:
         separator: token that texts begin with, by its name in the tokenizer; None takes the beginning-of-text token,
             or else the end-of-text token.
         length: tokens of a row, the separator included; None takes what the base was trained at, at most 8,192.
-        count: rows.
+        rows: how many of them.
         join: as for `evaluation.text.rows`.
         device: as for `evaluation.loading.load_model`.
         seed: as for `calibrate`.
-        held_out: other texts, each as ``path``, on which the graft's loss is compared with the base's: ``count`` rows
+        held_out: other texts, each as ``path``, on which the graft's loss is compared with the base's: ``rows`` rows
             of each, after the separator like those that are calibrated on.
     """
 
@@ -55,7 +55,7 @@ class CalibrationText:
     longest: float = math.inf
     separator: str | None = None
     length: int | None = None
-    count: int = 4
+    rows: int = 4
     join: bool = False
     device: str = "auto"
     seed: int = 0
@@ -90,7 +90,7 @@ def calibrated_graft(source: Path, text: CalibrationText, **options: Any) -> tup
     length = text.length or min(round(base.config.max_position_embeddings / (rope_factor or 1)), _DEFAULT_LENGTH)
 
     def read(path: Path) -> Tensor:
-        found = rows(path, tokenizer, length - 1, text.count, text.join)
+        found = rows(path, tokenizer, length - 1, text.rows, text.join)
         return torch.from_numpy(np.stack([np.concatenate([[separator], row]) for row in found]))
 
     tokens = read(text.path)
@@ -125,13 +125,13 @@ def calibrated_graft(source: Path, text: CalibrationText, **options: Any) -> tup
 def _check(text: CalibrationText) -> None:
     """Refuse numbers that are out of range, by the names of the command's options."""
     if not 0.0 < text.skip < 1.0:
-        raise ValueError(f"--skip must be a share between 0 and 1, got {text.skip}")
+        raise ValueError(f"skip must be a share between 0 and 1, got {text.skip}")
     if not text.longest >= SHORTEST:
-        raise ValueError(f"--longest must be a decay time of at least {SHORTEST:g} tokens, got {text.longest}")
-    if text.count < 1:
-        raise ValueError(f"--rows must be at least 1, got {text.count}")
+        raise ValueError(f"longest must be a decay time of at least {SHORTEST:g} tokens, got {text.longest}")
+    if text.rows < 1:
+        raise ValueError(f"rows must be at least 1, got {text.rows}")
     if text.length is not None and text.length <= 2 * PRUNED_QUERIES:
-        raise ValueError(f"--length must be more than {2 * PRUNED_QUERIES} tokens, got {text.length}")
+        raise ValueError(f"length must be more than {2 * PRUNED_QUERIES} tokens, got {text.length}")
 
 
 def write_report(report: dict[str, Any], folder: Path) -> None:
@@ -251,12 +251,12 @@ def _held_out(
         tokens = read(path)
     except ValueError as error:
         wanted = f"a text with rows of {calibrated.shape[1] - 1} tokens"
-        raise ValueError(f"--held-out must be {wanted}: {error}") from None
-    check_tokens(int(tokens.min()), int(tokens.max()), vocabulary, f"--held-out {path}")
+        raise ValueError(f"held_out must be {wanted}: {error}") from None
+    check_tokens(int(tokens.min()), int(tokens.max()), vocabulary, f"held_out {path}")
     ours, theirs = ({file.resolve() for file in files(x)} for x in (path, calibrated_path))
     # A copy under another name has the same rows.
     if ours & theirs or {tuple(row) for row in tokens.tolist()} & {tuple(row) for row in calibrated.tolist()}:
-        raise ValueError(f"--held-out must be another text than --calibrate, got {path}, which holds some of it")
+        raise ValueError(f"held_out must be another text than that of the calibration, got {path}, which holds some of it")
     return tokens
 
 
@@ -269,10 +269,10 @@ def separator_of(tokenizer: PreTrainedTokenizerBase, name: str | None) -> int:
     if name is None:
         found = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
         if found is None:
-            raise ValueError("the tokenizer has no beginning-of-text and no end-of-text token: give --separator TOKEN")
+            raise ValueError("the tokenizer has no beginning-of-text and no end-of-text token: give a separator")
         return int(found)
     if name not in tokenizer.get_vocab():
-        raise ValueError(f"--separator must be a token of the tokenizer, such as {tokenizer.eos_token}, got {name!r}")
+        raise ValueError(f"separator must be a token of the tokenizer, such as {tokenizer.eos_token}, got {name!r}")
     return int(tokenizer.get_vocab()[name])
 
 

@@ -34,7 +34,7 @@ def write_whole(path: Path, text: str) -> None:
 def require_folder(out: Path) -> None:
     """Refuse a file where a folder of results is to be, before anything is measured."""
     if out.exists() and not out.is_dir():
-        raise ValueError(f"--out must be a folder, got the file {out}")
+        raise ValueError(f"out must be a folder, got the file {out}")
 
 
 def read_json(path: Path, kind: str) -> dict[str, Any]:

@@ -60,18 +60,18 @@ def run_demo(out: Path, *, minutes: float, steps: int | None, seed: int, device:
         RuntimeError: a part failed.
     """
     if device not in ("auto", "cpu", "cuda"):
-        raise ValueError(f"--device must be auto, cpu or cuda, got {device!r}")
+        raise ValueError(f"device must be auto, cpu or cuda, got {device!r}")
     if device == "cuda" and not torch.cuda.is_available():
-        raise ValueError("--device is cuda, but torch sees no CUDA GPU; use auto or cpu")
+        raise ValueError("device is cuda, but torch sees no CUDA GPU; use auto or cpu")
     if not 0 < minutes <= 24 * 60:
-        raise ValueError(f"--minutes must be a positive number up to a day's 1440, got {minutes}")
+        raise ValueError(f"minutes must be a positive number up to a day's 1440, got {minutes}")
     if steps is not None and steps < 1:
-        raise ValueError(f"--steps must be a positive integer, got {steps}")
+        raise ValueError(f"steps must be a positive integer, got {steps}")
     if not 0 <= seed < 2**32:
-        raise ValueError(f"--seed must be in [0, 2**32), got {seed}")
+        raise ValueError(f"seed must be in [0, 2**32), got {seed}")
     require_folder(out)
     if out.is_dir() and any(out.iterdir()) and not (out / RESULTS).is_file():
-        raise ValueError(f"--out must be a new or empty folder, or one of an earlier demo; {out} holds other files")
+        raise ValueError(f"out must be a new or empty folder, or one of an earlier demo; {out} holds other files")
     require("lm-eval")
     require("matplotlib")
     began = time.monotonic()

@@ -55,24 +55,24 @@ class Options:
             ValueError: an option cannot be; the message names it.
         """
         if self.suite is None and not self.tasks and self.text is None:
-            raise ValueError(f"nothing to evaluate: give --suite ({', '.join(SUITES)}), --tasks or --text")
+            raise ValueError(f"nothing to evaluate: give suite ({', '.join(SUITES)}), tasks or text")
         if self.suite is not None and self.suite not in SUITES:
-            raise ValueError(f"--suite must be one of {', '.join(SUITES)}, got {self.suite!r}")
+            raise ValueError(f"suite must be one of {', '.join(SUITES)}, got {self.suite!r}")
         for name, value, least in (
-            ("--batch-size", self.batch_size, 1),
-            ("--max-length", self.max_length, 2),
-            ("--limit", self.limit, 1),
-            ("--shots", self.shots, 0),
-            ("--seed", self.seed, 0),
+            ("batch_size", self.batch_size, 1),
+            ("max_length", self.max_length, 2),
+            ("limit", self.limit, 1),
+            ("shots", self.shots, 0),
+            ("seed", self.seed, 0),
         ):
             if value is not None and value < least:
                 raise ValueError(f"{name} must be at least {least}, got {value}")
         if self.include_path is not None and not self.include_path.is_dir():
-            raise ValueError(f"--include-path must be a folder, got {self.include_path}")
+            raise ValueError(f"include_path must be a folder, got {self.include_path}")
         if self.text is not None and not self.text.exists():
-            raise ValueError(f"--text: there is no {self.text}")
+            raise ValueError(f"text: there is no {self.text}")
         if self.dtype != "auto" and self.dtype not in DTYPES:
-            raise ValueError(f"--dtype must be auto or one of {', '.join(DTYPES)}, got {self.dtype!r}")
+            raise ValueError(f"dtype must be auto or one of {', '.join(DTYPES)}, got {self.dtype!r}")
         resolve_device(self.device)
         pruning_changes(self.eps, self.rule)
         suite = SUITES.get(self.suite or "", Suite(()))
@@ -80,7 +80,7 @@ class Options:
         tasks = tuple(dict.fromkeys((*suite.tasks, *self.tasks)))
         if self.max_length is not None and self.max_length < max(lengths) and set(tasks) & set(RULER):
             raise ValueError(
-                f"--max-length must be at least {max(lengths)}, the longest of --lengths, got {self.max_length}"
+                f"max_length must be at least {max(lengths)}, the longest of lengths, got {self.max_length}"
             )
         shots = suite.shots if self.shots is None else self.shots
         return replace(self, lengths=lengths, tasks=tasks, limit=self.limit or suite.limit, shots=shots)

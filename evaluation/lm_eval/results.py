@@ -54,7 +54,7 @@ def earlier_results(folder: Path, overwrite: bool) -> dict[str, dict[str, Any]]:
             content["foxlm"]["settings"], content["results"]
         except (ValueError, KeyError, TypeError):
             raise ValueError(
-                f"--out: {path} was not written by foxlm eval; take another folder, or move it away"
+                f"out: {path} was not written by foxlm eval; take another folder, or move it away"
             ) from None
         found[path.name] = content
     if overwrite:
@@ -82,7 +82,7 @@ def check_same_settings(earlier: dict[str, dict[str, Any]], unit: Unit, settings
         ]
         if differing:
             raise ValueError(
-                f"--out holds {name} of other settings ({'; '.join(differing)}): take another folder, or --overwrite"
+                f"out holds {name} of other settings ({'; '.join(differing)}): take another folder, or --overwrite"
             )
 
 

@@ -48,7 +48,7 @@ def check_length(task: str, length: int, tokenizer: PreTrainedTokenizerBase) -> 
     else:
         return  # The others say so themselves.
     if shortest > length:
-        raise ValueError(f"{task} needs about {shortest} tokens at least with this tokenizer, got --lengths {length}")
+        raise ValueError(f"{task} needs about {shortest} tokens at least with this tokenizer, got lengths {length}")
 
 
 def _shortest_variable_tracking(tokenizer: PreTrainedTokenizerBase) -> int:

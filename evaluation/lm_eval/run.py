@@ -244,7 +244,7 @@ class _Run:
         if unit.length is not None:
             if self.positions is not None and unit.length > self.positions:
                 raise ValueError(
-                    f"the model has learned positions for {self.positions} tokens, got --lengths {unit.length}"
+                    f"the model has learned positions for {self.positions} tokens, got lengths {unit.length}"
                 )
             ruler.check_length(unit.task, unit.length, self.tokenizer)
             ruler.prepare(unit.task, seed)
@@ -280,5 +280,5 @@ def _checksum(path: Path) -> str:
     """
     documents = [text for text in texts(path) if text.strip()]
     if not documents:
-        raise ValueError(f"--text: {path} holds no text")
+        raise ValueError(f"text: {path} holds no text")
     return sha256("\0".join(documents).encode()).hexdigest()[:16]

@@ -99,7 +99,7 @@ def parse_lengths(text: str) -> tuple[int, ...]:
     """
     parts = [part.strip() for part in text.split(",")]
     if not all(part.isdecimal() and int(part) >= 64 for part in parts):
-        raise ValueError(f"--lengths must be whole numbers of at least 64 with commas between them, got {text!r}")
+        raise ValueError(f"lengths must be whole numbers of at least 64 with commas between them, got {text!r}")
     return tuple(sorted({int(part) for part in parts}))
 
 
@@ -109,4 +109,4 @@ def check_names(tasks: Sequence[str], known: Sequence[str]) -> None:
         if task not in known:
             near = difflib.get_close_matches(task, known, n=3)
             hint = f"; did you mean {' or '.join(near)}?" if near else "; `foxlm lm-eval ls tasks` lists all"
-            raise ValueError(f"--tasks: lm-eval knows no {task!r}{hint}")
+            raise ValueError(f"tasks: lm-eval knows no {task!r}{hint}")

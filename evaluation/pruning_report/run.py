@@ -51,7 +51,7 @@ class Options:
         text: as `documents` takes it.
         out: folder for ``report.json`` and ``report.html``.
         length: tokens of a row of text; None takes up to `DEFAULT_LENGTH`, as the text has them.
-        count: rows.
+        rows: how many of them.
         join: as `rows` takes it.
         eps, rule, device, dtype: as `load_model` takes them.
         sampled: rows of attention of each head and row of text that are checked, beside those chosen as the worst.
@@ -63,7 +63,7 @@ class Options:
     text: Path
     out: Path = Path("foxlm-report")
     length: int | None = None
-    count: int = 1
+    rows: int = 1
     join: bool = False
     eps: str = "model"
     rule: str = "model"
@@ -75,14 +75,14 @@ class Options:
 
     def __post_init__(self) -> None:
         if self.length is not None and self.length < PRUNED_QUERIES:
-            raise ValueError(f"--length must be at least {PRUNED_QUERIES}, a block of queries, got {self.length}")
-        for name, value in (("--rows", self.count), ("--sampled", self.sampled)):
+            raise ValueError(f"length must be at least {PRUNED_QUERIES}, a block of queries, got {self.length}")
+        for name, value in (("rows", self.rows), ("sampled", self.sampled)):
             if value < 1:
                 raise ValueError(f"{name} must be a positive integer, got {value}")
         if not 0 <= self.seed < 2**32:
-            raise ValueError(f"--seed must be in [0, 2**32), got {self.seed}")
+            raise ValueError(f"seed must be in [0, 2**32), got {self.seed}")
         if not self.text.exists():
-            raise ValueError(f"--text must be a file or a folder, {self.text} does not exist")
+            raise ValueError(f"text must be a file or a folder, {self.text} does not exist")
         require_folder(self.out)
         if (self.out / JSON_NAME).exists() and not self.overwrite:
             raise ValueError(
@@ -108,14 +108,14 @@ def run_report(options: Options) -> dict[str, Any]:
     with suppress(ValueError):
         tokenizer = load_tokenizer(options.model)
     length = _length(options, tokenizer)
-    texts = list(rows(options.text, tokenizer, length, options.count, options.join))
+    texts = list(rows(options.text, tokenizer, length, options.rows, options.join))
     model = load_model(options.model, device=options.device, dtype=options.dtype, eps=options.eps, rule=options.rule)
     eps, rule = model.config.acp_eps, model.config.acp_rule
     if eps is None and options.eps != "model":
-        raise ValueError(f"--eps must be positive for this report, got {options.eps}")
+        raise ValueError(f"eps must be positive for this report, got {options.eps}")
     eps = DEFAULT_EPS if eps is None else eps
     low, high = min(int(x.min()) for x in texts), max(int(x.max()) for x in texts)
-    check_tokens(low, high, model.config.vocab_size, "--text")
+    check_tokens(low, high, model.config.vocab_size, "text")
     # Now, not when the report is written: a checkout can move on meanwhile.
     run = provenance(str(model.device), options.seed, ("triton",))
     plan = _plan(options, eps, rule, length)

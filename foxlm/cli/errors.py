@@ -40,7 +40,8 @@ class _Command(TyperCommand):
         except Exception as error:
             if os.environ.get(TRACEBACK, "0") not in ("", "0"):
                 raise
-            typer.echo(f"error: {describe(error)}", err=True)
+            options = {x.name: x.opts[0] for x in ctx.command.params if x.param_type_name == "option"}
+            typer.echo(f"error: {_with_dashes(describe(error), options)}", err=True)
             raise typer.Exit(1) from error
 
 
@@ -76,6 +77,13 @@ def describe(error: BaseException) -> str:
     if not isinstance(error, _EXPECTED) or isinstance(error, NotImplementedError | RecursionError):
         text = f"{type(error).__name__}: {text}; a bug in foxlm: please report it with the traceback of {TRACEBACK}=1"
     return text
+
+
+def _with_dashes(message: str, options: dict[str, str]) -> str:
+    """``message`` with the argument that it is about, its first word, as the command's option is written."""
+    name, _, rest = message.partition(" ")
+    bare = name.removesuffix(":")
+    return f"{options[bare]}{name[len(bare) :]} {rest}" if bare in options else message
 
 
 def _in_a_line(text: str) -> str:

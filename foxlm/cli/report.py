@@ -58,7 +58,7 @@ def report(
             text=text,
             out=out,
             length=length,
-            count=rows,
+            rows=rows,
             join=join,
             eps=eps,
             rule=rule,

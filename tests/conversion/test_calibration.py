@@ -312,9 +312,9 @@ def test_command_measures_texts_that_it_did_not_calibrate_on(folder: Path, tmp_p
         ("short.txt", b"w1 w2", "--held-out must be a text with rows of 511 tokens: "),
         ("bytes.txt", b"\xff\xfe\x00", "--held-out must be a text with rows of 511 tokens: "),
         ("missing.txt", None, "--held-out must be a file or a folder, "),
-        ("calibrated.txt", None, "--held-out must be another text than --calibrate, got "),
-        (".", None, "--held-out must be another text than --calibrate, got "),
-        ("copy.txt", "calibrated.txt", "--held-out must be another text than --calibrate, got "),
+        ("calibrated.txt", None, "--held-out must be another text than that of the calibration, got "),
+        (".", None, "--held-out must be another text than that of the calibration, got "),
+        ("copy.txt", "calibrated.txt", "--held-out must be another text than that of the calibration, got "),
         ("tokens.npy", 97, "--held-out "),
     ],
     ids=["short", "not UTF-8", "missing", "the same", "a folder that holds it", "a copy", "no tokens of the model"],
@@ -346,7 +346,7 @@ def test_command_names_what_is_wrong_with_a_held_out_text(
         (("--separator", "<s>"), "--separator must be a token of the tokenizer, such as <eos>, got '<s>'"),
         (("--decay-times", "8"), "--calibrate sets decay times: leave out --decay-times"),
         (("--forget-gate", "none"), "calibration has no effect with forget_gate 'none'"),
-        (("--skip", "0.9"), "skip must be at most"),
+        (("--skip", "0.9"), "--skip must be at most"),
     ],
 )
 def test_command_names_a_wrong_option(folder: Path, tmp_path: Path, options: tuple[str, ...], message: str) -> None:

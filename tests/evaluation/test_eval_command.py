@@ -342,7 +342,7 @@ def test_include_path_and_broken_task(fox: Path, away: Path) -> None:
         (("--tasks", "piqa", "--dtype", "int8"), "--dtype must be auto or one of"),
         (("--suite", "quick", "--no-cache"), "--no-cache was removed; generation without a cache gives the same"),
         (("--suite", "long", "--lengths", "4k"), "--lengths must be whole numbers of at least 64"),
-        (("--suite", "long", "--max-length", "100"), "--max-length must be at least 16384, the longest of --lengths"),
+        (("--suite", "long", "--max-length", "100"), "--max-length must be at least 16384, the longest of lengths"),
         (("--text", "nowhere"), "--text: there is no nowhere"),
         (("--tasks", "piqa", "--include-path", "nowhere"), "--include-path must be a folder, got nowhere"),
         (("--tasks", "piqa", "--out", "file"), "--out must be a folder, got the file file"),
