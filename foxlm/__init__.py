@@ -16,7 +16,6 @@ import sys
 from typing import TYPE_CHECKING
 
 from foxlm import _checkout  # noqa: F401 (first: it lets the imports below find their folders)
-from foxlm._moved import keep_old_modules
 
 if TYPE_CHECKING:
     from foxlm.kernels.attention import forgetting_attention
@@ -24,7 +23,6 @@ if TYPE_CHECKING:
     from foxlm.kernels.context_parallel.group import ContextParallel
     from foxlm.modeling.cache.paged import FoxPagedCache
     from foxlm.modeling.configuration_fox import FoxConfig, peft_targets
-    from foxlm.modeling.generation import decoding_weights
     from foxlm.modeling.layers.attention import FoxAttention
     from foxlm.modeling.layers.block import FoxDecoderLayer
     from foxlm.modeling.modeling_fox import (
@@ -51,7 +49,6 @@ __all__ = [
     "FoxPagedCache",
     "FoxPreTrainedModel",
     "context_parallel_attention",
-    "decoding_weights",
     "forgetting_attention",
     "peft_targets",
 ]
@@ -64,7 +61,6 @@ _MODULES = {
         "kernels.context_parallel.group": ["ContextParallel"],
         "modeling.cache.paged": ["FoxPagedCache"],
         "modeling.configuration_fox": ["FoxConfig", "peft_targets"],
-        "modeling.generation": ["decoding_weights"],
         "modeling.layers.attention": ["FoxAttention"],
         "modeling.layers.block": ["FoxDecoderLayer"],
         "modeling.modeling_fox": [x for x in __all__ if x.startswith(("FoxFor", "FoxModel", "FoxPreTrained"))],
@@ -99,8 +95,6 @@ def _is_console_command() -> bool:
     program = sys.orig_argv[-len(sys.argv) :][:1]
     return [os.path.splitext(os.path.basename(x))[0] for x in program] == ["foxlm"]
 
-
-keep_old_modules()
 
 if not _is_console_command():
     from foxlm.modeling.registration import register_fox

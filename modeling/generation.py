@@ -3,7 +3,6 @@
 import contextlib
 import copy
 import functools
-import warnings
 from collections.abc import Iterator
 from typing import Any, cast
 
@@ -48,21 +47,6 @@ def decoding_mode(model: nn.Module, known: KnownModules | None = None) -> Iterat
     finally:
         for module, before in changed:
             module.uses_fused = before
-
-
-@contextlib.contextmanager
-def decoding_weights(model: nn.Module) -> Iterator[None]:
-    """Deprecated: call ``model.fuse_projections()``, and with tensor parallelism enter ``model.local_weights()``."""
-    if not isinstance(model, nn.Module):
-        raise ValueError(f"model must be a module of torch, got {type(model).__name__}")
-    warnings.warn(
-        "decoding_weights is deprecated and will be removed in the next release: call model.fuse_projections() once "
-        "instead, and with tensor parallelism run the loop within model.local_weights()",
-        FutureWarning,
-        stacklevel=3,
-    )
-    with decoding_mode(model):
-        yield
 
 
 def _check_free_dead_cache(asked: Any, cache: Any, generation_config: Any, assisted: bool) -> None:

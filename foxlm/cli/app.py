@@ -11,7 +11,7 @@ from foxlm.cli.demo import demo
 from foxlm.cli.errors import PASS_THROUGH, CommandLine
 from foxlm.cli.evaluate import evaluate, lm_eval, loss, needle
 from foxlm.cli.graft import graft
-from foxlm.cli.publish import bundle, card, export_code, publish
+from foxlm.cli.publish import card, export_code, publish
 from foxlm.cli.report import report
 from foxlm.cli.serve import serve
 from foxlm.cli.warmup import warmup
@@ -43,7 +43,6 @@ app.command()(convert)
 app.command()(graft)
 app.command()(card)
 app.command()(export_code)
-app.command(hidden=True)(bundle)
 app.command()(publish)
 app.command("eval")(evaluate)
 app.command("lm-eval", context_settings=PASS_THROUGH, add_help_option=False)(lm_eval)

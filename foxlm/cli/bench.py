@@ -164,9 +164,6 @@ def context(
     _require_gpus(device, gpus)
     _require_one_of("--dtype", dtype, list(DTYPES))
     _require_one_of("--rule", rule, [*RULES, "none"])
-    if split == "balanced":
-        deprecated("--split balanced", "--split zigzag")
-        split = "zigzag"
     _require_one_of("--split", split, ["zigzag", "contiguous"])
     cases = tuple(map(Case.parse, case or ())) or (measured.CPU_CASES if device == "cpu" else measured.CASES)
     for one in cases:

@@ -5,8 +5,6 @@ from typing import Annotated
 
 import typer
 
-from foxlm.cli.errors import deprecated
-
 _ModelFolder = Annotated[Path, typer.Argument(metavar="DIR", help="A model's folder, as save_pretrained makes it.")]
 
 
@@ -66,12 +64,6 @@ def export_code(folder: _ModelFolder) -> None:
     check_links(folder)
     write(folder)
     typer.echo(f"wrote the code into {folder}")
-
-
-def bundle(folder: _ModelFolder) -> None:
-    """Deprecated: foxlm export-code."""
-    deprecated("foxlm bundle", "foxlm export-code")
-    export_code(folder)
 
 
 def publish(

@@ -1,7 +1,6 @@
 """Sequences that several ranks share: public names, imported when they are used."""
 
 import importlib
-import warnings
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -30,9 +29,6 @@ _MODULES = {
 
 
 def __getattr__(name: str) -> object:
-    if name == "Traffic":
-        warnings.warn("Traffic is now called CommunicationVolume", FutureWarning, stacklevel=2)
-        name = "CommunicationVolume"
     if name not in _MODULES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return getattr(importlib.import_module(f"{__name__}.{_MODULES[name]}"), name)

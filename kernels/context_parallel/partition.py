@@ -51,8 +51,7 @@ def _bounds(length: int, parts: int) -> list[int]:
     return [length * i // parts // unit * unit for i in range(parts)] + [length]
 
 
-# "balanced" is the older name.
-NAMED_SPLITS: dict[str, Split] = {"zigzag": zigzag, "contiguous": contiguous, "balanced": zigzag}
+NAMED_SPLITS: dict[str, Split] = {"zigzag": zigzag, "contiguous": contiguous}
 
 
 class TokenSplit:

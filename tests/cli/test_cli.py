@@ -178,14 +178,6 @@ def test_a_full_disk_names_the_file(tmp_path: Path) -> None:
         assert result.exit_code == 1 and last.startswith("error: ") and name in last and "File too large" in last, last
 
 
-def test_the_former_name_of_export_code_warns(tmp_path: Path) -> None:
-    fox_folder(tmp_path / "model")
-    result = invoke("bundle", str(tmp_path / "model"))
-    assert result.exit_code == 0 and result.stdout.startswith("wrote the code into ")
-    assert result.stderr.endswith("use foxlm export-code\n")
-    assert "bundle" not in invoke("--help").stdout
-
-
 def test_unknown_options_and_commands_are_refused() -> None:
     assert invoke("demo", "--no-such-option").exit_code == 2
     assert invoke("no-such-command").exit_code == 2

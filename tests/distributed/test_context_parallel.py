@@ -99,7 +99,7 @@ def test_traffic_dropout_and_refusals() -> None:
         "short": "split must give every rank a token, got none of 1 for",
         "sdpa": "attn_implementation must be one of ['fox', 'fox_reference'], got 'sdpa'",
         "tokens": "must have this rank's 10 of 20 tokens, got 5 and 5",
-        "split": "split must be one of ['zigzag', 'contiguous', 'balanced'] or a function, got 'fair'",
+        "split": "split must be one of ['zigzag', 'contiguous'] or a function, got 'fair'",
         "split leaves out": "split must assign all 20 tokens, got 19",
         "split twice": "each token once, got tokens 5 to 20 for rank 1 after the first 20",
         "split idle": "got none of 20 for [1] of 2 ranks",
@@ -152,9 +152,9 @@ def test_splits_deal_out_every_token_once(name: str, ranks: int) -> None:
 
 
 @pytest.mark.parametrize("ranks", [2, 4, 8])
-def test_balanced_split_gives_every_rank_the_same_pairs(ranks: int) -> None:
+def test_zigzag_split_gives_every_rank_the_same_pairs(ranks: int) -> None:
     length = 2**17
-    split = TokenSplit(length, ranks, NAMED_SPLITS["balanced"](length, ranks))
+    split = TokenSplit(length, ranks, zigzag(length, ranks))
     pairs = [sum(stop * (stop + 1) - start * (start + 1) for _, start, stop in split.of(r)) for r in range(ranks)]
     assert max(pairs) / min(pairs) < 1.001
 
@@ -169,7 +169,3 @@ def test_share_of_traffic() -> None:
     assert traffic.share == 0.25
     traffic.clear()
     assert traffic.share == 0.0
-
-
-def test_older_name_of_the_split_works() -> None:
-    assert NAMED_SPLITS["balanced"] is zigzag

@@ -1,4 +1,4 @@
-"""The public API stays: what was documented is still there, or warns and names what replaces it.
+"""The public API stays: what was documented is still there.
 
 ``public_api.json`` holds the list: public names, documented modules, parameters of functions,
 configuration fields, commands and options.
@@ -8,10 +8,6 @@ import dataclasses
 import importlib
 import inspect
 import json
-import re
-import sys
-import warnings
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -23,15 +19,10 @@ import foxlm
 from foxlm import FoxConfig
 from foxlm.cli.app import app
 from foxlm.modeling.remote_code import AUTO_MAP
-from models import tiny_model
 
 HELD: dict[str, Any] = json.loads(Path(__file__).with_name("public_api.json").read_text())
 NAMES = [(module, name) for module, names in HELD["documented"].items() for name in names]
 NAMES += [("foxlm", name) for name in HELD["names"] if ("foxlm", name) not in NAMES]
-# Of these not the name warns but its use.
-WARN_WHEN_USED: dict[tuple[str, str], Callable[[Any], Any]] = {
-    ("foxlm", "decoding_weights"): lambda used: used(tiny_model()).__enter__(),
-}
 # What left with the feature it belonged to: a simulator of clusters, and plots of benchmarks.
 GONE = {
     "bench plan": {"--gpus", "--host-bandwidth", "--host-gpus", "--json", "FILE"},
@@ -40,39 +31,16 @@ GONE = {
 
 
 @pytest.mark.parametrize(("module", "name"), NAMES)
-def test_documented_name_is_there_or_names_its_successor(module: str, name: str) -> None:
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        value = getattr(importlib.import_module(module), name)
-        if (use := WARN_WHEN_USED.get((module, name))) is not None:
-            use(value)
-    assert value is not None
-    said = [str(x.message) for x in caught if x.category is FutureWarning and x.filename == __file__]
-    if module in sys.modules["foxlm._moved"].MOVED or use is not None:
-        assert len(said) == 1 and f"{name} is " in said[0]
-        for new in re.findall(r"is now (foxlm\.[\w.]+)", said[0]):
-            new_module, _, new_name = new.rpartition(".")
-            assert getattr(importlib.import_module(new_module), new_name) is value
-    elif said:
-        assert re.search(r"is now called \w+", said[0])
+def test_documented_name_is_there(module: str, name: str) -> None:
+    assert getattr(importlib.import_module(module), name) is not None
 
 
-@pytest.mark.filterwarnings("ignore:.* is now:FutureWarning")
 @pytest.mark.parametrize("function", HELD["parameters"])
 def test_documented_function_keeps_its_parameters(function: str) -> None:
     module, _, name = function.rpartition(".")
     kept = inspect.signature(getattr(importlib.import_module(module), name)).parameters
     missing = [parameter for parameter in HELD["parameters"][function] if parameter not in kept]
     assert not missing
-
-
-def test_old_modules_have_their_documented_names_and_no_others() -> None:
-    from foxlm._moved import MOVED
-
-    for module, names in MOVED.items():
-        assert set(names) == set(HELD["documented"][module])
-        with pytest.raises(AttributeError, match="has no attribute 'other'"):
-            _ = importlib.import_module(module).other
 
 
 @pytest.mark.parametrize("name", HELD["config"])

@@ -15,7 +15,6 @@ from foxlm import (
     FoxForCausalLM,
     FoxPagedCache,
     context_parallel_attention,
-    decoding_weights,
 )
 from foxlm.modeling import inputs
 from models import (
@@ -275,7 +274,6 @@ def qkvf() -> list[torch.Tensor]:
         ("max_cache_len.*0.5", lambda: FoxPagedCache(tiny_config(), bad(0.5))),
         ("layer_idx.*'0'", lambda: FoxAttention(tiny_config(), bad("0"))),
         ("layer_idx.*-1", lambda: FoxDecoderLayer(tiny_config(), -1)),
-        ("model.*str", lambda: decoding_weights(bad("x")).__enter__()),
         ("context.*str", lambda: tiny_model().set_context_parallel(bad("x"))),
         ("context.*NoneType", lambda: context_parallel_attention(*qkvf(), context=bad(None), length=4)),
     ],

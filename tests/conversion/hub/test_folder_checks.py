@@ -411,7 +411,7 @@ def test_links_that_leave_are_refused_by_every_command(sources: dict[str, Path],
         ["convert", str(sources["theirs"]), str(out)],
         ["graft", str(sources["llama"]), str(out)],
         ["card", str(sources["fox"])],
-        ["bundle", str(sources["fox"])],
+        ["export-code", str(sources["fox"])],
     ]
     for command in commands:
         result = CliRunner().invoke(app, command)
@@ -436,7 +436,7 @@ def test_the_cache_of_the_hub_is_a_source(sources: dict[str, Path], tmp_path: Pa
                 convert_to_folder(snapshot, tmp_path / "converted", to="authors")
     # Written to in place of the links, not through them.
     before = {path: path.read_bytes() for path in blobs.iterdir()}
-    assert CliRunner().invoke(app, ["bundle", str(snapshot)]).exit_code == 0
+    assert CliRunner().invoke(app, ["export-code", str(snapshot)]).exit_code == 0
     assert not (snapshot / "config.json").is_symlink() and before == {
         path: path.read_bytes() for path in blobs.iterdir()
     }

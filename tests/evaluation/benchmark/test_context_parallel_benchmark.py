@@ -109,9 +109,3 @@ def test_bad_values_are_refused_in_one_line(arguments: list[str], message: str) 
     result = CliRunner().invoke(app, ["context", "--device", "cpu", *arguments])
     assert result.exit_code == 1
     assert result.stderr == f"error: {message}\n"
-
-
-def test_the_former_name_of_a_split_warns() -> None:
-    result = CliRunner().invoke(app, ["context", "--device", "cpu", "--split", "balanced", "--case", "1x1x8x1"])
-    assert result.exit_code == 1
-    assert result.stderr.splitlines()[0].startswith("warning: --split balanced is deprecated")

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrizations
 from transformers import CompileConfig, DynamicCache, GenerationMixin
 
-from foxlm import FoxForCausalLM, decoding_weights
+from foxlm import FoxForCausalLM
 from foxlm.kernels.backends import HAS_TRITON, PYTORCH, backend_of
 from foxlm.kernels.devices import GPU, assume_gpu
 from foxlm.modeling.layers import fused_projections
@@ -398,11 +398,13 @@ def test_generate_leaves_the_switch_as_it_was() -> None:
     with pytest.raises(ValueError, match="max_new_tokens"):
         model.generate(tokens(1, 3), max_new_tokens=-1)
     assert not any(fused_layers(model))
-    with pytest.warns(FutureWarning, match=r"model\.fuse_projections\(\)"), decoding_weights(model):
-        with pytest.raises(KeyError), decoding_weights(model.model):
-            raise KeyError
-        generate(model)
+
+    def fail(*_: Any) -> Any:
         assert all(fused_layers(model))
+        raise KeyError
+
+    with pytest.raises(KeyError):
+        generate(model, logits_processor=[fail])
     assert not any(fused_layers(model))
     model.fuse_projections()
     generate(model)
@@ -463,11 +465,6 @@ def test_within_inference_mode() -> None:
     ids = tokens(1, 5)
     model(ids, labels=ids).loss.backward()
     assert model.model.layers[0].self_attn.q_proj.weight.grad is not None
-
-
-def test_other_models_are_left_alone() -> None:
-    with pytest.warns(FutureWarning), decoding_weights(nn.Linear(4, 4)):
-        pass
 
 
 def test_a_layer_without_its_model(calls: list[int]) -> None:

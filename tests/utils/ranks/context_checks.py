@@ -54,10 +54,10 @@ def _case(seed: int, ranks: int, longest: int, head_dim: int) -> tuple[dict[str,
     times = torch.exp(8.0 * torch.rand(gates, generator=generator))
     inputs["log_f"] = -torch.exp(0.5 * normal(batch, tokens, gates)) / times
     options: dict[str, Any] = {"eps": draw.choice([None, 1e-4]), "rule": draw.choice(["tight", "paper"])}
-    split = draw.choice(["balanced", "contiguous", random_split])
+    split = draw.choice(["zigzag", "contiguous", random_split])
     if draw.random() < 0.5:
         resets = torch.rand(batch, tokens, gates, generator=generator) < 0.02
-        if split == "balanced":
+        if split == "zigzag":
             # On borders of segments too.
             resets[:, [0, tokens // (2 * ranks), tokens - tokens // (2 * ranks)]] = True
         inputs["log_f"] = inputs["log_f"].masked_fill(resets, float("-inf"))
