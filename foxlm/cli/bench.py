@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from foxlm.cli.errors import PASS_THROUGH, CommandLine, deprecated
+from foxlm.cli.errors import CommandLine, deprecated
 
 if TYPE_CHECKING:
     from foxlm.evaluation.benchmark.models import Workload
@@ -57,9 +57,6 @@ Device = Annotated[str, typer.Option(help="cuda, or cpu for a smoke test on tiny
 Seed = Annotated[int, typer.Option(help="Random seed.")]
 Commit = Annotated[str | None, typer.Option(help="The commit to record where foxlm does not run from a git checkout.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print the results as JSON instead of a table.")]
-# Of options that were removed in this release.
-Removed = Annotated[str | None, typer.Option(hidden=True)]
-RemovedFlag = Annotated[bool, typer.Option(hidden=True)]
 
 
 @app.command()
@@ -199,8 +196,6 @@ def train(
     ] = False,
     compiled: Annotated[bool, typer.Option("--compile", help="Steps with compiled layers and loss too.")] = False,
     only: Only = None,
-    host_gpus: Removed = None,
-    host_bandwidth: Removed = None,
     rounds: Rounds = 5,
     device: Device = "cuda",
     seed: Seed = 0,
@@ -217,7 +212,6 @@ def train(
     from foxlm.evaluation.benchmark.runner import failure, run
     from foxlm.evaluation.benchmark.timing import release_memory
 
-    _refuse_removed({"--host-gpus": host_gpus, "--host-bandwidth": host_bandwidth}, "predicted steps on more GPUs")
     tokens = (256 if device == "cpu" else 16384) if tokens is None else tokens
     _check(device, out, {"--rounds": [rounds], "--gpus": [gpus], "--tokens": [tokens]})
     _require_gpus(device, gpus)
@@ -274,7 +268,6 @@ def generate(
         bool, typer.Option("--quick", help="A minute: fewer tokens and rounds, generation alone, nothing compiled.")
     ] = False,
     only: Only = None,
-    largest_batch: RemovedFlag = False,
     rounds: Annotated[int | None, typer.Option(help="Timed rounds in each of two passes; 3, or 2 if quick.")] = None,
     device: Device = "cuda",
     seed: Seed = 0,
@@ -291,9 +284,6 @@ def generate(
     from foxlm.evaluation.benchmark import generation as measured
     from foxlm.evaluation.benchmark.public_calls import Sizes, chosen, groups, usable
 
-    _refuse_removed(
-        {"--largest-batch": largest_batch or None}, "searched for the most sequences that fit; try sizes by --batch"
-    )
     part = context.info_name if context.info_name in ("prefill", "decode") else None
     if part is not None:
         deprecated(f"foxlm bench {part}", f"foxlm bench generate --only {part}")
@@ -322,7 +312,6 @@ def generate(
 def table(
     files: Annotated[list[Path], typer.Argument(help="JSON files that the other commands wrote, of any kind.")],
     case: Annotated[list[str] | None, typer.Option(help="BxHxDxT to show; may be repeated; all by default.")] = None,
-    readme: Removed = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print a JSON list of the results, put together.")] = False,
 ) -> None:
     """Print the tables of results as Markdown."""
@@ -330,7 +319,6 @@ def table(
     from foxlm.evaluation.benchmark.tables import render
     from foxlm.evaluation.results import reading
 
-    _refuse_removed({"--readme": readme}, "wrote tables into a page; paste what this command prints")
     with reading(*files):
         together = written.merged([written.read(path) for path in files])
         known = {row["case"] for results in together for row in results["rows"] if "case" in row}
@@ -340,18 +328,6 @@ def table(
             results["rows"] = [row for row in results["rows"] if not case or row.get("case", case[0]) in case]
         drawn = written.to_json(together) if as_json else "\n\n".join(map(render, together))
     typer.echo(drawn)
-
-
-@app.command("plan", hidden=True, context_settings=PASS_THROUGH)
-def plan(context: typer.Context) -> None:
-    """Removed: predictions for more GPUs."""
-    raise ValueError("foxlm bench plan was removed; its formula is in docs/results/parallelism.md")
-
-
-@app.command("plot", hidden=True, context_settings=PASS_THROUGH)
-def plot(context: typer.Context) -> None:
-    """Removed: a roofline of results."""
-    raise ValueError("foxlm bench plot was removed; foxlm bench table prints what it drew")
 
 
 @contextlib.contextmanager
@@ -499,9 +475,3 @@ def _require_gpus(device: str, gpus: int) -> None:
     if gpus > there:
         of = f"{there} processes with --device cpu" if device == "cpu" else f"the {there} that torch sees"
         raise ValueError(f"--gpus must be at most {of}, got {gpus}")
-
-
-def _refuse_removed(options: Mapping[str, object], what: str) -> None:
-    for name, value in options.items():
-        if value is not None:
-            raise ValueError(f"{name} was removed; it {what}")

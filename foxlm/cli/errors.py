@@ -13,7 +13,7 @@ _EXPECTED = (ValueError, OSError, ImportError, RuntimeError, MemoryError, Safete
 # How typer itself ends a command, and a reader that closed the pipe.
 _NOT_OURS = (typer.Exit, typer.Abort, typer.BadParameter, BrokenPipeError)
 _MAX_LENGTH = 600
-# Settings of commands that leave their arguments to another parser, or ignore them.
+# Settings of commands that leave their arguments to another parser.
 PASS_THROUGH = {"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []}
 
 

@@ -22,7 +22,6 @@ def report(
     rule: Rule = "model",
     device: Device = "auto",
     dtype: Dtype = "auto",
-    bench: Annotated[Path | None, typer.Option(hidden=True)] = None,
     sampled: Annotated[
         int, typer.Option(help="Rows of attention of each head whose dropped weight is computed, beside the worst.")
     ] = 128,
@@ -42,10 +41,6 @@ def report(
     """
     from foxlm.evaluation.pruning_report.run import Options, draw, read_report, run_report
 
-    if bench is not None:
-        raise ValueError(
-            "--bench was removed; it predicted times from rates of foxlm bench attention. Measure them there"
-        )
     if redraw is not None:
         require_nothing_else(context)
         typer.echo(f"wrote {draw(read_report(redraw), redraw if redraw.is_dir() else redraw.parent)}")

@@ -47,8 +47,8 @@ from foxlm.cli import app
 group = get_command(app)
 names = [(name,) for name in group.commands] + [("bench", name) for name in group.commands["bench"].commands]
 for name in names:
-    # serve, lm-eval and what was removed hand --help on.
-    if name[-1] not in ("serve", "lm-eval", "plan", "plot"):
+    # serve and lm-eval hand --help on.
+    if name[-1] not in ("serve", "lm-eval"):
         result = CliRunner().invoke(app, [*name, "--help"])
         assert result.exit_code == 0, (name, result.output)
 assert not {"torch", "transformers", "numpy", "pandas"} & set(sys.modules)

@@ -426,10 +426,6 @@ def test_wrong_input_is_refused_in_one_line(byte_model: str, text: Path, report:
             (byte_model, "--text", text, "--rule", "loose", *new),
             "rule must be paper, tight, measured or model, got 'loose'",
         ),
-        (
-            (byte_model, "--text", text, "--bench", tmp_path / "no.json", *new),
-            "--bench was removed; it predicted times",
-        ),
         ((byte_model, "--text", text, "--out", report), "--overwrite replaces it"),
         ((byte_model, "--text", text, "--out", text), "--out must be a folder"),
         ((byte_model,), "MODEL and --text are needed"),
