@@ -15,7 +15,7 @@ from torch import Tensor
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
-from foxlm.conversion.calibration import LOG_EPS, SHORTEST, Calibration, calibrate
+from foxlm.conversion.calibration import SHORTEST, Calibration, calibrate
 from foxlm.conversion.graft import graft
 from foxlm.evaluation.loading import load_tokenizer, resolve_device
 from foxlm.evaluation.loss_by_position import bootstrap_means, row_losses
@@ -24,6 +24,7 @@ from foxlm.evaluation.results import write_json, write_whole
 from foxlm.evaluation.tables import percent, table
 from foxlm.evaluation.text import check_tokens, files, rows
 from foxlm.kernels.tiles import PRUNED_QUERIES
+from foxlm.modeling.configuration_fox import DEFAULT_LOG_EPS
 from foxlm.modeling.modeling_fox import FoxForCausalLM
 
 # Texts that are longer than this are cut to rows of it, unless the user says otherwise.
@@ -157,7 +158,7 @@ def as_markdown(report: dict[str, Any]) -> str:
         f"each after {report['settings']['separator']}.",
         "",
         f"- Loss: base {loss['base']:.4f}, graft {loss['graft']:.4f} nats a token, {100 * loss['over']:+.2f}%.",
-        f"- Attention skipped at eps = e^{LOG_EPS:g}, tiles: "
+        f"- Attention skipped at eps = e^{DEFAULT_LOG_EPS:g}, tiles: "
         + ", ".join(f"{percent(share)} by the rule {rule}" for rule, share in report["skipped"].items())
         + ".",
         "",

@@ -41,11 +41,10 @@ from foxlm.kernels.pruning.prune import first_kept
 from foxlm.kernels.pruning.rules import Rule, key_center
 from foxlm.kernels.tiles import PRUNED_KEYS, PRUNED_QUERIES
 from foxlm.kernels.validation import is_number
+from foxlm.modeling.configuration_fox import DEFAULT_EPS, DEFAULT_LOG_EPS
 from foxlm.modeling.layers.forget_gate import log_spaced_times
 from foxlm.modeling.modeling_fox import FoxForCausalLM
 
-# A tile that holds less than this of every row's weight is skipped: the default of `FoxConfig.acp_eps`.
-LOG_EPS = -10.0
 # Decay times that are tried, in tokens: from here to 4 times the text's length, so many for each factor of 2.
 SHORTEST, _PER_OCTAVE = 8.0, 1.5
 # Blocks of queries of each row that are measured, evenly spread, and the step from one query to the next for costs.
@@ -339,9 +338,9 @@ def _skipped_tiles(weights: Tensor, sink: Tensor, query: Tensor, rates: Tensor) 
     beyond = (rates[:, None] * (last - query[:, None, None])).clamp(min=_LOG_ZERO)
     sums = torch.einsum("nqbk,tk->nqtb", weights, within.clamp(min=_LOG_ZERO).exp()) * beyond.exp()
     normalizer = sums.sum(-1, keepdim=True) + sink[..., None]
-    negligible = (sums.cumsum(-1) <= math.exp(LOG_EPS) * normalizer).all(1)
+    negligible = (sums.cumsum(-1) <= DEFAULT_EPS * normalizer).all(1)
     first = query[0]
-    decayed = rates[:, None] * (last - first) <= LOG_EPS / 2
+    decayed = rates[:, None] * (last - first) <= DEFAULT_LOG_EPS / 2
     near = (first - PRUNED_KEYS - first // NEAR_SHARE) // PRUNED_KEYS * PRUNED_KEYS
     return (negligible & decayed & (last < near)).long().cumprod(-1).sum(-1)
 
@@ -360,7 +359,7 @@ def _share_skipped(layer: AttentionInputs, times: Tensor, sink_key: Tensor, rule
             layer.q[:, start:end].float(),
             k[:, :end] - center,
             log_f[:, :end],
-            eps=math.exp(LOG_EPS),
+            eps=DEFAULT_EPS,
             rule=rule,
             scale=layer.scale,
             block_q=PRUNED_QUERIES,

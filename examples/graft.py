@@ -54,9 +54,9 @@ from foxlm.evaluation.requirements import require
 from foxlm.evaluation.tables import table
 from foxlm.kernels.attention import forgetting_attention
 from foxlm.kernels.pruning.rules import Rule
+from foxlm.modeling.configuration_fox import DEFAULT_EPS, DEFAULT_LOG_EPS
 from foxlm.training import DistillingTrainer, FoxTrainer, SkippedShareRamp
 
-LOG_EPS = -10.0
 # By which what is skipped is reported: two bounds, and what is measured.
 RULES: tuple[Rule, ...] = get_args(Rule)
 # Decay time in tokens of heads that start global: longer than any context.
@@ -412,13 +412,13 @@ def measure_attention(model: FoxForCausalLM, rows: Tensor, device: str) -> dict:
         model.base_model(input_ids=rows[:2], use_cache=False)
     rule = model.config.acp_rule
     shares = {
-        name: torch.stack([share_of_tiles_skipped(first_read(one, LOG_EPS, name)).mean(0) for one in layers])
+        name: torch.stack([share_of_tiles_skipped(first_read(one, DEFAULT_LOG_EPS, name)).mean(0) for one in layers])
         for name in RULES
     }
     # None: for ever, which JSON has no number for.
     decay_times = [[time if time < math.inf else None for time in row] for row in decay_time_table(layers).tolist()]
     ms = {}
-    for name, eps in (("dense", None), ("pruned", math.exp(LOG_EPS))):
+    for name, eps in (("dense", None), ("pruned", DEFAULT_EPS)):
 
         def attend(eps: float | None = eps) -> None:
             for one in layers:
@@ -478,7 +478,11 @@ def as_markdown(report: dict) -> str:
     lines += ["| positions | held-out loss | 95% interval |", "| --- | --- | --- |"]
     for one in report["loss_by_position"]:
         lines.append(f"| {one['start']} to {one['end']} | {one['mean']:.3f} | {one['low']:.3f} to {one['high']:.3f} |")
-    lines += ["", f"Attention skipped at eps = exp({LOG_EPS:.0f}), and times of a call without and with that:", ""]
+    lines += [
+        "",
+        f"Attention skipped at eps = exp({DEFAULT_LOG_EPS:.0f}), and times of a call without and with that:",
+        "",
+    ]
     skipped = " | ".join(f"skipped, {name}" for name in RULES)
     lines += [f"| tokens | {skipped} | attention ms | pruned | prefill ms | pruned |"]
     lines += ["| --- " * (5 + len(RULES)) + "|"]

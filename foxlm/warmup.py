@@ -21,6 +21,7 @@ from foxlm.modeling.attention_settings import pruned_at_any_length
 from foxlm.modeling.cache.paged import FoxPagedCache
 from foxlm.modeling.configuration_fox import FoxConfig
 from foxlm.modeling.modeling_fox import FoxForCausalLM
+from foxlm.modeling.versions import cache_of
 
 CACHES = ("dynamic", "static", "paged")
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32)
@@ -197,7 +198,7 @@ def _generate(model: FoxForCausalLM, batch: int, caches: Sequence[str]) -> None:
                     # One step to a prompt: a kernel that is left out would have advanced the cache's length.
                     out = model(tokens, attention_mask=padding, cache=_cache(model, name), use_cache=True)
                     mask = None if padding is None else torch.cat([padding, padding[:, -1:].expand(-1, new)], dim=1)
-                    model(tokens[:, :new], attention_mask=mask, cache=out.past_key_values, use_cache=True)
+                    model(tokens[:, :new], attention_mask=mask, cache=cache_of(out), use_cache=True)
 
 
 def _cache(model: FoxForCausalLM, name: str) -> Any:

@@ -27,7 +27,11 @@ DECODER_ARGUMENTS = {
     "prune_layers": "read by transformers' merge_with_config_defaults, for debug_io",
 }
 # What only collators and transformers itself pass: no one has it in mind who mistypes a name.
-_INTERNAL = {"max_length_q", "max_length_k", "seq_idx", "num_items_in_batch"} | {
+_INTERNAL = {
+    "max_length_q",
+    "max_length_k",
+    "seq_idx",
+    "num_items_in_batch",
     "debug_io",
     "debug_io_dir",
     "prune_layers",

@@ -36,6 +36,9 @@ CONTEXT_PARALLEL_IMPLEMENTATIONS = (DEFAULT_IMPLEMENTATION, "fox_reference")
 SHARED_BY_HEADS = "fox_shared_by_heads"
 # Tensor-parallel style of a projection whose outputs are summed over ranks.
 SUMMED_OVER_RANKS = "fox_summed_over_ranks"
+# Attention weight that a row may lose by pruning, below the rounding of bfloat16, and its natural log.
+DEFAULT_LOG_EPS = -10.0
+DEFAULT_EPS = math.exp(DEFAULT_LOG_EPS)
 _SIZES = {
     # name: hidden size, layers, heads, as trained in the Forgetting Transformer paper (arXiv 2503.02130)
     "125m": (768, 12, 12),
@@ -92,7 +95,7 @@ def peft_targets(model: "nn.Module | FoxConfig") -> dict[str, Any]:
     if getattr(config, "model_type", None) != FoxConfig.model_type:
         raise ValueError(f"model must be a FoX model or a FoxConfig, got {type(model).__name__}")
     adapted = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
-    trained = {"forget_gate": config.forget_gate in ("full", "bias_only"), "sink": config.attention_sink != "none"}
+    trained = {"forget_gate": config.gates_learn, "sink": config.attention_sink != "none"}
     return {
         "target_modules": [*adapted, "output_gate"] if config.use_output_gate else adapted,
         "modules_to_save": [name for name, learns in trained.items() if learns],
@@ -241,7 +244,7 @@ class FoxConfig(PreTrainedConfig):
     use_output_gate: bool = True
     output_gate_act: Literal["sigmoid", "silu"] = "sigmoid"
     use_output_norm: bool = True
-    acp_eps: float | int | None = math.exp(-10)
+    acp_eps: float | int | None = DEFAULT_EPS
     acp_rule: Literal["paper", "tight", "measured"] = "tight"
     forget_aux_loss_coef: float | int = 0.0
     loss_chunk_size: int | None = None

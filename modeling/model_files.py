@@ -12,7 +12,7 @@ from safetensors import safe_open
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from transformers.configuration_utils import PreTrainedConfig
 
-_MOST_LABELS = 1_000_000
+from .config_fields import LARGEST_LABELS
 
 
 def read_config(source: str | Path) -> PreTrainedConfig:
@@ -102,8 +102,8 @@ def read_fields(folder: Path) -> dict[str, Any]:
         raise ValueError(f"auto_map in {folder / 'config.json'} must be an object, got {fields['auto_map']!r:.60}")
     labels = fields.get("num_labels")
     # A configuration of transformers creates a name for each label.
-    if isinstance(labels, int | float) and not labels <= _MOST_LABELS:
-        raise ValueError(f"num_labels in {folder / 'config.json'} must be at most {_MOST_LABELS}, got {labels}")
+    if isinstance(labels, int | float) and not labels <= LARGEST_LABELS:
+        raise ValueError(f"num_labels in {folder / 'config.json'} must be at most {LARGEST_LABELS}, got {labels}")
     names = fields.get("id2label") or {}
     if not isinstance(names, dict) or not all(number.isdecimal() for number in names):
         raise ValueError(

@@ -9,7 +9,7 @@ from transformers.utils.import_utils import is_torchdynamo_compiling, is_torchdy
 
 from ..kernels.decay import accumulate, first_visible, running_max, sequence_starts
 from ..kernels.tiles import PRUNED_KEYS
-from ..kernels.validation import bool_mask, check_cu_seqlens, check_tensor
+from ..kernels.validation import bool_mask, check_cu_seqlens, check_tensor, is_readable
 from .versions import CACHE
 
 if TYPE_CHECKING:
@@ -154,7 +154,7 @@ def token_layout(
         if keys_of_queries is not None and keys_of_queries is not queries:
             check_cu_seqlens("cu_seq_lens_k", keys_of_queries, length)
             same_shape = keys_of_queries.shape == queries.shape
-            if not same_shape or (_is_readable(queries) and not torch.equal(keys_of_queries, queries)):
+            if not same_shape or (is_readable(queries) and not torch.equal(keys_of_queries, queries)):
                 raise ValueError("cu_seq_lens_k must equal cu_seq_lens_q: a token's key belongs to its own sequence")
         starts = sequence_starts(queries, length).to(device)
     elif position_ids is not None and fresh:
@@ -240,16 +240,11 @@ def refuse_overflow(held: int, room: int, more: int) -> None:
     )
 
 
-def _is_readable(x: Tensor) -> bool:
-    """Whether its values can be read without a synchronisation or a graph break."""
-    return x.device.type == "cpu" and not is_torchdynamo_compiling()
-
-
 def _read_without_sync(length: int | Tensor) -> int | None:
     if isinstance(length, int):
         return length
     # Neither number nor tensor: a symbol of torch.export.
-    return int(length) if isinstance(length, Tensor) and _is_readable(length) else None
+    return int(length) if isinstance(length, Tensor) and is_readable(length) else None
 
 
 def padding_mask(

@@ -19,6 +19,7 @@ from typing import Any, Literal
 from transformers import GenerationConfig
 
 from foxlm import FoxConfig
+from foxlm.modeling.configuration_fox import DEFAULT_EPS
 
 from ..gates import RULES
 from .attention.correctness import Reference, Sample
@@ -26,7 +27,7 @@ from .attention.implementations import OURS
 from .attention.inputs import Case, make_inputs
 from .attention.measured import Calls
 from .generation import DTYPE, generation_fault
-from .models import EPS, LogitsCheck, Workload, build_llama
+from .models import LogitsCheck, Workload, build_llama
 from .results import Row
 from .runner import Variant
 from .timing import synchronize
@@ -157,7 +158,7 @@ def _attend(start: Start, workload: Workload, tokens: int) -> dict[str, Any]:
     took |= {name: _seconds(calls.forward_backward, workload.device) for name in ("first", "again")}
     row: Row = {}
     sample = Sample.of(inputs, workload.seed)
-    fault = Reference(inputs, sample).fault(calls.results(sample.only(inputs.dout)), EPS, row)
+    fault = Reference(inputs, sample).fault(calls.results(sample.only(inputs.dout)), DEFAULT_EPS, row)
     return took | {"fault": fault, "row": row}
 
 

@@ -3,7 +3,6 @@
 import contextlib
 import copy
 import itertools
-import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 from foxlm import FoxConfig, FoxForCausalLM
 from foxlm.kernels.pruning.rules import Rule
+from foxlm.modeling.configuration_fox import DEFAULT_EPS
 from foxlm.modeling.layers.forget_gate import FoxForgetGate
 
 from ..gates import RULES
@@ -33,9 +33,6 @@ CPU_SIZES: dict[str, Any] = {
     "num_hidden_layers": 2,
     "num_attention_heads": 4,
 }
-# Attention weight that a row may lose by pruning: below bfloat16's own rounding.
-LOG_EPS = -10.0
-EPS = math.exp(LOG_EPS)
 # Decay times in tokens, the range of the many and of the few.
 _SHORT, _LONG = (1.0, 100.0), (1e3, 1e6)
 _SHARE_LONG = 0.2
@@ -187,7 +184,7 @@ def rules_of(config: FoxConfig) -> tuple[Rule | None, ...]:
 
 def set_pruning(model: PreTrainedModel, rule: Rule | None) -> None:
     """Have every layer of ``model`` prune by ``rule``, or not."""
-    model.config.acp_eps = None if rule is None else EPS
+    model.config.acp_eps = None if rule is None else DEFAULT_EPS
     if rule is not None:
         model.config.acp_rule = rule
 

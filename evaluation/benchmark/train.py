@@ -16,10 +16,11 @@ from torch import Tensor
 
 from foxlm import FoxConfig, FoxForCausalLM
 from foxlm.kernels.pruning.rules import Rule
+from foxlm.modeling.configuration_fox import DEFAULT_EPS
 
 from ..flops import training_flops
 from .attention.implementations import with_names
-from .models import CHECKED_TOKENS, EPS, FACTOR, Workload, computed_tiles, fault_of, ours, rules_of, set_pruning
+from .models import CHECKED_TOKENS, FACTOR, Workload, computed_tiles, fault_of, ours, rules_of, set_pruning
 from .results import Row
 from .runner import Variant
 from .timing import Matmul, device_times, peak_bytes
@@ -183,7 +184,7 @@ class GradientCheck:
 
     def compare(self, found: Gradients, rule: Rule | None) -> tuple[dict[str, float], dict[str, float]]:
         """Errors and limits by group; an error is NaN where a gradient is missing."""
-        eps = 0.0 if rule is None else EPS
+        eps = 0.0 if rule is None else DEFAULT_EPS
         return self._errors(found), {group: FACTOR * (rounding + eps) for group, rounding in self._rounding.items()}
 
     def _errors(self, found: Gradients) -> dict[str, float]:

@@ -16,7 +16,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from foxlm.kernels.argument_types import typed
 from foxlm.kernels.pruning.rules import Rule
 from foxlm.kernels.tiles import PRUNED_QUERIES
-from foxlm.modeling.configuration_fox import FoxConfig
+from foxlm.modeling.configuration_fox import DEFAULT_EPS, FoxConfig
 from foxlm.modeling.layers.block import FoxDecoderLayer
 from foxlm.modeling.model_files import read_config
 
@@ -33,8 +33,6 @@ from .summary import KIND, SCHEMA, jsonable, summarize
 JSON_NAME, PAGE_NAME = "report.json", "report.html"
 # Natural logs of eps at which all is measured, beside the model's own.
 CURVE = (-5.0, -10.0, -15.0, -20.0)
-# Where a model does not say: below the rounding of bfloat16.
-DEFAULT_EPS = math.exp(-10.0)
 DEFAULT_LENGTH = 2048
 _PREFIXES = (8, 4, 2, 1)
 _CACHE_POINTS = 24

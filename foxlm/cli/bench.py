@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from foxlm.cli.errors import CommandLine, deprecated
+from foxlm.cli.options import Join, Text
 
 if TYPE_CHECKING:
     from foxlm.evaluation.benchmark.models import Workload
@@ -40,15 +41,6 @@ Model = Annotated[
         "learned, instead of a preset; needs --text.",
     ),
 ]
-Text = Annotated[
-    Path | None,
-    typer.Option(
-        metavar="FILE",
-        help='What that model reads: a UTF-8 file, .jsonl with a "text" in each line, .npy token numbers, or a folder '
-        "of such files.",
-    ),
-]
-Join = Annotated[bool, typer.Option("--join", help="Put documents that are too short one after the other.")]
 Rounds = Annotated[int, typer.Option(help="Timed calls in each of two passes.")]
 Only = Annotated[
     list[str] | None, typer.Option(metavar="NAME", help="Part of a name in the table; may be repeated; all by default.")
@@ -338,12 +330,12 @@ def _report(
 
     Exits with 130 if it was interrupted, with 1 if a row of this library was not measured.
     """
-    from foxlm.evaluation.benchmark.models import EPS
     from foxlm.evaluation.benchmark.results import new_results, to_json
     from foxlm.evaluation.benchmark.runner import Report
     from foxlm.evaluation.benchmark.tables import render
+    from foxlm.modeling.configuration_fox import DEFAULT_EPS
 
-    results = new_results(kind, device, seed, commit, {"eps": EPS, **settings})
+    results = new_results(kind, device, seed, commit, {"eps": DEFAULT_EPS, **settings})
     report = Report(results, out)
     # SIGTERM as Ctrl-C: what was measured is kept and printed.
     before = signal.signal(signal.SIGTERM, signal.default_int_handler)

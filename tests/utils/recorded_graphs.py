@@ -118,7 +118,7 @@ def capture_on_this_device(monkeypatch: pytest.MonkeyPatch) -> type[RecordedGrap
     """Have `generate` capture steps of up to 16 tokens on a CPU too; the counts of what is returned begin at zero."""
     monkeypatch.setattr(decoding_graphs, "StepGraph", RecordedGraph)
     # As on a GPU, whose values a step must not read.
-    monkeypatch.setattr(token_layout, "_is_readable", lambda x: False)
+    monkeypatch.setattr(token_layout, "is_readable", lambda x: False)
     if not INTERPRETED:
         monkeypatch.setattr(decoding_graphs, "runs_decode_kernels", lambda model, tokens=1: tokens <= 16)
     RecordedGraph.captures = RecordedGraph.replays = 0

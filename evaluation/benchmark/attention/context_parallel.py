@@ -17,9 +17,10 @@ from torch import Tensor
 from foxlm.kernels.context_parallel.api import context_parallel_attention
 from foxlm.kernels.context_parallel.group import ContextParallel
 from foxlm.kernels.pruning.rules import Rule
+from foxlm.modeling.configuration_fox import DEFAULT_EPS
 
 from ...recording import AttentionInputs
-from ..models import EPS, fault_of
+from ..models import fault_of
 from ..ranks import gathered, slowest
 from ..results import Results, Row
 from ..runner import MissingError, Report, failure, run
@@ -67,7 +68,7 @@ class ContextRecipe:
     @property
     def limit(self) -> float:
         """Largest relative distance of a head's output or gradients from one GPU's: two roundings to the dtype."""
-        pruning = 0.0 if self.rule is None else _EPS_FACTOR * EPS
+        pruning = 0.0 if self.rule is None else _EPS_FACTOR * DEFAULT_EPS
         return torch.finfo(self.dtype).eps + _FLOAT32_SUMS + pruning
 
 

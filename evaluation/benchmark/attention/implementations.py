@@ -17,10 +17,11 @@ from foxlm.kernels.decay import accumulate
 from foxlm.kernels.pruning.prune import share_skipped
 from foxlm.kernels.pruning.rules import Rule
 from foxlm.kernels.tiles import PRUNED_KEYS, PRUNED_QUERIES
+from foxlm.modeling.configuration_fox import DEFAULT_EPS, DEFAULT_LOG_EPS
 
 from ...gates import RULES, decay_of, first_read, kept_from, search, share_of_tiles_skipped
 from ...recording import AttentionInputs
-from ..models import EPS, LOG_EPS, ours
+from ..models import ours
 from ..runner import MissingError
 
 _FLEX_BLOCK = 128
@@ -59,20 +60,20 @@ class Implementation:
         if self.rule is None:
             return 1.0
         if self.is_ours:
-            return 1.0 - share_of_tiles_skipped(first_read(layer, LOG_EPS, self.rule)).mean().item()
+            return 1.0 - share_of_tiles_skipped(first_read(layer, DEFAULT_LOG_EPS, self.rule)).mean().item()
         return defined_tiles(layer, self.rule, (_FLEX_BLOCK, _FLEX_BLOCK))
 
 
 def defined_tiles(layer: AttentionInputs, rule: Rule, tile: tuple[int, int] = (PRUNED_QUERIES, PRUNED_KEYS)) -> float:
     """Computed-tile fraction by the definition of ``rule``, in tiles of so many queries and keys."""
-    return 1.0 - share_skipped(kept_from(layer, LOG_EPS, rule, *tile), layer.q.shape[1], *tile).mean().item()
+    return 1.0 - share_skipped(kept_from(layer, DEFAULT_LOG_EPS, rule, *tile), layer.q.shape[1], *tile).mean().item()
 
 
 def pruning_options(rule: Rule | None, logit_bound: float | Tensor | None) -> dict[str, Any]:
     """How `forgetting_attention` is told to prune by ``rule``, or not to."""
     if rule is None:
         return {}
-    return {"eps": EPS, "rule": rule, "logit_bound": logit_bound if rule == "paper" else None}
+    return {"eps": DEFAULT_EPS, "rule": rule, "logit_bound": logit_bound if rule == "paper" else None}
 
 
 def _ours(rule: Rule | None) -> Implementation:
@@ -88,7 +89,7 @@ def _ours(rule: Rule | None) -> Implementation:
 def _attend_as_model(layer: AttentionInputs, rule: Rule, q: Tensor, k: Tensor, v: Tensor, log_f: Tensor) -> Tensor:
     """As a model without QK-norm does it: its search uses centered keys, which the public function does not offer."""
     layer = layer._replace(q=q, k=k, log_f=log_f)
-    decay = search(layer, decay_of(layer), LOG_EPS, rule)
+    decay = search(layer, decay_of(layer), DEFAULT_LOG_EPS, rule)
     return backend_of(q).attention(q, k, v, decay, scale=layer.scale, dropout=0.0)[0]
 
 
@@ -118,7 +119,9 @@ def _flex(name: str, rule: Rule | None, backend: Literal["AUTO", "FLASH"] = "AUT
             raise ValueError(f"FlexAttention is compared at multiples of {_FLEX_BLOCK} tokens, got {layer.q.shape[1]}")
         c = accumulate(layer.log_f.repeat_interleave(layer.q.shape[2] // layer.log_f.shape[2], dim=2))[0].float()
         tile = (_FLEX_BLOCK, _FLEX_BLOCK)
-        mask = causal_block_mask(c, None if rule is None else kept_from(layer, LOG_EPS, rule, *tile) // _FLEX_BLOCK)
+        mask = causal_block_mask(
+            c, None if rule is None else kept_from(layer, DEFAULT_LOG_EPS, rule, *tile) // _FLEX_BLOCK
+        )
         # torch has no annotations for compiled functions.
         attend: Callable = torch.compile(flex_attention, dynamic=False)
         options = {"block_mask": mask, "scale": layer.scale, "enable_gqa": layer.k.shape[2] != layer.q.shape[2]}
@@ -188,7 +191,7 @@ def _authors(name: str, rule: Rule | None) -> Implementation:
         if rule is not None:
             if layer.logit_bound is None:
                 raise MissingError("the authors' rule needs a bound of the logits")
-            options["adaptive_threshold"] = LOG_EPS - 2.0 * layer.logit_bound - math.log(layer.q.shape[1])
+            options["adaptive_threshold"] = DEFAULT_LOG_EPS - 2.0 * layer.logit_bound - math.log(layer.q.shape[1])
         return lambda q, k, v, log_f: attention(q, k, v, log_f.transpose(1, 2), **options)
 
     return Implementation(name, prepare, head_first=True, rule=rule, needs_gpu=True)

@@ -5,8 +5,9 @@ from collections.abc import Callable, Iterator, Sequence
 import torch
 from torch import Tensor
 
+from foxlm.modeling.configuration_fox import DEFAULT_EPS, DEFAULT_LOG_EPS
+
 from ...gates import decay_of, search
-from ..models import EPS, LOG_EPS
 from ..results import Row
 from ..runner import MissingError, Variant
 from ..timing import Matmul, device_times, peak_bytes
@@ -151,13 +152,13 @@ class _Attention:
             raise MissingError("needs a GPU")
         calls = Calls(one, self._inputs)
         found = calls.results(self._reference.sample.only(self._inputs.dout))
-        fault = self._reference.fault(found, 0.0 if one.rule is None else EPS, row)
+        fault = self._reference.fault(found, 0.0 if one.rule is None else DEFAULT_EPS, row)
         del found
         row["computed_tiles"] = computed = one.computed_tiles(layer)
         self._calls = {"forward": calls.forward, "forward_backward": calls.forward_backward}
         if one.is_ours and one.rule is not None:
             rule, decay = one.rule, decay_of(layer)
-            self._calls["search"] = lambda: search(layer, decay, LOG_EPS, rule)
+            self._calls["search"] = lambda: search(layer, decay, DEFAULT_LOG_EPS, rule)
             expected = defined_tiles(layer, rule)
             if computed > expected + _EXTRA_TILES:
                 fault = fault or f"computes {computed:.1%} of the tiles, where its rule leaves {expected:.1%}"

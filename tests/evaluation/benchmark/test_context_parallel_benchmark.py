@@ -18,9 +18,9 @@ from foxlm.evaluation.benchmark.attention.context_parallel import (
     relative_errors,
 )
 from foxlm.evaluation.benchmark.attention.inputs import Case
-from foxlm.evaluation.benchmark.models import EPS
 from foxlm.evaluation.benchmark.ranks import RankError, run_ranks, slowest
 from foxlm.evaluation.benchmark.results import read
+from foxlm.modeling.configuration_fox import DEFAULT_EPS
 
 CASES = (Case(1, 4, 16, 256), Case(1, 5, 8, 200))
 RECIPE = ContextRecipe(CASES, 2, "cpu", torch.bfloat16, "tight", "zigzag", rounds=1, seed=0)
@@ -43,7 +43,7 @@ def test_a_head_with_a_small_output_is_not_hidden_by_the_others() -> None:
 def test_less_is_allowed_in_float32_and_without_pruning() -> None:
     exact = replace(RECIPE, dtype=torch.float32, rule=None)
     assert exact.limit == pytest.approx(1e-5, rel=0.02)
-    assert replace(RECIPE, dtype=torch.float32).limit == pytest.approx(exact.limit + 4 * EPS)
+    assert replace(RECIPE, dtype=torch.float32).limit == pytest.approx(exact.limit + 4 * DEFAULT_EPS)
     assert exact.limit < RECIPE.limit < 0.01
 
 

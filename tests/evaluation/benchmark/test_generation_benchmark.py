@@ -9,7 +9,6 @@ from collections.abc import Sequence
 from types import SimpleNamespace
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -18,13 +17,14 @@ from benchmark_rows import rows_of
 from foxlm import FoxForCausalLM
 from foxlm.evaluation.benchmark import cold_start, generation
 from foxlm.evaluation.benchmark.generation import CALLS, Call, Models, build_models, call_variants
-from foxlm.evaluation.benchmark.models import CPU_SIZES, EPS, Workload, computed_tiles, largest_error
+from foxlm.evaluation.benchmark.models import CPU_SIZES, Workload, computed_tiles, largest_error
 from foxlm.evaluation.benchmark.public_calls import MEASURED, Sizes, chosen, groups, usable
 from foxlm.evaluation.benchmark.results import add_ratios
 from foxlm.evaluation.gates import RULES, kept_from
 from foxlm.evaluation.recording import record_attention
 from foxlm.kernels.pruning.prune import share_skipped
 from foxlm.modeling.cache.static import StaticForgettingLayer
+from foxlm.modeling.configuration_fox import DEFAULT_LOG_EPS
 from foxlm.modeling.versions import CACHE
 from models import tiny_config
 
@@ -260,7 +260,7 @@ def test_computed_tiles_are_those_of_the_definition(variant: str) -> None:
     found = {rule: computed_tiles(model, ids, rule) for rule in (None, *RULES)}
     # With QK-norm the rule `paper` has another bound there.
     for rule in RULES[1:] if variant != "llama" else RULES:
-        first = torch.stack([kept_from(one, np.log(EPS), rule, 128, 64) for one in layers]).flatten(0, 1)
+        first = torch.stack([kept_from(one, DEFAULT_LOG_EPS, rule, 128, 64) for one in layers]).flatten(0, 1)
         assert found[rule] == pytest.approx(1.0 - share_skipped(first, 300, 128, 64).mean().item(), abs=1e-9)
     assert found["tight"] < found[None] == 1.0
     assert computed_tiles(FoxForCausalLM(tiny_config("gateless")), ids, None) == 1.0

@@ -174,7 +174,7 @@ def test_more_rejected_drafts_than_pages_take_back_are_refused() -> None:
 
 
 def test_static_cache_that_is_too_small_is_refused_without_reading_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(layout_fox, "_is_readable", lambda x: False)
+    monkeypatch.setattr(layout_fox, "is_readable", lambda x: False)
     model = MODELS["pro"]
     cache = StaticCache(config=model.config, max_cache_len=8)
     with pytest.raises(ValueError, match=r"holds 8 tokens and has room for 8: 1 more do not fit; .*max_cache_len"):
