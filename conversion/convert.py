@@ -17,7 +17,7 @@ from foxlm.conversion.formats.checkpoint_format import CheckpointFormat, invalid
 from foxlm.conversion.formats.fla import FLA
 from foxlm.conversion.links import check_links
 from foxlm.conversion.new_folder import check_new, copy_text_files, new_folder
-from foxlm.conversion.weight_map import EMBEDDINGS, Plan, make_model, plan_to_external, plan_to_fox
+from foxlm.conversion.weight_map import EMBEDDINGS, Plan, plan_to_external, plan_to_fox
 from foxlm.kernels.argument_types import typed
 from foxlm.modeling.configuration_fox import FoxConfig
 from foxlm.modeling.model_files import read_fields
@@ -28,23 +28,6 @@ _FORMAT_OF_MODEL_TYPE = {format.fields.model_type: format for format in FORMATS.
 
 # One shard is in memory at a time. A single weight may be larger: the float32 embeddings of a 7B model are 0.8 GB.
 _SHARD_BYTES = 10**9
-
-
-def convert_checkpoint(folder: str | Path, *, allow_pickle: bool = False) -> FoxForCausalLM:
-    """Load a checkpoint of the authors' code or of flash-linear-attention as a model in memory.
-
-    Args:
-        folder: holds ``config.json`` and the weights, ``*.safetensors``.
-        allow_pickle: also accept ``pytorch_model*.bin``, read with ``weights_only``.
-
-    Raises:
-        ValueError: ``folder`` holds no such checkpoint, or one that a FoX model cannot represent; the message names
-            the field or weight.
-    """
-    fields, stored = _read(Path(folder), allow_pickle, sorted(_FORMAT_OF_MODEL_TYPE))
-    model, plan = _import_plan(fields)
-    plan.check(stored.headers, stored.load)
-    return make_model(plan, model.config, stored.load, _dtype(stored))
 
 
 @typed

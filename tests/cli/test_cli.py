@@ -13,10 +13,9 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from typer.testing import CliRunner
 
 import foxlm
-from checkpoints import write
+from checkpoints import converted, write
 from fla_checkpoints import EVERYTHING, FLA_SIZES, fla_checkpoint
 from foxlm.cli import app
-from foxlm.conversion.convert import convert_checkpoint
 from hostile_folders import fox_folder
 
 
@@ -192,7 +191,7 @@ def test_convert_writes_a_folder_to_load(tmp_path: Path) -> None:
     result = invoke("convert", str(theirs), str(ours))
     assert result.exit_code == 0, result.output
     model = foxlm.FoxForCausalLM.from_pretrained(ours, dtype="auto")
-    expected = convert_checkpoint(theirs)
+    expected = converted(theirs, tmp_path / "expected")
     for name, weight in expected.state_dict().items():
         assert torch.equal(model.state_dict()[name], weight), name
     assert (ours / "tokenizer.json").read_text() == "{}"

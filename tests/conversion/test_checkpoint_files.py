@@ -18,11 +18,11 @@ from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
 from authors_checkpoints import authors_checkpoint
-from checkpoints import read, write, write_index
+from checkpoints import converted, read, write, write_index
 from foxlm import FoxForCausalLM
 from foxlm.cli import app
 from foxlm.conversion import convert
-from foxlm.conversion.convert import convert_checkpoint, convert_to_folder
+from foxlm.conversion.convert import convert_to_folder
 
 
 @pytest.fixture
@@ -44,6 +44,7 @@ def refused(source: Path, out: Path, *options: str) -> str:
 
 def test_shards(theirs, tmp_path, monkeypatch):
     write_index(theirs)
+    expected = converted(theirs, tmp_path / "expected")
     monkeypatch.setattr(convert, "_SHARD_BYTES", 20_000)
     convert_to_folder(theirs, tmp_path / "ours")
     convert_to_folder(tmp_path / "ours", tmp_path / "back", to="authors")
@@ -59,7 +60,7 @@ def test_shards(theirs, tmp_path, monkeypatch):
         assert index["metadata"]["total_parameters"] == sum(weight.numel() for weight in weights.values())
     tokens = torch.randint(61, (2, 19))
     ours = FoxForCausalLM.from_pretrained(tmp_path / "ours")
-    assert torch.equal(ours(tokens).logits, convert_checkpoint(theirs)(tokens).logits)
+    assert torch.equal(ours(tokens).logits, expected(tokens).logits)
     original, back = read(theirs), read(tmp_path / "back")
     assert all(torch.equal(back[name], weight) for name, weight in original.items())
 
@@ -313,7 +314,7 @@ def test_pickles_are_read_only_where_asked_for(shards, theirs, tmp_path):
     pickled(theirs, shards)
     assert "--allow-pickle" in refused(theirs, tmp_path / "ours")
     with pytest.raises(ValueError, match="allow_pickle"):
-        convert_checkpoint(theirs)
+        convert_to_folder(theirs, tmp_path / "ours")
     result = CliRunner().invoke(app, ["convert", "--allow-pickle", str(theirs), str(tmp_path / "ours")])
     assert result.exit_code == 0, result.output
     ours, expected = read(tmp_path / "ours"), read(tmp_path / "expected")

@@ -9,9 +9,9 @@ import torch
 from safetensors import safe_open
 
 from authors_checkpoints import AUTHORS_SIZES, AUTHORS_VARIANTS, PRO, authors_checkpoint, authors_config, authors_layout
-from checkpoints import read, write
+from checkpoints import converted, read, write
 from foxlm import FoxConfig, FoxForCausalLM
-from foxlm.conversion.convert import convert_checkpoint, convert_to_folder
+from foxlm.conversion.convert import convert_to_folder
 from foxlm.conversion.formats.authors import AUTHORS
 
 
@@ -20,12 +20,12 @@ def test_folder_becomes_the_same_model(variant, tmp_path):
     fields, model, weights = authors_checkpoint(variant)
     if fields.get("tie_word_embeddings"):
         del weights["lm_head.weight"]
-    write(tmp_path, fields, weights)
-    converted = convert_checkpoint(tmp_path)
+    write(tmp_path / "theirs", fields, weights)
+    ours = converted(tmp_path / "theirs", tmp_path / "ours")
     tokens = torch.randint(61, (2, 19))
-    assert torch.equal(converted(tokens).logits, model(tokens).logits)
-    assert authors_layout(converted, fields).keys() >= weights.keys()
-    for name, weight in authors_layout(converted, fields).items():
+    assert torch.equal(ours(tokens).logits, model(tokens).logits)
+    assert authors_layout(ours, fields).keys() >= weights.keys()
+    for name, weight in authors_layout(ours, fields).items():
         assert name not in weights or torch.equal(weight, weights[name])
 
 
@@ -75,9 +75,9 @@ def test_weights_that_do_not_fit_are_named(fault, tmp_path):
         weights[name] = weights[name][:, :-1]
     else:
         weights[name] = weights[name][:1]
-    write(tmp_path, fields, weights)
+    write(tmp_path / "theirs", fields, weights)
     with pytest.raises(ValueError, match=name.replace(".", r"\.")):
-        convert_checkpoint(tmp_path)
+        convert_to_folder(tmp_path / "theirs", tmp_path / "ours")
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -109,8 +109,7 @@ def test_round_trips_are_bitwise(variant, dtype, tmp_path):
 def test_folder_is_what_save_pretrained_would_write(variant, dtype, tmp_path):
     fields, _, weights = authors_checkpoint(variant)
     write(tmp_path / "theirs", fields, {name: weight.to(dtype) for name, weight in weights.items()})
-    convert_to_folder(tmp_path / "theirs", tmp_path / "ours")
-    convert_checkpoint(tmp_path / "theirs").save_pretrained(tmp_path / "expected")
+    converted(tmp_path / "theirs", tmp_path / "ours").save_pretrained(tmp_path / "expected")
     written = {file.name for file in (tmp_path / "ours").iterdir()}
     assert written == {file.name for file in (tmp_path / "expected").iterdir()}
     assert written > {"config.json", "generation_config.json", "modeling_fox.py"}

@@ -9,10 +9,10 @@ import torch
 from safetensors.torch import save_file
 from torch.nn import functional
 
-from checkpoints import read, write
+from checkpoints import converted, read, write
 from fla_checkpoints import EVERYTHING, FLA_SIZES, fla_checkpoint
 from foxlm import FoxForCausalLM
-from foxlm.conversion.convert import convert_checkpoint, convert_to_folder
+from foxlm.conversion.convert import convert_to_folder
 from foxlm.conversion.formats.checkpoint_format import invalid_config_as_value_error
 from foxlm.conversion.formats.fla import FLA
 from naive import naive_attention
@@ -115,23 +115,13 @@ def fla_logits(tokens, weights, fields):
 def test_logits_are_theirs(variant, tmp_path):
     fields = FLA_SIZES | VARIANTS[variant]
     weights = fla_checkpoint(fields)
-    write(tmp_path, fields, weights)
-    model = convert_checkpoint(tmp_path)
+    write(tmp_path / "theirs", fields, weights)
+    model = converted(tmp_path / "theirs", tmp_path / "ours")
     assert model.dtype == torch.float64 and not model.training
     tokens = torch.randint(61, (2, 19))
     expected = fla_logits(tokens, weights, fields)
     assert expected.std() > 0.5
     torch.testing.assert_close(model(tokens).logits, expected, rtol=0, atol=1e-9)
-
-
-def test_model_can_be_saved_and_loaded(tmp_path):
-    fields = FLA_SIZES | EVERYTHING
-    write(tmp_path, fields, fla_checkpoint(fields))
-    model = convert_checkpoint(tmp_path)
-    model.save_pretrained(tmp_path / "ours")
-    again = FoxForCausalLM.from_pretrained(tmp_path / "ours", dtype=torch.float64)
-    tokens = torch.randint(61, (2, 19))
-    assert torch.equal(again(tokens).logits, model(tokens).logits)
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
@@ -163,8 +153,8 @@ def test_bias_that_theirs_lacks_must_be_zero(tmp_path):
 def test_tied_embeddings_may_stand_twice(tmp_path):
     fields = FLA_SIZES | VARIANTS["tied"]
     weights = fla_checkpoint(fields)
-    write(tmp_path, fields, weights | {"lm_head.weight": weights["model.embeddings.weight"].clone()})
-    model = convert_checkpoint(tmp_path)
+    write(tmp_path / "theirs", fields, weights | {"lm_head.weight": weights["model.embeddings.weight"].clone()})
+    model = converted(tmp_path / "theirs", tmp_path / "ours")
     assert model.lm_head.weight is model.model.embed_tokens.weight
 
 
@@ -177,7 +167,6 @@ def test_tied_embeddings_that_differ_are_refused_both_ways(spoil, tmp_path):
     save_file({"lm_head.weight": spoil(weights["model.embeddings.weight"])}, tmp_path / "theirs" / "head.safetensors")
     shutil.copy(tmp_path / "theirs" / "head.safetensors", tmp_path / "ours")
     for convert, name in (
-        (lambda: convert_checkpoint(tmp_path / "theirs"), "embeddings"),
         (lambda: convert_to_folder(tmp_path / "theirs", tmp_path / "out"), "embeddings"),
         (lambda: convert_to_folder(tmp_path / "ours", tmp_path / "out", to="fla"), "embed_tokens"),
     ):
@@ -243,13 +232,13 @@ def test_weights_that_do_not_fit_are_named(spoil, tmp_path):
     fields = FLA_SIZES | EVERYTHING
     weights = fla_checkpoint(fields)
     name = spoil(weights)
-    write(tmp_path, fields, weights)
+    write(tmp_path / "theirs", fields, weights)
     with pytest.raises(ValueError, match=name.replace(".", r"\.")):
-        convert_checkpoint(tmp_path)
+        convert_to_folder(tmp_path / "theirs", tmp_path / "ours")
 
 
 @pytest.mark.parametrize("switch", ["qkv_bias", "qk_norm", "use_output_gate"])
 def test_weights_and_switches_must_agree(switch, tmp_path):
-    write(tmp_path, FLA_SIZES | EVERYTHING | {switch: False}, fla_checkpoint(FLA_SIZES | EVERYTHING))
+    write(tmp_path / "theirs", FLA_SIZES | EVERYTHING | {switch: False}, fla_checkpoint(FLA_SIZES | EVERYTHING))
     with pytest.raises(ValueError, match="no place"):
-        convert_checkpoint(tmp_path)
+        convert_to_folder(tmp_path / "theirs", tmp_path / "ours")

@@ -1,4 +1,4 @@
-"""Model folders, written and read without the code under test."""
+"""Model folders, written and read without the code under test; and converted ones."""
 
 import json
 from collections.abc import Mapping
@@ -7,6 +7,9 @@ from typing import Any
 
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+
+from foxlm import FoxForCausalLM
+from foxlm.conversion.convert import convert_to_folder
 
 
 def write(folder: Path, fields: Mapping[str, Any], weights: Mapping[str, Tensor]) -> None:
@@ -30,3 +33,9 @@ def write_index(folder: Path) -> Path:
 def read(folder: Path) -> dict[str, Tensor]:
     """All weights of a folder."""
     return {name: weight for file in folder.glob("*.safetensors") for name, weight in load_file(file).items()}
+
+
+def converted(source: Path, out: Path) -> FoxForCausalLM:
+    """The model that a checkpoint is converted to, in ``out``."""
+    convert_to_folder(source, out)
+    return FoxForCausalLM.from_pretrained(out, dtype="auto")
