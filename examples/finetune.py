@@ -26,7 +26,7 @@ from transformers import (
     set_seed,
 )
 
-import foxlm  # noqa: F401  (registers FoX with the Auto classes)
+from foxlm import peft_targets
 from foxlm.modeling.parallel.fsdp import prepare_fsdp2, save_whole_model
 from foxlm.training import FoxTrainer
 
@@ -43,7 +43,6 @@ class FinetuningArguments:
     length: int = field(default=512, metadata={"help": "longest example, in tokens; longer ones are truncated"})
     lora: bool = field(default=False, metadata={"help": "train a LoRA and the forget gates (needs peft)"})
     lora_rank: int = field(default=8, metadata={"help": "rank of the LoRA"})
-    gate: str = field(default="forget_gate", metadata={"help": "name of the modules that LoRA trains in full"})
 
 
 class Examples(Dataset):
@@ -87,19 +86,12 @@ def read_examples(path: Path, tokenizer: PreTrainedTokenizerBase) -> list[str]:
     return texts
 
 
-def add_lora(model, rank: int, gate: str):
-    """The model with a LoRA on a Llama's projections; modules called ``gate`` or ``sink`` are trained in full."""
+def add_lora(model, rank: int):
+    """The model with a LoRA: of a FoX model by `peft_targets`, of others by PEFT's defaults."""
     from peft import LoraConfig, get_peft_model
 
-    names = {name.rpartition(".")[2] for name, _ in model.named_modules()}
-    config = LoraConfig(
-        task_type="CAUSAL_LM",
-        r=rank,
-        lora_alpha=2 * rank,
-        target_modules=["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"],
-        modules_to_save=[name for name in (gate, "sink") if name in names] or None,
-    )
-    return get_peft_model(model, config)
+    targets = peft_targets(model) if model.config.model_type == "fox" else {}
+    return get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", r=rank, lora_alpha=2 * rank, **targets))
 
 
 def main(arguments: list[str] | None = None) -> Trainer:
@@ -117,7 +109,7 @@ def main(arguments: list[str] | None = None) -> Trainer:
             "AutoPeftModelForCausalLM.from_pretrained(folder).merge_and_unload().save_pretrained(new_folder)"
         )
     if own.lora:
-        model = add_lora(model, own.lora_rank, own.gate)
+        model = add_lora(model, own.lora_rank)
         model.print_trainable_parameters()
     trainer = FoxTrainer(
         model,

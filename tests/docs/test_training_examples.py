@@ -112,6 +112,7 @@ def test_finetuning_by_lora_on_conversations(tmp_path: Path, pretrained: Path) -
     tokens = torch.arange(97, 110)[None]
     with torch.no_grad():
         torch.testing.assert_close(loaded(tokens).logits, trainer.model.eval()(tokens).logits)
+    assert any("output_gate.lora_A" in name for name, _ in loaded.named_parameters())
     base = AutoModelForCausalLM.from_pretrained(pretrained)
     gate = "model.layers.0.self_attn.forget_gate"
     saved = loaded.get_base_model().get_submodule(gate)
