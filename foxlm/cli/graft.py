@@ -95,7 +95,18 @@ def graft(
     if calibrate is not None:
         from foxlm.conversion.calibrated_graft import CalibrationText
 
-        text = CalibrationText(calibrate, skip, longest, separator, length, rows, join, device, seed, others)
+        text = CalibrationText(
+            calibrate,
+            skip=skip,
+            longest=longest,
+            separator=separator,
+            length=length,
+            count=rows,
+            join=join,
+            device=device,
+            seed=seed,
+            held_out=others,
+        )
     graft_to_folder(
         source,
         out,
