@@ -257,7 +257,9 @@ def _held_out(
     ours, theirs = ({file.resolve() for file in files(x)} for x in (path, calibrated_path))
     # A copy under another name has the same rows.
     if ours & theirs or {tuple(row) for row in tokens.tolist()} & {tuple(row) for row in calibrated.tolist()}:
-        raise ValueError(f"held_out must be another text than that of the calibration, got {path}, which holds some of it")
+        raise ValueError(
+            f"held_out must be another text than that of the calibration, got {path}, which holds some of it"
+        )
     return tokens
 
 

@@ -21,7 +21,7 @@ LARGEST = {
     "head_dim": 2**16,
     "max_position_embeddings": 2**31,
 }
-LARGEST_LABELS = 2**24
+LARGEST_LABELS = 10**6
 # Names of other libraries and models for fields of ours, or for what FoX has instead.
 _FOREIGN = {
     "num_heads": "use num_attention_heads",

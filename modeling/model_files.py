@@ -103,7 +103,7 @@ def read_fields(folder: Path) -> dict[str, Any]:
     labels = fields.get("num_labels")
     # A configuration of transformers creates a name for each label.
     if isinstance(labels, int | float) and not labels <= LARGEST_LABELS:
-        raise ValueError(f"num_labels in {folder / 'config.json'} must be at most {LARGEST_LABELS}, got {labels}")
+        raise ValueError(f"num_labels in {folder / 'config.json'} must be at most {LARGEST_LABELS:,}, got {labels}")
     names = fields.get("id2label") or {}
     if not isinstance(names, dict) or not all(number.isdecimal() for number in names):
         raise ValueError(

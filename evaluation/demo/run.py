@@ -116,7 +116,7 @@ def run_demo(out: Path, *, minutes: float, steps: int | None, seed: int, device:
             text=text,
             out=out,
             length=amounts.report_length,
-            count=amounts.report_rows,
+            rows=amounts.report_rows,
             join=True,
             device=device,
             seed=seed,

@@ -101,7 +101,7 @@ def graft(
             longest=longest,
             separator=separator,
             length=length,
-            count=rows,
+            rows=rows,
             join=join,
             device=device,
             seed=seed,

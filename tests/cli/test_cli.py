@@ -152,7 +152,7 @@ def test_absurd_sizes_are_refused_before_work_begins(tmp_path: Path) -> None:
         (["report", str(model), "--text", str(tokens), "--length", f"{10**19}"], "length"),
         (["bench", "attention", "--case", f"1x1x64x{10**19}"], ""),
         (["bench", "decode", "--layers", f"{10**9}"], "num_hidden_layers"),
-        (["bench", "train", "--hidden-size", f"{10**12}"], "hidden_size"),
+        (["bench", "train", "--hidden-size", f"{10**12}"], "--hidden-size"),
         (["demo", "--minutes", "1e30"], "--minutes"),
     ):
         result = invoke(*arguments, *out)
@@ -242,12 +242,12 @@ def test_graft_writes_a_folder_to_load(tmp_path: Path) -> None:
     [
         (("--decay-times", "fast"), "--decay-times must be a number or MIN:MAX, got 'fast'"),
         (("--decay-times", "1:2:3"), "--decay-times must be a number or MIN:MAX, got '1:2:3'"),
-        (("--decay-times", "-1"), "decay_times must be positive, got -1.0"),
-        (("--decay-times", "9:3"), "decay_times must be min <= max, both finite, got min 9.0 and max 3.0"),
-        (("--forget-gate", "half"), "forget_gate must be one of ('full', 'bias_only', 'fixed', 'none'), got 'half'"),
+        (("--decay-times", "-1"), "--decay-times must be positive, got -1.0"),
+        (("--decay-times", "9:3"), "--decay-times must be min <= max, both finite, got min 9.0 and max 3.0"),
+        (("--forget-gate", "half"), "--forget-gate must be one of ('full', 'bias_only', 'fixed', 'none'), got 'half'"),
         (
             ("--forget-gate", "none", "--decay-times", "inf"),
-            "decay_times has no effect with forget_gate 'none'",
+            "--decay-times has no effect with forget_gate 'none'",
         ),
         (("--forget-gate-heads", "all"), "Field 'forget_gate_heads' expected one of ('query', 'key_value'), got all"),
     ],

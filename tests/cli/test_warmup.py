@@ -53,9 +53,9 @@ def warmup(*arguments: str):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--arch", "h100"], "arch must be sm_80 or newer, such as sm_90, got 'h100'"),
-        (["--arch", "sm_75"], "arch must be sm_80 or newer, such as sm_90, got 'sm_75'"),
-        (["--arch", "sm_90", "--batch", "0"], "batch must be a positive integer, got 0"),
+        (["--arch", "h100"], "--arch must be sm_80 or newer, such as sm_90, got 'h100'"),
+        (["--arch", "sm_75"], "--arch must be sm_80 or newer, such as sm_90, got 'sm_75'"),
+        (["--arch", "sm_90", "--batch", "0"], "--batch must be a positive integer, got 0"),
         (["--arch", "sm_90", "--cache", "huge"], "caches must be of dynamic, static, paged, got 'huge'"),
         (["--arch", "sm_90", "--dtype", "int8"], "--dtype must be auto, bfloat16, float16, float32, got 'int8'"),
         (["--arch", "sm_90", "--dtype", "float64"], "--dtype must be auto, bfloat16, float16, float32, got 'float64'"),
@@ -76,7 +76,7 @@ def test_a_model_of_others_is_refused(tmp_path):
 def test_without_a_gpu_one_must_be_named():
     result = warmup("pro-125m")
     assert result.exit_code == 1
-    assert "arch must name a GPU to compile for, such as sm_90: torch sees none here" in result.stderr
+    assert "--arch must name a GPU to compile for, such as sm_90: torch sees none here" in result.stderr
 
 
 @pytest.mark.parametrize("arch", ["sm_80", "sm_90"])

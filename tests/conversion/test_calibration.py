@@ -386,4 +386,4 @@ def test_command_needs_a_separator_and_a_text_for_its_options(folder: Path, tmp_
     tokenizer.bos_token = tokenizer.eos_token = None
     tokenizer.save_pretrained(tmp_path / "llama")
     result = invoke(tmp_path, tmp_path / "fox", text_file(folder))
-    assert result.exit_code == 1 and "give --separator TOKEN" in result.stderr
+    assert result.exit_code == 1 and "give a separator" in result.stderr

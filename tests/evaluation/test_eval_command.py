@@ -332,13 +332,13 @@ def test_include_path_and_broken_task(fox: Path, away: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ((), "nothing to evaluate: give --suite (paper, long, quick), --tasks or --text"),
+        ((), "nothing to evaluate: give suite (paper, long, quick), tasks or text"),
         (("--suite", "papers"), "--suite must be one of paper, long, quick, got 'papers'"),
         (("--tasks", "piqua"), "--tasks: lm-eval knows no 'piqua'; did you mean piqa?"),
         (("--tasks", "piqa", "--batch-size", "0"), "--batch-size must be at least 1, got 0"),
         (("--tasks", "piqa", "--limit", "0"), "--limit must be at least 1, got 0"),
         (("--tasks", "piqa", "--seed", "-1"), "--seed must be at least 0, got -1"),
-        (("--tasks", "piqa", "--eps", "2"), "eps must be 0 (nothing is pruned), a number below 1, or model, got '2'"),
+        (("--tasks", "piqa", "--eps", "2"), "--eps must be 0 (nothing is pruned), a number below 1, or model, got '2'"),
         (("--tasks", "piqa", "--dtype", "int8"), "--dtype must be auto or one of"),
         (("--suite", "quick", "--no-cache"), "--no-cache was removed; generation without a cache gives the same"),
         (("--suite", "long", "--lengths", "4k"), "--lengths must be whole numbers of at least 64"),

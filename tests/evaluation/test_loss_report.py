@@ -3,6 +3,7 @@
 import json
 import math
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -205,7 +206,7 @@ def test_a_fox_model_of_real_text(tmp_path: Path, folder: Path) -> None:
 
 @pytest.mark.parametrize(("asked", "least"), [({}, 1 << 28), ({"eps": "0.01"}, 0), ({"rule": "paper"}, 0)])
 def test_short_rows_are_pruned_where_pruning_is_asked_for(
-    folder: Path, tmp_path: Path, asked: dict[str, str], least: int, monkeypatch: pytest.MonkeyPatch
+    folder: Path, tmp_path: Path, asked: dict[str, Any], least: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """By itself a model leaves them whole: with and without --eps would be the same numbers, and recorded as pruned."""
     tiny_model("pro", dtype=torch.float32, vocab_size=256).save_pretrained(tmp_path / "fox")
@@ -221,8 +222,10 @@ def test_short_rows_are_pruned_where_pruning_is_asked_for(
     # As on a GPU, and outside of tests, which prune what is short.
     monkeypatch.setattr("foxlm.evaluation.loading.PYTORCH", None)
     monkeypatch.setattr("foxlm.modeling.attention_settings._least_pairs", 1 << 28)
-    where = {"models": [str(tmp_path / "fox")], "text": folder / "text.txt", "out": tmp_path / "out"}
-    report = measure_losses(LossOptions(**where, length=64, rows=1, **asked))
+    options = LossOptions(
+        models=[str(tmp_path / "fox")], text=folder / "text.txt", length=64, out=tmp_path / "out", rows=1
+    )
+    report = measure_losses(replace(options, **asked))
     assert found[0].least_pairs == report["models"][0]["pruning"]["least_pairs"] == least
     assert report["models"][0]["pruning"]["rule"] == asked.get("rule", "tight")
 

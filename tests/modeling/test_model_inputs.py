@@ -110,8 +110,8 @@ def test_padding_sees_no_token(variant: str, implementation: str) -> None:
     labels = ids.masked_fill(mask == 0, -100)
     expected = tiny_model(variant, attn_implementation="fox_reference")
     # transformers takes the loss in float32.
-    losses = [x(ids, attention_mask=mask, labels=labels).loss for x in (model, expected)]
-    assert_close(*losses, 1e-6)
+    found, wanted = (x(ids, attention_mask=mask, labels=labels).loss for x in (model, expected))
+    assert_close(found, wanted, 1e-6)
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)

@@ -223,10 +223,10 @@ def test_each_request_has_its_adapter(variant: str, captured: bool, tmp_path: Pa
         for name, weight in peft.named_parameters():
             if "lora_B" in name:
                 torch.nn.init.normal_(weight, std=0.1)
-    peft.save_pretrained(tmp_path / "adapters")
+    peft.save_pretrained(str(tmp_path / "adapters"))
     requests = [LoRARequest(name, 1 + i, str(tmp_path / "adapters" / name)) for i, name in enumerate(("one", "two"))]
     gates = get_peft_model(tiny_model(variant, dtype=torch.float32), LoraConfig(**peft_targets(model)))
-    gates.save_pretrained(tmp_path / "gates")
+    gates.save_pretrained(str(tmp_path / "gates"))
     base = tiny_model(variant, dtype=torch.float32)
     # One slot more than adapters: on a CPU vLLM gives requests that have none what is in the last.
     options = {**SMALL, "enable_lora": True, "max_loras": 3, "max_lora_rank": 8, "enforce_eager": not captured}

@@ -218,7 +218,7 @@ def test_what_is_raised_between_variants_ends_no_other_group(tmp_path: Path, mon
         (["train", "--layers", "0"], "--layers must be a positive integer, got 0"),
         (["train", "--hidden-size", "-64"], "--hidden-size must be a positive integer, got -64"),
         (["train", "--preset", "pro-7b"], "name must be one of"),
-        (["train", "--heads", "7"], "hidden_size must be a multiple of num_attention_heads"),
+        (["train", "--heads", "7"], "--hidden-size must be a multiple of num_attention_heads"),
         (["train", "--only", "compiled"], "--only must be part of one of ['foxlm', 'foxlm, ACP paper',"),
         (["train", "--gpus", "0"], "--gpus must be a positive integer, got 0"),
         (["train", "--gpus", "9"], "--gpus must be at most 8 processes with --device cpu, got 9"),
