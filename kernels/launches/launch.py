@@ -17,11 +17,15 @@ constant, option   the value
 
 It also holds the current device, which all tensors must be on. Whatever else there is, goes through Triton: see
 `Launched.__getitem__` for settings and `_launch_of` for arguments.
+
+With ``FOXLM_PLAIN_LAUNCHES=1`` in the environment everything does, and nothing is recorded (`replay`, layers of a
+prompt): to find out whether a wrong result is due to this.
 """
 
 import functools
 import inspect
 import operator
+import os
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
@@ -41,8 +45,9 @@ except ImportError:
     # Another release, or a build for AMD's GPUs alone.
     CudaLauncher = None
 
+_IS_WANTED = os.environ.get("FOXLM_PLAIN_LAUNCHES", "0") in ("", "0")
 # Any other release may call launchers in another way.
-IS_KNOWN = triton.__version__.startswith(("3.6.", "3.7.")) and CudaLauncher is not None
+IS_KNOWN = triton.__version__.startswith(("3.6.", "3.7.")) and CudaLauncher is not None and _IS_WANTED
 # Launchers of 3.6 take the arguments one by one, those of 3.7 in one tuple.
 _IS_FLAT = triton.__version__.startswith("3.6.")
 

@@ -1,6 +1,9 @@
 """A kernel launched before is launched past Triton's own code: the same compilation with the same arguments."""
 
+import os
 import re
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -219,6 +222,22 @@ def test_triton_itself_launches_what_hooks_see_and_settings_change(setting, monk
             SETTINGS[setting](patch)
         kernel[(3,)](**ARGUMENTS)
         assert names
+
+
+@pytest.mark.parametrize("value", [None, "0", "1"])
+def test_everything_is_launched_by_triton_where_the_environment_says_so(value):
+    program = """
+from triton.runtime.jit import JITFunction
+from foxlm.kernels.launches.replay import replayed
+from foxlm.kernels.portable.scan import _gate_totals_kernel
+print(isinstance(_gate_totals_kernel, JITFunction), replayed(print) is print)
+"""
+    environment = {
+        name: x for name, x in os.environ.items() if name not in ("FOXLM_PLAIN_LAUNCHES", "TRITON_INTERPRET")
+    }
+    environment |= {} if value is None else {"FOXLM_PLAIN_LAUNCHES": value}
+    run = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True, check=True)
+    assert run.stdout.split() == [str(value == "1")] * 2
 
 
 def test_triton_itself_launches_on_a_grid_that_is_a_function(monkeypatch):
