@@ -104,7 +104,7 @@ class FoxGenerationMixin(GenerationMixin):
         if kwargs.get("cache_implementation") == "paged":
             raise ValueError(
                 "cache_implementation must not be 'paged', transformers' continuous batching, whose cache keeps no "
-                "forget gates: free_dead_cache=True is for FoX's paged cache, which evicts"
+                "forget gates: free_dead_cache=True is for FoX's evicting cache"
             )
         known = self._known_modules()
         own_masks = kwargs.get("custom_generate") is not None
