@@ -253,7 +253,7 @@ def test_short_rows_are_pruned_where_pruning_is_asked_for(
         (["{slow}", "--text", "{text}", "--length", "64", "--dtype", "int8"], "dtype must be auto or one of"),
         (["{slow}", "--text", "{text}", "--length", "64", "--device", "tpu"], "device must be auto, cpu"),
         (["{slow}", "--text", "{text}", "--length", "64", "--eps", "0.1"], "eps and rule are of FoX models"),
-        (["{slow}", "--text", "{text}", "--length", "64", "--trained-length", "0"], "trained_length must be"),
+        (["{slow}", "--text", "{text}", "--length", "64", "--trained-length", "0"], "--trained-length must be"),
         (["{slow}", "--save-losses"], "--save-losses was removed; foxlm.evaluation.loss_by_position.row_losses"),
         (["--redraw", "{text}"], "is not JSON"),
         (["--redraw", "nowhere.json"], "nowhere.json"),

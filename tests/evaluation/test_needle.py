@@ -245,7 +245,7 @@ def test_the_command_measures_draws_and_draws_again(recalling: str, tmp_path: Pa
         (["{model}", "--mode", "hard"], "mode must be one of easy, standard, chat, got 'hard'"),
         (["{model}", "--text", "nowhere.txt"], "nowhere.txt"),
         (["{model}", "--eps", "0"], "eps and rule are of FoX models"),
-        (["{model}", "--answer-tokens", "0"], "answer_tokens must be at least 1"),
+        (["{model}", "--answer-tokens", "0"], "--answer-tokens must be at least 1"),
         (["--redraw", "nowhere.json"], "nowhere.json"),
         (["--redraw", "{model}/config.json"], "holds no results of foxlm needle"),
         (["{model}", "--redraw", "x.json"], "--redraw measures nothing"),

@@ -249,7 +249,7 @@ def test_grafting_names_what_ruler_needs(
             ("--skip_goal", "0.5", "--logging_steps", "3"),
             r"--skip_goal needs --logging_steps of at most .* \(2\), .* got 3",
         ),
-        (("--separator", "<none>", "--length", "300"), "--separator must be a token of the tokenizer"),
+        (("--separator", "<none>", "--length", "300"), "separator must be a token of the tokenizer"),
         (("--positions", "20"), r"--positions must be at least --length \(\d+\), got 20"),
         (("--calibration_rows", "0"), "--calibration_rows must be at least 1, got 0"),
         (("--longest", "2", "--length", "300"), "longest must be a decay time of at least 8 tokens, got 2.0"),
