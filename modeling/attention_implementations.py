@@ -186,6 +186,7 @@ def _decode(
         real=real,
         pages=view.pages,
         start=view.start,
+        counts=view.counts,
     )
     return _with_sink(attended, q, sink, scale, backend)
 

@@ -41,6 +41,7 @@ def decode_attention(
     sink: Tensor | None = None,
     pages: Tensor | None = None,
     start: Tensor | None = None,
+    counts: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Attention of few queries over ``decay``, without gradients, by GPU kernels that read each block kept once.
 
@@ -67,6 +68,8 @@ def decode_attention(
         pages: ``[B, G, N]`` or ``[B, N]`` int32 page of each block of 64 tokens; -1 where there is none. A row that
             must read such a block becomes NaN.
         start: ``[B, G]`` int32 first block that is still held; those before are not read.
+        counts: ``[2]`` int64, to which are added, of all sequences and key/value heads, the blocks of 64 keys that are
+            read and those that would be without pruning. None counts nothing.
 
     Returns:
         Output ``[B, Tq, H, D]`` in the dtype of ``q``, and log-sum-exp ``[B, H, Tq]`` float32; zero and -inf in fully
@@ -108,6 +111,7 @@ def decode_attention(
         largest,
         bounds,
         sink,
+        counts,
         bound,
         scale,
         log_eps,
@@ -131,6 +135,7 @@ def _launch(
     largest: Tensor | None,
     bounds: Tensor | None,
     sink: Tensor | None,
+    counts: Tensor | None,
     bound: float,
     scale: float,
     log_eps: float,
@@ -141,7 +146,7 @@ def _launch(
         return out, lse
     q, k, v, c_q, c_k, kv_start = (maybe_contiguous(x) for x in (q, k, v, c_q, c_k, kv_start))
     pages = None if pages is None else pages.contiguous()
-    inputs = DecodeInputs(q, k, v, c_q, c_k, kv_start, last, real, pages, start)
+    inputs = DecodeInputs(q, k, v, c_q, c_k, kv_start, last, real, pages, start, counts)
     summary = None
     if c is not None and log_decays is not None and largest is not None:
         summary = KeySummary(c, log_decays, largest)
@@ -153,7 +158,7 @@ def _launch(
     return out, lse
 
 
-_decode = torch.library.custom_op(f"{NAMESPACE}::decode_attention", _launch, mutates_args=())
+_decode = torch.library.custom_op(f"{NAMESPACE}::decode_attention", _launch, mutates_args=("counts",))
 
 
 @_decode.register_fake

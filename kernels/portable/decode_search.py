@@ -47,6 +47,7 @@ class DecodeInputs(NamedTuple):
         real: ``[B, Tk]`` bool or None.
         pages: int32 or None: contiguous ``[B, G, N]``, or ``[B, N]`` if heads share them.
         start: ``[B, G]`` int32 or None.
+        counts: ``[2]`` int64 or None.
     """
 
     q: Tensor
@@ -59,6 +60,7 @@ class DecodeInputs(NamedTuple):
     real: Tensor | None
     pages: Tensor | None
     start: Tensor | None
+    counts: Tensor | None = None
 
     @property
     def shares_pages(self) -> bool:
@@ -120,6 +122,7 @@ class DecodePruning(NamedTuple):
 @decode_kernel
 def _decode_search_kernel(
     Q, K, C_Q, KV_START, LAST, PAGES, HELD_FROM, C, LOG_DECAYS, LARGEST, BOUND, SINK, RANGES,
+    COUNTS,
     q_b, q_t, q_h, k_b, k_t, k_h, cq_b, cq_h, s_b, s_h, c_b, c_h, decays_b, decays_h, largest_b, largest_h, bound_b,
     bound_h, last_b, pages_b,
     scale, bound, log_eps, margin, c_margin, bound_margin, TQ, H, HF, G, START_HEADS, STEPS,
@@ -224,6 +227,11 @@ def _decode_search_kernel(
     tl.store(p_range + 2 * heads, 0)
     tl.store(p_range + 3 * heads, tl.min(tl.where(attends, kv_start, INT32_MAX), 0))
     tl.store(p_range + 4 * heads, tl.max(tl.where(attends, last, -1), 0))
+    if COUNTS is not None:
+        any_attends = tl.max(attends.to(tl.int32), 0) > 0
+        first_visible = tl.min(tl.where(attends, kv_start // KEY_BLOCK, INT32_MAX), 0)
+        tl.atomic_add(COUNTS, (end_block - first_block).to(tl.int64), mask=any_attends, sem="relaxed")
+        tl.atomic_add(COUNTS + 1, (end_block - first_visible).to(tl.int64), mask=any_attends, sem="relaxed")
 
 
 @functools.cache
@@ -269,6 +277,7 @@ def search_blocks(inputs: DecodeInputs, pruning: DecodePruning, scale: float) ->
         BOUND=bounds, bound_b=bound_b, bound_h=bound_h,
         SINK=pruning.sink,
         RANGES=ranges,
+        COUNTS=inputs.counts,
         scale=scale,
         bound=pruning.bound,
         log_eps=pruning.log_eps,

@@ -17,11 +17,13 @@ class CacheView(NamedTuple):
             pools ``[P, 64, D]``. Or ``[B, N]`` and ``[P, G, 64, D]``, where heads share pages. None without pages.
         start: ``[B, G]`` int32, the first block of 64 tokens that is still held; those before are proven dead. With
             pages.
+        counts: as for `decode_attention`; None counts nothing.
     """
 
     summary: KeySummary
     pages: Tensor | None = None
     start: Tensor | None = None
+    counts: Tensor | None = None
 
     def largest(self, last: Tensor) -> Tensor:
         """``[B, G]``, largest length of the keys of each head up to ``last``, as of `Decay`."""

@@ -16,6 +16,7 @@ from vllm.v1.attention.backend import (
 from vllm.v1.kv_cache_interface import KVCacheLayout
 
 from ...kernels.tiles import PRUNED_KEYS
+from .blocks_read import BlocksRead
 from .pages import Chunk, Step, make_step
 from .pages_on_gpu import GpuStep, Prompts
 
@@ -30,6 +31,8 @@ class FoxStepBuilder(AttentionMetadataBuilder[Step | GpuStep]):
         super().__init__(kv_cache_spec, layer_names, vllm_config, device)
         # Requests with one token are to come first.
         self._init_reorder_batch_threshold(1)
+        # Nothing is pruned on a CPU.
+        self._read = None if device.type == "cpu" else BlocksRead(_block_bytes(vllm_config.model_config), device)
 
     def build(
         self, common_prefix_len: int, common_attn_metadata: CommonAttentionMetadata, fast_build: bool = False
@@ -61,8 +64,18 @@ class FoxStepBuilder(AttentionMetadataBuilder[Step | GpuStep]):
             if i < len(counts):
                 chunks.append(chunk(i))
             first = i + 1
+        assert self._read is not None
+        self._read.look()
         tables = batch.query_start_loc, batch.seq_lens, batch.block_table_tensor
-        return GpuStep(*tables, max(counts, default=1), single, chunks, prompts)
+        return GpuStep(*tables, max(counts, default=1), single, chunks, prompts, self._read.counts)
+
+
+def _block_bytes(model_config: Any) -> int:
+    """Of the keys, values and gate sums of 64 tokens of a key/value head."""
+    config = model_config.hf_config
+    _, kv_heads, head_dim = config.heads
+    gates = config.num_forget_gates / kv_heads
+    return round(PRUNED_KEYS * (2 * head_dim * model_config.dtype.itemsize + gates * torch.float64.itemsize))
 
 
 class FoxAttentionBackend(AttentionBackend):

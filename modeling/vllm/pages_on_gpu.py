@@ -60,6 +60,7 @@ class GpuStep(NamedTuple):
         single: so many requests at the front have one token or none.
         chunks: of the requests after those with one token.
         prompts: likewise, where there are no tokens before.
+        counts: as of `CacheView`.
         requests: of the step, and `last` the index of the last token of those with one, ``[single, 1]`` int64; after
             `begin`.
     """
@@ -71,6 +72,7 @@ class GpuStep(NamedTuple):
     single: int
     chunks: list[Chunk]
     prompts: list[Prompts]
+    counts: Tensor | None = None
     requests: Requests | None = None
     last: Tensor | None = None
 
@@ -113,4 +115,4 @@ class GpuPages(Pages):
 
     def view(self, step: GpuStep) -> CacheView:
         """What the kernels of decoding read for the requests with one token."""
-        return CacheView(self.summary, step.pages[: step.single])
+        return CacheView(self.summary, step.pages[: step.single], counts=step.counts)

@@ -23,7 +23,7 @@ from vllm.exceptions import VLLMValidationError
 from vllm.lora.request import LoRARequest
 
 from foxlm import FoxForCausalLM, FoxForSequenceClassification, peft_targets
-from foxlm.modeling.vllm import ranks
+from foxlm.modeling.vllm import blocks_read, ranks
 from foxlm.modeling.vllm.limits import check_limits
 from models import LLAMA, VARIANTS, rope, tiny_config, tiny_model, tokens
 
@@ -130,6 +130,56 @@ def test_captured_steps(variant: str, tmp_path: Path) -> None:
         filled = [asked[0] + list(first.outputs[0].token_ids)[: 1 + n] for n in range(3)]
         assert_as_transformers(model, filled, answer_in_turn(llm, filled, every=1))
         assert counted(llm, "num_preemptions") > 0
+
+
+@pytest.mark.skipif(not ON_GPU, reason="needs a CUDA GPU")
+@pytest.mark.parametrize("captured", [False, True])
+def test_how_much_of_the_cache_decoding_reads(captured: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    said: list[tuple] = []
+    monkeypatch.setattr(blocks_read.logger, "info", lambda message, *values: said.append(values))
+    monkeypatch.setenv("VLLM_LOG_STATS_INTERVAL", "1e-6")
+    # Every head forgets within some tokens.
+    model = tiny_model("llama", dtype=torch.float32, acp_eps=1e-6, decay_time_max=4.0)
+    sizes = {"cudagraph_mode": "FULL_DECODE_ONLY", "cudagraph_capture_sizes": [1]}
+    with engine(model, tmp_path, enforce_eager=not captured, compilation_config=sizes) as llm:
+        answer(llm, [tokens(PAGE, seed=1).tolist()])
+        said.clear()
+        outputs = answer(llm, [tokens(5 * PAGE, seed=2).tolist()])
+    assert_as_transformers(model, [tokens(5 * PAGE, seed=2).tolist()], outputs)
+    assert said
+    _, read, share, there = zip(*said, strict=True)
+    assert 0 < sum(read) < 0.6 * sum(there)
+    assert all(x == pytest.approx(100 * r / t) for x, r, t in zip(share, read, there, strict=True))
+
+
+def test_what_was_read_is_logged_at_intervals(monkeypatch: pytest.MonkeyPatch) -> None:
+    said, clock = [], [100.0]
+    monkeypatch.setattr(blocks_read.logger, "info", lambda message, *values: said.append(message % values))
+    monkeypatch.setattr(blocks_read.time, "monotonic", lambda: clock[0])
+    done = SimpleNamespace(record=lambda: None, query=lambda: clock[0] >= 111.0)
+    monkeypatch.setattr(blocks_read.torch.cuda, "Event", lambda: done)
+    monkeypatch.setattr(blocks_read.torch.cuda, "is_current_stream_capturing", lambda: False)
+    read = blocks_read.BlocksRead(50_000_000, torch.device("cpu"))
+    read.counts += torch.tensor([3, 12])
+    for now in (105.0, 110.0, 110.5):
+        clock[0] = now
+        read.look()
+        assert not said
+    # Of the copy that was asked for.
+    read.counts += torch.tensor([1, 4])
+    clock[0] = 111.0
+    read.look()
+    assert said == ["FoX: in 11.0 s decoding read 0.150 GB of the cache, 25.0% of the 0.600 GB that its requests hold"]
+    for now in (121.0, 121.5):
+        clock[0] = now
+        read.look()
+    assert said[1:] == [
+        "FoX: in 10.5 s decoding read 0.050 GB of the cache, 25.0% of the 0.200 GB that its requests hold"
+    ]
+    for now in (140.0, 141.0):
+        clock[0] = now
+        read.look()
+    assert len(said) == 2
 
 
 @pytest.mark.skipif(not ON_GPU, reason="needs a CUDA GPU")

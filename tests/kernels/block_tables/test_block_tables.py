@@ -223,7 +223,14 @@ def test_attention_of_one_token_of_each_request(heads: int, gates: int, rule: st
         options |= {"eps": eps, "rule": rule}
     if rule == "paper":
         options["logit_bound"] = q.norm(dim=-1).amax(1) * scale * largest.repeat_interleave(heads // HEADS, dim=1)
-    out, lse = decode_attention(q, pools.keys, pools.values, decay, scale=scale, **options)
+    counts = torch.tensor([1000, 2000], device=DEVICE)
+    out, lse = decode_attention(q, pools.keys, pools.values, decay, scale=scale, counts=counts, **options)
+    # Rows that fill the batch up count nothing.
+    visible = first[:, : len(asked)].expand(max(gates, HEADS), -1).unflatten(0, (HEADS, -1)).amin(1)
+    there = sum(HEADS * -(-len(x.k) // PAGE) for x in asked) - int((visible // PAGE).sum())
+    read = int(counts[0]) - 1000
+    assert counts[1] == 2000 + there
+    assert read == there if rule is None else read < there + (rule == "paper")
     for i, one in enumerate(asked):
         sums, firsts = one.exact
         alone = Decay(sums[..., -1:], sums, firsts[..., -1:], torch.tensor([len(one.k) - 1], device=DEVICE))
