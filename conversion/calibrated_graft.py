@@ -17,6 +17,7 @@ from transformers import PreTrainedTokenizerBase
 
 from foxlm.conversion.calibration import SHORTEST, Calibration, calibrate
 from foxlm.conversion.graft import graft
+from foxlm.conversion.recall import check_recall, recalled, with_recall
 from foxlm.evaluation.loading import load_tokenizer, resolve_device
 from foxlm.evaluation.loss_by_position import bootstrap_means, row_losses
 from foxlm.evaluation.provenance import provenance
@@ -40,6 +41,7 @@ class CalibrationText:
     Attributes:
         path: as `evaluation.text.documents` takes it.
         skip, longest: share of attention to skip, and longest decay time in tokens, as for `calibrate`.
+        recall: share of a row, as for `with_recall`, that asks for what it holds: decay times are chosen by such rows.
         separator: token that texts begin with, by its name in the tokenizer; None takes the beginning-of-text token,
             or else the end-of-text token.
         length: tokens of a row, the separator included; None takes what the base was trained at, at most 8,192.
@@ -54,6 +56,7 @@ class CalibrationText:
     path: Path
     skip: float = 0.5
     longest: float = math.inf
+    recall: float = 0.25
     separator: str | None = None
     length: int | None = None
     rows: int = 4
@@ -95,10 +98,15 @@ def calibrated_graft(source: Path, text: CalibrationText, **options: Any) -> tup
         return torch.from_numpy(np.stack([np.concatenate([[separator], row]) for row in found]))
 
     tokens = read(text.path)
-    texts = [tokens, *(_held_out(path, read, text.path, tokens, base.config.vocab_size) for path in text.held_out)]
+    recalling, again = with_recall(tokens, text.recall, text.seed), recalled(length, text.recall)
+    texts = [
+        tokens,
+        *([recalling] if again else []),
+        *(_held_out(path, read, text.path, tokens, base.config.vocab_size) for path in text.held_out),
+    ]
     calibration = calibrate(
         base,
-        tokens,
+        recalling,
         skip=text.skip,
         longest=text.longest,
         forget_gate_heads=options.get("forget_gate_heads", "query"),
@@ -110,7 +118,10 @@ def calibrated_graft(source: Path, text: CalibrationText, **options: Any) -> tup
     model = graft(source, calibration=calibration, **options)
     measurable = _measurable(model, device)
     graft_losses = [_losses(measurable, x, "loss of the graft") for x in texts]
+    if again:
+        base_losses[1], graft_losses[1] = (x[1][:, -again:] for x in (base_losses, graft_losses))
     loss, *others = (_compared(*pair) for pair in zip(base_losses, graft_losses, strict=True))
+    recall = {"share": text.recall, "tokens": again} | (others.pop(0) if again else {})
     settings = {
         "text": text.path.name,
         "rows": len(tokens),
@@ -119,7 +130,7 @@ def calibrated_graft(source: Path, text: CalibrationText, **options: Any) -> tup
         "options": options,
     }
     held_out = [{"text": path.name, **other} for path, other in zip(text.held_out, others, strict=True)]
-    report = _report(calibration, loss, held_out) | {"settings": settings}
+    report = _report(calibration, loss, recall, held_out) | {"settings": settings}
     return model, {"run": run | {"seconds": time.monotonic() - began}} | report
 
 
@@ -129,6 +140,7 @@ def _check(text: CalibrationText) -> None:
         raise ValueError(f"skip must be a share between 0 and 1, got {text.skip}")
     if not text.longest >= SHORTEST:
         raise ValueError(f"longest must be a decay time of at least {SHORTEST:g} tokens, got {text.longest}")
+    check_recall(text.recall)
     if text.rows < 1:
         raise ValueError(f"rows must be at least 1, got {text.rows}")
     if text.length is not None and text.length <= 2 * PRUNED_QUERIES:
@@ -162,6 +174,7 @@ def as_markdown(report: dict[str, Any]) -> str:
         + ", ".join(f"{percent(share)} by the rule {rule}" for rule, share in report["skipped"].items())
         + ".",
         "",
+        *_recall_lines(report["recall"]),
         *_held_out_lines(report["held_out"]),
         "What other shares are expected to cost, in nats a token (second order, heads independent):",
         "",
@@ -188,6 +201,16 @@ def as_markdown(report: dict[str, Any]) -> str:
     return "\n".join(lines) + "\n"
 
 
+def _recall_lines(recall: dict[str, Any]) -> list[str]:
+    if not recall["tokens"]:
+        return []
+    return [
+        f"Decay times are chosen by these rows with their last {recall['tokens']:,} tokens replaced by passages of "
+        f"them again, whose loss is: base {recall['base']:.4f}, graft {recall['graft']:.4f}.",
+        "",
+    ]
+
+
 def _held_out_lines(held_out: list[dict[str, Any]]) -> list[str]:
     if not held_out:
         return []
@@ -210,12 +233,15 @@ def _title(report: dict[str, Any]) -> str:
     return f"Decay times that skip {share} of attention at {100 * report['loss']['over']:+.2f}% of loss"
 
 
-def _report(calibration: Calibration, loss: dict[str, Any], held_out: list[dict[str, Any]]) -> dict[str, Any]:
+def _report(
+    calibration: Calibration, loss: dict[str, Any], recall: dict[str, Any], held_out: list[dict[str, Any]]
+) -> dict[str, Any]:
     return {
         "length": calibration.length,
         "skip": calibration.skip,
         "longest": calibration.longest if calibration.longest < math.inf else None,
         "loss": loss,
+        "recall": recall,
         "held_out": held_out,
         "skipped": {rule: share.mean().item() for rule, share in calibration.skipped.items()},
         "frontier": {str(share): cost for share, cost in calibration.frontier.items()},

@@ -311,15 +311,12 @@ def _block(
 
     weights, sink, query = weights[:, ::_QUERY_STEP], sink[:, ::_QUERY_STEP], query[::_QUERY_STEP]
     distance = (query[:, None] - key).clamp(min=0)
-
-    def output(weights: Tensor) -> Tensor:
-        return (weights @ v[:end] + sink * v[0]) / (weights.sum(-1, keepdim=True) + sink)
-
-    base, costs = output(weights), []
-    for rate in rates.tolist():
-        change = output(weights * (distance * -rate).clamp(min=_LOG_ZERO).exp()) - base
-        costs.append(torch.einsum("nqd,nde,nqe->n", change, fisher, change) / (2 * len(query)))
-    return skipped, torch.stack(costs, -1)
+    # Without decay, then by each decay time: [N, 1 + K, queries, keys], of few queries.
+    decays = (distance * -nn.functional.pad(rates, (1, 0))[:, None, None]).clamp(min=_LOG_ZERO).exp()
+    decayed, sink = weights[:, None] * decays, sink[:, None]
+    output = (decayed @ v[:end] + sink * v[0]) / (decayed.sum(-1, keepdim=True) + sink)
+    change = output[:, 1:] - output[:, :1]
+    return skipped, (change @ fisher[:, None] * change).sum((-1, -2)) / (2 * len(query))
 
 
 def _skipped_tiles(weights: Tensor, sink: Tensor, query: Tensor, rates: Tensor) -> Tensor:

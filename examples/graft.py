@@ -42,6 +42,7 @@ from foxlm import FoxForCausalLM, peft_targets
 from foxlm.conversion.calibrated_graft import separator_of
 from foxlm.conversion.calibration import Calibration, calibrate
 from foxlm.conversion.graft import graft
+from foxlm.conversion.recall import check_recall, with_recall
 from foxlm.evaluation.gates import decay_time_table, first_read, share_of_tiles_skipped
 from foxlm.evaluation.lm_eval import ruler
 from foxlm.evaluation.lm_eval.options import Options
@@ -61,6 +62,8 @@ from foxlm.training import DistillingTrainer, FoxTrainer, SkippedShareRamp
 RULES: tuple[Rule, ...] = get_args(Rule)
 # Decay time in tokens of heads that start global: longer than any context.
 GLOBAL = 1e6
+# Of so many rows that are trained on, one repeats passages at its end, as all rows of the calibration do.
+RECALL_EVERY = 8
 # In the output folder, the model that was grafted, and the same after the first steps.
 START, GATED = "start", "gates/model"
 
@@ -90,6 +93,13 @@ class GraftingArguments:
         },
     )
     calibration_rows: int = field(default=8, metadata={"help": "with `calibrated`: first rows of --data to use"})
+    recall: float = field(
+        default=0.25,
+        metadata={
+            "help": "share of a row, at its end, that repeats passages of it, which the model must look up: of rows of "
+            "the calibration, and of every eighth row that is trained on"
+        },
+    )
     remove_rope: bool = field(default=False, metadata={"help": "remove the rotary embeddings"})
     rope_factor: float | None = field(
         default=None,
@@ -150,6 +160,7 @@ class GraftingArguments:
                 raise ValueError(f"--{name} must be at least {number}, got {getattr(self, name)}")
         if self.positions and not self.positions >= self.length:
             raise ValueError(f"--positions must be at least --length ({self.length}), got {self.positions}")
+        check_recall(self.recall)
         if self.distill not in ("gates", "all", "none"):
             raise ValueError(f"--distill must be gates, all or none, got {self.distill!r}")
         if not 0.0 <= self.skip_goal < 1.0:
@@ -177,21 +188,23 @@ class Rows(Dataset):
 
     The others begin anywhere up to ``positions - length``. Rotary embeddings tell only how far apart tokens are, so of
     a row nothing changes but its distance to the attention sink, which lies at 0: as far as it is in longer texts.
+    Every eighth row ends with passages of its own, as much of it as ``recall`` says.
     """
 
-    def __init__(self, tokens: np.ndarray, length: int, positions: int) -> None:
+    def __init__(self, tokens: np.ndarray, length: int, positions: int, recall: float) -> None:
         if tokens.ndim != 1:
             raise ValueError(f"--data must be of shape [N], got {list(tokens.shape)}")
         if len(tokens) < length:
             raise ValueError(f"--data must hold at least --length tokens ({length}), got {len(tokens)}")
-        self.tokens, self.length, self.positions = tokens, length, positions
+        self.tokens, self.length, self.positions, self.recall = tokens, length, positions, recall
 
     def __len__(self) -> int:
         return len(self.tokens) // self.length
 
     def __getitem__(self, index: int) -> dict[str, Tensor]:
-        row = self.tokens[index * self.length : (index + 1) * self.length]
-        ids = torch.from_numpy(row.astype(np.int64))
+        ids = self._read(index)
+        if index % RECALL_EVERY == 0:
+            ids = with_recall(ids[None], self.recall, seed=index)[0]
         sample = {"input_ids": ids, "labels": ids}
         if self.positions > self.length:
             # The same whenever the row is read, so that a run that is resumed is that which was interrupted.
@@ -199,9 +212,12 @@ class Rows(Dataset):
             sample["position_ids"] = torch.arange(first, first + self.length)
         return sample
 
+    def _read(self, index: int) -> Tensor:
+        return torch.from_numpy(self.tokens[index * self.length : (index + 1) * self.length].astype(np.int64))
+
     def some(self, count: int) -> Tensor:
-        """The first rows, ``[count, length]`` or fewer."""
-        return torch.stack([self[index]["input_ids"] for index in range(min(count, len(self)))])
+        """The first rows of the text, ``[count, length]`` or fewer."""
+        return torch.stack([self._read(index) for index in range(min(count, len(self)))])
 
 
 def read_tokens(path: str, tokenizer) -> np.ndarray:
@@ -227,7 +243,7 @@ def calibration_of(
     base: PreTrainedModel, rows: Tensor, separator: int, own: GraftingArguments, device: str
 ) -> Calibration:
     """Decay times and sinks by what forgetting costs on ``rows``, each begun with the separator."""
-    rows = torch.cat([torch.full_like(rows[:, :1], separator), rows[:, :-1]], dim=1)
+    rows = with_recall(torch.cat([torch.full_like(rows[:, :1], separator), rows[:, :-1]], dim=1), own.recall)
     base = graft(base, forget_gate="none", rope_factor=own.rope_factor).to(device).eval()
     return calibrate(base, rows, skip=own.skip, longest=own.longest, progress=True)
 
@@ -510,7 +526,7 @@ def main(arguments: list[str] | None = None) -> dict:
     training.restore_callback_states_from_checkpoint = training.resume_from_checkpoint
     device = training.device.type
     tokenizer = AutoTokenizer.from_pretrained(own.base)
-    rows = Rows(read_tokens(own.data, tokenizer), own.length, own.positions or own.length)
+    rows = Rows(read_tokens(own.data, tokenizer), own.length, own.positions or own.length, own.recall)
     held_out = read_rows(own.held_out, tokenizer, 4 * own.length, own.length)
     # Before anything is trained: what cannot be scored is known at once.
     retrieval = {} if own.retrieval == "none" else {"base": score_retrieval("base", own.base, own, training)}

@@ -48,6 +48,13 @@ def graft(
             "forget."
         ),
     ] = math.inf,
+    recall: Annotated[
+        float,
+        typer.Option(
+            help="With --calibrate: share of each row, at its end, that repeats passages of it, so that heads which "
+            "find things in the context go on doing so; 0 to 0.5."
+        ),
+    ] = 0.25,
     separator: Annotated[
         str | None,
         typer.Option(
@@ -99,6 +106,7 @@ def graft(
             calibrate,
             skip=skip,
             longest=longest,
+            recall=recall,
             separator=separator,
             length=length,
             rows=rows,
@@ -125,7 +133,7 @@ def graft(
 
 def _require_calibrate(context: typer.Context) -> None:
     """Refuse options that say how to calibrate where nothing is calibrated."""
-    for name in ("held_out", "skip", "longest", "separator", "length", "rows", "join", "device", "seed"):
+    for name in ("held_out", "skip", "longest", "recall", "separator", "length", "rows", "join", "device", "seed"):
         source = context.get_parameter_source(name)
         if source is not None and source.name == "COMMANDLINE":
             raise ValueError(f"--{name.replace('_', '-')} needs --calibrate TEXT")

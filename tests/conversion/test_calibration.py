@@ -17,6 +17,7 @@ from foxlm import FoxForCausalLM
 from foxlm.cli import app
 from foxlm.conversion.calibration import Calibration, calibrate, read_sinks
 from foxlm.conversion.graft import graft
+from foxlm.conversion.recall import with_recall
 from models import assert_close, tokens
 from word_tokenizer import word_tokenizer
 
@@ -200,6 +201,30 @@ def test_needs_a_model_without_gates_and_its_own_calibration(small: Any, rows: T
         graft(small, calibration=calibrated, forget_gate="none")
 
 
+@pytest.mark.parametrize(("length", "share", "again"), [(300, 0.25, 64), (300, 0.5, 128), (65, 0.5, 32), (64, 0.5, 0)])
+def test_rows_repeat_passages_at_their_end(length: int, share: float, again: int) -> None:
+    rows = torch.arange(3 * length).view(3, length)
+    asked = with_recall(rows, share, seed=4)
+    kept = length - again
+    assert torch.equal(asked[:, :kept], rows[:, :kept])
+    for row, text in zip(asked[:, kept:].unflatten(1, (-1, 32)), rows, strict=True):
+        firsts = row[:, 0]
+        assert torch.equal(row, firsts[:, None] + torch.arange(32))
+        # Not the separator, and of what is kept.
+        assert (firsts > text[0]).all() and (firsts + 31 < text[0] + kept).all()
+        assert len(firsts.unique()) == len(firsts)
+    assert torch.equal(asked, with_recall(rows, share, seed=4))
+    assert torch.equal(with_recall(rows, 0.0), rows)
+
+
+@pytest.mark.parametrize("share", [-0.1, 0.51, math.nan])
+def test_what_cannot_be_repeated_is_named(share: float) -> None:
+    with pytest.raises(ValueError, match=r"recall must be a share of a row in \[0, 0.5\], got "):
+        with_recall(torch.zeros(1, 300, dtype=torch.int64), share)
+    with pytest.raises(ValueError, match=r"rows must be int64 tokens \[N, T\], got torch.float32 \[300\]"):
+        with_recall(torch.zeros(300), 0.25)
+
+
 # The command
 
 
@@ -243,6 +268,8 @@ def test_command_writes_a_calibrated_folder_and_says_what_it_costs(folder: Path,
         "900",
         "--rope-factor",
         "2",
+        "--recall",
+        "0.125",
     )
     assert result.exit_code == 0, result.output
     report = json.loads((out / "calibration.json").read_text())
@@ -261,7 +288,15 @@ def test_command_writes_a_calibrated_folder_and_says_what_it_costs(folder: Path,
         with torch.no_grad():
             expected = one(row, labels=row).loss.item()
         assert abs(report["loss"]["by_row"][name][0] - expected) < 1e-4
+    # Of the last 64 tokens, which the row has before.
+    recall = report["recall"]
+    asked = with_recall(torch.cat([row, row]), 0.125)[:1]
+    assert recall["share"] == 0.125 and recall["tokens"] == 64
+    with torch.no_grad():
+        logits = model(asked).logits[0, -65:-1]
+    assert abs(recall["by_row"]["graft"][0] - torch.nn.functional.cross_entropy(logits, asked[0, -64:]).item()) < 1e-4
     page = (out / "calibration.md").read_text()
+    assert f"their last 64 tokens replaced by passages of them again, whose loss is: base {recall['base']:.4f}" in page
     assert page in result.output and f"{100 * report['loss']['over']:+.2f}%" in page
     assert (out / "calibration.svg").stat().st_size > 1000
 
@@ -341,6 +376,7 @@ def test_command_names_what_is_wrong_with_a_held_out_text(
         (("--skip", "1"), "--skip must be a share between 0 and 1, got 1.0"),
         (("--skip", "nan"), "--skip must be a share between 0 and 1, got nan"),
         (("--longest", "2"), "--longest must be a decay time of at least 8 tokens, got 2.0"),
+        (("--recall", "0.7"), "--recall must be a share of a row in [0, 0.5], got 0.7"),
         (("--rows", "0"), "--rows must be at least 1, got 0"),
         (("--length", "100"), "--length must be more than 256 tokens, got 100"),
         (("--separator", "<s>"), "--separator must be a token of the tokenizer, such as <eos>, got '<s>'"),

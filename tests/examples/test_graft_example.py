@@ -105,11 +105,25 @@ def test_grafting_starts_from_a_calibration(base: Path, text: Path, tmp_path: Pa
 
 
 def test_every_other_row_lies_elsewhere() -> None:
-    rows = load_script("graft").Rows(np.arange(100), 10, 50)
+    rows = load_script("graft").Rows(np.arange(100), 10, 50, 0.25)
     firsts = [int(rows[index]["position_ids"][0]) for index in range(10)]
     assert not any(firsts[::2]) and len(set(firsts[1::2])) > 2 and max(firsts) <= 40
     assert torch.equal(rows[3]["position_ids"], rows[3]["position_ids"][0] + torch.arange(10))
-    assert "position_ids" not in load_script("graft").Rows(np.arange(100), 10, 10)[1]
+    assert "position_ids" not in load_script("graft").Rows(np.arange(100), 10, 10, 0.25)[1]
+
+
+def test_every_eighth_row_repeats_passages_of_its_own() -> None:
+    rows = load_script("graft").Rows(np.arange(2000), 100, 100, 0.4)
+    for index, row in enumerate(rows[i]["input_ids"] for i in range(20)):
+        text = torch.arange(100 * index, 100 * index + 100)
+        if index % 8:
+            assert torch.equal(row, text)
+            continue
+        assert torch.equal(row[:68], text[:68])
+        first = int(row[68])
+        assert torch.equal(row[68:], torch.arange(first, first + 32)) and first + 31 <= text[67]
+    assert torch.equal(rows[8]["input_ids"], rows[8]["input_ids"]), "the same after a resumed run reads it again"
+    assert torch.equal(rows.some(2).flatten(), torch.arange(200))
 
 
 def test_grafting_leaves_what_it_is_told_to_and_skips_more(base: Path, text: Path, tmp_path: Path) -> None:
@@ -255,6 +269,7 @@ def test_grafting_names_what_ruler_needs(
         (("--longest", "2", "--length", "300"), "longest must be a decay time of at least 8 tokens, got 2.0"),
         (("--rope_factor", "0.5"), "rope_factor must be a number above 1, got 0.5"),
         (("--resume_from_checkpoint", "out"), "--resume_from_checkpoint must be True or False, got out"),
+        (("--recall", "0.6"), r"recall must be a share of a row in \[0, 0.5\], got 0.6"),
         (("--distill", "some"), "--distill must be gates, all or none, got 'some'"),
         (("--skip_goal", "1"), r"--skip_goal must be a share in \[0, 1\), got 1.0"),
         (("--skip_goal", "0.5", "--decay_times", "none"), "--skip_goal needs gates"),
