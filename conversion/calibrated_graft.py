@@ -99,11 +99,9 @@ def calibrated_graft(source: Path, text: CalibrationText, **options: Any) -> tup
 
     tokens = read(text.path)
     recalling, again = with_recall(tokens, text.recall, text.seed), recalled(length, text.recall)
-    texts = [
-        tokens,
-        *([recalling] if again else []),
-        *(_held_out(path, read, text.path, tokens, base.config.vocab_size) for path in text.held_out),
-    ]
+    held_out = [_held_out(path, read, text.path, tokens, base.config.vocab_size) for path in text.held_out]
+    # With how many tokens at their end count.
+    texts = [(x, length - 1) for x in (tokens, *held_out)] + ([(recalling, again)] if again else [])
     calibration = calibrate(
         base,
         recalling,
@@ -113,15 +111,13 @@ def calibrated_graft(source: Path, text: CalibrationText, **options: Any) -> tup
         seed=text.seed,
         progress=True,
     )
-    base_losses = [_losses(base, x, "loss of the base") for x in texts]
+    base_losses = [_losses(base, x, "loss of the base")[:, -last:] for x, last in texts]
     del base
     model = graft(source, calibration=calibration, **options)
     measurable = _measurable(model, device)
-    graft_losses = [_losses(measurable, x, "loss of the graft") for x in texts]
-    if again:
-        base_losses[1], graft_losses[1] = (x[1][:, -again:] for x in (base_losses, graft_losses))
+    graft_losses = [_losses(measurable, x, "loss of the graft")[:, -last:] for x, last in texts]
     loss, *others = (_compared(*pair) for pair in zip(base_losses, graft_losses, strict=True))
-    recall = {"share": text.recall, "tokens": again} | (others.pop(0) if again else {})
+    recall = {"share": text.recall, "tokens": again} | (others.pop() if again else {})
     settings = {
         "text": text.path.name,
         "rows": len(tokens),
@@ -129,8 +125,8 @@ def calibrated_graft(source: Path, text: CalibrationText, **options: Any) -> tup
         "joined": text.join,
         "options": options,
     }
-    held_out = [{"text": path.name, **other} for path, other in zip(text.held_out, others, strict=True)]
-    report = _report(calibration, loss, recall, held_out) | {"settings": settings}
+    found = [{"text": path.name, **other} for path, other in zip(text.held_out, others, strict=True)]
+    report = _report(calibration, loss, recall, found) | {"settings": settings}
     return model, {"run": run | {"seconds": time.monotonic() - began}} | report
 
 

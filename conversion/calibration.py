@@ -311,10 +311,12 @@ def _block(
 
     weights, sink, query = weights[:, ::_QUERY_STEP], sink[:, ::_QUERY_STEP], query[::_QUERY_STEP]
     distance = (query[:, None] - key).clamp(min=0)
-    # Without decay, then by each decay time: [N, 1 + K, queries, keys], of few queries.
-    decays = (distance * -nn.functional.pad(rates, (1, 0))[:, None, None]).clamp(min=_LOG_ZERO).exp()
-    decayed, sink = weights[:, None] * decays, sink[:, None]
-    output = (decayed @ v[:end] + sink * v[0]) / (decayed.sum(-1, keepdim=True) + sink)
+    sink, outputs = sink[:, None], []
+    # Without decay, then by each decay time; so many at once as take the memory of the weights of all queries.
+    for some in nn.functional.pad(rates, (1, 0)).split(_QUERY_STEP):
+        decayed = weights[:, None] * (distance * -some[:, None, None]).clamp(min=_LOG_ZERO).exp()
+        outputs.append((decayed @ v[:end] + sink * v[0]) / (decayed.sum(-1, keepdim=True) + sink))
+    output = torch.cat(outputs, 1)
     change = output[:, 1:] - output[:, :1]
     return skipped, (change @ fisher[:, None] * change).sum((-1, -2)) / (2 * len(query))
 
