@@ -111,11 +111,11 @@ def decode_attention(
         largest,
         bounds,
         sink,
-        counts,
         bound,
         scale,
         log_eps,
         None if known is None or summary is None else known.bound.value,
+        counts,
     )
 
 
@@ -135,11 +135,11 @@ def _launch(
     largest: Tensor | None,
     bounds: Tensor | None,
     sink: Tensor | None,
-    counts: Tensor | None,
     bound: float,
     scale: float,
     log_eps: float,
     rule: str | None,
+    counts: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     out, lse = _decode_fake(q)
     if q.numel() == 0:
@@ -158,7 +158,8 @@ def _launch(
     return out, lse
 
 
-_decode = torch.library.custom_op(f"{NAMESPACE}::decode_attention", _launch, mutates_args=("counts",))
+# Not even `counts` is said to be changed: a graph would copy it, and nothing in one reads it.
+_decode = torch.library.custom_op(f"{NAMESPACE}::decode_attention", _launch, mutates_args=())
 
 
 @_decode.register_fake
