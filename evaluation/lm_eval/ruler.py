@@ -10,10 +10,12 @@ own RULER, Apache-2.0). Where it is installed, lm-eval's code reads them there.
 import functools
 import json
 import math
+import random
 import re
 import statistics
 import sys
-from contextlib import redirect_stderr
+from collections.abc import Iterator
+from contextlib import contextmanager, redirect_stderr, suppress
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
@@ -25,6 +27,15 @@ from transformers import PreTrainedTokenizerBase
 GENERATED = 128
 # Words are drawn, and so the shortest prompt is not always the same.
 _DRAWS = 5
+# Questions that lm-eval makes of each task and length, and the functions that make them, by how a task's name begins.
+_QUESTIONS = 500
+_MAKERS = {
+    "niah": ("niah_utils", "generate_samples"),
+    "ruler_vt": ("vt_utils", "sys_vartrack_w_noise_random"),
+    "ruler_cwe": ("cwe_utils", "sys_word_pair_random"),
+    "ruler_fwe": ("fwe_utils", "sys_kwext"),
+    "ruler_qa": ("qa_utils", "generate_samples"),
+}
 
 
 def check_length(task: str, length: int, tokenizer: PreTrainedTokenizerBase) -> None:
@@ -116,6 +127,35 @@ def prepare(task: str, seed: int) -> None:
                 makers.cached_sent_tokenize = _sentences
     elif task.startswith("ruler_qa") and data is not None:
         _module_of_tasks("qa_utils").download_json = functools.partial(_questions, data)
+
+
+@contextmanager
+def limited(task: str, limit: int | None) -> Iterator[None]:
+    """Have lm-eval make only the first ``limit`` questions of a task, the same as if it made all."""
+    if limit is None:
+        yield
+        return
+    name, maker = next(where for beginning, where in _MAKERS.items() if task.startswith(beginning))
+    module = _module_of_tasks(name)
+    make = getattr(module, maker)
+    setattr(module, maker, functools.partial(_first, make, limit))
+    try:
+        yield
+    finally:
+        setattr(module, maker, make)
+
+
+def _first(make: Any, limit: int, *args: Any, num_samples: int = _QUESTIONS, **kwargs: Any) -> list[Any]:
+    """The first questions of a function that draws them one after the other and leaves out those that do not fit."""
+    if limit < num_samples:
+        state = random.getstate()
+        # Where none fits it raises.
+        with suppress(ValueError):
+            questions = make(*args, num_samples=limit, **kwargs)
+            if len(questions) == limit:
+                return questions
+        random.setstate(state)
+    return make(*args, num_samples=num_samples, **kwargs)
 
 
 def _module_of_tasks(name: str) -> Any:

@@ -254,8 +254,10 @@ class _Run:
         self.metadata.pop("max_seq_lengths", None)
         if unit.length is not None:
             self.metadata["max_seq_lengths"] = [unit.length]
+        # Examples in prompts are drawn from all questions.
+        limit = self.options.limit if unit.length is not None and not given else None
         try:
-            with short_timeouts():
+            with short_timeouts(), ruler.limited(unit.task, limit):
                 loaded = self.manager.load([unit.task])
         except OSError as error:
             # Of a task of several lengths: that it cannot be downloaded need not be found out for each.

@@ -1,6 +1,7 @@
 """`foxlm eval`: suites, what it refuses, what it keeps, and what it says of tasks that fail."""
 
 import json
+import random
 import re
 import sys
 from collections.abc import Sequence
@@ -8,9 +9,13 @@ from contextlib import redirect_stderr
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
-from transformers import GPT2Config, GPT2LMHeadModel
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import Whitespace
+from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 from typer.testing import CliRunner
 
 from foxlm import FoxForCausalLM
@@ -29,7 +34,7 @@ pytest.importorskip("lm_eval")
 from lm_eval.tasks import TaskManager
 
 from foxlm.evaluation.lm_eval import offline
-from foxlm.evaluation.lm_eval.ruler import check_length
+from foxlm.evaluation.lm_eval.ruler import check_length, limited, prepare
 
 TASKS = Path(TaskManager.__init__.__code__.co_filename).parent
 FOLDERS = [
@@ -143,6 +148,7 @@ def test_ruler_of_a_length_beyond_the_models_own(away: Path) -> None:
     content = written("niah_single_1_640")
     values = content["results"]["niah_single_1"]
     assert {key for key in values if "," in key} == {"640,none", "640_stderr,none"}
+    assert content["n-samples"]["niah_single_1"] == {"original": 2, "effective": 2}
     assert isinstance(values["640_stderr,none"], float)
     assert content["foxlm"]["settings"]["max_length"] == 768
     assert not content["foxlm"]["cut_prompts"] and "note" not in done.stderr
@@ -168,7 +174,12 @@ def installed_data(away: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     squad = {"data": [{"paragraphs": [paragraph(n) for n in range(600)]}]}
     (folder / "squad.json").write_text(json.dumps(squad))
     hotpot = [
-        {"question": f"What is {n}?", "answer": f"thing {n}", "context": [[f"title {n}", [f"It is thing {n}."]]]}
+        # Every third is too long for the tests' prompts.
+        {
+            "question": f"What is {n}?",
+            "answer": f"thing {n}",
+            "context": [[f"title {n}", [f"It is thing {n}." * (1 if n % 3 else 1000)]]],
+        }
         for n in range(600)
     ]
     (folder / "hotpotqa.json").write_text(json.dumps(hotpot))
@@ -195,6 +206,31 @@ def test_ruler_reads_the_data_that_is_installed(away: Path, installed_data: None
         written(f"{task}_2048")
         (line,) = (away / "out" / f"samples_{task}_2048.jsonl").read_text().splitlines()
         assert expected in json.loads(line)["arguments"][0][0]
+
+
+@pytest.mark.parametrize("task", RULER)
+def test_a_limit_makes_the_first_questions_of_ruler(task: str, away: Path, installed_data: None) -> None:
+    folder = away / "words"
+    # A token is a word: of bytes the example in `ruler_vt` would have too many.
+    words = Tokenizer(WordLevel({"?": 0}, unk_token="?"))
+    words.pre_tokenizer = Whitespace()
+    PreTrainedTokenizerFast(tokenizer_object=words, unk_token="?").save_pretrained(folder)
+    metadata = {"tokenizer": str(folder), "max_seq_lengths": [2048]}
+    manager = TaskManager(include_path=[str(TASKS / "ruler")], include_defaults=False, metadata=metadata)
+
+    def made(limit: int | None) -> list[dict[str, Any]]:
+        prepare(task, 0)
+        random.seed(0)
+        np.random.seed(0)
+        with limited(task, limit):
+            return list(manager.load([task])["tasks"][task].eval_docs)
+
+    every = made(None)
+    for limit in (1, 4):
+        first = made(limit)
+        assert first[:limit] == every[:limit]
+        # Where one of the first is left out for its length, all are made.
+        assert len(first) == (len(every) if task == "ruler_qa_hotpot" else limit)
 
 
 def test_prompts_that_were_cut_are_noted(fox: Path, away: Path) -> None:
