@@ -51,7 +51,7 @@ class NeedleOptions:
     answer_tokens: int | None = None
     score_only: bool = False
     seed: int = 0
-    batch: int = 4
+    batch_size: int = 4
     chunk: int = 0
     trained_length: int | None = None
     device: str = "auto"
@@ -129,8 +129,8 @@ def _measure(
     with tqdm(total=len(missing) * options.samples, desc="needles", unit="prompt") as bar:
         for length, depth in missing:
             start, samples = time.perf_counter(), []
-            for first in range(0, options.samples, options.batch):
-                numbers = range(first, min(first + options.batch, options.samples))
+            for first in range(0, options.samples, options.batch_size):
+                numbers = range(first, min(first + options.batch_size, options.samples))
                 prompts = [maker.prompt(sample, length - room, depth) for sample in numbers]
                 answers = [draw_needle(options.seed, sample).answer for sample in numbers]
                 samples += ask(model, maker.tokenizer, prompts, answers, new_tokens, options.chunk)
@@ -142,7 +142,7 @@ def _measure(
 
 
 def _check(options: NeedleOptions) -> None:
-    require_least(options, samples=1, batch=1, chunk=0, answer_tokens=1, trained_length=1)
+    require_least(options, samples=1, batch_size=1, chunk=0, answer_tokens=1, trained_length=1)
     if not options.depths or not all(0 <= depth <= 1 for depth in options.depths):
         raise ValueError(f"depths must be shares from 0 (the beginning) to 1 (the end), got {list(options.depths)}")
     if any(length < 1 for length in options.lengths):

@@ -473,7 +473,7 @@ def score_retrieval(name: str, model: str | Path, own: GraftingArguments, traini
     batch, samples = training.per_device_eval_batch_size, own.retrieval_samples
     found: dict[int, dict[str, float]] = {length: {} for length in own.retrieval_lengths}
     if own.retrieval == "needle":
-        for cell in measure_needle(NeedleOptions(batch=batch, samples=samples, **common))["cells"]:
+        for cell in measure_needle(NeedleOptions(batch_size=batch, samples=samples, **common))["cells"]:
             task = f"needle at {cell['length']}, depth {cell['depth']:g}"
             found[cell["length"]][task] = cell["found"]
     else:

@@ -52,7 +52,7 @@ def compile_kernels(
     dtype: torch.dtype = torch.bfloat16,
     arch: str | None = None,
     train: bool = False,
-    batch: int = 1,
+    batch_size: int = 1,
     caches: Sequence[str] = ("dynamic", "static"),
 ) -> list[CompiledKernel]:
     """Compile what a model of ``config`` launches into Triton's cache, in parallel. Nothing runs on a GPU.
@@ -65,7 +65,7 @@ def compile_kernels(
         dtype: of its weights: bfloat16, float16 or float32.
         arch: of the GPU, such as ``sm_90``; by default that of this machine.
         train: training steps too, in ``dtype`` and under autocast to it over float32 weights.
-        batch: sequences at a time.
+        batch_size: sequences at a time.
         caches: to decode with: ``dynamic``, ``static``, ``paged``.
 
     Raises:
@@ -80,8 +80,8 @@ def compile_kernels(
         raise ValueError("TRITON_INTERPRET is set, so there is nothing to compile")
     if dtype not in _DTYPES:
         raise ValueError(f"dtype must be bfloat16, float16 or float32, got {dtype}")
-    if batch < 1:
-        raise ValueError(f"batch must be a positive integer, got {batch!r}")
+    if batch_size < 1:
+        raise ValueError(f"batch_size must be a positive integer, got {batch_size!r}")
     if unknown := [x for x in caches if x not in CACHES]:
         raise ValueError(f"caches must be of {', '.join(CACHES)}, got {unknown[0]!r}")
     gpu = _gpu(arch)
@@ -89,12 +89,12 @@ def compile_kernels(
     with torch.random.fork_rng(devices=[]), assume_gpu(gpu), _compiling_for(gpu), _recorded(found):
         with launches_left_out() as futures:
             model = _stand_in(config, dtype)
-            _generate(model, batch, caches)
+            _generate(model, batch_size, caches)
             if train:
-                _train(model, batch)
+                _train(model, batch_size)
                 if dtype != torch.float32:
                     with torch.autocast("cpu", dtype):
-                        _train(_stand_in(config, torch.float32), batch)
+                        _train(_stand_in(config, torch.float32), batch_size)
         for future in futures:
             future.result()
     return found

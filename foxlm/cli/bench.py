@@ -176,7 +176,7 @@ def train(
     model: Model = None,
     text: Text = None,
     join: Join = False,
-    tokens: Annotated[
+    length: Annotated[
         int | None,
         typer.Option(help="Tokens of the one sequence in a step, of each GPU; 16384, or 256 on a CPU."),
     ] = None,
@@ -204,15 +204,15 @@ def train(
     from foxlm.evaluation.benchmark.runner import failure, run
     from foxlm.evaluation.benchmark.timing import release_memory
 
-    tokens = (256 if device == "cpu" else 16384) if tokens is None else tokens
-    _check(device, out, {"--rounds": [rounds], "--gpus": [gpus], "--tokens": [tokens]})
+    length = (256 if device == "cpu" else 16384) if length is None else length
+    _check(device, out, {"--rounds": [rounds], "--gpus": [gpus], "--length": [length]})
     _require_gpus(device, gpus)
     workload = _workload(device, seed, preset, layers, model, text, join, hidden_size, heads)
-    recipe = measured.Recipe(workload, tokens, compiled, checkpointing, tuple(only or ()))
+    recipe = measured.Recipe(workload, length, compiled, checkpointing, tuple(only or ()))
     if workload.model is None:
         # Errors in sizes are found now, not after minutes.
         recipe.steps(FoxConfig.preset(workload.preset, **dict(workload.sizes)))
-    facts = {"dtype": "float32 weights, bfloat16 matmuls", "rounds": rounds, "tokens": tokens, "gpus": gpus}
+    facts = {"dtype": "float32 weights, bfloat16 matmuls", "rounds": rounds, "tokens": length, "gpus": gpus}
     facts |= {"checkpointing": checkpointing} | workload.facts()
     with _report("train", out, device, seed, commit, as_json, facts) as report:
         try:
@@ -240,14 +240,14 @@ def generate(
     model: Model = None,
     text: Text = None,
     join: Join = False,
-    tokens: Annotated[
+    length: Annotated[
         list[int] | None,
         typer.Option(
             help="Tokens of contexts, prompts and the training step; may be repeated; 14336, 4096 and 16384, and "
             "16384, or 256 on a CPU."
         ),
     ] = None,
-    batch: Annotated[list[int] | None, typer.Option(help="Sequences; may be repeated; 1 and 8.")] = None,
+    batch_size: Annotated[list[int] | None, typer.Option(help="Sequences; may be repeated; 1 and 8.")] = None,
     new: Annotated[int | None, typer.Option(help="N: calls that generate N and 2N tokens are timed; 64.")] = None,
     chunk: Annotated[int | None, typer.Option(help="Tokens of a chunk of a prompt; 4096, or 64 on a CPU.")] = None,
     compiled: Annotated[
@@ -283,9 +283,9 @@ def generate(
     new = (measured.CPU_NEW if on_cpu else measured.QUICK_NEW if quick else measured.NEW) if new is None else new
     chunk = (measured.CPU_CHUNK if on_cpu else measured.CHUNK) if chunk is None else chunk
     rounds = (2 if quick else 3) if rounds is None else rounds
-    positive = {"--tokens": tokens or [], "--batch": batch or [], "--new": [new], "--chunk": [chunk]}
+    positive = {"--length": length or [], "--batch-size": batch_size or [], "--new": [new], "--chunk": [chunk]}
     _check(device, out, positive | {"--rounds": [rounds]})
-    sizes = Sizes(new, chunk, tuple(tokens or ()), tuple(batch or ()))
+    sizes = Sizes(new, chunk, tuple(length or ()), tuple(batch_size or ()))
     if on_cpu and not only and compiled is None:
         compiled = False
     rows = chosen(only or [], quick=quick, compiled=compiled, part=part)

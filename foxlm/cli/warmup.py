@@ -26,7 +26,7 @@ def warmup(
     train: Annotated[
         bool, typer.Option("--train", help="Training steps too, in that dtype and with autocast.")
     ] = False,
-    batch: Annotated[int, typer.Option(help="Sequences at a time.")] = 1,
+    batch_size: Annotated[int, typer.Option(help="Sequences at a time.")] = 1,
     cache: Annotated[
         list[str] | None,
         typer.Option(help="dynamic, static or paged; repeat it for several. Default: dynamic and static."),
@@ -52,7 +52,7 @@ def warmup(
     wanted = known[dtype] if dtype != "auto" else config.dtype or torch.bfloat16
     start = time.perf_counter()
     kernels = compile_kernels(
-        config, dtype=wanted, arch=arch, train=train, batch=batch, caches=cache or ("dynamic", "static")
+        config, dtype=wanted, arch=arch, train=train, batch_size=batch_size, caches=cache or ("dynamic", "static")
     )
     seconds = time.perf_counter() - start
     from triton import knobs

@@ -32,8 +32,8 @@ COMMANDS: dict[str, tuple[str, list[str]]] = {
     "needle": ("fox", ["needle", "MODEL", "--lengths", "600", "--device", "cpu", "--out", "OUT"]),
     "report": ("fox", ["report", "MODEL", *READ]),
     "bench attention": ("fox", ["bench", "attention", "--length", "9999", *BENCH]),
-    "bench train": ("fox", ["bench", "train", "--tokens", "9999", *BENCH]),
-    "bench generate": ("fox", ["bench", "generate", "--tokens", "9999", "--only", "decode: foxlm", *BENCH]),
+    "bench train": ("fox", ["bench", "train", "--length", "9999", *BENCH]),
+    "bench generate": ("fox", ["bench", "generate", "--length", "9999", "--only", "decode: foxlm", *BENCH]),
 }
 
 

@@ -55,7 +55,7 @@ def warmup(*arguments: str):
     [
         (["--arch", "h100"], "--arch must be sm_80 or newer, such as sm_90, got 'h100'"),
         (["--arch", "sm_75"], "--arch must be sm_80 or newer, such as sm_90, got 'sm_75'"),
-        (["--arch", "sm_90", "--batch", "0"], "--batch must be a positive integer, got 0"),
+        (["--arch", "sm_90", "--batch-size", "0"], "--batch-size must be a positive integer, got 0"),
         (["--arch", "sm_90", "--cache", "huge"], "caches must be of dynamic, static, paged, got 'huge'"),
         (["--arch", "sm_90", "--dtype", "int8"], "--dtype must be auto, bfloat16, float16, float32, got 'int8'"),
         (["--arch", "sm_90", "--dtype", "float64"], "--dtype must be auto, bfloat16, float16, float32, got 'float64'"),
@@ -111,7 +111,7 @@ def test_batches_take_padding_in():
     with specializations(90) as of_one:
         compile_kernels(config, arch="sm_90", caches=["dynamic"])
     with specializations(90) as of_two:
-        compile_kernels(config, arch="sm_90", batch=2, caches=["dynamic"])
+        compile_kernels(config, arch="sm_90", batch_size=2, caches=["dynamic"])
     assert len([name for name, _ in of_two - of_one if name == "_decode_attend_kernel"]) > 0
 
 
@@ -137,7 +137,7 @@ def test_what_a_builder_without_a_gpu_compiled_serves_a_gpu(head_dim, tmp_path):
     environment = os.environ | {"TRITON_CACHE_DIR": str(tmp_path / "cache")}
     arch = "sm_{}{}".format(*torch.cuda.get_device_capability())
     command = [sys.executable, "-m", "foxlm", "warmup", str(tmp_path / "model"), "--arch", arch, "--train"]
-    command += ["--batch", "2", "--dtype", "bfloat16"]
+    command += ["--batch-size", "2", "--dtype", "bfloat16"]
     subprocess.run(command, check=True, env=environment | {"CUDA_VISIBLE_DEVICES": ""})
     command = [sys.executable, "-c", ON_GPU, str(tmp_path / "model")]
     done = subprocess.run(command, capture_output=True, text=True, check=True, env=environment)

@@ -240,7 +240,7 @@ def test_the_command_measures_draws_and_draws_again(recalling: str, tmp_path: Pa
         (["{model}", "--depths", "0,2"], "depths must be shares from 0"),
         (["{model}", "--depths", "nan"], "depths must be shares from 0"),
         (["{model}", "--samples", "0"], "samples must be at least 1, got 0"),
-        (["{model}", "--batch", "0"], "batch must be at least 1, got 0"),
+        (["{model}", "--batch-size", "0"], "--batch-size must be at least 1, got 0"),
         (["{model}", "--chunk", "-1"], "chunk must be at least 0, got -1"),
         (["{model}", "--mode", "hard"], "mode must be one of easy, standard, chat, got 'hard'"),
         (["{model}", "--text", "nowhere.txt"], "nowhere.txt"),

@@ -71,7 +71,7 @@ def test_attention_that_is_wrong_prints_no_time(tmp_path: Path, monkeypatch: pyt
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_an_interrupted_run_keeps_and_prints_its_rows(number: int, tmp_path: Path) -> None:
     out = tmp_path / "results.json"
-    arguments = ["generate", "--device", "cpu", "--tokens", "40", "--batch", "1", "--rounds", "50", "--new", "1"]
+    arguments = ["generate", "--device", "cpu", "--length", "40", "--batch-size", "1", "--rounds", "50", "--new", "1"]
     arguments += ["--only", "decode: foxlm", "--out", str(out)]
     process = subprocess.Popen(
         [sys.executable, "-m", "foxlm", "bench", *arguments],
@@ -99,9 +99,9 @@ def test_the_commands_measure_a_model_and_text(tmp_path: Path, monkeypatch: pyte
     out = tmp_path / "results.json"
     for command, arguments in (
         ("attention", ("--length", "150", "--rows", "2", "--only", "foxlm")),
-        ("train", ("--tokens", "100", "--only", "tight")),
-        ("generate", ("--tokens", "200", "--only", "prefill: foxlm", "--batch", "6")),
-        ("decode", ("--tokens", "60", "--new", "1", "--batch", "1", "--only", "foxlm, static")),
+        ("train", ("--length", "100", "--only", "tight")),
+        ("generate", ("--length", "200", "--only", "prefill: foxlm", "--batch-size", "6")),
+        ("decode", ("--length", "60", "--new", "1", "--batch-size", "1", "--only", "foxlm, static")),
     ):
         monkeypatch.setattr("sys.argv", ["foxlm", "bench", command, *given, *arguments, "--out", str(out)])
         result = invoke(command, *given, *arguments, "--out", str(out), "--json")
@@ -126,11 +126,11 @@ def test_a_model_without_forget_gates_is_measured_as_what_it_is_or_refused(tmp_p
     assert result.exit_code == 1 and "--model must have forget gates to be measured" in result.stderr
     result = invoke("generate", *given, *out, "--only", "paged")
     assert result.exit_code == 1 and "the FoX has no forget gates" in result.stderr
-    result = invoke("generate", *given, *out, "--tokens", "100", "--only", "prefill: foxlm", "--json")
+    result = invoke("generate", *given, *out, "--length", "100", "--only", "prefill: foxlm", "--json")
     assert result.exit_code == 0, result.output
     names = ["prefill: foxlm", "prefill: foxlm, chunked prefill"]
     assert [one["name"] for one in json.loads(result.stdout)["rows"]] == names
-    result = invoke("train", *given, *out, "--tokens", "100", "--json")
+    result = invoke("train", *given, *out, "--length", "100", "--json")
     assert result.exit_code == 0, result.output
     assert [one["name"] for one in json.loads(result.stdout)["rows"]] == ["foxlm"]
 
@@ -147,7 +147,7 @@ def test_what_is_no_fox_or_too_short_is_refused_in_one_line(tmp_path: Path) -> N
     too_long = "has no 5000 tokens in a row, at most 900; joining documents may give longer"
     for source, read, more, message in (
         (tmp_path / "llama", text, (), "--model must be a FoX language model, got LlamaForCausalLM"),
-        (model, text, ("--tokens", "5000"), too_long),
+        (model, text, ("--length", "5000"), too_long),
         (model, wide, (), "must hold tokens in [0, 97), as the model has them, got 97 to 97"),
         (model, tmp_path / "none.npy", (), "No such file"),
         (model, words, (), "words.txt is text, which needs a model with a tokenizer; without one give .npy"),
@@ -165,7 +165,7 @@ def test_what_is_no_fox_or_too_short_is_refused_in_one_line(tmp_path: Path) -> N
 @pytest.mark.slow
 def test_training_on_two_ranks_is_measured(tmp_path: Path) -> None:
     out = tmp_path / "results.json"
-    arguments = ["--gpus", "2", "--tokens", "384", "--checkpointing", "--hidden-size", "32", "--layers", "3"]
+    arguments = ["--gpus", "2", "--length", "384", "--checkpointing", "--hidden-size", "32", "--layers", "3"]
     result = invoke("train", *arguments, "--only", "tight", "--out", str(out), "--json")
     assert result.exit_code == 0, result.output
     results = json.loads(out.read_text())
@@ -184,7 +184,19 @@ def test_training_on_two_ranks_is_measured(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("old", ["prefill", "decode"])
 def test_an_old_command_measures_its_part_and_names_the_new_one(old: str, tmp_path: Path) -> None:
-    arguments = ("--layers", "1", "--tokens", "32", "--batch", "1", "--new", "1", "--only", "Llama", "--no-compile")
+    arguments = (
+        "--layers",
+        "1",
+        "--length",
+        "32",
+        "--batch-size",
+        "1",
+        "--new",
+        "1",
+        "--only",
+        "Llama",
+        "--no-compile",
+    )
     result = invoke(old, *arguments, "--out", str(tmp_path / "results.json"), "--json")
     assert result.exit_code == 0, result.output
     assert f"foxlm bench {old} is deprecated" in result.stderr and f"foxlm bench generate --only {old}" in result.stderr
@@ -198,7 +210,7 @@ def test_what_is_raised_between_variants_ends_no_other_group(tmp_path: Path, mon
 
     monkeypatch.setattr("foxlm.evaluation.benchmark.public_calls.call_variants", raising)
     names = ("--only", "prefill: Llama", "--only", "train: foxlm")
-    arguments = ("--layers", "1", "--tokens", "32", *names, "--no-compile", "--out", str(tmp_path / "results.json"))
+    arguments = ("--layers", "1", "--length", "32", *names, "--no-compile", "--out", str(tmp_path / "results.json"))
     result = invoke("generate", *arguments)
     assert result.exit_code == 1
     assert "* the rest of a group: failed: OutOfMemoryError: no room" in result.stdout
@@ -214,7 +226,7 @@ def test_what_is_raised_between_variants_ends_no_other_group(tmp_path: Path, mon
         (["attention", "--case", "1x2"], "--case must be four positive integers BxHxDxT such as"),
         (["attention", "--out", "/"], "--out must be a file, got the folder /"),
         (["attention", "--rows", "2"], "--length, --rows and --join require --model and --text"),
-        (["train", "--tokens", "-1"], "--tokens must be a positive integer, got -1"),
+        (["train", "--length", "-1"], "--length must be a positive integer, got -1"),
         (["train", "--layers", "0"], "--layers must be a positive integer, got 0"),
         (["train", "--hidden-size", "-64"], "--hidden-size must be a positive integer, got -64"),
         (["train", "--preset", "pro-7b"], "name must be one of"),
@@ -226,12 +238,12 @@ def test_what_is_raised_between_variants_ends_no_other_group(tmp_path: Path, mon
         (["train", "--text", "x"], "--model and --text go together, got --text without --model"),
         (["train", "--heads", "2", "--model", "x", "--text", "y"], "--heads is of new models, got it with --model x"),
         (["generate", "--new", "0"], "--new must be a positive integer, got 0"),
-        (["generate", "--batch", "0"], "--batch must be a positive integer, got 0"),
+        (["generate", "--batch-size", "0"], "--batch-size must be a positive integer, got 0"),
         (["generate", "--only", "vLLM"], "--only must be part of one of ['decode: foxlm', "),
         (["generate", "--model", "x", "--preset", "pro-125m"], "--preset is of new models, got it with"),
         (["generate", "--join"], "--join is of --text, got it without"),
         (["generate", "--chunk", "0"], "--chunk must be a positive integer, got 0"),
-        (["generate", "--tokens", "64", "--tokens", "-3"], "--tokens must be a positive integer, got -3"),
+        (["generate", "--length", "64", "--length", "-3"], "--length must be a positive integer, got -3"),
         (["generate", "--only", "Llama, static", "--no-compile"], "--no-compile leaves nothing of --only to measure"),
         (["table", "no-such-file.json"], "No such file"),
     ],
