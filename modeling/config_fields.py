@@ -1,15 +1,18 @@
 """Checks of configuration fields: names that FoX does not have, upper limits of sizes."""
 
 import difflib
+import functools
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, Literal, TypeVar, get_args, get_origin
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from transformers import GenerationConfig
 from transformers.utils import logging
 
 logger = logging.get_logger(__name__)
 
+_Class = TypeVar("_Class", bound=type)
 # Far beyond any model: a larger value is a typing error that would run out of memory.
 LARGEST = {
     "vocab_size": 2**24,
@@ -57,6 +60,33 @@ _OF_TRANSFORMERS = {
     "torch_dtype",
     "use_return_dict",
 }
+
+
+def raises_value_errors(strict_class: _Class) -> _Class:
+    """Have a configuration raise a `ValueError` where huggingface_hub's `@strict` raises an error that is none."""
+    config_class: Any = strict_class
+    assign, validate = config_class.__setattr__, config_class.validate
+
+    @functools.wraps(assign)
+    def assign_field(self: Any, name: str, value: Any) -> None:
+        try:
+            assign(self, name, value)
+        except StrictDataclassError as error:
+            kind = self.__dataclass_fields__[name].type
+            accepted = kind.__name__ if isinstance(kind, type) else str(kind)
+            accepted = f"one of {get_args(kind)}" if get_origin(kind) is Literal else accepted
+            raise ValueError(f"{name} must be {accepted}, got {value!r}") from error
+
+    # It carries the mark by which `@strict` knows its own `validate` in a subclass.
+    @functools.wraps(validate)
+    def validate_fields(self: Any) -> None:
+        try:
+            validate(self)
+        except StrictDataclassError as error:
+            raise ValueError(str(error.__cause__ or error)) from error
+
+    config_class.__setattr__, config_class.validate = assign_field, validate_fields
+    return strict_class
 
 
 def near_miss(name: str, fields: Iterable[str]) -> str | None:

@@ -19,6 +19,7 @@ from .config_fields import (
     is_foreign,
     is_labels,
     near_miss,
+    raises_value_errors,
     unknown_fields,
     warn_unknown,
 )
@@ -102,6 +103,7 @@ def peft_targets(model: "nn.Module | FoxConfig") -> dict[str, Any]:
     }
 
 
+@raises_value_errors
 @strict
 class FoxConfig(PreTrainedConfig):
     r"""
@@ -185,8 +187,8 @@ class FoxConfig(PreTrainedConfig):
             `foxlm graft`. Nothing computed depends on it; the model card says it.
 
     Raises:
-        `ValueError`, or huggingface_hub's `StrictDataclassError` for a wrong type or value: the message names the
-        field, what came and what is accepted. Sizes have upper limits, such as 4,096 layers, far beyond any model.
+        `ValueError` for a wrong type or value: the message names the field, what came and what is accepted. Sizes have
+        upper limits, such as 4,096 layers, far beyond any model.
         An unknown field is an error if its name resembles that of a known one, else a warning; in a file, which may be
         of a newer version, always a warning.
 
@@ -477,7 +479,10 @@ class FoxConfig(PreTrainedConfig):
         factor = self.rope_parameters.get("partial_rotary_factor", 1.0)
         if not 0 < factor <= 1:
             raise ValueError(f"rope_parameters must have a partial_rotary_factor in (0, 1], got {factor!r}")
-        super().validate_rope()
+        try:
+            super().validate_rope()
+        except KeyError as error:
+            raise ValueError(f"{error.args[0]}, got {self.rope_parameters}") from error
 
     def validate_layer_type(self) -> None:
         """`layer_types` is derived here: nothing to check."""

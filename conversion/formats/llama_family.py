@@ -9,7 +9,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from huggingface_hub.errors import StrictDataclassError
 from transformers import PreTrainedConfig
 
 from foxlm.conversion.formats.checkpoint_format import Fields
@@ -176,10 +175,7 @@ def base_config(
     rope = _rope(source) if keep_rope else {"rope_parameters": None}
     if rope_factor is not None:
         rope |= _stretched(rope["rope_parameters"], source["max_position_embeddings"], rope_factor)
-    try:
-        return FoxConfig(**{**base.fields.to_fox(source), **_NO_PARTS, **base.parts, **rope, **chosen})
-    except StrictDataclassError as error:
-        raise ValueError(str(error.__cause__ or error)) from error
+    return FoxConfig(**{**base.fields.to_fox(source), **_NO_PARTS, **base.parts, **rope, **chosen})
 
 
 def _refuse_windows(source: Mapping[str, Any]) -> None:

@@ -249,7 +249,7 @@ def test_graft_writes_a_folder_to_load(tmp_path: Path) -> None:
             ("--forget-gate", "none", "--decay-times", "inf"),
             "--decay-times has no effect with forget_gate 'none'",
         ),
-        (("--forget-gate-heads", "all"), "Field 'forget_gate_heads' expected one of ('query', 'key_value'), got all"),
+        (("--forget-gate-heads", "all"), "--forget-gate-heads must be one of ('query', 'key_value'), got 'all'"),
     ],
 )
 def test_graft_refuses_in_one_line_and_leaves_nothing(tmp_path: Path, arguments: tuple, message: str) -> None:

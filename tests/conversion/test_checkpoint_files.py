@@ -205,7 +205,7 @@ def latin_json(theirs):
 def sizes_as_text(theirs):
     fields = json.loads((theirs / "config.json").read_text())
     (theirs / "config.json").write_text(json.dumps(fields | {"num_heads": "four"}))
-    return "config.json does not describe a model"
+    return "num_attention_heads must be int, got 'four'"
 
 
 def no_heads(theirs):
