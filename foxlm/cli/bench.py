@@ -178,7 +178,9 @@ def train(
     join: Join = False,
     length: Annotated[
         int | None,
-        typer.Option(help="Tokens of the one sequence in a step, of each GPU; 16384, or 256 on a CPU."),
+        typer.Option(
+            "--length", "--tokens", help="Tokens of the one sequence in a step, of each GPU; 16384, or 256 on a CPU."
+        ),
     ] = None,
     gpus: Annotated[
         int, typer.Option(help="GPUs of this machine to train on with FSDP2, and on one of them to compare with.")
@@ -243,11 +245,15 @@ def generate(
     length: Annotated[
         list[int] | None,
         typer.Option(
+            "--length",
+            "--tokens",
             help="Tokens of contexts, prompts and the training step; may be repeated; 14336, 4096 and 16384, and "
-            "16384, or 256 on a CPU."
+            "16384, or 256 on a CPU.",
         ),
     ] = None,
-    batch_size: Annotated[list[int] | None, typer.Option(help="Sequences; may be repeated; 1 and 8.")] = None,
+    batch_size: Annotated[
+        list[int] | None, typer.Option("--batch-size", "--batch", help="Sequences; may be repeated; 1 and 8.")
+    ] = None,
     new: Annotated[int | None, typer.Option(help="N: calls that generate N and 2N tokens are timed; 64.")] = None,
     chunk: Annotated[int | None, typer.Option(help="Tokens of a chunk of a prompt; 4096, or 64 on a CPU.")] = None,
     compiled: Annotated[

@@ -251,7 +251,9 @@ def needle(
         ),
     ] = False,
     seed: Seed = 0,
-    batch_size: Annotated[int, typer.Option(help="Prompts at a time; fewer need less memory.")] = 4,
+    batch_size: Annotated[
+        int, typer.Option("--batch-size", "--batch", help="Prompts at a time; fewer need less memory.")
+    ] = 4,
     chunk: Annotated[int, typer.Option(help="Tokens of a prompt taken in at once; 0: all.")] = 0,
     trained_length: Annotated[
         int | None, typer.Option(help="Mark this length; default: max_position_embeddings of the model.")

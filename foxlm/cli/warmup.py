@@ -26,7 +26,7 @@ def warmup(
     train: Annotated[
         bool, typer.Option("--train", help="Training steps too, in that dtype and with autocast.")
     ] = False,
-    batch_size: Annotated[int, typer.Option(help="Sequences at a time.")] = 1,
+    batch_size: Annotated[int, typer.Option("--batch-size", "--batch", help="Sequences at a time.")] = 1,
     cache: Annotated[
         list[str] | None,
         typer.Option(help="dynamic, static or paged; repeat it for several. Default: dynamic and static."),
