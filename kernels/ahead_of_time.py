@@ -88,7 +88,7 @@ class _InBackground(triton.AsyncCompileMode):
 def launches_left_out(load: Callable[[Any], None] = lambda kernel: None) -> Iterator[list["Future[Any]"]]:
     """Within, this thread's launches begin to compile a kernel in the background and do nothing else.
 
-    Results are what was in memory, so nothing may depend on them but arguments of other kernels.
+    Results are what was in memory: what the host reads of them, such as counts of pages, must be written before.
 
     Args:
         load: called with each compiled kernel where it was compiled.

@@ -76,7 +76,8 @@ class PagePool:
 
         move = backend_of(self.keys).move_pages
         if move is not None:
-            counts = torch.empty(2, dtype=torch.int32, device=self.device)
+            # They are read on the host, also where launches are left out.
+            counts = torch.zeros(2, dtype=torch.int32, device=self.device)
             sizes = dict(n_free=self._free_count, n_pages=len(self.keys), used=self._used, blocks=blocks)
             start = self.start if new_start is None else new_start
             move(self.pages, self.start, start, self._free, counts, **sizes)

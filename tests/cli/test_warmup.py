@@ -79,6 +79,18 @@ def test_without_a_gpu_one_must_be_named():
     assert "--arch must name a GPU to compile for, such as sm_90: torch sees none here" in result.stderr
 
 
+@pytest.mark.parametrize("cache", ["dynamic", "static", "paged"])
+def test_nothing_depends_on_what_kernels_that_are_left_out_would_have_written(cache):
+    config = FoxConfig.preset("pro-125m", num_hidden_layers=1)
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    try:
+        # Memory that is not written holds NaN and the largest integers.
+        assert torch.utils.deterministic.fill_uninitialized_memory
+        compile_kernels(config, arch="sm_80", batch_size=2, caches=[cache])
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
 @pytest.mark.parametrize("arch", ["sm_80", "sm_90"])
 def test_kernels_of_all_that_a_model_does_are_found(arch):
     config = FoxConfig.preset("pro-125m", num_hidden_layers=1)
