@@ -64,24 +64,24 @@ class PagePool:
         """Bytes of keys, values and running sums of gates, those of unused pages included."""
         return sum(x.nbytes for x in (self.keys, self.values, self.c) if x is not None)
 
-    def plan_moves(self, new_start: Tensor | None, blocks: int) -> Tensor:
+    def plan_moves(self, new_start: Tensor | None, blocks: int, counts: Tensor) -> None:
         """Give back the pages of blocks before ``new_start``, and hand out pages for all of the first ``blocks`` from
         `start` on, also some that `take_counts` has yet to make.
 
-        Returns:
-            ``[2]`` int32: pages that are free now, and those that are to be made.
+        Args:
+            new_start: ``[B, G]`` int32; None gives nothing back.
+            blocks: of 64 tokens.
+            counts: ``[2]`` int32, written: pages that are free now, and those that are to be made.
         """
         self._used = max(self._used, blocks)
         from ...kernels.backends import backend_of
 
         move = backend_of(self.keys).move_pages
         if move is not None:
-            # They are read on the host, also where launches are left out.
-            counts = torch.zeros(2, dtype=torch.int32, device=self.device)
             sizes = dict(n_free=self._free_count, n_pages=len(self.keys), used=self._used, blocks=blocks)
             start = self.start if new_start is None else new_start
             move(self.pages, self.start, start, self._free, counts, **sizes)
-            return counts
+            return
         # By masks and sums alone: to select by a mask would synchronise, to find out how many there are.
         index = torch.arange(self.pages.shape[-1], device=self.device)
         if new_start is not None:
@@ -101,7 +101,7 @@ class PagePool:
         self.pages.masked_fill_(evicted.view_as(self.pages), -1)
         self.pages.copy_(torch.where(wanted.view_as(self.pages), found, self.pages))
         left = free - order[-1]
-        return torch.stack([left.clamp(min=0), (-left).clamp(min=0)]).int()
+        counts.copy_(torch.stack([left.clamp(min=0), (-left).clamp(min=0)]))
 
     def take_counts(self, free: int, missing: int) -> None:
         """Take what `plan_moves` has found, and make the pages that are missing."""
@@ -219,9 +219,12 @@ def move_pages(layers: Sequence[PagePool], starts: Sequence[Tensor | None], bloc
     """
     for device in dict.fromkeys(layer.pages.device for layer in layers):
         of_device = [(layer, x) for layer, x in zip(layers, starts, strict=True) if layer.pages.device == device]
-        counts = torch.stack([layer.plan_moves(start, blocks) for layer, start in of_device]).tolist()
+        # Zeros, since they are read where launches are left out, too.
+        counts = torch.zeros(len(of_device), 2, dtype=torch.int32, device=device)
+        for (layer, start), of_layer in zip(of_device, counts, strict=True):
+            layer.plan_moves(start, blocks, of_layer)
         try:
-            for (layer, _), of_layer in zip(of_device, counts, strict=True):
+            for (layer, _), of_layer in zip(of_device, counts.tolist(), strict=True):
                 layer.take_counts(*of_layer)
         except torch.OutOfMemoryError:
             for layer, _ in of_device:
