@@ -14,6 +14,8 @@ from triton.backends.nvidia import driver as nvidia
 from triton.compiler import CompiledKernel
 from triton.runtime.jit import JITFunction
 
+from foxlm import warmup
+
 
 class _AbsentGPU:
     """As much of a Triton driver as compiling needs."""
@@ -32,8 +34,8 @@ class _AbsentGPU:
         return 0
 
 
-# Of devices that nothing was compiled for.
-_new_devices = itertools.count(1000)
+# Of devices that nothing was compiled for, beyond those of `compile_kernels`.
+_new_devices = itertools.count(10_000)
 
 
 @contextlib.contextmanager
@@ -84,7 +86,10 @@ def specializations(capability: int) -> Iterator[set[tuple[str, str]]]:
         return True
 
     with mock.patch.object(triton.knobs.runtime, "jit_cache_hook", note), compiling_only(capability, new=True):
-        yield found
+        device = triton.runtime.driver.active.get_current_device()
+        # `compile_kernels` compiles for a device of its own, for which another test may have compiled.
+        with mock.patch.object(warmup._AbsentGPU, "get_current_device", lambda self: device):
+            yield found
 
 
 class _IdleGPU(_AbsentGPU):
